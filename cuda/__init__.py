@@ -1,0 +1,1 @@
+"""CUDA kernel sources, as package data."""

@@ -1,0 +1,1 @@
+"""Metal kernel sources, as package data."""

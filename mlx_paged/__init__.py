@@ -1,0 +1,63 @@
+"""MLX-native inference with a paged KV cache.
+
+The public names are imported when they are first used, so that `import mlx_paged` and the command line's help don't
+load mlx.
+"""
+
+import importlib
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if not (pathlib.Path(__file__).parent / "models").is_dir():
+    # A source checkout: metal, cuda and models are folders beside the package.
+    __path__.append(str(pathlib.Path(__file__).parent.parent))
+
+if TYPE_CHECKING:
+    from mlx_paged.attention import paged_attention
+    from mlx_paged.block_manager import BlockManager
+    from mlx_paged.config import EngineConfig
+    from mlx_paged.errors import ModelError, OutOfBlocks
+    from mlx_paged.llm import LLM
+    from mlx_paged.sampling_params import SamplingParams
+
+_HOME = {
+    "LLM": "llm",
+    "SamplingParams": "sampling_params",
+    "EngineConfig": "config",
+    "BlockManager": "block_manager",
+    "OutOfBlocks": "errors",
+    "ModelError": "errors",
+    "paged_attention": "attention",
+}
+__all__ = [
+    "LLM",
+    "BlockManager",
+    "EngineConfig",
+    "ModelError",
+    "OutOfBlocks",
+    "SamplingParams",
+    "paged_attention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mlx_paged' has no attribute {name!r}")
+    if name in ("LLM", "paged_attention"):
+        _require_mlx()
+    value = getattr(importlib.import_module(f"mlx_paged.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def _require_mlx() -> None:
+    """Raise ImportError, in one line, where mlx is installed without a backend (as pip does on Linux)."""
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "mlx has no backend here: install mlx-paged with one, pip install 'mlx-paged[cpu]' or 'mlx-paged[cuda]' "
+            f"({str(error).splitlines()[0]})"
+        ) from None

@@ -1,0 +1,257 @@
+"""Block tables of sequences over one pool: growth, sharing, copy-on-write, prefix caching and compaction.
+
+It decides which block holds which tokens and says which blocks must be copied. It never sees K or V, so it works
+for any arrays that follow its answers, and imports no mlx. A sequence's token at position p is in slot
+`block_table[p // block_size] * block_size + p % block_size`.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+from mlx_paged.allocator import BlockAllocator
+from mlx_paged.errors import OutOfBlocks
+from mlx_paged.prefix_cache import PrefixCache, PrefixNode
+
+
+class _SequenceBlocks:
+    """The blocks of one sequence; the first `num_registered` are in the prefix cache, the last of them as `node`."""
+
+    __slots__ = ("node", "num_computed", "num_registered", "table", "tokens")
+
+    def __init__(self, table: list[int], tokens: list[int], num_computed: int, node: PrefixNode, registered: int):
+        self.table = table
+        self.tokens = tokens
+        self.num_computed = num_computed
+        self.node = node
+        self.num_registered = registered
+
+
+class BlockManager:
+    """Maps the tokens of sequences to blocks of a pool of `num_blocks`, all of them usable.
+
+    A sequence is named by any hashable id. Method by method, either all of it happens or, with an error, nothing.
+    The sharing follows Kwon et al. 2023, "Efficient Memory Management for LLM Serving with PagedAttention".
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, allocator: str = "lru", prefix_caching: bool = True
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool needs at least 1 block of 1 token, got {num_blocks} blocks of {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self._allocator = BlockAllocator(num_blocks, allocator)
+        self._prefixes = PrefixCache()
+        self._sequences: dict[Hashable, _SequenceBlocks] = {}
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks in no table; those that still hold a cached prefix count as free."""
+        return self._allocator.num_free
+
+    @property
+    def seq_ids(self) -> list[Hashable]:
+        return list(self._sequences)
+
+    def block_table(self, seq_id: Hashable, start: int = 0) -> list[int]:
+        """The block ids of a sequence in order, from the `start`-th on. Raises KeyError for an unknown id."""
+        return self._get(seq_id).table[start:]
+
+    def num_tokens(self, seq_id: Hashable) -> int:
+        """The tokens that a sequence has slots for. Raises KeyError for an unknown id."""
+        return len(self._get(seq_id).tokens)
+
+    def num_computed(self, seq_id: Hashable) -> int:
+        """How many tokens of a sequence, from its start, have their K/V in place."""
+        return self._get(seq_id).num_computed
+
+    def slot(self, seq_id: Hashable, position: int) -> tuple[int, int]:
+        """Address translation: the (block id, offset in it) of a token. Raises IndexError outside the sequence."""
+        sequence = self._get(seq_id)
+        if not 0 <= position < len(sequence.tokens):
+            raise IndexError(f"position {position} of sequence {seq_id!r}, which has {len(sequence.tokens)} tokens")
+        return sequence.table[position // self.block_size], position % self.block_size
+
+    def ref_count(self, block_id: int) -> int:
+        """The number of block tables that hold the block."""
+        if not 0 <= block_id < self.num_blocks:
+            raise KeyError(f"block {block_id}: the pool has blocks 0 to {self.num_blocks - 1}")
+        return self._allocator.ref_counts[block_id]
+
+    def num_kv_tokens(self) -> int:
+        """Tokens that have a slot, those in shared blocks counted once."""
+        filled: dict[int, int] = {}
+        for sequence in self._sequences.values():
+            filled |= dict.fromkeys(sequence.table[: len(sequence.tokens) // self.block_size], self.block_size)
+            if tail := len(sequence.tokens) % self.block_size:
+                filled[sequence.table[-1]] = max(tail, filled.get(sequence.table[-1], 0))
+        return sum(filled.values())
+
+    # -- a sequence's life --------------------------------------------------------------------------------------
+
+    def allocate(self, seq_id: Hashable, token_ids: Sequence[int], *, salt: Hashable = None) -> int:
+        """Give a new sequence blocks for `token_ids`, the first of them shared with cached equal prefixes.
+
+        Returns the number of leading tokens whose K/V is already there: whole blocks, and never the last token, so
+        that there is always something to compute. Prefixes are shared among equal `salt`s only. Raises OutOfBlocks;
+        ValueError for a live `seq_id` or no tokens.
+        """
+        self._require_new(seq_id)
+        if len(token_ids) == 0:
+            raise ValueError(f"sequence {seq_id!r} has no tokens to allocate")
+        tokens = list(token_ids)
+        node = self._prefixes.root(salt)
+        shared: list[int] = []
+        if self.prefix_caching:
+            for start in range(0, len(tokens) - self.block_size, self.block_size):
+                child = self._prefixes.find(node, tuple(tokens[start : start + self.block_size]))
+                if child is None or child.block_id is None:
+                    break
+                node = child
+                shared.append(child.block_id)
+        needed = self._blocks_for(len(tokens)) - len(shared)
+        available = self.num_free_blocks - sum(self._allocator.ref_counts[block_id] == 0 for block_id in shared)
+        if needed > available:
+            raise OutOfBlocks(
+                f"{len(tokens)} tokens need {needed} blocks beside {len(shared)} cached ones, "
+                f"{available} of {self.num_blocks} are free"
+            )
+        self._allocator.retain(shared)
+        fresh = self._take(needed)
+        num_cached = len(shared) * self.block_size
+        self._sequences[seq_id] = _SequenceBlocks(shared + fresh, tokens, num_cached, node, len(shared))
+        return num_cached
+
+    def append(self, seq_id: Hashable, token_ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Give a sequence slots for more tokens.
+
+        Returns the (source, destination) block copies to run before their K/V is written: one pair if the last
+        block is partly filled and shared, else none; the last owner of a block writes in place. Raises OutOfBlocks,
+        and KeyError for an unknown id.
+        """
+        sequence = self._get(seq_id)
+        if len(token_ids) == 0:
+            return []
+        needed = self._blocks_for(len(sequence.tokens) + len(token_ids)) - len(sequence.table)
+        last_is_partial = len(sequence.tokens) % self.block_size != 0
+        must_copy = last_is_partial and self._allocator.ref_counts[sequence.table[-1]] > 1
+        fresh = self._take(needed + must_copy)
+        copies = []
+        if must_copy:
+            shared = sequence.table[-1]
+            sequence.table[-1] = fresh.pop(0)
+            copies.append((shared, sequence.table[-1]))
+            self._release([shared])
+        sequence.table += fresh
+        sequence.tokens += token_ids
+        return copies
+
+    def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None:
+        """The K/V of a sequence's first `num_tokens` is in place: their full blocks may be hit from now on.
+
+        Raises ValueError if that is less than before or more than the sequence has.
+        """
+        sequence = self._get(seq_id)
+        if not sequence.num_computed <= num_tokens <= len(sequence.tokens):
+            raise ValueError(
+                f"sequence {seq_id!r}: {num_tokens} computed tokens, but {sequence.num_computed} were computed before "
+                f"and it has {len(sequence.tokens)}"
+            )
+        sequence.num_computed = num_tokens
+        if not self.prefix_caching:
+            return
+        while (sequence.num_registered + 1) * self.block_size <= num_tokens:
+            start = sequence.num_registered * self.block_size
+            tokens = tuple(sequence.tokens[start : start + self.block_size])
+            block_id = sequence.table[sequence.num_registered]
+            sequence.node = self._prefixes.insert(sequence.node, tokens, block_id)
+            sequence.num_registered += 1
+
+    def fork(self, seq_id: Hashable, new_seq_id: Hashable) -> None:
+        """Make `new_seq_id` share all blocks of `seq_id`. Raises KeyError, and ValueError for a live new id."""
+        sequence = self._get(seq_id)
+        self._require_new(new_seq_id)
+        self._allocator.retain(sequence.table)
+        self._sequences[new_seq_id] = _SequenceBlocks(
+            list(sequence.table), list(sequence.tokens), sequence.num_computed, sequence.node, sequence.num_registered
+        )
+
+    def free(self, seq_id: Hashable) -> None:
+        """End a sequence; blocks that nobody else holds become free, cached ones reusable until evicted."""
+        sequence = self._get(seq_id)
+        del self._sequences[seq_id]
+        self._release(sequence.table[::-1])  # deepest first, so that a cached chain is consumed from its end
+
+    # -- the pool as a whole ------------------------------------------------------------------------------------
+
+    def compact(self) -> list[tuple[int, int]]:
+        """Move the blocks in use to ids 0 .. n-1, so that the free space is one run.
+
+        Returns (source, destination) copies, right when run one after another. Cached blocks that nobody uses move
+        out of the way and stay cached, except one where the pool has no empty block to begin with.
+        """
+        ref_counts = self._allocator.ref_counts
+        num_used = self.num_blocks - self.num_free_blocks
+        holes = [block_id for block_id in range(num_used) if ref_counts[block_id] == 0]
+        holes.sort(key=lambda block_id: block_id in self._prefixes)  # empty ones first: filling them makes room
+        outside = range(num_used, self.num_blocks)
+        sources = [block_id for block_id in outside if ref_counts[block_id] > 0]
+        room = [block_id for block_id in outside if ref_counts[block_id] == 0 and block_id not in self._prefixes]
+        moves: list[tuple[int, int]] = []
+        for src, dst in zip(sources, holes, strict=True):
+            if dst in self._prefixes and room:
+                moves.append((dst, room.pop()))
+            elif dst in self._prefixes:
+                self._prefixes.evict(dst)
+                self._allocator.forget(dst)
+            moves.append((src, dst))
+            room.append(src)
+        self._allocator.move(moves)
+        now_at = {}
+        for src, dst in moves:
+            self._prefixes.move(src, dst)
+            now_at[src] = dst
+        for sequence in self._sequences.values():
+            sequence.table = [now_at.get(block_id, block_id) for block_id in sequence.table]
+        return moves
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant is broken: for tests and `check_invariants=True`."""
+        holders = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.table)
+        for block_id, count in enumerate(self._allocator.ref_counts):
+            assert count == holders[block_id], f"block {block_id} has {count} references, {holders[block_id]} holders"
+        assert self.num_free_blocks == self.num_blocks - len(holders), "free blocks and used blocks don't add up"
+        self._prefixes.check()
+        for seq_id, sequence in self._sequences.items():
+            assert len(sequence.table) == self._blocks_for(len(sequence.tokens)), f"{seq_id!r}: table too long or short"
+            assert len(set(sequence.table)) == len(sequence.table), f"{seq_id!r} holds a block twice"
+            assert sequence.num_computed <= len(sequence.tokens), f"{seq_id!r}: more computed than there is"
+            assert sequence.num_registered * self.block_size <= sequence.num_computed, f"{seq_id!r}: hit too early"
+
+    # -- helpers ------------------------------------------------------------------------------------------------
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _get(self, seq_id: Hashable) -> _SequenceBlocks:
+        try:
+            return self._sequences[seq_id]
+        except KeyError:
+            raise KeyError(f"no sequence {seq_id!r} in the block manager: never allocated, or freed") from None
+
+    def _require_new(self, seq_id: Hashable) -> None:
+        if seq_id in self._sequences:
+            raise ValueError(f"sequence {seq_id!r} is live: free it first or choose another id")
+
+    def _take(self, count: int) -> list[int]:
+        """Free blocks, which lose what they cached."""
+        block_ids = self._allocator.allocate(count)
+        for block_id in block_ids:
+            self._prefixes.evict(block_id)
+        return block_ids
+
+    def _release(self, block_ids: Sequence[int]) -> None:
+        self._allocator.release(block_ids, self._prefixes.__contains__)

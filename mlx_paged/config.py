@@ -1,0 +1,90 @@
+"""What an engine can be told at start, validated: EngineConfig, and sizes of memory written as text."""
+
+import re
+from dataclasses import dataclass
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)")
+
+ALLOCATORS = ("lru", "fifo")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def parse_memory(size: int | str, total: int | None = None) -> int:
+    """The bytes that `size` means: a count, "4GB" (4e9), "4GiB" (2**32), or "30%" of `total` bytes.
+
+    Raises ValueError if it can't be read, is not positive, or is a share above 100% or of an unknown total.
+    """
+    match = _SIZE.fullmatch(str(size).strip())
+    unit = match.group(2).upper() if match else ""
+    if match is None or not (unit == "%" or unit in _UNITS) or float(match.group(1)) <= 0:
+        raise ValueError(f"memory size {size!r}: write it as 4GB, 512MiB, 30% or a positive number of bytes")
+    number = float(match.group(1))
+    if unit != "%":
+        return int(number * _UNITS[unit])
+    if number > 100:
+        raise ValueError(f"memory size {size!r}: a share of the device's memory is at most 100%")
+    if total is None:
+        raise ValueError(f"memory size {size!r}: a share needs a whole; give it in bytes, like 64MB")
+    return int(total * number / 100)
+
+
+def format_memory(num_bytes: float) -> str:
+    """`num_bytes` for people, in decimal units: 1536000 -> "1.5 MB"."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            break
+        num_bytes /= 1000
+    else:
+        unit = "TB"
+    return f"{num_bytes:.3g} {unit}" if num_bytes < 100 else f"{num_bytes:.0f} {unit}"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything `LLM` takes beside the model. Raises ValueError for a value out of range.
+
+    block_size: tokens per block. num_kv_blocks: blocks in the pool, or kv_cache_memory: their bytes ("4GB", "30%"
+    of what the device recommends); with neither, a share of the device's memory. max_num_seqs: sequences that run
+    at once. max_num_batched_tokens: tokens computed per step, so the largest chunk of a prompt. max_model_len:
+    longest prompt plus output, in tokens (None: the model's own limit). prefix_caching: reuse the blocks of equal
+    prefixes. allocator: order in which free blocks are reused. dtype: of weights and cache (None: as stored; float32
+    on a CPU). seed: decides the random streams of requests that have no seed of their own. check_invariants: verify
+    the block manager after every step (slow). max_staging: most bytes that copying blocks may hold beside the pool.
+    """
+
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_cache_memory: int | str | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    prefix_caching: bool = True
+    allocator: str = "lru"
+    dtype: str | None = None
+    seed: int = 0
+    check_invariants: bool = False
+    max_staging: int | str = "64MB"
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            value = getattr(self, name)
+            if value is None and name in ("num_kv_blocks", "max_model_len"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.num_kv_blocks is not None and self.kv_cache_memory is not None:
+            raise ValueError("give num_kv_blocks or kv_cache_memory, not both: each of them sets the pool's size")
+        if self.kv_cache_memory is not None:
+            parse_memory(self.kv_cache_memory, total=1 << 40)
+        if "%" in str(self.max_staging):
+            raise ValueError(f"max_staging is a size such as 64MB, got {self.max_staging!r}")
+        parse_memory(self.max_staging)
+        if self.allocator not in ALLOCATORS:
+            raise ValueError(f"allocator must be one of {', '.join(ALLOCATORS)}, got {self.allocator!r}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}")

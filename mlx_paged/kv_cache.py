@@ -1,0 +1,86 @@
+"""The arrays that hold K and V: one pool of blocks per layer, allocated once and only ever written in place."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+
+class LayerShape(NamedTuple):
+    """What one layer caches per token: K [num_kv_heads, key_dim] and V [num_kv_heads, value_dim] of `dtype`."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: mx.Dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.size
+
+
+class PagedKVCache:
+    """K and V of every layer: `keys[l]`, `values[l]` are [num_blocks, block_size, num_kv_heads, dim].
+
+    A write donates the old array to the new one as long as nothing else holds it, so no view of a pool may outlive
+    the step that made it, and a pool never goes into an `mx.eval` list.
+    """
+
+    def __init__(self, layers: Sequence[LayerShape], num_blocks: int, block_size: int, max_staging: int) -> None:
+        self.layers = list(layers)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.block_bytes = block_size * sum(layer.bytes_per_token for layer in layers)
+        self._max_staging = max_staging
+
+        def pool(layer: LayerShape, dim: int) -> mx.array:
+            return mx.zeros((num_blocks, block_size, layer.num_kv_heads, dim), layer.dtype)
+
+        self.keys = [pool(layer, layer.key_dim) for layer in layers]
+        self.values = [pool(layer, layer.value_dim) for layer in layers]
+        mx.eval(self.keys, self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    def write(self, layer: int, block_ids: mx.array, offsets: mx.array, keys: mx.array, values: mx.array) -> None:
+        """Put the K and V of tokens into their slots.
+
+        block_ids, offsets: int32 [num_tokens]; keys, values: [num_tokens, num_kv_heads, dim].
+        """
+        self.keys[layer][block_ids, offsets] = keys
+        self.values[layer][block_ids, offsets] = values
+
+    def move_blocks(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, (source, destination) after (source, destination), in every layer.
+
+        At most `max_staging` bytes are held beside the pools (one block of one layer at least). The gather has to be
+        evaluated before the scatter: as one expression it would copy the pool.
+        """
+        for piece in _independent_pieces(moves):
+            sources = mx.array([src for src, _ in piece], mx.int32)
+            destinations = mx.array([dst for _, dst in piece], mx.int32)
+            for pools in (self.keys, self.values):
+                for layer in range(len(pools)):
+                    step = max(1, self._max_staging // (pools[layer].nbytes // self.num_blocks))
+                    for start in range(0, len(piece), step):
+                        staged = pools[layer][sources[start : start + step]]
+                        mx.eval(staged)
+                        pools[layer][destinations[start : start + step]] = staged
+                        # One element of the result forces the scatter without naming the pool in the eval list.
+                        mx.eval(pools[layer][piece[start][1], 0, 0, 0])
+
+
+def _independent_pieces(moves: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Runs of moves that mean the same all at once as one after another: no block is read or written after a write."""
+    piece: list[tuple[int, int]] = []
+    written: set[int] = set()
+    for src, dst in moves:
+        if src in written or dst in written:
+            yield piece
+            piece, written = [], set()
+        piece.append((src, dst))
+        written.add(dst)
+    if piece:
+        yield piece

@@ -1,0 +1,151 @@
+"""The Python API: load a model, generate, chat, stream."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_paged.config import EngineConfig
+from mlx_paged.engine import Engine
+from mlx_paged.model_runner import ModelRunner
+from mlx_paged.models import loading
+from mlx_paged.models.patch import patch_model
+from mlx_paged.outputs import EngineStats, RequestOutput
+from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.sequence import Request
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, str]
+
+
+class LLM:
+    """A model with a paged KV cache.
+
+        llm = LLM("qwen2")
+        for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=64)):
+            print(output.outputs[0].text)
+
+    model: an alias, a Hugging Face repository, a folder, or None for the bundled demo model; the other arguments are
+    those of `EngineConfig`. Raises ModelError for a model that can't be had or run, ValueError for a value out of
+    range or a cache that does not fit. A model and its engine belong to the thread that made them.
+    """
+
+    def __init__(self, model: str | Path | None = None, **config: Any) -> None:
+        engine_config = EngineConfig(**config)
+        loaded = loading.load(model, engine_config.dtype)
+        self._start(loaded, engine_config)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, tokenizer: Any = None, **config: Any) -> "LLM":
+        """An engine for an mlx-lm model that is already loaded, and which goes on working in mlx-lm.
+
+        tokenizer: mlx-lm's TokenizerWrapper; without one prompts are token ids and no text comes out. The weights
+        are converted only if `dtype` is given.
+        """
+        engine_config = EngineConfig(**config)
+        if engine_config.dtype is not None:
+            loading.set_dtype(model, engine_config.dtype)
+        args = getattr(model, "args", None)
+        llm = cls.__new__(cls)
+        llm._start(loading.LoadedModel(model, tokenizer, loading.context_of(vars(args) if args is not None else {})), engine_config)
+        return llm
+
+    def _start(self, loaded: loading.LoadedModel, config: EngineConfig) -> None:
+        max_model_len = loaded.max_model_len
+        if config.max_model_len is not None:
+            if max_model_len is not None and config.max_model_len > max_model_len:
+                raise ValueError(
+                    f"max_model_len={config.max_model_len} is more than the {max_model_len} tokens of context "
+                    "that the model was made for"
+                )
+            max_model_len = config.max_model_len
+        self.tokenizer = loaded.tokenizer
+        self._outputs: dict[int, list[RequestOutput]] = {}
+        self._runner = ModelRunner(patch_model(loaded.model), config, max_model_len)
+        self.engine = Engine(self._runner, loaded.tokenizer, config, max_model_len)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Complete prompts, all of them batched; the results are in the prompts' order.
+
+        prompts: texts or lists of token ids, or a single one. params: for all prompts, or one for each. Everything
+        is validated before anything runs: raises ValueError, or TypeError, as `Engine.add_request` does. When it is
+        interrupted, what it held is freed.
+        """
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling parameters: give one for all or each")
+        requests = [self.engine.make_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]  # type: ignore[arg-type]
+        request_ids = [self._submit(request) for request in requests]
+        try:
+            return [self._wait(request_id)[-1] for request_id in request_ids]
+        finally:
+            for request_id in request_ids:
+                self._forget(request_id)
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
+        """Answer a conversation, [{"role": ..., "content": ...}, ...], through the model's chat template."""
+        return self.generate([self.encode_chat(messages)], params)[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt piece by piece: each output has the text and tokens that are new, the last is finished.
+
+        The prompt is validated at once. Closing the iterator ends the request and frees its blocks.
+        """
+        return self._stream(self.engine.make_request(prompt, params or SamplingParams(), stream=True))
+
+    def _stream(self, request: Request) -> Iterator[RequestOutput]:
+        request_id = self._submit(request)
+        try:
+            finished = False
+            while not finished:
+                for output in self._wait(request_id):
+                    finished = output.finished
+                    yield output
+        finally:
+            self._forget(request_id)
+
+    def _submit(self, request: Request) -> int:
+        request_id = self.engine.submit(request)
+        self._outputs[request_id] = []
+        return request_id
+
+    def _wait(self, request_id: int) -> list[RequestOutput]:
+        """Step until the request has outputs, and take them. Those of other requests are kept for their callers."""
+        while not self._outputs[request_id]:
+            for output in self.engine.step():
+                if output.request_id in self._outputs:
+                    self._outputs[output.request_id].append(output)
+        outputs, self._outputs[request_id] = self._outputs[request_id], []
+        return outputs
+
+    def _forget(self, request_id: int) -> None:
+        """End a request, if it has not ended, and drop what nobody has taken of it."""
+        self.engine.abort(request_id)
+        del self._outputs[request_id]
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model's tokenizer says how a conversation is written."""
+        return self.tokenizer is not None and bool(self.tokenizer.has_chat_template)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation, ready for the model's answer. Raises ValueError without a chat template."""
+        if not messages:
+            raise ValueError("the conversation is empty: give it at least one message")
+        if not self.has_chat_template:
+            raise ValueError("the model has no chat template: use generate with a plain prompt")
+        return list(self.tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True))
+
+    def stats(self) -> EngineStats:
+        """Counters of the engine and the state of its block pool."""
+        return self.engine.stats()
+
+    def describe_memory(self) -> str:
+        """One line on how the device's memory is divided."""
+        return str(self._runner.plan)

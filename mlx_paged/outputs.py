@@ -1,0 +1,74 @@
+"""What the engine hands out: results of requests and its own counters."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class CompletionOutput:
+    """One sample of a request.
+
+    token_ids include the stop token that ended it, text ends before the stop string. cumulative_logprob is the sum
+    of the tokens' log-probabilities under the model, before penalties and temperature; logprobs has, per token,
+    {token id: logprob} of the token and the k best, if asked for. finish_reason: "stop" (end token, stop token or
+    stop string), "length" (max_tokens or the end of the context), "abort", or None while it runs. stop_reason: the
+    stop token id or string, None for the end token or length.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[dict[int, float]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestMetrics:
+    """Moments in the life of a request, in seconds of `time.monotonic()`; None until they happen."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclass
+class RequestOutput:
+    """The state of a request: whole, or in a stream what is new since the output before.
+
+    num_cached_tokens: prompt tokens whose K/V came from the prefix cache.
+    """
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = False
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+
+
+@dataclass
+class EngineStats:
+    """Counters of an engine; memory figures are of this moment, the others since it was made.
+
+    kv_bytes: size of the pool. num_free_blocks: cached blocks that nobody uses are free too. kv_tokens: tokens in
+    blocks, shared ones counted once. kv_waste: share of the slots of used blocks that hold no token. prefix_*_tokens:
+    prompt tokens looked up and found. host_time_s: scheduling, batch building, stops and text; model_time_s: building
+    the model's graph, running it and sampling.
+    """
+
+    num_blocks: int
+    num_free_blocks: int
+    block_size: int
+    kv_bytes: int
+    kv_tokens: int
+    kv_waste: float
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+    num_preemptions: int
+    num_cow_copies: int
+    num_steps: int
+    host_time_s: float
+    model_time_s: float

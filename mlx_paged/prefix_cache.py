@@ -1,0 +1,97 @@
+"""Which block holds which prefix: full blocks found by the tokens from the start of a sequence up to their end.
+
+A prefix is a path in a tree: a node stands for the tokens of one full block after those of its parent, and is found
+by (parent, tokens). Tokens are compared, not only their hashes, and the parent is a node and not a hash of it, so no
+collision can serve another prompt's block.
+"""
+
+from collections.abc import Hashable
+
+
+class PrefixNode:
+    """The tokens from the start of a sequence to the end of one full block, and the block that has their K/V."""
+
+    __slots__ = ("block_id", "num_children", "parent", "tokens")
+
+    def __init__(self, parent: "PrefixNode | None", tokens: tuple[int, ...]) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.block_id: int | None = None
+        self.num_children = 0
+
+
+class PrefixCache:
+    """Finds blocks by prefix. Every operation costs what hashing one block's tokens costs."""
+
+    def __init__(self) -> None:
+        self._roots: dict[Hashable, PrefixNode] = {}
+        self._nodes: dict[tuple[PrefixNode, tuple[int, ...]], PrefixNode] = {}
+        self._node_of_block: dict[int, PrefixNode] = {}
+
+    def __contains__(self, block_id: int) -> bool:
+        return block_id in self._node_of_block
+
+    def __len__(self) -> int:
+        return len(self._node_of_block)
+
+    def root(self, salt: Hashable = None) -> PrefixNode:
+        """The empty prefix of the requests with this salt; others never see theirs."""
+        return self._roots.setdefault(salt, PrefixNode(None, ()))
+
+    def find(self, parent: PrefixNode, tokens: tuple[int, ...]) -> PrefixNode | None:
+        """The node of `tokens` after `parent` if a block holds their K/V."""
+        node = self._nodes.get((parent, tokens))
+        return node if node is not None and node.block_id is not None else None
+
+    def insert(self, parent: PrefixNode, tokens: tuple[int, ...], block_id: int) -> PrefixNode:
+        """The node of `tokens` after `parent`, held by `block_id` from now on unless another block has them."""
+        node = self._child(self._in_tree(parent), tokens)
+        if node.block_id is None:
+            node.block_id = block_id
+            self._node_of_block[block_id] = node
+        return node
+
+    def evict(self, block_id: int) -> None:
+        """`block_id` will be overwritten: it can't be found any more."""
+        node = self._node_of_block.pop(block_id, None)
+        if node is None:
+            return
+        node.block_id = None
+        # A node without a block stays while longer prefixes need it, so that they are found again once it is back.
+        while node.parent is not None and node.block_id is None and node.num_children == 0:
+            del self._nodes[node.parent, node.tokens]
+            node = node.parent
+            node.num_children -= 1
+
+    def move(self, src: int, dst: int) -> None:
+        """The content of `src` is in `dst` now; what `dst` held is gone."""
+        self.evict(dst)
+        node = self._node_of_block.pop(src, None)
+        if node is not None:
+            node.block_id = dst
+            self._node_of_block[dst] = node
+
+    def _child(self, parent: PrefixNode, tokens: tuple[int, ...]) -> PrefixNode:
+        node = self._nodes.get((parent, tokens))
+        if node is None:
+            node = self._nodes[parent, tokens] = PrefixNode(parent, tokens)
+            parent.num_children += 1
+        return node
+
+    def _in_tree(self, node: PrefixNode) -> PrefixNode:
+        """The node of the same prefix that is in the tree: a live sequence may hold one that eviction has dropped."""
+        dropped = []
+        while node.parent is not None and self._nodes.get((node.parent, node.tokens)) is not node:
+            dropped.append(node.tokens)
+            node = node.parent
+        for tokens in reversed(dropped):
+            node = self._child(node, tokens)
+        return node
+
+    def check(self) -> None:
+        """Raise AssertionError if blocks and nodes disagree."""
+        for block_id, node in self._node_of_block.items():
+            assert node.block_id == block_id, f"block {block_id} and its prefix node disagree"
+            assert self._nodes.get((node.parent, node.tokens)) is node, f"block {block_id} can't be found"
+        with_block = sum(node.block_id is not None for node in self._nodes.values())
+        assert with_block == len(self._node_of_block), "a prefix node names a block that does not hold it"

@@ -1,0 +1,164 @@
+"""Which tokens the next step computes: running decodes first, then chunks of prompts, as far as blocks allow.
+
+Sequences are served in the order of their requests' arrival. When blocks run out the latest one is preempted: its
+blocks are freed and its tokens computed again later, which finds in the prefix cache what has not been overwritten.
+The earliest sequence can always take the blocks of all others, and a request that would not fit the pool alone is
+refused when it arrives, so something always moves on. Knows no mlx.
+"""
+
+from bisect import insort
+from typing import NamedTuple
+
+from mlx_paged.block_manager import BlockManager
+from mlx_paged.errors import OutOfBlocks
+from mlx_paged.sequence import Request, Sequence
+
+
+class ScheduledSequence(NamedTuple):
+    """The next `num_tokens` tokens of a sequence, from position `start`, are computed in this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the sequence's last token is among them, so that the next one can be chosen."""
+        return self.start + self.num_tokens == len(self.sequence.token_ids)
+
+
+class Schedule(NamedTuple):
+    """What one step computes, decodes before prompts.
+
+    copies: (source, destination) blocks to copy first. preempted: sequences that have just lost their blocks.
+    """
+
+    sequences: list[ScheduledSequence]
+    copies: list[tuple[int, int]]
+    preempted: list[Sequence]
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.request.request_id, sequence.index
+
+
+class Scheduler:
+    """Holds waiting and running sequences, both in the order in which they are served."""
+
+    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.block_manager = block_manager
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence without blocks waits for its turn."""
+        insort(self.waiting, sequence, key=_order)
+
+    def add_fork(self, sequence: Sequence, fork: Sequence) -> None:
+        """A sequence that shares the blocks of a running one runs at once: room was kept for it."""
+        self.block_manager.fork(sequence.seq_id, fork.seq_id)
+        fork.num_computed = sequence.num_computed
+        insort(self.running, fork, key=_order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence has ended, wherever it is."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.block_manager.free(sequence.seq_id)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> Schedule:
+        """Choose the next step's tokens and take the blocks for them; no sequences if nothing waits or runs."""
+        scheduled: list[ScheduledSequence] = []
+        copies: list[tuple[int, int]] = []
+        preempted: list[Sequence] = []
+        budget = self._max_num_batched_tokens
+        for sequence in list(self.running):
+            if budget > 0 and sequence.num_uncomputed == 1 and self._make_room(sequence, copies, preempted):
+                scheduled.append(ScheduledSequence(sequence, sequence.num_computed, 1))
+                budget -= 1
+        for sequence in self.running:
+            if budget > 0 and sequence.num_uncomputed > 1:
+                budget -= self._schedule_chunk(sequence, budget, scheduled)
+        if not preempted:
+            self._admit(budget, scheduled)
+        return Schedule(scheduled, copies, preempted)
+
+    def complete(self, schedule: Schedule) -> None:
+        """The K/V of a step's tokens is in place."""
+        for sequence, start, num_tokens in schedule.sequences:
+            sequence.num_computed = start + num_tokens
+            self.block_manager.mark_computed(sequence.seq_id, sequence.num_computed)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks; it waits for its turn again, with its tokens to compute anew."""
+        self.running.remove(sequence)
+        self.block_manager.free(sequence.seq_id)
+        sequence.num_computed = 0
+        self.add(sequence)
+        self.num_preemptions += 1
+
+    def _make_room(
+        self, sequence: Sequence, copies: list[tuple[int, int]], preempted: list[Sequence]
+    ) -> bool:
+        """Give the sequence's latest token a slot, at the cost of later sequences; False if it had to go itself."""
+        while sequence in self.running:
+            try:
+                num_slots = self.block_manager.num_tokens(sequence.seq_id)
+                copies += self.block_manager.append(sequence.seq_id, sequence.token_ids[num_slots:])
+                return True
+            except OutOfBlocks:
+                preempted.append(self.running[-1])
+                self.preempt(self.running[-1])
+        return False
+
+    def _schedule_chunk(self, sequence: Sequence, budget: int, scheduled: list[ScheduledSequence]) -> int:
+        num_tokens = min(sequence.num_uncomputed, budget)
+        scheduled.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens))
+        return num_tokens
+
+    def _admit(self, budget: int, scheduled: list[ScheduledSequence]) -> None:
+        """Start waiting sequences while there are tokens, places and blocks for them."""
+        places = self._max_num_seqs - sum(_num_places(sequence) for sequence in self.running)
+        while self.waiting and budget > 0:
+            sequence = self.waiting[0]
+            request = sequence.request
+            if _num_places(sequence) > places:
+                break
+            # One that was preempted comes back once every running one could take a block beside it.
+            is_new = request.metrics.first_scheduled_time is None
+            reserve = 0 if is_new else len(self.running) * self.block_manager.block_size
+            if not self._allocate(sequence, reserve):
+                break
+            self.waiting.pop(0)
+            insort(self.running, sequence, key=_order)
+            places -= _num_places(sequence)
+            budget -= self._schedule_chunk(sequence, budget, scheduled)
+
+    def _allocate(self, sequence: Sequence, reserve: int) -> bool:
+        manager = self.block_manager
+        needed = -(-(len(sequence.token_ids) + reserve) // manager.block_size)
+        if reserve and needed > manager.num_free_blocks:
+            return False
+        try:
+            num_cached = manager.allocate(sequence.seq_id, sequence.token_ids, salt=sequence.params.cache_salt)
+        except OutOfBlocks:
+            return False
+        sequence.num_computed = num_cached
+        if sequence.request.metrics.first_scheduled_time is None:
+            sequence.request.num_cached_tokens = num_cached
+            self.prefix_query_tokens += len(sequence.token_ids)
+            self.prefix_hit_tokens += num_cached
+        return True
+
+
+def _num_places(sequence: Sequence) -> int:
+    """Places among max_num_seqs that a sequence takes: those of its forks to come included."""
+    request: Request = sequence.request
+    return request.params.n if len(request.sequences) == 1 else 1

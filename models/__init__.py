@@ -1,0 +1,1 @@
+"""How mlx-lm's models are found, loaded, patched and named."""

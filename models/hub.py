@@ -1,0 +1,207 @@
+"""From a model's name to a folder on disk: aliases, folders, Hugging Face repositories and their cache.
+
+Knows nothing of mlx or of model families. Every failure is a `ModelError` of one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import os
+import re
+import struct
+from pathlib import Path
+
+from mlx_paged.errors import ModelError
+from mlx_paged.models.aliases import ALIASES
+
+DEMO_FOLDER = Path(__file__).parent / "demo"
+
+# What mlx-lm reads of a repository; Python files are left out because nothing here runs a repository's code.
+DOWNLOAD_PATTERNS = [
+    "*.json",
+    "*.jsonl",
+    "*.jinja",
+    "*.txt",
+    "*.tiktoken",
+    "model*.safetensors",
+    "tokenizer.model",
+    "tiktoken.model",
+]
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_ANY_MODEL = "an alias (mlx-paged generate --help lists them), a Hugging Face repository (org/name) or a folder"
+
+
+def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None) -> Path:
+    """The folder that holds `model`, downloaded first if it has to be.
+
+    Args:
+        model: None (the bundled demo model), an alias, a folder, or a repository "org/name". A plain string that is an
+            alias always means the alias (write "./qwen2" for a folder of that name); "org/name" means a folder if
+            there is one.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be had just now.
+    """
+    if model is None:
+        return _folder_with_config(DEMO_FOLDER)
+    name = os.fspath(model)
+    if isinstance(model, str) and model in ALIASES:
+        return _download(ALIASES[model], revision)
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return _folder_with_config(folder)
+    if name and folder.exists():
+        raise ModelError(f"{name!r} is a file; a model is the folder that holds config.json and *.safetensors")
+    if _looks_like_path(model):
+        raise ModelError(f"there is no folder {name!r}; a model is {_ANY_MODEL}")
+    if _REPO_ID.fullmatch(name):
+        return _download(name, revision)
+    close = difflib.get_close_matches(name.lower(), ALIASES, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}? Otherwise give" if close else "give"
+    raise ModelError(f"there is no model {name!r}: {hint} {_ANY_MODEL}")
+
+
+def check_files(folder: Path) -> None:
+    """Raise ModelError, naming the file, unless `folder` holds a config and whole safetensors files.
+
+    Reads headers only: it is cheap for a model of any size.
+    """
+    _folder_with_config(folder)
+    _read_json(folder / "config.json")
+    shards = sorted(folder.glob("model*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{index} has no weight_map; fetch the file again")
+        missing = sorted({str(name) for name in weight_map.values()} - {shard.name for shard in shards})
+        if missing:
+            raise ModelError(
+                f"{folder} lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''}, which {index.name} "
+                f"names ({len(missing)} missing); fetch the model again"
+            )
+    if not shards:
+        others = sorted(
+            path.name for path in folder.iterdir() if path.suffix in {".bin", ".gguf", ".npz", ".pt", ".pth"}
+        )
+        found = f"only {others[0]}, which can't be read; convert the model with mlx_lm.convert" if others else "none"
+        raise ModelError(f"{folder} should hold the weights as model*.safetensors, and there is {found}")
+    for shard in shards:
+        _check_safetensors(shard)
+
+
+def _looks_like_path(model: str | os.PathLike[str]) -> bool:
+    if not isinstance(model, str):
+        return True
+    return model.startswith((".", "~", os.sep)) or os.sep in model[model.find(os.sep) + 1 :] or model.endswith(os.sep)
+
+
+def _folder_with_config(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{str(folder)!r} is not a model folder: it has no config.json")
+    return folder
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} can't be read as JSON ({error}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} should hold a JSON object and holds {type(content).__name__}")
+    return content
+
+
+def _check_safetensors(path: Path) -> None:
+    """A safetensors file: 8 bytes little-endian length, that much JSON, then the tensors that it describes."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise ModelError(f"{path} is cut short ({size} bytes); fetch it again")
+            (header_bytes,) = struct.unpack("<Q", prefix)
+            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, size - 8):
+                raise ModelError(
+                    f"{path} is not a whole safetensors file: its header should take {header_bytes} bytes and the file "
+                    f"has {size}; fetch it again"
+                )
+            header = json.loads(file.read(header_bytes))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path} is not a safetensors file: its header is broken; fetch it again") from error
+    expected = 8 + header_bytes + max(ends, default=0)
+    if size < expected:
+        raise ModelError(f"{path} is cut short: {size} of {expected} bytes; fetch it again")
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """The repository's folder in the local cache; huggingface-hub draws its progress on stderr."""
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
+    except Exception as error:
+        reason = _explain(error, repo, revision, constants.ENDPOINT, constants.HF_HUB_CACHE)
+        if reason is None:
+            raise
+        raise ModelError(reason) from error
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{repo} has no config.json: it is not a model that mlx-lm can read")
+    return folder
+
+
+def _explain(error: Exception, repo: str, revision: str | None, endpoint: str, cache: str) -> str | None:
+    """One line for what huggingface-hub raised, None for what is no fault of network, disk or name."""
+    from huggingface_hub import errors
+    from huggingface_hub.constants import is_offline_mode
+
+    number = _errno(error)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: {repo} doesn't fit into {cache}; free some space, or point HF_HOME at another disk"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{repo} can't be stored: {cache} is not writable; point HF_HOME at a folder that is"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: accept its licence at {endpoint}/{repo}, then run `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"there is no model {repo!r} at {endpoint} and no folder of that name (a private one needs `hf auth login`)"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}"
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo!r} can't be a repository's name; a model is {_ANY_MODEL}"
+    if isinstance(error, errors.LocalEntryNotFoundError) or type(error).__name__ == "IncompleteSnapshotError":
+        state = (
+            "is only partly downloaded"
+            if type(error).__name__ == "IncompleteSnapshotError"
+            else "is not downloaded yet"
+        )
+        offline = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"{endpoint} can't be reached"
+        return f"{repo} {state} and {offline}; try again when online, or give --model a folder"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"{endpoint} answered {error.response.status_code} for {repo}; try again later"
+    if isinstance(error, (OSError, getattr(errors, "HTTPError", OSError))):
+        return f"the download of {repo} broke off ({_first_line(error)}); run it again, what has arrived is kept"
+    return None
+
+
+def _errno(error: BaseException | None) -> int | None:
+    """The system's error number, wherever in the chain of causes it is."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

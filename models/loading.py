@@ -1,0 +1,61 @@
+"""From a model's name to an mlx-lm model and tokenizer in memory."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import load_model, load_tokenizer
+from mlx_paged.models import hub
+
+from mlx_paged.errors import ModelError
+
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+
+
+class LoadedModel(NamedTuple):
+    """An mlx-lm model, its TokenizerWrapper, and the longest context it was made for (None: it does not say)."""
+
+    model: nn.Module
+    tokenizer: Any
+    max_model_len: int | None
+
+
+def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
+    """Load an alias, a Hugging Face repository, a folder, or None for the bundled demo model.
+
+    dtype: of the weights; None keeps them as stored, except that a CPU gets float32. Raises ModelError.
+    """
+    folder = hub.resolve(name)
+    hub.check_files(folder)
+    try:
+        model, config = load_model(folder, lazy=True)
+    except Exception as error:  # mlx-lm reports what it can't read in many ways
+        raise ModelError(f"{folder} can't be loaded by mlx-lm: {_first_line(error)}") from error
+    try:
+        tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:
+        raise ModelError(f"{folder} has no tokenizer that can be read: {_first_line(error)}") from error
+    set_dtype(model, dtype)
+    return LoadedModel(model, tokenizer, context_of(config))
+
+
+def set_dtype(model: nn.Module, dtype: str | None) -> None:
+    """Convert a model's floating-point weights to `dtype`; None: float32 on a CPU, elsewhere as they are."""
+    if dtype is None and mx.default_device() == mx.cpu:
+        dtype = "float32"
+    if dtype is not None:
+        model.set_dtype(getattr(mx, dtype))
+
+
+def context_of(config: dict[str, Any]) -> int | None:
+    """The longest context that a model's configuration names."""
+    for section in (config, config.get("text_config") or {}):
+        for name in _CONTEXT_NAMES:
+            if isinstance(section.get(name), int):
+                return int(section[name])
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

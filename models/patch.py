@@ -1,0 +1,230 @@
+"""The seam between mlx-lm's models and the paged cache: a cache object, an attention function, and row picking.
+
+A model is fed packed tokens, [num_tokens, 1], with the position of each as `cache.offset`, so its own code applies
+projections and rope token by token. `PagedLayerCache` takes the place of mlx-lm's cache: it writes K and V into
+their slots and hands the model opaque objects, which only the attention function in `_dispatch` understands. A model
+that touches K, V or the mask in between fails at load, in `probe`, instead of computing something wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from mlx_paged.attention import attend
+from mlx_paged.batch import StepInputs
+from mlx_paged.errors import ModelError
+from mlx_paged.kv_cache import LayerShape, PagedKVCache
+
+SEAM = {
+    base.scaled_dot_product_attention: ["queries", "keys", "values", "cache", "scale", "mask", "sinks"],
+    base.create_attention_mask: ["h", "cache", "window_size", "return_array"],
+    KVCache.update_and_fetch: ["self", "keys", "values"],
+    RotatingKVCache.make_mask: ["self", "N", "window_size", "return_array"],
+}
+_ATTENTION = "scaled_dot_product_attention"
+_INNER_NAMES = ("model", "transformer", "backbone", "decoder")
+
+
+class PagedMask(NamedTuple):
+    """What a model passes from `make_mask` to its attention: causal, over at most `window` keys."""
+
+    window: int | None
+
+
+class PagedKV:
+    """Stands for the K (or V) of a layer's sequences. Opaque: no shape, no arithmetic."""
+
+    def __init__(self, layer_cache: PagedLayerCache) -> None:
+        self.layer_cache = layer_cache
+
+
+class PagedLayerCache:
+    """One layer of a paged KV cache during one step, with the interface of an mlx-lm cache."""
+
+    def __init__(self, kv_cache: PagedKVCache, layer: int, step: StepInputs, window: int | None) -> None:
+        self._kv_cache = kv_cache
+        self._layer = layer
+        self._window = window
+        self.step = step
+        self.offset = step.positions
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
+        """Write keys and values, [num_tokens, num_kv_heads, 1, dim], into their tokens' slots."""
+        self._kv_cache.write(
+            self._layer, self.step.block_ids, self.step.block_offsets, keys[:, :, 0], values[:, :, 0]
+        )
+        return PagedKV(self), PagedKV(self)
+
+    def make_mask(self, N: int, *, return_array: bool = False, window_size: int | None = None) -> PagedMask:
+        return PagedMask(window_size or self._window)
+
+    def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
+        """queries [num_tokens, num_heads, 1, head_dim] -> [num_tokens, num_heads, 1, value_dim]."""
+        windows = [w for w in (self._window, mask and mask.window) if w is not None]
+        out = attend(
+            queries[:, :, 0],
+            self._kv_cache.keys[self._layer],
+            self._kv_cache.values[self._layer],
+            self.step.metadata,
+            scale=scale,
+            window=min(windows, default=None),
+            sinks=sinks,
+        )
+        return out[:, :, None]
+
+
+class _ProbeLayerCache(PagedLayerCache):
+    """Takes the place of a layer's cache to learn what the layer would store; computes nothing."""
+
+    def __init__(self, step: StepInputs) -> None:
+        self.step = step
+        self.offset = step.positions
+        self._window = None
+        self.shape: LayerShape | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
+        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        return PagedKV(self), PagedKV(self)
+
+    def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
+        assert self.shape is not None
+        return mx.zeros((*queries.shape[:3], self.shape.value_dim), queries.dtype)
+
+
+class PatchedModel(NamedTuple):
+    """A model that can run on a paged cache, and what is known about it.
+
+    layers: one shape per cache the model makes, None where nothing is stored; windows: likewise the most keys that
+    its cache kind keeps, None for all.
+    """
+
+    model: nn.Module
+    layers: list[LayerShape | None]
+    windows: list[int | None]
+    vocab_size: int
+    picks_rows: bool
+
+    def __call__(self, kv_cache: PagedKVCache, step: StepInputs) -> mx.array:
+        """The logits of the step's `logit_rows`, [num_rows, vocab_size]."""
+        caches: list[Any] = []
+        stored = 0
+        for shape, window in zip(self.layers, self.windows, strict=True):
+            caches.append(PagedLayerCache(kv_cache, stored, step, window))
+            stored += shape is not None
+        logits = self.model(step.token_ids[:, None], cache=caches)
+        if not self.picks_rows and step.logit_rows is not None:
+            logits = logits[step.logit_rows]
+        return logits[:, 0]
+
+
+def patch_model(model: nn.Module) -> PatchedModel:
+    """Make `model`, an mlx-lm model, run on a paged cache; it goes on working with mlx-lm's own caches.
+
+    Raises ModelError if the model keeps other state than keys and values, or looks at them itself.
+    """
+    check_seam()
+    name = getattr(model, "model_type", type(model).__name__)
+    windows = [_window_of(cache, name) for cache in make_prompt_cache(model)]
+    for module in model.modules():
+        _patch_attention(sys.modules[type(module).__module__])
+    inner = _inner_model(model)
+    if inner is not None:
+        _pick_rows(type(inner))
+    return _probe(model, name, windows)
+
+
+def check_seam() -> None:
+    """Raise ModelError, by name, if the installed mlx-lm's functions no longer have the form relied on here."""
+    for function, expected in SEAM.items():
+        found = list(inspect.signature(function).parameters)
+        if found != expected:
+            raise ModelError(
+                f"mlx-lm's {function.__qualname__} takes {found}, expected {expected}: "
+                "install a version of mlx-lm that mlx-paged names as supported"
+            )
+
+
+def _window_of(cache: Any, model_name: str) -> int | None:
+    """The most keys that an mlx-lm cache keeps, None for all. Raises ModelError for other kinds of cache."""
+    if type(cache) is KVCache:
+        return None
+    if type(cache) is RotatingKVCache and cache.keep == 0:
+        return cache.max_size
+    raise ModelError(
+        f"model family {model_name!r} keeps state in {type(cache).__name__}, which can't be paged: "
+        "only plain and sliding-window attention caches can"
+    )
+
+
+def _patch_attention(module: Any) -> None:
+    """Let `module`'s attention function handle paged K and V; it stays as it was for everything else."""
+    original = getattr(module, _ATTENTION, None)
+    if original is base.scaled_dot_product_attention:
+        setattr(module, _ATTENTION, _dispatch)
+
+
+@functools.wraps(base.scaled_dot_product_attention)
+def _dispatch(
+    queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None
+) -> mx.array:
+    if not isinstance(keys, PagedKV):
+        return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
+    if not (mask is None or isinstance(mask, PagedMask)):
+        raise TypeError(f"the model passes a mask of its own, {type(mask).__name__}")
+    return keys.layer_cache.attend(queries, scale, mask, sinks)
+
+
+def _inner_model(model: nn.Module) -> nn.Module | None:
+    """The part of a model that ends before its output head."""
+    while isinstance(getattr(model, "language_model", None), nn.Module):
+        model = model.language_model
+    found = (getattr(model, name, None) for name in _INNER_NAMES)
+    return next((inner for inner in found if isinstance(inner, nn.Module)), None)
+
+
+def _pick_rows(cls: type) -> None:
+    """Let the inner model `cls` return only the rows that need logits, when it runs on paged caches."""
+    original: Callable[..., Any] = cls.__call__  # type: ignore[operator]
+    if hasattr(original, "picks_rows"):
+        return
+
+    @functools.wraps(original)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden = original(self, *args, **kwargs)
+        step = _step_of([*args, *kwargs.values()])
+        return hidden if step is None or step.logit_rows is None else hidden[step.logit_rows]
+
+    call.picks_rows = True  # type: ignore[attr-defined]
+    cls.__call__ = call  # type: ignore[operator]
+
+
+def _step_of(arguments: Sequence[Any]) -> StepInputs | None:
+    for argument in arguments:
+        if isinstance(argument, list) and argument and isinstance(argument[0], PagedLayerCache):
+            return argument[0].step
+    return None
+
+
+def _probe(model: nn.Module, name: str, windows: list[int | None]) -> PatchedModel:
+    """Build, without running it, the graph of a step of two tokens, and see what each layer stores."""
+    two = mx.array([0, 1], mx.int32)
+    step = StepInputs(two, two, two, two, mx.array([1], mx.int32), None)  # type: ignore[arg-type]
+    caches = [_ProbeLayerCache(step) for _ in windows]
+    try:
+        logits = model(two[:, None], cache=caches)
+        rows, _, vocab_size = logits.shape
+    except Exception as error:  # whatever a model's code does to an opaque object
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"model family {name!r} can't be paged: its code handles keys, values or masks itself ({reason})"
+        ) from error
+    return PatchedModel(model, [cache.shape for cache in caches], windows, vocab_size, picks_rows=rows == 1)
