@@ -33,13 +33,11 @@ def parse_memory(size: int | str, total: int | None = None) -> int:
 
 def format_memory(num_bytes: float) -> str:
     """`num_bytes` for people, in decimal units: 1536000 -> "1.5 MB"."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if num_bytes < 1000:
-            break
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while num_bytes >= 999.5 and len(units) > 1:
         num_bytes /= 1000
-    else:
-        unit = "TB"
-    return f"{num_bytes:.3g} {unit}" if num_bytes < 100 else f"{num_bytes:.0f} {unit}"
+        units.pop(0)
+    return f"{num_bytes:.3g} {units[0]}"
 
 
 @dataclass(frozen=True)

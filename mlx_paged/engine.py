@@ -233,8 +233,8 @@ class Engine:
             if not item.needs_logits:
                 continue
             not_forked = len(request.sequences) < request.params.n
-            for index in range(request.params.n) if not_forked else (sequence.index,):
-                samples.append(_Sample(sequence, index, row))
+            for number in range(request.params.n) if not_forked else (sequence.index,):
+                samples.append(_Sample(sequence, number, row))
             row += 1
         return samples
 
@@ -247,8 +247,8 @@ class Engine:
         if len(samples) != logits.shape[0]:
             logits = logits[mx.array([row for _, _, row in samples])]
         rows = []
-        for sequence, index, _ in samples:
-            draw = draw_id(sequence.request.seed, index, len(sequence.output.token_ids))
+        for sequence, number, _ in samples:
+            draw = draw_id(sequence.request.seed, number, len(sequence.output.token_ids))
             rows.append(SampleRow(sequence.params, draw, sequence.counts))
         return sample(logits, rows)
 
@@ -256,8 +256,8 @@ class Engine:
         """Give each sequence its token and return what is finished or new."""
         now = time.monotonic()
         sequences = []
-        for sequence, index, _ in samples:
-            if index != sequence.index:
+        for sequence, number, _ in samples:
+            if number != sequence.index:
                 fork = self._new_sequence(sequence.request)
                 self._scheduler.add_fork(sequence, fork)
                 sequences.append(fork)
@@ -336,8 +336,8 @@ class Engine:
 
 
 class _Sample(NamedTuple):
-    """A token to choose: for sample `index` of a request, after the last token of `sequence`, from this logits row."""
+    """A token to choose: for sample `number` of a request, after the last token of `sequence`, from a logits row."""
 
     sequence: Sequence
-    index: int
+    number: int
     row: int

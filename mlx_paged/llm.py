@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.nn as nn
 
@@ -47,8 +47,9 @@ class LLM:
         if engine_config.dtype is not None:
             loading.set_dtype(model, engine_config.dtype)
         args = getattr(model, "args", None)
+        context = loading.context_of({} if args is None else vars(args))
         llm = cls.__new__(cls)
-        llm._start(loading.LoadedModel(model, tokenizer, loading.context_of(vars(args) if args is not None else {})), engine_config)
+        llm._start(loading.LoadedModel(model, tokenizer, context), engine_config)
         return llm
 
     def _start(self, loaded: loading.LoadedModel, config: EngineConfig) -> None:
@@ -75,12 +76,13 @@ class LLM:
         interrupted, what it held is freed.
         """
         if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+            prompts = cast(list[Prompt], [prompts])
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling parameters: give one for all or each")
-        requests = [self.engine.make_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]  # type: ignore[arg-type]
+        pairs = zip(cast(Sequence[Prompt], prompts), params, strict=True)
+        requests = [self.engine.make_request(prompt, p) for prompt, p in pairs]
         request_ids = [self._submit(request) for request in requests]
         try:
             return [self._wait(request_id)[-1] for request_id in request_ids]

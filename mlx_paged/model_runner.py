@@ -90,19 +90,23 @@ def _plan_memory(model: PatchedModel, config: EngineConfig, max_model_len: int |
         num_blocks = min(share, room) // block_bytes
         if max_model_len is not None:
             num_blocks = min(num_blocks, config.max_num_seqs * -(-max_model_len // config.block_size))
-    if num_blocks < 1 or num_blocks * block_bytes > room:
-        asked = f"{max(num_blocks, 1)} blocks of {format_memory(block_bytes)}"
+    if num_blocks < 1 and room >= block_bytes:
         raise ValueError(
-            f"KV cache of {asked} = {format_memory(max(num_blocks, 1) * block_bytes)} does not fit: {device} "
-            f"{format_memory(limit)} - weights {format_memory(weights)} - reserve {format_memory(reserve)} leaves "
-            f"{format_memory(max(room, 0))}; change num_kv_blocks or kv_cache_memory, lower max_num_batched_tokens "
-            "(it sets the reserve), or take a smaller model"
+            f"kv_cache_memory={config.kv_cache_memory!r} holds no block: one takes {format_memory(block_bytes)}"
+        )
+    if num_blocks < 1 or num_blocks * block_bytes > room:
+        num_blocks = max(num_blocks, 1)
+        raise ValueError(
+            f"a KV cache of {num_blocks} blocks of {format_memory(block_bytes)} = "
+            f"{format_memory(num_blocks * block_bytes)} does not fit: {device} {format_memory(limit)} - weights "
+            f"{format_memory(weights)} - reserve {format_memory(reserve)} leaves {format_memory(max(room, 0))}; lower "
+            "num_kv_blocks or kv_cache_memory, or max_num_batched_tokens, which sets the reserve"
         )
     return MemoryPlan(num_blocks, block_bytes, config.block_size, weights, reserve, limit, device)
 
 
 def _parameter_bytes(model: PatchedModel) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(model.model.parameters()))
+    return sum(array.nbytes for array in dict(tree_flatten(model.model.parameters())).values())
 
 
 def _device_limit() -> tuple[int, str]:

@@ -1,9 +1,11 @@
 """Paged attention in plain MLX operations: runs on any device, and is what the kernels are measured against.
 
-Sequences that decode are batched: those of similar context length are gathered together, so a batch costs a few
-operations however many sequences it has. A sequence with several queries is taken by itself, in tiles of queries, and
-without copying K and V where its blocks happen to be consecutive. Scores and gathered blocks of one operation stay
-under `_MAX_BYTES`.
+Sequences with equally many queries and contexts of similar length are computed together, so a batch of decodes costs
+a few operations however many sequences it has. What one operation gathers or scores stays under `_MAX_BYTES`.
+
+K and V are gathered a row of one head at a time, straight into the order that the matrix products want: on a CPU
+gathering whole blocks and then transposing takes five times as long. Positions past a sequence's context read its
+last token again, so that what unused slots hold, NaN included, is never read.
 """
 
 from __future__ import annotations
@@ -19,31 +21,28 @@ if TYPE_CHECKING:
 _MAX_BYTES = 128 << 20
 
 
-class _DecodeGroup(NamedTuple):
-    """Sequences with one query each and contexts of similar length."""
+class _Group(NamedTuple):
+    """Sequences that are computed together, with as many queries each."""
 
-    tokens: mx.array  # int32 [num_seqs]: their queries' rows in q
-    blocks: mx.array  # int32 [num_seqs, num_blocks]
-    visible: mx.array  # bool [num_seqs, num_blocks * block_size]
-
-
-class _PrefillTile(NamedTuple):
-    """Consecutive queries of one sequence."""
-
-    first_token: int
-    num_tokens: int
-    blocks: mx.array | None  # int32 [num_blocks]; None where they are consecutive, from first_block
-    first_block: int
-    num_blocks: int
-    num_keys: int  # keys from the start of the first block on; the rest of the last block is not the sequence's
-    visible: mx.array  # bool [num_tokens, num_keys]
+    tokens: mx.array  # int32 [num_seqs, num_queries]: the queries' rows in q
+    rows: mx.array  # int [num_seqs, num_kv_heads, num_keys]: the keys' rows in the cache as [-1, dim]
+    visible: mx.array  # bool [num_seqs, 1, num_queries, num_keys]
 
 
 class _Plan(NamedTuple):
-    decode: list[_DecodeGroup]
-    prefill: list[_PrefillTile]
-    order: mx.array | None  # int32 [num_tokens]: q's row -> row of the groups' outputs, None if they are the same
-    num_padding: int  # tokens of sequences without context
+    groups: list[_Group]
+    order: mx.array | None  # int32 [num_tokens]: the row of each token in the groups' outputs, None if the same
+    num_padding: int  # tokens of sequences without context, whose outputs come last
+
+
+class _Shape(NamedTuple):
+    """What a plan depends on beside the step's metadata."""
+
+    block_size: int
+    num_kv_heads: int
+    num_heads: int
+    dims: int  # of a key and a value together
+    window: int | None
 
 
 def attend(
@@ -58,40 +57,25 @@ def attend(
     sinks: mx.array | None,
 ) -> mx.array:
     """The reference backend of `paged_attention`; shapes as there."""
-    block_size, num_heads = k_cache.shape[1], q.shape[1]
-    kv_bytes = k_cache.shape[2] * (k_cache.shape[3] + v_cache.shape[3]) * 4
-    key = ("reference", block_size, window, num_heads, kv_bytes)
-    plan = metadata.derive(key, lambda: _plan(metadata, block_size, window, num_heads, kv_bytes))
+    _, block_size, num_kv_heads, key_dim = k_cache.shape
+    value_dim = v_cache.shape[3]
+    shape = _Shape(block_size, num_kv_heads, q.shape[1], key_dim + value_dim, window)
+    plan = metadata.derive(shape, lambda: _plan(metadata, shape))
     # On a CPU float32 is both the precise and the fast arithmetic.
     dtype = mx.float32 if mx.default_device() == mx.cpu else q.dtype
     if sinks is not None:
         sinks = sinks.astype(dtype)
     outputs = []
-    for group in plan.decode:
-        keys, values = (cache[group.blocks].flatten(1, 2).astype(dtype) for cache in (k_cache, v_cache))
-        values = mx.where(group.visible[:, :, None, None], values, 0)  # 0 * NaN of an unused slot would be NaN
-        queries = q[group.tokens].astype(dtype)[:, :, None]
-        out = _softmax_attention(queries, keys, values, group.visible[:, None, None], scale, softcap, sinks)
-        outputs.append(out[:, :, 0])
-    for tile in plan.prefill:
-        keys, values = (_blocks_of(tile, cache)[None].astype(dtype) for cache in (k_cache, v_cache))
-        queries = q[tile.first_token : tile.first_token + tile.num_tokens].astype(dtype)
-        queries = queries.transpose(1, 0, 2)[None]
-        out = _softmax_attention(queries, keys, values, tile.visible[None, None], scale, softcap, sinks)
-        outputs.append(out[0].transpose(1, 0, 2))
+    for group in plan.groups:
+        keys = k_cache.reshape(-1, key_dim)[group.rows].astype(dtype)
+        values = v_cache.reshape(-1, value_dim)[group.rows].astype(dtype)
+        queries = q[group.tokens].astype(dtype).transpose(0, 2, 1, 3)
+        out = _softmax_attention(queries, keys, values, group.visible, scale, softcap, sinks)
+        outputs.append(out.transpose(0, 2, 1, 3).flatten(0, 1))
     if plan.num_padding or not outputs:
-        outputs.append(mx.zeros((plan.num_padding, num_heads, v_cache.shape[3]), dtype))
+        outputs.append(mx.zeros((plan.num_padding, q.shape[1], value_dim), dtype))
     result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
     return (result if plan.order is None else result[plan.order]).astype(q.dtype)
-
-
-def _blocks_of(tile: _PrefillTile, cache: mx.array) -> mx.array:
-    """The tile's keys or values, [num_keys, num_kv_heads, dim]: a view where the blocks are consecutive."""
-    if tile.blocks is None:
-        blocks = cache[tile.first_block : tile.first_block + tile.num_blocks]
-    else:
-        blocks = cache[tile.blocks]
-    return blocks.flatten(0, 1)[: tile.num_keys]
 
 
 def _softmax_attention(
@@ -103,8 +87,7 @@ def _softmax_attention(
     softcap: float | None,
     sinks: mx.array | None,
 ) -> mx.array:
-    """q [batch, heads, queries, dim], k and v [batch, keys, kv_heads, dim], visible broadcast over the scores."""
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    """q [batch, heads, queries, dim], k and v [batch, kv_heads, keys, dim], visible [batch, 1, queries, keys]."""
     if softcap is None:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=visible, sinks=sinks)
     batch, heads, queries, dim = q.shape
@@ -119,66 +102,60 @@ def _softmax_attention(
     return (weights @ v[:, :, None]).reshape(batch, heads, queries, -1)
 
 
-def _plan(
-    metadata: AttentionMetadata, block_size: int, window: int | None, num_heads: int, kv_bytes: int
-) -> _Plan:
-    """How to compute a step, for layers with this window; `kv_bytes` is what K and V take per key."""
+def _plan(metadata: AttentionMetadata, shape: _Shape) -> _Plan:
+    """How to compute a step, for layers of this shape."""
     contexts, lengths, starts = metadata.context_lens, metadata.query_lens, metadata.cu_seqlens_q
-    decode, prefill = [], []
-    rows = []  # of q, in the order in which the groups give their outputs
-    # Positions before the first visible one are never read: they may be long released.
-    first_visible = np.maximum(contexts - lengths + 1 - window, 0) if window else np.zeros_like(contexts)
-    first_block = first_visible // block_size
-    num_blocks = -(-contexts // block_size) - first_block
-    seqs = np.nonzero((lengths == 1) & (contexts > 0))[0]
-    for group in _similar_lengths(seqs, num_blocks, max_blocks=max(1, _MAX_BYTES // (kv_bytes * block_size))):
-        columns = first_block[group, None] + np.arange(num_blocks[group].max())
-        # Beyond its context a sequence reads its last block again: always a block of its own.
-        columns = np.minimum(columns, (-(-contexts[group] // block_size) - 1)[:, None])
-        blocks = metadata.block_tables[group[:, None], columns]
-        positions = first_block[group, None] * block_size + np.arange(num_blocks[group].max() * block_size)
-        visible = (positions < contexts[group, None]) & (positions >= first_visible[group, None])
-        tokens = starts[group]
-        decode.append(_DecodeGroup(mx.array(tokens), mx.array(blocks), mx.array(visible)))
-        rows.append(tokens)
-    for i in np.nonzero((lengths > 1) & (contexts > 0))[0]:
-        tile_size = max(1, _MAX_BYTES // (4 * num_heads * int(contexts[i])))
-        for begin in range(0, lengths[i], tile_size):
-            end = min(begin + tile_size, int(lengths[i]))
-            queries = contexts[i] - lengths[i] + np.arange(begin, end)
-            low = max(0, queries[0] + 1 - window) // block_size if window else 0
-            high = -(-(queries[-1] + 1) // block_size)
-            keys = np.arange(low * block_size, queries[-1] + 1)
-            visible = keys <= queries[:, None]
-            if window:
-                visible &= keys > queries[:, None] - window
-            ids = metadata.block_tables[i, low:high]
-            consecutive = bool((np.diff(ids) == 1).all())
-            blocks = None if consecutive else mx.array(ids)
-            first = int(starts[i]) + begin
-            prefill.append(
-                _PrefillTile(first, end - begin, blocks, int(ids[0]), len(ids), len(keys), mx.array(visible))
-            )
-            rows.append(np.arange(first, first + end - begin))
+    groups, row_order = [], []
+    for num_queries in np.unique(lengths[(contexts > 0) & (lengths > 0)]):
+        seqs = np.nonzero((lengths == num_queries) & (contexts > 0))[0]
+        num_keys = contexts if shape.window is None else np.minimum(contexts, num_queries + shape.window - 1)
+        for members in _similar_lengths(seqs, num_keys, _MAX_BYTES // (4 * shape.num_kv_heads * shape.dims)):
+            tile = _MAX_BYTES // (4 * shape.num_heads * len(members) * int(num_keys[members].max()))
+            for begin in range(0, num_queries, max(1, tile)):
+                queries = np.arange(begin, min(begin + max(1, tile), num_queries))
+                groups.append(_group(metadata, shape, members, queries))
+                row_order.append((starts[members, None] + queries).ravel())
     padding = [np.arange(starts[i], starts[i + 1]) for i in np.nonzero(contexts == 0)[0]]
-    row_order = np.concatenate([*rows, *padding]) if rows or padding else np.zeros(0, np.int32)
-    order = None
-    if (row_order != np.arange(len(row_order))).any():
-        order = mx.array(np.argsort(row_order).astype(np.int32))
-    return _Plan(decode, prefill, order, sum(map(len, padding)))
+    order = np.concatenate([*row_order, *padding]) if row_order or padding else np.zeros(0, np.int32)
+    in_order = bool((order == np.arange(len(order))).all())
+    return _Plan(groups, None if in_order else mx.array(np.argsort(order).astype(np.int32)), sum(map(len, padding)))
 
 
-def _similar_lengths(seqs: np.ndarray, num_blocks: np.ndarray, max_blocks: int) -> list[np.ndarray]:
-    """Split sequences into groups whose longest is at most twice the shortest; padded, a group has `max_blocks`."""
+def _group(metadata: AttentionMetadata, shape: _Shape, seqs: np.ndarray, queries: np.ndarray) -> _Group:
+    """The given queries of each sequence, and the keys that they see."""
+    contexts = metadata.context_lens[seqs, None]
+    query_positions = contexts - metadata.query_lens[seqs, None] + queries  # [num_seqs, num_queries]
+    first = np.zeros_like(contexts)
+    if shape.window is not None:
+        first = np.maximum(query_positions[:, :1] + 1 - shape.window, 0)
+    last = query_positions[:, -1:]
+    positions = first + np.arange(int((last - first).max()) + 1)  # [num_seqs, num_keys]
+    distance = query_positions[:, :, None] - positions[:, None]
+    visible = distance >= 0
+    if shape.window is not None:
+        visible &= distance < shape.window
+    positions = np.minimum(positions, last)
+    block_ids = np.take_along_axis(metadata.block_tables[seqs], positions // shape.block_size, axis=1)
+    slots = block_ids.astype(np.int64) * shape.block_size + positions % shape.block_size
+    rows = slots[:, None] * shape.num_kv_heads + np.arange(shape.num_kv_heads)[:, None]
+    index_type = np.int32 if rows.max() < 2**31 else np.int64
+    tokens = metadata.cu_seqlens_q[seqs, None] + queries
+    return _Group(
+        mx.array(tokens.astype(np.int32)), mx.array(rows.astype(index_type)), mx.array(visible[:, None])
+    )
+
+
+def _similar_lengths(seqs: np.ndarray, num_keys: np.ndarray, max_keys: int) -> list[np.ndarray]:
+    """Split sequences into groups whose longest is at most twice the shortest; padded, a group has `max_keys`."""
     groups: list[np.ndarray] = []
-    by_length = seqs[np.argsort(num_blocks[seqs], kind="stable")]
+    by_length = seqs[np.argsort(num_keys[seqs], kind="stable")]
     begin = 0
     for end in range(1, len(by_length) + 1):
-        longest = num_blocks[by_length[end]] if end < len(by_length) else None
+        longest = num_keys[by_length[end]] if end < len(by_length) else None
         if (
             longest is None
-            or longest > max(8, 2 * num_blocks[by_length[begin]])
-            or longest * (end + 1 - begin) > max_blocks
+            or longest > max(128, 2 * num_keys[by_length[begin]])
+            or longest * (end + 1 - begin) > max_keys
         ):
             groups.append(np.sort(by_length[begin:end]))
             begin = end

@@ -145,12 +145,12 @@ def _check_safetensors(path: Path) -> None:
 
 def _download(repo: str, revision: str | None) -> Path:
     """The repository's folder in the local cache; huggingface-hub draws its progress on stderr."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
     except Exception as error:
-        reason = _explain(error, repo, revision, constants.ENDPOINT, constants.HF_HUB_CACHE)
+        reason = _explain(error, repo, revision)
         if reason is None:
             raise
         raise ModelError(reason) from error
@@ -159,10 +159,11 @@ def _download(repo: str, revision: str | None) -> Path:
     return folder
 
 
-def _explain(error: Exception, repo: str, revision: str | None, endpoint: str, cache: str) -> str | None:
+def _explain(error: Exception, repo: str, revision: str | None) -> str | None:
     """One line for what huggingface-hub raised, None for what is no fault of network, disk or name."""
-    from huggingface_hub import errors
-    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub import constants, errors
+
+    endpoint, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
 
     number = _errno(error)
     if number in (errno.ENOSPC, errno.EDQUOT):
@@ -185,7 +186,7 @@ def _explain(error: Exception, repo: str, revision: str | None, endpoint: str, c
             if type(error).__name__ == "IncompleteSnapshotError"
             else "is not downloaded yet"
         )
-        offline = "HF_HUB_OFFLINE is set" if is_offline_mode() else f"{endpoint} can't be reached"
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{endpoint} can't be reached"
         return f"{repo} {state} and {offline}; try again when online, or give --model a folder"
     if isinstance(error, errors.HfHubHTTPError):
         return f"{endpoint} answered {error.response.status_code} for {repo}; try again later"

@@ -50,7 +50,8 @@ def set_dtype(model: nn.Module, dtype: str | None) -> None:
 
 def context_of(config: dict[str, Any]) -> int | None:
     """The longest context that a model's configuration names."""
-    for section in (config, config.get("text_config") or {}):
+    text_config = config.get("text_config") or {}
+    for section in (config, text_config if isinstance(text_config, dict) else vars(text_config)):
         for name in _CONTEXT_NAMES:
             if isinstance(section.get(name), int):
                 return int(section[name])

@@ -24,7 +24,7 @@ from mlx_paged.batch import StepInputs
 from mlx_paged.errors import ModelError
 from mlx_paged.kv_cache import LayerShape, PagedKVCache
 
-SEAM = {
+SEAM: dict[Callable[..., Any], list[str]] = {
     base.scaled_dot_product_attention: ["queries", "keys", "values", "cache", "scale", "mask", "sinks"],
     base.create_attention_mask: ["h", "cache", "window_size", "return_array"],
     KVCache.update_and_fetch: ["self", "keys", "values"],
@@ -32,6 +32,7 @@ SEAM = {
 }
 _ATTENTION = "scaled_dot_product_attention"
 _INNER_NAMES = ("model", "transformer", "backbone", "decoder")
+_NUM_PROBE_TOKENS = 11  # unlike any number of heads, so that code which mixes up axes can't pass by chance
 
 
 class PagedMask(NamedTuple):
@@ -43,8 +44,13 @@ class PagedMask(NamedTuple):
 class PagedKV:
     """Stands for the K (or V) of a layer's sequences. Opaque: no shape, no arithmetic."""
 
-    def __init__(self, layer_cache: PagedLayerCache) -> None:
+    def __init__(self, layer_cache: PagedLayerCache, dtype: mx.Dtype) -> None:
         self.layer_cache = layer_cache
+        self.dtype = dtype
+
+    def astype(self, dtype: mx.Dtype) -> PagedKV:
+        """Itself: attention reads K and V as they are stored and computes in float32 anyway."""
+        return self
 
 
 class PagedLayerCache:
@@ -62,7 +68,12 @@ class PagedLayerCache:
         self._kv_cache.write(
             self._layer, self.step.block_ids, self.step.block_offsets, keys[:, :, 0], values[:, :, 0]
         )
-        return PagedKV(self), PagedKV(self)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
+        """What is stored, for layers that share it."""
+        dtype = self._kv_cache.layers[self._layer].dtype
+        return PagedKV(self, dtype), PagedKV(self, dtype)
 
     def make_mask(self, N: int, *, return_array: bool = False, window_size: int | None = None) -> PagedMask:
         return PagedMask(window_size or self._window)
@@ -70,33 +81,44 @@ class PagedLayerCache:
     def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
         """queries [num_tokens, num_heads, 1, head_dim] -> [num_tokens, num_heads, 1, value_dim]."""
         windows = [w for w in (self._window, mask and mask.window) if w is not None]
+        keys, values = self._kv_cache.keys[self._layer], self._kv_cache.values[self._layer]
         out = attend(
-            queries[:, :, 0],
-            self._kv_cache.keys[self._layer],
-            self._kv_cache.values[self._layer],
+            queries[:, :, 0].astype(keys.dtype),
+            keys,
+            values,
             self.step.metadata,
             scale=scale,
             window=min(windows, default=None),
             sinks=sinks,
         )
-        return out[:, :, None]
+        return out[:, :, None].astype(queries.dtype)
 
 
 class _ProbeLayerCache(PagedLayerCache):
     """Takes the place of a layer's cache to learn what the layer would store; computes nothing."""
 
-    def __init__(self, step: StepInputs) -> None:
+    def __init__(self, step: StepInputs, window: int | None) -> None:
         self.step = step
         self.offset = step.positions
-        self._window = None
+        self._window = window
         self.shape: LayerShape | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
-        return PagedKV(self), PagedKV(self)
+        for array in (keys, values):
+            _expect_shape(array, (_NUM_PROBE_TOKENS, self.shape.num_kv_heads, 1))
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
+        if self.shape is None:
+            raise ValueError("a layer asks for what is stored before anything was")
+        return PagedKV(self, self.shape.dtype), PagedKV(self, self.shape.dtype)
 
     def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
         assert self.shape is not None
+        _expect_shape(queries, (_NUM_PROBE_TOKENS, queries.shape[1], 1, self.shape.key_dim))
+        if mask and mask.window and self._window and mask.window > self._window:
+            raise ValueError(f"a layer attends to {mask.window} tokens and its cache keeps {self._window}")
         return mx.zeros((*queries.shape[:3], self.shape.value_dim), queries.dtype)
 
 
@@ -193,7 +215,7 @@ def _inner_model(model: nn.Module) -> nn.Module | None:
 
 def _pick_rows(cls: type) -> None:
     """Let the inner model `cls` return only the rows that need logits, when it runs on paged caches."""
-    original: Callable[..., Any] = cls.__call__  # type: ignore[operator]
+    original: Callable[..., Any] = cls.__call__
     if hasattr(original, "picks_rows"):
         return
 
@@ -204,7 +226,7 @@ def _pick_rows(cls: type) -> None:
         return hidden if step is None or step.logit_rows is None else hidden[step.logit_rows]
 
     call.picks_rows = True  # type: ignore[attr-defined]
-    cls.__call__ = call  # type: ignore[operator]
+    cls.__call__ = call  # type: ignore[method-assign]
 
 
 def _step_of(arguments: Sequence[Any]) -> StepInputs | None:
@@ -215,16 +237,23 @@ def _step_of(arguments: Sequence[Any]) -> StepInputs | None:
 
 
 def _probe(model: nn.Module, name: str, windows: list[int | None]) -> PatchedModel:
-    """Build, without running it, the graph of a step of two tokens, and see what each layer stores."""
-    two = mx.array([0, 1], mx.int32)
-    step = StepInputs(two, two, two, two, mx.array([1], mx.int32), None)  # type: ignore[arg-type]
-    caches = [_ProbeLayerCache(step) for _ in windows]
+    """Build, without running it, the graph of a step, and see what each layer stores."""
+    tokens = mx.arange(_NUM_PROBE_TOKENS, dtype=mx.int32)
+    step = StepInputs(tokens, tokens, tokens, tokens, tokens[-1:], None)  # type: ignore[arg-type]
+    caches = [_ProbeLayerCache(step, window) for window in windows]
     try:
-        logits = model(two[:, None], cache=caches)
-        rows, _, vocab_size = logits.shape
+        logits = model(tokens[:, None], cache=caches)
+        num_rows = logits.shape[0]
+        _expect_shape(logits, (1 if num_rows == 1 else _NUM_PROBE_TOKENS, 1, logits.shape[-1]))
     except Exception as error:  # whatever a model's code does to an opaque object
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"model family {name!r} can't be paged: its code handles keys, values or masks itself ({reason})"
+            f"model family {name!r} can't be paged: its code handles keys, values, masks or positions itself ({reason})"
         ) from error
-    return PatchedModel(model, [cache.shape for cache in caches], windows, vocab_size, picks_rows=rows == 1)
+    return PatchedModel(model, [cache.shape for cache in caches], windows, logits.shape[-1], picks_rows=num_rows == 1)
+
+
+def _expect_shape(array: mx.array, expected: tuple[int, ...]) -> None:
+    """Raise ValueError if a model's array does not begin with these dimensions: it took tokens for something else."""
+    if array.shape[: len(expected)] != expected:
+        raise ValueError(f"an array of shape {list(array.shape)} where {list(expected)} was due")

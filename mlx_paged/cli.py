@@ -1,0 +1,288 @@
+"""The command line: options, exit codes, and what bad input is told. What the commands do is in cli_*.py.
+
+Exit codes: 0, 1 (it failed: one line on stderr), 2 (bad usage, a value out of range too), 130 (Ctrl-C). Nothing heavy
+is imported until a model is loaded, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from mlx_paged import __version__, cli_chat, cli_generate
+from mlx_paged.config import DTYPES, EngineConfig
+from mlx_paged.models.aliases import ALIASES
+from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.terminal import Terminal, one_line
+
+if TYPE_CHECKING:
+    from mlx_paged.llm import LLM
+
+Option = Callable[[Any], Any]
+
+_FLAGS = {
+    field.name: "-n" if field.name == "n" else "--" + field.name.replace("_", "-")
+    for settings in (EngineConfig, SamplingParams)
+    for field in dataclasses.fields(settings)
+}
+
+
+class EngineCommand(click.Command):
+    """A command whose failures are one line; ValueError, ImportError and OSError speak for themselves."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; returns its exit code."""
+        terminal = Terminal(verbose=ctx.params["verbose"], quiet=ctx.params["quiet"])
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyError:  # the reader of a pipe has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except Exception as error:
+            if terminal.verbose:
+                traceback.print_exc()
+            if isinstance(error, ValueError | ImportError | OSError):
+                terminal.failure(str(error) or type(error).__name__)
+            else:
+                hint = "" if terminal.verbose else "; run with --verbose for the traceback"
+                terminal.failure(f"unexpected {type(error).__name__}: {error}{hint}")
+            return 1
+
+
+class EngineGroup(click.Group):
+    """The top command: says what is wrong with a command line in one line."""
+
+    command_class = EngineCommand
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Run a command and exit with its code."""
+        for stream in (sys.stdout, sys.stderr):  # answers may hold what the terminal's encoding can't show
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        try:
+            code = super().main(*args, **{**extra, "prog_name": "mlx-paged", "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = error.exit_code
+        except click.ClickException as error:
+            ctx = getattr(error, "ctx", None)
+            hint = f" ({ctx.command_path} --help shows the options)" if ctx else ""
+            click.echo(f"mlx-paged: {one_line(error.format_message())}{hint}", err=True)
+            code = error.exit_code
+        except click.Abort:
+            code = cli_generate.INTERRUPTED
+        sys.exit(code)
+
+
+def options(*each: Option) -> Option:
+    """Several options as one decorator, in the order in which --help shows them."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(each):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def whole(*names: str, help: str, default: int | None = None) -> Option:
+    """An option that is a whole number."""
+    return click.option(*names, type=int, metavar="N", default=default, help=help)
+
+
+def decimal(*names: str, help: str, default: float) -> Option:
+    """An option that is a number."""
+    return click.option(*names, type=float, metavar="X", default=default, help=help)
+
+
+def text(*names: str, help: str, **kwargs: Any) -> Option:
+    """An option that is text."""
+    return click.option(*names, **{"metavar": "TEXT", "help": help, **kwargs})
+
+
+def flag(*names: str, help: str, **kwargs: Any) -> Option:
+    """An option that is given or not."""
+    return click.option(*names, is_flag=True, help=help, **kwargs)
+
+
+model_option: Option = text(
+    "--model", metavar="MODEL", help="Alias, Hugging Face repository or folder. Default: the bundled demo model."
+)
+system_option: Option = text("--system", help="System message of the chat template.")
+engine_options: Option = options(
+    whole("--block-size", help="Tokens per block of the KV cache. Default: 16."),
+    whole("--num-kv-blocks", help="Size of the KV cache in blocks."),
+    text("--kv-cache-memory", metavar="SIZE", help="Or in memory: 4GB, 512MiB, 30%."),
+    whole("--max-num-seqs", help="Sequences that run at once. Default: 64."),
+    whole("--max-num-batched-tokens", help="Tokens computed per step. Default: 2048."),
+    whole("--max-model-len", help="Longest prompt plus output. Default: the model's limit."),
+    text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32."),
+    flag("--no-prefix-caching", help="Don't reuse the blocks of equal prefixes."),
+)
+sampling_options: Option = options(
+    whole("-m", "--max-tokens", help=f"Default: {cli_generate.DEFAULT_MAX_TOKENS}, or what fits if that is less."),
+    decimal("--temp", "--temperature", "temperature", default=0.0, help="Default: 0, greedy."),
+    decimal("--top-p", default=1.0, help="Keep the likeliest tokens that make up this probability."),
+    whole("--top-k", default=0, help="Keep this many tokens. Default: 0, all."),
+    decimal("--min-p", default=0.0, help="Keep tokens at least this likely beside the likeliest."),
+    decimal("--repetition-penalty", default=1.0, help="Above 1: against tokens seen before."),
+    decimal("--presence-penalty", default=0.0, help="Against tokens of the output, once."),
+    decimal("--frequency-penalty", default=0.0, help="Against tokens of the output, each time."),
+    text("--stop", multiple=True, help="End before this text. Repeatable."),
+    whole("--seed", help="Makes random sampling repeatable."),
+    flag("--ignore-eos", help="Run on past the model's end token."),
+)
+report_options: Option = options(
+    flag("-v", "--verbose", help="Timing and memory on stderr, tracebacks of failures."),
+    flag("-q", "--quiet", help="Nothing on stderr but failures."),
+)
+_ALIASES_EPILOG = "Aliases: " + ", ".join(ALIASES)
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        click.echo(f"mlx-paged {__version__}")
+        ctx.exit()
+
+
+@click.group(cls=EngineGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@flag("--version", is_eager=True, expose_value=False, callback=_show_version, help="Show the version and exit.")
+def cli() -> None:
+    """Text from language models on MLX, with a paged KV cache."""
+
+
+@cli.command(epilog=_ALIASES_EPILOG)
+@click.argument("prompts", nargs=-1)
+@text("-p", "--prompt", "more_prompts", multiple=True, help='A prompt; "-" is stdin. Repeatable.')
+@text("-f", "--file", "files", multiple=True, metavar="FILE", help="A file that is one prompt. Repeatable.",
+      type=click.Path(exists=True, dir_okay=False, path_type=Path))  # fmt: skip
+@model_option
+@system_option
+@flag("--raw", help="Continue the prompt as it is, without the chat template.")
+@whole("-n", default=1, help="Samples per prompt.")
+@sampling_options
+@flag("--json", "as_json", help="One JSON object per prompt and line.")
+@whole("--logprobs", help="With --json: the N best tokens and their log-probabilities.")
+@engine_options
+@report_options
+def generate(
+    prompts: tuple[str, ...],
+    more_prompts: tuple[str, ...],
+    files: tuple[Path, ...],
+    model: str | None,
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    **settings: Any,
+) -> int:
+    """Generate text for one prompt or many at once.
+
+    Prompts are arguments, -p, -f, or piped in. A model with a chat template answers; with --raw it continues.
+    """
+    if system is not None and raw:
+        raise click.UsageError("--system needs the chat template that --raw turns off")
+    if settings["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs are shown with --json only")
+    params, engine = split_settings(settings)
+    texts = [_stdin_text() if prompt == "-" else prompt for prompt in (*prompts, *more_prompts)]
+    texts += [_as_text(path.read_bytes(), str(path)) for path in files]
+    if not texts and sys.stdin is not None and not sys.stdin.isatty():
+        texts = list(filter(None, [_stdin_text()]))
+    if not texts:
+        raise click.UsageError("there is no prompt: give one as an argument, with -p or -f, or through a pipe")
+    terminal = Terminal(verbose=verbose, quiet=quiet)
+    return cli_generate.run(
+        texts, lambda: load(model, engine, terminal), params, system=system, raw=raw, as_json=as_json, terminal=terminal
+    )
+
+
+@cli.command(epilog=_ALIASES_EPILOG)
+@model_option
+@system_option
+@sampling_options
+@engine_options
+@report_options
+def chat(model: str | None, system: str | None, verbose: bool, quiet: bool, **settings: Any) -> int:
+    """Talk with a model that remembers the conversation; /help shows what else can be typed."""
+    params, engine = split_settings(settings)
+    terminal = Terminal(verbose=verbose, quiet=quiet)
+    return cli_chat.run(load(model, engine, terminal), params, system=system, terminal=terminal)
+
+
+def split_settings(settings: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:
+    """The sampling parameters and the engine's settings among a command's options; out of range is bad usage."""
+    names = {field.name for field in dataclasses.fields(EngineConfig)} - {"seed"}  # --seed is the request's
+    engine = {name: settings.pop(name) for name in names & settings.keys()}
+    engine = {name: value for name, value in engine.items() if value is not None}
+    if settings.pop("no_prefix_caching"):
+        engine["prefix_caching"] = False
+    try:
+        EngineConfig(**engine)
+        return SamplingParams(**settings), engine
+    except ValueError as error:
+        message = re.sub(r"^n\b|\b[a-z]+(_[a-z]+)+\b|^\w+\b", lambda name: _FLAGS.get(name[0], name[0]), str(error))
+        raise click.UsageError(message) from None
+
+
+def load(model: str | None, engine: dict[str, Any], terminal: Terminal) -> LLM:
+    """The model, with a note on what its KV cache takes."""
+    if not terminal.verbose:  # other libraries' warnings
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not terminal.talks:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    terminal.progress("loading ...")
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+    try:
+        from mlx_paged import LLM
+
+        llm = LLM(model, **engine)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        terminal.progress("")
+    terminal.note(llm.describe_memory())
+    return llm
+
+
+def _leave(*_: object) -> NoReturn:
+    """End the process at once: after a KeyboardInterrupt a download's threads would first finish their files."""
+    os.write(2, b"\n")
+    os._exit(cli_generate.INTERRUPTED)
+
+
+def _stdin_text() -> str:
+    return "" if sys.stdin is None else _as_text(sys.stdin.buffer.read(), "standard input")
+
+
+def _as_text(content: bytes, source: str) -> str:
+    """A file's text, without the line end that editors and echo put last."""
+    try:
+        return re.sub(r"\r?\n\Z", "", content.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise click.UsageError(f"{source} is not UTF-8 text") from None
+
+
+def main() -> NoReturn:
+    """The console script."""
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

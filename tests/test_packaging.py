@@ -1,0 +1,97 @@
+"""The package installs from a wheel, editable and from a bare checkout, and carries all that it needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+PARTS = ["mlx_paged", "metal", "cuda", "models", "pyproject.toml", "README.md", "LICENSE"]
+PROBES = ["metal/probe.metal", "metal/probe.h", "cuda/probe.cu", "cuda/probe.cuh"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources with a file of every kind that kernels come in."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for part in PARTS:
+        source = REPOSITORY / part
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
+            shutil.copytree(source, folder / part, ignore=ignored)
+        else:
+            shutil.copy(source, folder / part)
+    for probe in PROBES:
+        (folder / probe).write_text("// a kernel\n")
+    return folder
+
+
+def _run(*command: str | Path, cwd: Path) -> str:
+    """The command's output, run in a folder of its own and without what this process has on its path."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def fresh_python(tmp_path: Path) -> Path:
+    """The interpreter of a new environment that sees pip and the dependencies installed here, but not this project."""
+    _run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    # Folders named in a .pth file are searched, but .pth files in them (an editable install's) are not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return tmp_path / "venv" / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
+    _run(*pip, "--wheel-dir", out, checkout, cwd=out)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_sources_kernels_and_the_demo_model_and_nothing_at_the_top(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"mlx_paged/{probe}" for probe in PROBES} <= names
+    for folder in ("mlx_paged", "models"):
+        expected = {path.name for path in (REPOSITORY / folder).glob("*.py")}
+        assert expected <= {Path(name).name for name in names}
+    demo = {path.name for path in (REPOSITORY / "models" / "demo").iterdir() if path.is_file()}
+    assert {f"mlx_paged/models/demo/{name}" for name in demo} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= demo
+    tops = {name.split("/")[0] for name in names}
+    assert tops - {"mlx_paged"} == {next(top for top in tops if top.endswith(".dist-info"))}
+
+
+def _generates(python: Path, cwd: Path, package_root: Path, *command: str | Path) -> None:
+    """The command writes a story, with the package that lies under `package_root`."""
+    where = _run(python, "-c", "import mlx_paged, mlx_paged.models.hub as h; print(mlx_paged.__file__)", cwd=cwd)
+    assert Path(where.strip()).resolve().is_relative_to(package_root.resolve())
+    text = _run(*(command or (python, "-m", "mlx_paged")), "generate", "Tell me a story.", "-m", "8", cwd=cwd)
+    assert len(text.split()) >= 4
+
+
+def test_installed_from_a_wheel_it_generates(wheel: Path, fresh_python: Path, tmp_path: Path) -> None:
+    _run(fresh_python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=tmp_path)
+    _generates(fresh_python, tmp_path, tmp_path / "venv", fresh_python.parent / "mlx-paged")
+    kernels = "from importlib.resources import files; print(*(p.name for p in files('mlx_paged.metal').iterdir()))"
+    assert "probe.metal" in _run(fresh_python, "-c", kernels, cwd=tmp_path)
+
+
+def test_installed_editable_it_generates(checkout: Path, fresh_python: Path, tmp_path: Path) -> None:
+    install = (fresh_python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
+    _run(*install, "-e", checkout, cwd=tmp_path)
+    _generates(fresh_python, tmp_path, checkout, fresh_python.parent / "mlx-paged")
+
+
+def test_from_a_bare_checkout_it_generates(checkout: Path, fresh_python: Path) -> None:
+    _generates(fresh_python, checkout, checkout)
