@@ -46,8 +46,16 @@ class BatchBuilder:
         if row is not None:
             self._free_rows.append(row)
 
+    def rewrite(self) -> None:
+        """Block tables have changed as a whole."""
+        self._num_written[:] = 0
+
     def build(self, schedule: Schedule) -> StepInputs:
         """The arrays of a step. At least one sequence must be scheduled."""
+        for sequence in schedule.preempted:
+            self.forget(sequence.seq_id)
+        if schedule.moves:
+            self.rewrite()
         block_size = self._manager.block_size
         starts = np.array([item.start for item in schedule.sequences], np.int32)
         lengths = np.array([item.num_tokens for item in schedule.sequences], np.int32)

@@ -6,7 +6,7 @@ for any arrays that follow its answers, and imports no mlx. A sequence's token a
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from mlx_paged.allocator import BlockAllocator
 from mlx_paged.errors import OutOfBlocks
@@ -81,6 +81,10 @@ class BlockManager:
             raise KeyError(f"block {block_id}: the pool has blocks 0 to {self.num_blocks - 1}")
         return self._allocator.ref_counts[block_id]
 
+    def is_cached(self, block_id: int) -> bool:
+        """Whether the block can be found by its prefix, referenced or not."""
+        return block_id in self._prefixes
+
     def num_kv_tokens(self) -> int:
         """Tokens that have a slot, those in shared blocks counted once."""
         filled: dict[int, int] = {}
@@ -120,7 +124,7 @@ class BlockManager:
                 f"{available} of {self.num_blocks} are free"
             )
         self._allocator.retain(shared)
-        fresh = self._take(needed)
+        fresh = self._take(needed, after=shared[-1] if shared else None)
         num_cached = len(shared) * self.block_size
         self._sequences[seq_id] = _SequenceBlocks(shared + fresh, tokens, num_cached, node, len(shared))
         return num_cached
@@ -138,7 +142,7 @@ class BlockManager:
         needed = self._blocks_for(len(sequence.tokens) + len(token_ids)) - len(sequence.table)
         last_is_partial = len(sequence.tokens) % self.block_size != 0
         must_copy = last_is_partial and self._allocator.ref_counts[sequence.table[-1]] > 1
-        fresh = self._take(needed + must_copy)
+        fresh = self._take(needed + must_copy, after=sequence.table[-1])
         copies = []
         if must_copy:
             shared = sequence.table[-1]
@@ -161,8 +165,11 @@ class BlockManager:
                 f"and it has {len(sequence.tokens)}"
             )
         sequence.num_computed = num_tokens
-        if not self.prefix_caching:
-            return
+        if self.prefix_caching:
+            self._register(sequence, num_tokens)
+
+    def _register(self, sequence: _SequenceBlocks, num_tokens: int) -> None:
+        """Let the full blocks below `num_tokens` be found."""
         while (sequence.num_registered + 1) * self.block_size <= num_tokens:
             start = sequence.num_registered * self.block_size
             tokens = tuple(sequence.tokens[start : start + self.block_size])
@@ -170,20 +177,50 @@ class BlockManager:
             sequence.node = self._prefixes.insert(sequence.node, tokens, block_id)
             sequence.num_registered += 1
 
-    def fork(self, seq_id: Hashable, new_seq_id: Hashable) -> None:
-        """Make `new_seq_id` share all blocks of `seq_id`. Raises KeyError, and ValueError for a live new id."""
+    def fork(self, seq_id: Hashable, new_seq_id: Hashable, *, num_tokens: int | None = None) -> None:
+        """Make `new_seq_id` share the blocks of `seq_id`: all of them, or those of its first `num_tokens` tokens.
+
+        Costs work on ids only; K and V are copied at the first write to a shared, partly filled block. Raises
+        KeyError; ValueError for a live new id, or fewer than 1 or more tokens than there are.
+        """
         sequence = self._get(seq_id)
         self._require_new(new_seq_id)
-        self._allocator.retain(sequence.table)
-        self._sequences[new_seq_id] = _SequenceBlocks(
-            list(sequence.table), list(sequence.tokens), sequence.num_computed, sequence.node, sequence.num_registered
-        )
+        num_tokens = len(sequence.tokens) if num_tokens is None else num_tokens
+        if not 1 <= num_tokens <= len(sequence.tokens):
+            raise ValueError(f"sequence {seq_id!r} has {len(sequence.tokens)} tokens, can't share {num_tokens}")
+        table = sequence.table[: self._blocks_for(num_tokens)]
+        num_computed = min(sequence.num_computed, num_tokens)
+        num_registered = min(sequence.num_registered, num_tokens // self.block_size)
+        node = sequence.node
+        for _ in range(sequence.num_registered - num_registered):
+            assert node.parent is not None
+            node = node.parent
+        self._allocator.retain(table)
+        tokens = sequence.tokens[:num_tokens]
+        self._sequences[new_seq_id] = _SequenceBlocks(table, tokens, num_computed, node, num_registered)
 
     def free(self, seq_id: Hashable) -> None:
         """End a sequence; blocks that nobody else holds become free, cached ones reusable until evicted."""
         sequence = self._get(seq_id)
         del self._sequences[seq_id]
         self._release(sequence.table[::-1])  # deepest first, so that a cached chain is consumed from its end
+
+    def promise(self, seq_id: Hashable, num_tokens: int) -> list[int]:
+        """The K/V of a sequence's first `num_tokens` will be written by the step that is being put together.
+
+        Sequences allocated for the same step may hit their full blocks at once, since a layer writes before it reads.
+        Returns the blocks concerned, for `withdraw` if the step fails.
+        """
+        sequence = self._get(seq_id)
+        first = sequence.num_registered
+        if self.prefix_caching:
+            self._register(sequence, num_tokens)
+        return sequence.table[first : sequence.num_registered]
+
+    def withdraw(self, block_ids: Iterable[int]) -> None:
+        """A promise was not kept: the blocks can't be hit any more. Their sequences are to be freed after this."""
+        for block_id in block_ids:
+            self._prefixes.evict(block_id)
 
     # -- the pool as a whole ------------------------------------------------------------------------------------
 
@@ -218,6 +255,16 @@ class BlockManager:
             sequence.table = [now_at.get(block_id, block_id) for block_id in sequence.table]
         return moves
 
+    def would_gain_a_run(self, num_tokens: int) -> bool:
+        """Whether `num_tokens` tokens would come in pieces now, and in one run after `compact`."""
+        count = self._blocks_for(num_tokens)
+        if self._allocator.has_run(count) or count > self.num_free_blocks:
+            return False
+        # Runs start at multiples of their length, so the free space behind the used blocks may not hold a whole one.
+        length = 1 << (count - 1).bit_length()
+        num_used = self.num_blocks - self.num_free_blocks
+        return -(-num_used // length) * length + length <= self.num_blocks
+
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken: for tests and `check_invariants=True`."""
         holders = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.table)
@@ -246,9 +293,9 @@ class BlockManager:
         if seq_id in self._sequences:
             raise ValueError(f"sequence {seq_id!r} is live: free it first or choose another id")
 
-    def _take(self, count: int) -> list[int]:
-        """Free blocks, which lose what they cached."""
-        block_ids = self._allocator.allocate(count)
+    def _take(self, count: int, after: int | None) -> list[int]:
+        """Free blocks, to follow block `after`; they lose what they cached."""
+        block_ids = self._allocator.allocate(count, after)
         for block_id in block_ids:
             self._prefixes.evict(block_id)
         return block_ids

@@ -12,6 +12,7 @@ from mlx_paged.batch import BatchBuilder, StepInputs
 from mlx_paged.block_manager import BlockManager
 from mlx_paged.config import EngineConfig
 from mlx_paged.detokenizer import TextStream
+from mlx_paged.kv_cache import independent_pieces
 from mlx_paged.model_runner import ModelRunner
 from mlx_paged.outputs import EngineStats, RequestMetrics, RequestOutput
 from mlx_paged.sampler import SampledTokens, SampleRow, TokenCounts, draw_id, sample
@@ -34,14 +35,14 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._runner = runner
-        self._manager = BlockManager(
+        self.block_manager = BlockManager(
             runner.plan.num_blocks,
             config.block_size,
             allocator=config.allocator,
             prefix_caching=config.prefix_caching,
         )
-        self._scheduler = Scheduler(self._manager, config.max_num_seqs, config.max_num_batched_tokens)
-        self._batch = BatchBuilder(self._manager, config.max_num_seqs, runner.plan.num_blocks)
+        self._scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
+        self._batch = BatchBuilder(self.block_manager, config.max_num_seqs, runner.plan.num_blocks)
         self._eos_token_ids = frozenset(tokenizer.eos_token_ids) if tokenizer is not None else frozenset()
         self._requests: dict[int, Request] = {}
         self._next_request_id = 0
@@ -129,31 +130,41 @@ class Engine:
         if not schedule.sequences:
             assert not self._requests, "requests wait, and none of them can be served"
             return []
-        for sequence in schedule.preempted:
-            self._batch.forget(sequence.seq_id)
-        inputs = self._batch.build(schedule)
         samples = self._samples(schedule)
-        self._copies += schedule.copies
-        built = time.perf_counter()
-
-        self._runner.move_blocks(self._copies)
-        self._num_cow_copies += len(self._copies)
-        self._copies.clear()
-        sampled = self._run(inputs, samples)
+        self._copies += schedule.copies + schedule.moves
+        self._num_cow_copies += len(schedule.copies)
+        try:
+            inputs = self._batch.build(schedule)
+            built = time.perf_counter()
+            self._copy_blocks()
+            sampled = self._run(inputs, samples)
+        except BaseException:
+            self._scheduler.fail(schedule)
+            for item in schedule.sequences:
+                self._batch.forget(item.sequence.seq_id)
+            raise
         computed = time.perf_counter()
 
         self._scheduler.complete(schedule)
         outputs = self._hand_out(samples, sampled) if sampled is not None else []
         if self.config.check_invariants:
-            self._manager.check()
+            self.block_manager.check()
         self._num_steps += 1
         self._model_time += computed - built
         self._host_time += built - started + time.perf_counter() - computed
         return outputs
 
+    def compact(self) -> int:
+        """Move the blocks in use to the start of the pool, so that the free space is one run; how many moved."""
+        moves = self.block_manager.compact()
+        self._copies += moves
+        self._copy_blocks()
+        self._batch.rewrite()
+        return len(moves)
+
     def stats(self) -> EngineStats:
         """The engine's counters and the pool's state at this moment."""
-        manager = self._manager
+        manager = self.block_manager
         num_used = manager.num_blocks - manager.num_free_blocks
         kv_tokens = manager.num_kv_tokens()
         return EngineStats(
@@ -192,7 +203,7 @@ class Engine:
 
     def _max_new_tokens(self, num_prompt: int, params: SamplingParams) -> int:
         """How many tokens a request may put out. Raises ValueError if its prompt, or what it asks for, can't fit."""
-        manager = self._manager
+        manager = self.block_manager
         # The last token put out is never fed back, so it needs a place in the context but no slot in the pool.
         room_in_pool = manager.num_blocks * manager.block_size - num_prompt + 1
         room_in_context = room_in_pool if self.max_model_len is None else self.max_model_len - num_prompt
@@ -220,6 +231,12 @@ class Engine:
             sequence.text_stream = TextStream(self.tokenizer.detokenizer, request.params.stop_strings)
         request.sequences.append(sequence)
         return sequence
+
+    def _copy_blocks(self) -> None:
+        """Run the copies that are due; one that is interrupted is run again with the next step."""
+        for piece in list(independent_pieces(self._copies)):
+            self._runner.move_blocks(piece)
+            del self._copies[: len(piece)]
 
     def _samples(self, schedule: Schedule) -> list["_Sample"]:
         """The tokens to choose after this step: one per sequence, `n` where a prompt has just been computed."""

@@ -58,7 +58,7 @@ class PagedKVCache:
         At most `max_staging` bytes are held beside the pools (one block of one layer at least). The gather has to be
         evaluated before the scatter: as one expression it would copy the pool.
         """
-        for piece in _independent_pieces(moves):
+        for piece in independent_pieces(moves):
             sources = mx.array([src for src, _ in piece], mx.int32)
             destinations = mx.array([dst for _, dst in piece], mx.int32)
             for pools in (self.keys, self.values):
@@ -72,15 +72,17 @@ class PagedKVCache:
                         mx.eval(pools[layer][piece[start][1], 0, 0, 0])
 
 
-def _independent_pieces(moves: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Runs of moves that mean the same all at once as one after another: no block is read or written after a write."""
+def independent_pieces(moves: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Runs of moves that touch a written block once: the same in any order, and when one is done again."""
     piece: list[tuple[int, int]] = []
+    read: set[int] = set()
     written: set[int] = set()
     for src, dst in moves:
-        if src in written or dst in written:
+        if src in written or dst in written or dst in read:
             yield piece
-            piece, written = [], set()
+            piece, read, written = [], set(), set()
         piece.append((src, dst))
+        read.add(src)
         written.add(dst)
     if piece:
         yield piece

@@ -6,12 +6,13 @@ collision can serve another prompt's block.
 """
 
 from collections.abc import Hashable
+from weakref import WeakValueDictionary
 
 
 class PrefixNode:
     """The tokens from the start of a sequence to the end of one full block, and the block that has their K/V."""
 
-    __slots__ = ("block_id", "num_children", "parent", "tokens")
+    __slots__ = ("__weakref__", "block_id", "num_children", "parent", "tokens")
 
     def __init__(self, parent: "PrefixNode | None", tokens: tuple[int, ...]) -> None:
         self.parent = parent
@@ -24,7 +25,8 @@ class PrefixCache:
     """Finds blocks by prefix. Every operation costs what hashing one block's tokens costs."""
 
     def __init__(self) -> None:
-        self._roots: dict[Hashable, PrefixNode] = {}
+        # A root lives as long as a sequence or a longer prefix refers to it, so that salts don't pile up.
+        self._roots: WeakValueDictionary[Hashable, PrefixNode] = WeakValueDictionary()
         self._nodes: dict[tuple[PrefixNode, tuple[int, ...]], PrefixNode] = {}
         self._node_of_block: dict[int, PrefixNode] = {}
 

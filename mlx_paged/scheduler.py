@@ -7,6 +7,7 @@ refused when it arrives, so something always moves on. Knows no mlx.
 """
 
 from bisect import insort
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mlx_paged.block_manager import BlockManager
@@ -27,15 +28,20 @@ class ScheduledSequence(NamedTuple):
         return self.start + self.num_tokens == len(self.sequence.token_ids)
 
 
-class Schedule(NamedTuple):
+@dataclass
+class Schedule:
     """What one step computes, decodes before prompts.
 
-    copies: (source, destination) blocks to copy first. preempted: sequences that have just lost their blocks.
+    copies: (source, destination) blocks to copy first, for copy-on-write; moves: those to run after them, for
+    compaction. preempted: sequences that have just lost their blocks. promised: blocks that may be hit because this
+    step writes them.
     """
 
-    sequences: list[ScheduledSequence]
-    copies: list[tuple[int, int]]
-    preempted: list[Sequence]
+    sequences: list[ScheduledSequence] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    moves: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    promised: list[int] = field(default_factory=list)
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -75,26 +81,30 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Choose the next step's tokens and take the blocks for them; no sequences if nothing waits or runs."""
-        scheduled: list[ScheduledSequence] = []
-        copies: list[tuple[int, int]] = []
-        preempted: list[Sequence] = []
+        schedule = Schedule()
         budget = self._max_num_batched_tokens
         for sequence in list(self.running):
-            if budget > 0 and sequence.num_uncomputed == 1 and self._make_room(sequence, copies, preempted):
-                scheduled.append(ScheduledSequence(sequence, sequence.num_computed, 1))
+            if budget > 0 and sequence.num_uncomputed == 1 and self._make_room(sequence, schedule):
+                schedule.sequences.append(ScheduledSequence(sequence, sequence.num_computed, 1))
                 budget -= 1
         for sequence in self.running:
             if budget > 0 and sequence.num_uncomputed > 1:
-                budget -= self._schedule_chunk(sequence, budget, scheduled)
-        if not preempted:
-            self._admit(budget, scheduled)
-        return Schedule(scheduled, copies, preempted)
+                budget -= self._schedule_chunk(sequence, budget, schedule)
+        if not schedule.preempted:
+            self._admit(budget, schedule)
+        return schedule
 
     def complete(self, schedule: Schedule) -> None:
         """The K/V of a step's tokens is in place."""
         for sequence, start, num_tokens in schedule.sequences:
             sequence.num_computed = start + num_tokens
             self.block_manager.mark_computed(sequence.seq_id, sequence.num_computed)
+
+    def fail(self, schedule: Schedule) -> None:
+        """A step broke off: nothing of it is known to be in place, so its sequences start again."""
+        self.block_manager.withdraw(schedule.promised)
+        for sequence, _, _ in schedule.sequences:
+            self.preempt(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits for its turn again, with its tokens to compute anew."""
@@ -104,48 +114,48 @@ class Scheduler:
         self.add(sequence)
         self.num_preemptions += 1
 
-    def _make_room(
-        self, sequence: Sequence, copies: list[tuple[int, int]], preempted: list[Sequence]
-    ) -> bool:
+    def _make_room(self, sequence: Sequence, schedule: Schedule) -> bool:
         """Give the sequence's latest token a slot, at the cost of later sequences; False if it had to go itself."""
         while sequence in self.running:
             try:
                 num_slots = self.block_manager.num_tokens(sequence.seq_id)
-                copies += self.block_manager.append(sequence.seq_id, sequence.token_ids[num_slots:])
+                schedule.copies += self.block_manager.append(sequence.seq_id, sequence.token_ids[num_slots:])
                 return True
             except OutOfBlocks:
-                preempted.append(self.running[-1])
+                schedule.preempted.append(self.running[-1])
                 self.preempt(self.running[-1])
         return False
 
-    def _schedule_chunk(self, sequence: Sequence, budget: int, scheduled: list[ScheduledSequence]) -> int:
+    def _schedule_chunk(self, sequence: Sequence, budget: int, schedule: Schedule) -> int:
         num_tokens = min(sequence.num_uncomputed, budget)
-        scheduled.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens))
+        schedule.sequences.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens))
+        schedule.promised += self.block_manager.promise(sequence.seq_id, sequence.num_computed + num_tokens)
         return num_tokens
 
-    def _admit(self, budget: int, scheduled: list[ScheduledSequence]) -> None:
+    def _admit(self, budget: int, schedule: Schedule) -> None:
         """Start waiting sequences while there are tokens, places and blocks for them."""
         places = self._max_num_seqs - sum(_num_places(sequence) for sequence in self.running)
         while self.waiting and budget > 0:
             sequence = self.waiting[0]
-            request = sequence.request
             if _num_places(sequence) > places:
                 break
-            # One that was preempted comes back once every running one could take a block beside it.
-            is_new = request.metrics.first_scheduled_time is None
-            reserve = 0 if is_new else len(self.running) * self.block_manager.block_size
-            if not self._allocate(sequence, reserve):
+            if self.block_manager.would_gain_a_run(len(sequence.token_ids)):
+                schedule.moves += self.block_manager.compact()
+            if not self._allocate(sequence):
                 break
             self.waiting.pop(0)
             insort(self.running, sequence, key=_order)
             places -= _num_places(sequence)
-            budget -= self._schedule_chunk(sequence, budget, scheduled)
+            budget -= self._schedule_chunk(sequence, budget, schedule)
 
-    def _allocate(self, sequence: Sequence, reserve: int) -> bool:
+    def _allocate(self, sequence: Sequence) -> bool:
+        """Take blocks for all tokens of a waiting sequence; False if there are too few."""
         manager = self.block_manager
-        needed = -(-(len(sequence.token_ids) + reserve) // manager.block_size)
-        if reserve and needed > manager.num_free_blocks:
-            return False
+        if sequence.request.metrics.first_scheduled_time is not None:
+            # One that was preempted comes back once every running one could take a block beside it.
+            needed = -(-len(sequence.token_ids) // manager.block_size) + len(self.running)
+            if self.running and needed > manager.num_free_blocks:
+                return False
         try:
             num_cached = manager.allocate(sequence.seq_id, sequence.token_ids, salt=sequence.params.cache_salt)
         except OutOfBlocks:
