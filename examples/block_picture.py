@@ -9,8 +9,8 @@ from mlx_paged.block_picture import BlockPicture, draw_blocks, save_svg
 manager = BlockManager(num_blocks=32, block_size=16)
 
 # A request that has ended: nobody holds its blocks, and an equal prompt would find them.
-manager.allocate("earlier", range(1000, 1070))
-manager.mark_computed("earlier", 70)
+manager.allocate("earlier", range(1000, 1064))
+manager.mark_computed("earlier", 64)
 
 # One prompt, four beams: the prompt's blocks are held by all, a partly filled last one until somebody writes to it.
 manager.allocate(0, range(54))

@@ -12,35 +12,55 @@ from mlx_paged.allocator import BlockAllocator
 from mlx_paged.errors import OutOfBlocks
 from mlx_paged.prefix_cache import PrefixCache, PrefixNode
 
+NO_BLOCK = -1  # in the table of a sequence with a window: the block has been given back
+
 
 class _SequenceBlocks:
-    """The blocks of one sequence; the first `num_registered` are in the prefix cache, the last of them as `node`."""
+    """The blocks of one sequence; the first `num_registered` are in the prefix cache, the last of them as `node`.
 
-    __slots__ = ("node", "num_computed", "num_registered", "table", "tokens")
+    The first `num_released` of the table are NO_BLOCK.
+    """
 
-    def __init__(self, table: list[int], tokens: list[int], num_computed: int, node: PrefixNode, registered: int):
+    __slots__ = ("node", "num_computed", "num_registered", "num_released", "table", "tokens")
+
+    def __init__(self, table: list[int], tokens: list[int], num_computed: int, node: PrefixNode, num_registered: int):
         self.table = table
         self.tokens = tokens
         self.num_computed = num_computed
         self.node = node
-        self.num_registered = registered
+        self.num_registered = num_registered
+        self.num_released = table.count(NO_BLOCK)
+
+    @property
+    def held(self) -> list[int]:
+        return self.table[self.num_released :]
 
 
 class BlockManager:
     """Maps the tokens of sequences to blocks of a pool of `num_blocks`, all of them usable.
 
     A sequence is named by any hashable id. Method by method, either all of it happens or, with an error, nothing.
-    The sharing follows Kwon et al. 2023, "Efficient Memory Management for LLM Serving with PagedAttention".
+    With a `window`, of which a query sees its own key and the window - 1 before it, a sequence gives back the blocks
+    that no further query can see: their table entries become NO_BLOCK. The sharing follows Kwon et al. 2023, "Efficient Memory Management for LLM Serving with PagedAttention".
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, allocator: str = "lru", prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        allocator: str = "lru",
+        prefix_caching: bool = True,
+        window: int | None = None,
     ) -> None:
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs at least 1 block of 1 token, got {num_blocks} blocks of {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.window = window
         self._allocator = BlockAllocator(num_blocks, allocator)
         self._prefixes = PrefixCache()
         self._sequences: dict[Hashable, _SequenceBlocks] = {}
@@ -69,10 +89,14 @@ class BlockManager:
         return self._get(seq_id).num_computed
 
     def slot(self, seq_id: Hashable, position: int) -> tuple[int, int]:
-        """Address translation: the (block id, offset in it) of a token. Raises IndexError outside the sequence."""
+        """Address translation: the (block id, offset in it) of a token.
+
+        Raises IndexError outside the sequence and for a token that has fallen out of the window.
+        """
         sequence = self._get(seq_id)
-        if not 0 <= position < len(sequence.tokens):
-            raise IndexError(f"position {position} of sequence {seq_id!r}, which has {len(sequence.tokens)} tokens")
+        first = sequence.num_released * self.block_size
+        if not first <= position < len(sequence.tokens):
+            raise IndexError(f"sequence {seq_id!r} has tokens {first} to {len(sequence.tokens) - 1}, not {position}")
         return sequence.table[position // self.block_size], position % self.block_size
 
     def ref_count(self, block_id: int) -> int:
@@ -89,44 +113,47 @@ class BlockManager:
         """Tokens that have a slot, those in shared blocks counted once."""
         filled: dict[int, int] = {}
         for sequence in self._sequences.values():
-            filled |= dict.fromkeys(sequence.table[: len(sequence.tokens) // self.block_size], self.block_size)
+            num_full = len(sequence.tokens) // self.block_size
+            filled |= dict.fromkeys(sequence.table[sequence.num_released : num_full], self.block_size)
             if tail := len(sequence.tokens) % self.block_size:
                 filled[sequence.table[-1]] = max(tail, filled.get(sequence.table[-1], 0))
         return sum(filled.values())
 
+    def num_cached_tokens(self, token_ids: Sequence[int], *, salt: Hashable = None, limit: int | None = None) -> int:
+        """How many leading tokens a new sequence of `token_ids` would find cached, at most `limit`."""
+        return len(self._cached_prefix(token_ids, salt, limit)) * self.block_size
+
     # -- a sequence's life --------------------------------------------------------------------------------------
 
-    def allocate(self, seq_id: Hashable, token_ids: Sequence[int], *, salt: Hashable = None) -> int:
+    def allocate(
+        self, seq_id: Hashable, token_ids: Sequence[int], *, salt: Hashable = None, max_cached: int | None = None
+    ) -> int:
         """Give a new sequence blocks for `token_ids`, the first of them shared with cached equal prefixes.
 
-        Returns the number of leading tokens whose K/V is already there: whole blocks, and never the last token, so
-        that there is always something to compute. Prefixes are shared among equal `salt`s only. Raises OutOfBlocks;
-        ValueError for a live `seq_id` or no tokens.
+        Returns the number of leading tokens whose K/V is already there: whole blocks, at most `max_cached` tokens, and
+        never the last token, so that there is always something to compute. Prefixes are shared among equal `salt`s
+        only. Raises OutOfBlocks; ValueError for a live `seq_id` or no tokens.
         """
         self._require_new(seq_id)
         if len(token_ids) == 0:
             raise ValueError(f"sequence {seq_id!r} has no tokens to allocate")
         tokens = list(token_ids)
-        node = self._prefixes.root(salt)
-        shared: list[int] = []
-        if self.prefix_caching:
-            for start in range(0, len(tokens) - self.block_size, self.block_size):
-                child = self._prefixes.find(node, tuple(tokens[start : start + self.block_size]))
-                if child is None or child.block_id is None:
-                    break
-                node = child
-                shared.append(child.block_id)
-        needed = self._blocks_for(len(tokens)) - len(shared)
+        nodes = self._cached_prefix(tokens, salt, max_cached)
+        first = self._first_visible(len(nodes) * self.block_size)
+        shared = [node.block_id for node in nodes[first:] if node.block_id is not None]
+        needed = self._blocks_for(len(tokens)) - len(nodes)
         available = self.num_free_blocks - sum(self._allocator.ref_counts[block_id] == 0 for block_id in shared)
         if needed > available:
             raise OutOfBlocks(
-                f"{len(tokens)} tokens need {needed} blocks beside {len(shared)} cached ones, "
+                f"{len(tokens)} tokens need {needed} blocks beside {len(nodes)} cached ones, "
                 f"{available} of {self.num_blocks} are free"
             )
         self._allocator.retain(shared)
         fresh = self._take(needed, after=shared[-1] if shared else None)
-        num_cached = len(shared) * self.block_size
-        self._sequences[seq_id] = _SequenceBlocks(shared + fresh, tokens, num_cached, node, len(shared))
+        table = [NO_BLOCK] * first + shared + fresh
+        node = nodes[-1] if nodes else self._prefixes.root(salt)
+        num_cached = len(nodes) * self.block_size
+        self._sequences[seq_id] = _SequenceBlocks(table, tokens, num_cached, node, len(nodes))
         return num_cached
 
     def append(self, seq_id: Hashable, token_ids: Sequence[int]) -> list[tuple[int, int]]:
@@ -142,7 +169,7 @@ class BlockManager:
         needed = self._blocks_for(len(sequence.tokens) + len(token_ids)) - len(sequence.table)
         last_is_partial = len(sequence.tokens) % self.block_size != 0
         must_copy = last_is_partial and self._allocator.ref_counts[sequence.table[-1]] > 1
-        fresh = self._take(needed + must_copy, after=sequence.table[-1])
+        fresh = self._take(needed + must_copy, after=sequence.table[-1] if sequence.held else None)
         copies = []
         if must_copy:
             shared = sequence.table[-1]
@@ -156,7 +183,8 @@ class BlockManager:
     def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None:
         """The K/V of a sequence's first `num_tokens` is in place: their full blocks may be hit from now on.
 
-        Raises ValueError if that is less than before or more than the sequence has.
+        Blocks that have fallen out of the window are given back, and can be hit for as long as they last. Raises
+        ValueError if `num_tokens` is less than before or more than the sequence has.
         """
         sequence = self._get(seq_id)
         if not sequence.num_computed <= num_tokens <= len(sequence.tokens):
@@ -167,6 +195,11 @@ class BlockManager:
         sequence.num_computed = num_tokens
         if self.prefix_caching:
             self._register(sequence, num_tokens)
+        first = self._first_visible(num_tokens)
+        if first > sequence.num_released:
+            self._release(sequence.table[sequence.num_released : first][::-1])
+            sequence.table[:first] = [NO_BLOCK] * first
+            sequence.num_released = first
 
     def _register(self, sequence: _SequenceBlocks, num_tokens: int) -> None:
         """Let the full blocks below `num_tokens` be found."""
@@ -181,7 +214,8 @@ class BlockManager:
         """Make `new_seq_id` share the blocks of `seq_id`: all of them, or those of its first `num_tokens` tokens.
 
         Costs work on ids only; K and V are copied at the first write to a shared, partly filled block. Raises
-        KeyError; ValueError for a live new id, or fewer than 1 or more tokens than there are.
+        KeyError; ValueError for a live new id, fewer than 1 or more tokens than there are, or a part whose window has
+        been given back.
         """
         sequence = self._get(seq_id)
         self._require_new(new_seq_id)
@@ -190,12 +224,14 @@ class BlockManager:
             raise ValueError(f"sequence {seq_id!r} has {len(sequence.tokens)} tokens, can't share {num_tokens}")
         table = sequence.table[: self._blocks_for(num_tokens)]
         num_computed = min(sequence.num_computed, num_tokens)
+        if self._first_visible(num_computed) < sequence.num_released:
+            raise ValueError(f"sequence {seq_id!r} has given back blocks that its first {num_tokens} tokens need")
         num_registered = min(sequence.num_registered, num_tokens // self.block_size)
         node = sequence.node
         for _ in range(sequence.num_registered - num_registered):
             assert node.parent is not None
             node = node.parent
-        self._allocator.retain(table)
+        self._allocator.retain(table[sequence.num_released :])
         tokens = sequence.tokens[:num_tokens]
         self._sequences[new_seq_id] = _SequenceBlocks(table, tokens, num_computed, node, num_registered)
 
@@ -203,7 +239,7 @@ class BlockManager:
         """End a sequence; blocks that nobody else holds become free, cached ones reusable until evicted."""
         sequence = self._get(seq_id)
         del self._sequences[seq_id]
-        self._release(sequence.table[::-1])  # deepest first, so that a cached chain is consumed from its end
+        self._release(sequence.held[::-1])  # deepest first, so that a cached chain is consumed from its end
 
     def promise(self, seq_id: Hashable, num_tokens: int) -> list[int]:
         """The K/V of a sequence's first `num_tokens` will be written by the step that is being put together.
@@ -267,14 +303,16 @@ class BlockManager:
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken: for tests and `check_invariants=True`."""
-        holders = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.table)
+        holders = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.held)
         for block_id, count in enumerate(self._allocator.ref_counts):
             assert count == holders[block_id], f"block {block_id} has {count} references, {holders[block_id]} holders"
         assert self.num_free_blocks == self.num_blocks - len(holders), "free blocks and used blocks don't add up"
         self._prefixes.check()
         for seq_id, sequence in self._sequences.items():
             assert len(sequence.table) == self._blocks_for(len(sequence.tokens)), f"{seq_id!r}: table too long or short"
-            assert len(set(sequence.table)) == len(sequence.table), f"{seq_id!r} holds a block twice"
+            assert len(set(sequence.held)) == len(sequence.held), f"{seq_id!r} holds a block twice"
+            assert sequence.table.count(NO_BLOCK) == sequence.num_released, f"{seq_id!r}: blocks lost"
+            assert sequence.num_released <= self._first_visible(sequence.num_computed), f"{seq_id!r}: visible, released"
             assert sequence.num_computed <= len(sequence.tokens), f"{seq_id!r}: more computed than there is"
             assert sequence.num_registered * self.block_size <= sequence.num_computed, f"{seq_id!r}: hit too early"
 
@@ -282,6 +320,29 @@ class BlockManager:
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    def _first_visible(self, num_tokens: int) -> int:
+        """The first table entry that queries after `num_tokens` tokens can see."""
+        return 0 if self.window is None else max(0, num_tokens - self.window + 1) // self.block_size
+
+    def _cached_prefix(self, tokens: Sequence[int], salt: Hashable, limit: int | None) -> list[PrefixNode]:
+        """The nodes of the longest prefix of `tokens` that a sequence can start from, short of the last token."""
+        if not self.prefix_caching:
+            return []
+        most = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
+        nodes: list[PrefixNode] = []
+        num_usable = num_held = 0  # blocks of the longest usable prefix; blocks held in a row up to here
+        node = self._prefixes.root(salt)
+        for start in range(0, most - self.block_size + 1, self.block_size):
+            child = self._prefixes.find(node, tuple(tokens[start : start + self.block_size]))
+            if child is None or (child.block_id is None and self.window is None):
+                break
+            node = child
+            nodes.append(node)
+            num_held = num_held + 1 if node.block_id is not None else 0
+            if num_held >= len(nodes) - self._first_visible(len(nodes) * self.block_size):
+                num_usable = len(nodes)
+        return nodes[:num_usable]
 
     def _get(self, seq_id: Hashable) -> _SequenceBlocks:
         try:

@@ -7,21 +7,22 @@ well as one without a model. Letters tell sequences apart where there are no col
 from __future__ import annotations
 
 import io
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
 
-from mlx_paged.block_manager import BlockManager
+from mlx_paged.block_manager import NO_BLOCK, BlockManager
 
 _CELL = 4  # columns of a block, the gap after it not counted
-_SVG_COLUMNS = 88
+_SVG_COLUMNS = 90
 _COLORS = ["#f2a65a", "#5fb8d6", "#8fce6b", "#d88fd8", "#f2d35a", "#e8766c", "#5fd0ae", "#9d9df2"]
+_TIMES = "\N{MULTIPLICATION SIGN}"
 _SHARED, _CACHED, _FREE, _INK = "#e8e8e8", "#5a6472", "#2c333d", "#14181d"
 
 _SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {terminal_width} {terminal_height}">
@@ -42,12 +43,13 @@ _SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {terminal_width} 
 
 
 class _Sequence(NamedTuple):
-    """A sequence as it is drawn."""
+    """A sequence as it is drawn; the blocks that its window has left behind are only counted."""
 
     letter: str
     name: str
     color: str
     num_tokens: int
+    num_released: int
     table: list[int]
 
 
@@ -57,24 +59,21 @@ class BlockPicture:
     names: what to call sequences, by id; an id that is not in it is its own name.
     """
 
-    def __init__(self, manager: BlockManager, names: Mapping[Hashable, str] | None = None) -> None:
+    def __init__(self, manager: BlockManager, names: Mapping[Any, str] | None = None) -> None:
         self.num_blocks, self.block_size = manager.num_blocks, manager.block_size
         self.num_tokens = manager.num_kv_tokens()
-        self.sequences = [
-            _Sequence(
-                _letter(index),
-                str((names or {}).get(seq_id, seq_id)),
-                _COLORS[index % len(_COLORS)],
-                manager.num_tokens(seq_id),
-                manager.block_table(seq_id),
-            )
-            for index, seq_id in enumerate(manager.seq_ids)
-        ]
+        self.sequences: list[_Sequence] = []
         self._holders: dict[int, list[_Sequence]] = {}
         self._filled: dict[int, int] = {}
-        for sequence in self.sequences:
-            for index, block_id in enumerate(sequence.table):
-                filled = min(self.block_size, sequence.num_tokens - index * self.block_size)
+        for number, seq_id in enumerate(manager.seq_ids):
+            table, num_tokens = manager.block_table(seq_id), manager.num_tokens(seq_id)
+            held = [block_id for block_id in table if block_id != NO_BLOCK]
+            name = str((names or {}).get(seq_id, seq_id))
+            color = _COLORS[number % len(_COLORS)]
+            sequence = _Sequence(_letter(number), name, color, num_tokens, len(table) - len(held), held)
+            self.sequences.append(sequence)
+            for index, block_id in enumerate(held, start=sequence.num_released):
+                filled = min(self.block_size, num_tokens - index * self.block_size)
                 self._holders.setdefault(block_id, []).append(sequence)
                 self._filled[block_id] = max(filled, self._filled.get(block_id, 0))
         self._cached = {
@@ -98,31 +97,26 @@ class BlockPicture:
 
     def totals(self) -> str:
         """One line of numbers: blocks by what they are, and what sharing and paging come to."""
-        used = len(self._holders)
-        parts = [f"{used} blocks used"]
-        if shared := sum(len(holders) > 1 for holders in self._holders.values()):
-            parts[0] += f", {shared} of them shared"
-        if self._cached:
-            parts.append(f"{len(self._cached)} cached")
-        parts.append(f"{self.num_blocks - used - len(self._cached)} free")
-        if used:
-            parts.append(f"{1 - self.num_tokens / (used * self.block_size):.1%} of the used slots empty")
-        if shared:
-            unshared = sum(len(sequence.table) for sequence in self.sequences)
-            parts.append(f"without sharing {unshared} blocks")
-        return "; ".join(parts)
+        used, cached = len(self._holders), len(self._cached)
+        unshared = sum(len(sequence.table) for sequence in self.sequences)
+        sharing = f" ({unshared:,} without sharing)" if unshared > used else ""
+        line = f"used {used:,}{sharing}, cached {cached:,}, free {self.num_blocks - used - cached:,}"
+        empty = 1 - self.num_tokens / (used * self.block_size) if used else 0
+        return f"{line}; {empty:.1%} of the used slots empty" if used else line
 
     # -- parts --------------------------------------------------------------------------------------------------
 
     def _pool(self, width: int) -> Iterator[Text]:
-        """The pool in rows of a power of two; several rows in which every block is alike become one line."""
+        """The pool in rows of a power of two; of several rows in which every block is alike one line is left."""
         margin = len(str(self.num_blocks - 1)) + 2
         columns = 1 << max(0, ((width - margin) // (_CELL + 1)).bit_length() - 1)
         rows = [range(start, min(start + columns, self.num_blocks)) for start in range(0, self.num_blocks, columns)]
-        for kind, group in groupby(rows, self._uniform):
+        for kind, group in groupby(rows, self._kind):
             alike = list(group)
             if kind and len(alike) > 2:
-                yield Text(f"{' ' * margin}... {sum(map(len, alike)):,} blocks {kind}", Style(dim=True))
+                num_blocks = sum(map(len, alike))
+                line = Text(" " * margin, no_wrap=True).append_text(self._cell(alike[0][0]))
+                yield line.append(f" ... {num_blocks:,} such blocks", Style(dim=True))
                 continue
             for row in alike:
                 line = Text(no_wrap=True)
@@ -131,12 +125,15 @@ class BlockPicture:
                     line.append_text(self._cell(block_id)).append(" ")
                 yield line
 
-    def _uniform(self, row: range) -> str | None:
-        """What all blocks of a row are, if nobody holds any of them."""
-        if any(block_id in self._holders for block_id in row):
-            return None
-        cached = [block_id in self._cached for block_id in row]
-        return "cached" if all(cached) else "free" if not any(cached) else None
+    def _kind(self, row: range) -> tuple[object, ...] | None:
+        """What all blocks of a row are, if they are alike."""
+        kinds = {
+            (tuple(holder.letter for holder in self._holders.get(block_id, [])), block_id in self._cached)
+            if self._filled.get(block_id, self.block_size) == self.block_size
+            else (block_id,)
+            for block_id in row
+        }
+        return kinds.pop() if len(kinds) == 1 else None
 
     def _cell(self, block_id: int, text: str | None = None) -> Text:
         """One block: the part that is filled has the full colour; `text` takes the place of letter or count."""
@@ -149,8 +146,8 @@ class BlockPicture:
             label, color = holders[0].letter, holders[0].color
             label = label if filled == self.block_size else label.lower()
         else:
-            label, color = f"×{len(holders)}" if len(holders) < 1000 else "×999+"[:_CELL], _SHARED
-        split = -(-filled * _CELL // self.block_size)
+            label, color = f"{_TIMES}{len(holders)}", _SHARED
+        split = max(1, filled * _CELL // self.block_size)
         cell = Text((text or label).center(_CELL)[:_CELL])
         cell.stylize(Style(color=_INK, bgcolor=color), 0, split)
         cell.stylize(Style(color=color, bgcolor=_FREE), split, _CELL)
@@ -161,12 +158,15 @@ class BlockPicture:
         letters = max(len(sequence.letter) for sequence in self.sequences)
         names = min(24, max(len(sequence.name) for sequence in self.sequences))
         tokens = max(len(f"{sequence.num_tokens:,}") for sequence in self.sequences)
-        room = max(2, (width - letters - names - tokens - 16) // (_CELL + 1))
+        released = any(sequence.num_released for sequence in self.sequences)
+        room = max(3, (width - letters - names - tokens - 14) // (_CELL + 1) - released)
         for sequence in self.sequences:
             line = Text(no_wrap=True, overflow="crop")
             line.append(f"{sequence.letter:<{letters}}", Style(color=sequence.color, bold=True))
             line.append(f"  {sequence.name[:names]:<{names}}  {sequence.num_tokens:>{tokens},} tokens   ")
             table = sequence.table
+            if sequence.num_released:
+                line.append(f"-{sequence.num_released}".center(_CELL) + " ", Style(dim=True))
             for index, block_id in enumerate(table):
                 if len(table) <= room or index < room - 2 or index == len(table) - 1:
                     line.append_text(self._cell(block_id, str(block_id))).append(" ")
@@ -180,28 +180,28 @@ class BlockPicture:
         alone = [block_id for block_id, holders in self._holders.items() if len(holders) == 1]
         entries: list[tuple[Text, str]] = []
         if alone:
-            entries.append((Text(" A  ", full), "one sequence's"))
+            entries.append((Text(" A  ", full), "one sequence"))
         if any(self._filled[block_id] < self.block_size for block_id in alone):
             entries.append((Text.assemble((" a", full), ("  ", Style(bgcolor=_FREE))), "partly filled"))
         if len(alone) < len(self._holders):
-            entries.append((Text(" ×2 ", Style(color=_INK, bgcolor=_SHARED)), "shared by 2"))
+            entries.append((Text(f" {_TIMES}2 ", Style(color=_INK, bgcolor=_SHARED)), "shared by 2"))
         if self._cached:
-            entries.append((Text("░" * _CELL, _CACHED), "cached, reusable"))
+            entries.append((Text("░" * _CELL, _CACHED), "cached"))
         if len(self._holders) + len(self._cached) < self.num_blocks:
             entries.append((Text(" ·  ", Style(dim=True)), "free"))
-        return Text("   ").join(Text.assemble(cell, " ", meaning) for cell, meaning in entries)
+        if any(sequence.num_released for sequence in self.sequences):
+            entries.append((Text(" -1 ", Style(dim=True)), "left by the window"))
+        return Text("  ").join(Text.assemble(cell, " ", meaning) for cell, meaning in entries)
 
 
-def draw_blocks(manager: BlockManager, names: Mapping[Hashable, str] | None = None) -> None:
+def draw_blocks(manager: BlockManager, names: Mapping[Any, str] | None = None) -> None:
     """Print the pool to the terminal; on a running engine: `draw_blocks(llm.engine.block_manager)`."""
     Console().print(BlockPicture(manager, names))
 
 
 def save_svg(picture: BlockPicture, path: str | Path) -> None:
     """Write the picture as an SVG file, the same bytes for the same picture."""
-    console = Console(
-        record=True, file=io.StringIO(), width=_SVG_COLUMNS, force_terminal=True, color_system="truecolor", no_color=False
-    )
+    console = Console(record=True, file=io.StringIO(), width=_SVG_COLUMNS, color_system="truecolor", no_color=False)
     console.print(Padding(picture, (1, 2)))
     svg = console.export_svg(code_format=_SVG, unique_id="blocks")
     svg = svg.replace('height="24.65" shape-rendering="crispEdges"', 'height="21" rx="2"')  # a gap between rows

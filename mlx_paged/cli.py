@@ -47,7 +47,7 @@ class EngineCommand(click.Command):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except KeyError:  # the reader of a pipe has seen enough
+        except BrokenPipeError:  # the reader of a pipe has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except Exception as error:
@@ -68,9 +68,11 @@ class EngineGroup(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run a command and exit with its code."""
-        for stream in (sys.stdout, sys.stderr):  # answers may hold what the terminal's encoding can't show
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by whoever started this
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            elif hasattr(getattr(sys, name), "reconfigure"):  # answers may hold what the encoding can't show
+                getattr(sys, name).reconfigure(errors="replace")
         try:
             code = super().main(*args, **{**extra, "prog_name": "mlx-paged", "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
@@ -83,6 +85,9 @@ class EngineGroup(click.Group):
             code = error.exit_code
         except click.Abort:
             code = cli_generate.INTERRUPTED
+        except OSError as error:  # --help > /dev/full
+            Terminal().failure(str(error))
+            code = 1
         sys.exit(code)
 
 

@@ -1,5 +1,6 @@
 """The engine: requests in, steps, outputs out. One step is schedule -> run -> sample -> hand out."""
 
+import itertools
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 
 from mlx_paged.batch import BatchBuilder, StepInputs
 from mlx_paged.block_manager import BlockManager
+from mlx_paged.cache_groups import BlockCopy, CacheGroups
 from mlx_paged.config import EngineConfig
 from mlx_paged.detokenizer import TextStream
 from mlx_paged.kv_cache import independent_pieces
@@ -35,23 +37,37 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._runner = runner
-        self.block_manager = BlockManager(
-            runner.plan.num_blocks,
-            config.block_size,
-            allocator=config.allocator,
-            prefix_caching=config.prefix_caching,
+        self.cache_groups = CacheGroups(
+            [
+                BlockManager(
+                    num_blocks,
+                    config.block_size,
+                    allocator=config.allocator,
+                    prefix_caching=config.prefix_caching,
+                    window=window,
+                )
+                for num_blocks, window in zip(runner.plan.num_blocks, runner.plan.windows, strict=True)
+            ]
         )
-        self._scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
-        self._batch = BatchBuilder(self.block_manager, config.max_num_seqs, runner.plan.num_blocks)
+        self._scheduler = Scheduler(self.cache_groups, config.max_num_seqs, config.max_num_batched_tokens)
+        longest = self.block_manager.num_blocks
+        if max_model_len is not None:
+            longest = min(longest, -(-max_model_len // config.block_size))
+        self._batch = BatchBuilder(self.cache_groups, config.max_num_seqs, longest)
         self._eos_token_ids = frozenset(tokenizer.eos_token_ids) if tokenizer is not None else frozenset()
         self._requests: dict[int, Request] = {}
         self._next_request_id = 0
         self._next_seq_id = 0
-        self._copies: list[tuple[int, int]] = []
+        self._copies: list[BlockCopy] = []
         self._num_cow_copies = 0
         self._num_steps = 0
         self._host_time = 0.0
         self._model_time = 0.0
+
+    @property
+    def block_manager(self) -> BlockManager:
+        """That of the layers that keep the whole context: it decides what fits."""
+        return self.cache_groups.managers[0]
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -148,7 +164,7 @@ class Engine:
         self._scheduler.complete(schedule)
         outputs = self._hand_out(samples, sampled) if sampled is not None else []
         if self.config.check_invariants:
-            self.block_manager.check()
+            self.cache_groups.check()
         self._num_steps += 1
         self._model_time += computed - built
         self._host_time += built - started + time.perf_counter() - computed
@@ -156,7 +172,7 @@ class Engine:
 
     def compact(self) -> int:
         """Move the blocks in use to the start of the pool, so that the free space is one run; how many moved."""
-        moves = self.block_manager.compact()
+        moves = self.cache_groups.compact()
         self._copies += moves
         self._copy_blocks()
         self._batch.rewrite()
@@ -234,8 +250,11 @@ class Engine:
 
     def _copy_blocks(self) -> None:
         """Run the copies that are due; one that is interrupted is run again with the next step."""
-        for piece in list(independent_pieces(self._copies)):
-            self._runner.move_blocks(piece)
+        while self._copies:
+            group = self._copies[0].group
+            of_group = itertools.takewhile(lambda copy: copy.group == group, self._copies)
+            piece = next(independent_pieces([(src, dst) for _, src, dst in of_group]))
+            self._runner.move_blocks(group, piece)
             del self._copies[: len(piece)]
 
     def _samples(self, schedule: Schedule) -> list["_Sample"]:

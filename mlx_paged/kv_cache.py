@@ -26,23 +26,22 @@ class PagedKVCache:
     the step that made it, and a pool never goes into an `mx.eval` list.
     """
 
-    def __init__(self, layers: Sequence[LayerShape], num_blocks: int, block_size: int, max_staging: int) -> None:
-        self.layers = list(layers)
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.block_bytes = block_size * sum(layer.bytes_per_token for layer in layers)
+    def __init__(
+        self, layers: Sequence[LayerShape], num_blocks: Sequence[int], block_size: int, max_staging: int
+    ) -> None:
+        """num_blocks: of each layer's pool. max_staging: bytes that copies may hold beside the pools."""
         self._max_staging = max_staging
-
-        def pool(layer: LayerShape, dim: int) -> mx.array:
-            return mx.zeros((num_blocks, block_size, layer.num_kv_heads, dim), layer.dtype)
-
-        self.keys = [pool(layer, layer.key_dim) for layer in layers]
-        self.values = [pool(layer, layer.value_dim) for layer in layers]
+        self.keys: list[mx.array] = []
+        self.values: list[mx.array] = []
+        for layer, count in zip(layers, num_blocks, strict=True):
+            rows = (count, block_size, layer.num_kv_heads)
+            self.keys.append(mx.zeros((*rows, layer.key_dim), layer.dtype))
+            self.values.append(mx.zeros((*rows, layer.value_dim), layer.dtype))
         mx.eval(self.keys, self.values)
 
     @property
     def nbytes(self) -> int:
-        return self.num_blocks * self.block_bytes
+        return sum(pool.nbytes for pool in (*self.keys, *self.values))
 
     def write(self, layer: int, block_ids: mx.array, offsets: mx.array, keys: mx.array, values: mx.array) -> None:
         """Put the K and V of tokens into their slots.
@@ -52,8 +51,8 @@ class PagedKVCache:
         self.keys[layer][block_ids, offsets] = keys
         self.values[layer][block_ids, offsets] = values
 
-    def move_blocks(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks, (source, destination) after (source, destination), in every layer.
+    def move_blocks(self, moves: Sequence[tuple[int, int]], layers: Sequence[int] | None = None) -> None:
+        """Copy whole blocks, (source, destination) after (source, destination), in all layers or those given.
 
         At most `max_staging` bytes are held beside the pools (one block of one layer at least). The gather has to be
         evaluated before the scatter: as one expression it would copy the pool.
@@ -62,8 +61,8 @@ class PagedKVCache:
             sources = mx.array([src for src, _ in piece], mx.int32)
             destinations = mx.array([dst for _, dst in piece], mx.int32)
             for pools in (self.keys, self.values):
-                for layer in range(len(pools)):
-                    step = max(1, self._max_staging // (pools[layer].nbytes // self.num_blocks))
+                for layer in range(len(pools)) if layers is None else layers:
+                    step = max(1, self._max_staging // (pools[layer].nbytes // pools[layer].shape[0]))
                     for start in range(0, len(piece), step):
                         staged = pools[layer][sources[start : start + step]]
                         mx.eval(staged)

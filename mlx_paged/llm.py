@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.nn as nn
+from jinja2 import TemplateError
 
 from mlx_paged.config import EngineConfig
 from mlx_paged.engine import Engine
@@ -137,12 +138,18 @@ class LLM:
         return self.tokenizer is not None and bool(self.tokenizer.has_chat_template)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation, ready for the model's answer. Raises ValueError without a chat template."""
+        """The token ids of a conversation, ready for the model's answer.
+
+        Raises ValueError if there is no chat template, or if it does not take this conversation.
+        """
         if not messages:
             raise ValueError("the conversation is empty: give it at least one message")
         if not self.has_chat_template:
             raise ValueError("the model has no chat template: use generate with a plain prompt")
-        return list(self.tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True))
+        try:
+            return list(self.tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True))
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template does not take this conversation: {error}") from error
 
     def stats(self) -> EngineStats:
         """Counters of the engine and the state of its block pool."""

@@ -41,9 +41,8 @@ class PrefixCache:
         return self._roots.setdefault(salt, PrefixNode(None, ()))
 
     def find(self, parent: PrefixNode, tokens: tuple[int, ...]) -> PrefixNode | None:
-        """The node of `tokens` after `parent` if a block holds their K/V."""
-        node = self._nodes.get((parent, tokens))
-        return node if node is not None and node.block_id is not None else None
+        """The node of `tokens` after `parent`, if it is known; its block may have been evicted."""
+        return self._nodes.get((parent, tokens))
 
     def insert(self, parent: PrefixNode, tokens: tuple[int, ...], block_id: int) -> PrefixNode:
         """The node of `tokens` after `parent`, held by `block_id` from now on unless another block has them."""
@@ -94,6 +93,7 @@ class PrefixCache:
         """Raise AssertionError if blocks and nodes disagree."""
         for block_id, node in self._node_of_block.items():
             assert node.block_id == block_id, f"block {block_id} and its prefix node disagree"
+            assert node.parent is not None, f"block {block_id} is said to hold the empty prefix"
             assert self._nodes.get((node.parent, node.tokens)) is node, f"block {block_id} can't be found"
         with_block = sum(node.block_id is not None for node in self._nodes.values())
         assert with_block == len(self._node_of_block), "a prefix node names a block that does not hold it"

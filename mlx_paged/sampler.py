@@ -28,7 +28,8 @@ class TokenCounts:
 
     def add(self, token: int) -> None:
         """`token` was put out."""
-        self._counts[self._slot_of(token)] += 1
+        slot = self._slot_of(token)  # may replace the arrays by larger ones
+        self._counts[slot] += 1
 
     @property
     def tokens(self) -> np.ndarray:

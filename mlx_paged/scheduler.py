@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mlx_paged.block_manager import BlockManager
+from mlx_paged.cache_groups import BlockCopy, CacheGroups
 from mlx_paged.errors import OutOfBlocks
 from mlx_paged.sequence import Request, Sequence
 
@@ -32,16 +33,15 @@ class ScheduledSequence(NamedTuple):
 class Schedule:
     """What one step computes, decodes before prompts.
 
-    copies: (source, destination) blocks to copy first, for copy-on-write; moves: those to run after them, for
-    compaction. preempted: sequences that have just lost their blocks. promised: blocks that may be hit because this
+    copies: blocks to copy first, for copy-on-write; moves: those to copy after them, for compaction. preempted: sequences that have just lost their blocks. promised: blocks that may be hit because this
     step writes them.
     """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    moves: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    moves: list[BlockCopy] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
-    promised: list[int] = field(default_factory=list)
+    promised: list[tuple[BlockManager, list[int]]] = field(default_factory=list)
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -51,8 +51,8 @@ def _order(sequence: Sequence) -> tuple[int, int]:
 class Scheduler:
     """Holds waiting and running sequences, both in the order in which they are served."""
 
-    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        self.block_manager = block_manager
+    def __init__(self, groups: CacheGroups, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.groups = groups
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -67,7 +67,7 @@ class Scheduler:
 
     def add_fork(self, sequence: Sequence, fork: Sequence) -> None:
         """A sequence that shares the blocks of a running one runs at once: room was kept for it."""
-        self.block_manager.fork(sequence.seq_id, fork.seq_id)
+        self.groups.fork(sequence.seq_id, fork.seq_id)
         fork.num_computed = sequence.num_computed
         insort(self.running, fork, key=_order)
 
@@ -75,7 +75,7 @@ class Scheduler:
         """A sequence has ended, wherever it is."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self.block_manager.free(sequence.seq_id)
+            self.groups.free(sequence.seq_id)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
@@ -98,18 +98,18 @@ class Scheduler:
         """The K/V of a step's tokens is in place."""
         for sequence, start, num_tokens in schedule.sequences:
             sequence.num_computed = start + num_tokens
-            self.block_manager.mark_computed(sequence.seq_id, sequence.num_computed)
+            self.groups.mark_computed(sequence.seq_id, sequence.num_computed)
 
     def fail(self, schedule: Schedule) -> None:
         """A step broke off: nothing of it is known to be in place, so its sequences start again."""
-        self.block_manager.withdraw(schedule.promised)
+        self.groups.withdraw(schedule.promised)
         for sequence, _, _ in schedule.sequences:
             self.preempt(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits for its turn again, with its tokens to compute anew."""
         self.running.remove(sequence)
-        self.block_manager.free(sequence.seq_id)
+        self.groups.free(sequence.seq_id)
         sequence.num_computed = 0
         self.add(sequence)
         self.num_preemptions += 1
@@ -118,8 +118,8 @@ class Scheduler:
         """Give the sequence's latest token a slot, at the cost of later sequences; False if it had to go itself."""
         while sequence in self.running:
             try:
-                num_slots = self.block_manager.num_tokens(sequence.seq_id)
-                schedule.copies += self.block_manager.append(sequence.seq_id, sequence.token_ids[num_slots:])
+                end = len(sequence.token_ids)
+                schedule.copies += self.groups.extend(sequence.seq_id, sequence.token_ids, end)
                 return True
             except OutOfBlocks:
                 schedule.preempted.append(self.running[-1])
@@ -127,9 +127,12 @@ class Scheduler:
         return False
 
     def _schedule_chunk(self, sequence: Sequence, budget: int, schedule: Schedule) -> int:
+        """Compute as much of a prompt as the budget allows; its blocks in the first group are taken already."""
         num_tokens = min(sequence.num_uncomputed, budget)
+        end = sequence.num_computed + num_tokens
         schedule.sequences.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens))
-        schedule.promised += self.block_manager.promise(sequence.seq_id, sequence.num_computed + num_tokens)
+        schedule.copies += self.groups.extend(sequence.seq_id, sequence.token_ids, end)
+        schedule.promised += self.groups.promise(sequence.seq_id, end)
         return num_tokens
 
     def _admit(self, budget: int, schedule: Schedule) -> None:
@@ -139,8 +142,8 @@ class Scheduler:
             sequence = self.waiting[0]
             if _num_places(sequence) > places:
                 break
-            if self.block_manager.would_gain_a_run(len(sequence.token_ids)):
-                schedule.moves += self.block_manager.compact()
+            if self.groups.would_gain_a_run(len(sequence.token_ids)):
+                schedule.moves += self.groups.compact()
             if not self._allocate(sequence):
                 break
             self.waiting.pop(0)
@@ -150,14 +153,13 @@ class Scheduler:
 
     def _allocate(self, sequence: Sequence) -> bool:
         """Take blocks for all tokens of a waiting sequence; False if there are too few."""
-        manager = self.block_manager
         if sequence.request.metrics.first_scheduled_time is not None:
             # One that was preempted comes back once every running one could take a block beside it.
-            needed = -(-len(sequence.token_ids) // manager.block_size) + len(self.running)
-            if self.running and needed > manager.num_free_blocks:
+            needed = -(-len(sequence.token_ids) // self.groups.block_size) + len(self.running)
+            if self.running and needed > self.groups.num_free_blocks:
                 return False
         try:
-            num_cached = manager.allocate(sequence.seq_id, sequence.token_ids, salt=sequence.params.cache_salt)
+            num_cached = self.groups.allocate(sequence.seq_id, sequence.token_ids, salt=sequence.params.cache_salt)
         except OutOfBlocks:
             return False
         sequence.num_computed = num_cached

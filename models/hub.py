@@ -34,7 +34,9 @@ _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _ANY_MODEL = "an alias (mlx-paged generate --help lists them), a Hugging Face repository (org/name) or a folder"
 
 
-def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None) -> Path:
+def resolve(
+    model: str | os.PathLike[str] | None, *, revision: str | None = None, config_only: bool = False
+) -> Path:
     """The folder that holds `model`, downloaded first if it has to be.
 
     Args:
@@ -42,6 +44,7 @@ def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None
             alias always means the alias (write "./qwen2" for a folder of that name); "org/name" means a folder if
             there is one.
         revision: branch, tag or commit of a repository.
+        config_only: of a repository, download config.json and nothing else.
 
     Raises:
         ModelError: there is no such model, or it cannot be had just now.
@@ -50,7 +53,7 @@ def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None
         return _folder_with_config(DEMO_FOLDER)
     name = os.fspath(model)
     if isinstance(model, str) and model in ALIASES:
-        return _download(ALIASES[model], revision)
+        return _download(ALIASES[model], revision, config_only)
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return _folder_with_config(folder)
@@ -59,7 +62,7 @@ def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None
     if _looks_like_path(model):
         raise ModelError(f"there is no folder {name!r}; a model is {_ANY_MODEL}")
     if _REPO_ID.fullmatch(name):
-        return _download(name, revision)
+        return _download(name, revision, config_only)
     close = difflib.get_close_matches(name.lower(), ALIASES, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? Otherwise give" if close else "give"
     raise ModelError(f"there is no model {name!r}: {hint} {_ANY_MODEL}")
@@ -143,12 +146,13 @@ def _check_safetensors(path: Path) -> None:
         raise ModelError(f"{path} is cut short: {size} of {expected} bytes; fetch it again")
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, config_only: bool) -> Path:
     """The repository's folder in the local cache; huggingface-hub draws its progress on stderr."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
+        patterns = ["config.json"] if config_only else DOWNLOAD_PATTERNS
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as error:
         reason = _explain(error, repo, revision)
         if reason is None:

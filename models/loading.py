@@ -1,12 +1,13 @@
 """From a model's name to an mlx-lm model and tokenizer in memory."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model, load_tokenizer
-from mlx_paged.models import hub
+from mlx_paged.models import hub, registry
 
 from mlx_paged.errors import ModelError
 
@@ -28,6 +29,7 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
     """
     folder = hub.resolve(name)
     hub.check_files(folder)
+    _check_family(json.loads((folder / "config.json").read_text()))
     try:
         model, config = load_model(folder, lazy=True)
     except Exception as error:  # mlx-lm reports what it can't read in many ways
@@ -38,6 +40,14 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
         raise ModelError(f"{folder} has no tokenizer that can be read: {_first_line(error)}") from error
     set_dtype(model, dtype)
     return LoadedModel(model, tokenizer, context_of(config))
+
+
+def _check_family(config: dict[str, Any]) -> None:
+    """Raise ModelError for a family that is known not to run, before its weights are read."""
+    name = str(config.get("model_type"))
+    family = registry.describe(name)
+    if family is not None and family.status == "refused":
+        raise ModelError(f"model family {name!r} can't be paged: {family.note}")
 
 
 def set_dtype(model: nn.Module, dtype: str | None) -> None:

@@ -56,9 +56,10 @@ class PagedKV:
 class PagedLayerCache:
     """One layer of a paged KV cache during one step, with the interface of an mlx-lm cache."""
 
-    def __init__(self, kv_cache: PagedKVCache, layer: int, step: StepInputs, window: int | None) -> None:
+    def __init__(self, kv_cache: PagedKVCache, layer: int, step: StepInputs, group: int, window: int | None) -> None:
         self._kv_cache = kv_cache
         self._layer = layer
+        self._inputs = step.groups[group]
         self._window = window
         self.step = step
         self.offset = step.positions
@@ -66,13 +67,13 @@ class PagedLayerCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         """Write keys and values, [num_tokens, num_kv_heads, 1, dim], into their tokens' slots."""
         self._kv_cache.write(
-            self._layer, self.step.block_ids, self.step.block_offsets, keys[:, :, 0], values[:, :, 0]
+            self._layer, self._inputs.block_ids, self.step.block_offsets, keys[:, :, 0], values[:, :, 0]
         )
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
         """What is stored, for layers that share it."""
-        dtype = self._kv_cache.layers[self._layer].dtype
+        dtype = self._kv_cache.keys[self._layer].dtype
         return PagedKV(self, dtype), PagedKV(self, dtype)
 
     def make_mask(self, N: int, *, return_array: bool = False, window_size: int | None = None) -> PagedMask:
@@ -86,7 +87,7 @@ class PagedLayerCache:
             queries[:, :, 0].astype(keys.dtype),
             keys,
             values,
-            self.step.metadata,
+            self._inputs.metadata,
             scale=scale,
             window=min(windows, default=None),
             sinks=sinks,
@@ -135,12 +136,24 @@ class PatchedModel(NamedTuple):
     vocab_size: int
     picks_rows: bool
 
+    @property
+    def groups(self) -> list[int | None]:
+        """The windows of the cache groups: first None, for the layers that keep everything, if any; then the others."""
+        return [None, *sorted({window for window in self.windows if window is not None})]
+
+    @property
+    def stored_layers(self) -> list[tuple[LayerShape, int]]:
+        """What is stored, with the group it belongs to."""
+        pairs = zip(self.layers, self.windows, strict=True)
+        return [(shape, self.groups.index(window)) for shape, window in pairs if shape is not None]
+
     def __call__(self, kv_cache: PagedKVCache, step: StepInputs) -> mx.array:
         """The logits of the step's `logit_rows`, [num_rows, vocab_size]."""
         caches: list[Any] = []
         stored = 0
+        groups = {window: group for group, window in enumerate(self.groups)}
         for shape, window in zip(self.layers, self.windows, strict=True):
-            caches.append(PagedLayerCache(kv_cache, stored, step, window))
+            caches.append(PagedLayerCache(kv_cache, stored, step, groups[window], window))
             stored += shape is not None
         logits = self.model(step.token_ids[:, None], cache=caches)
         if not self.picks_rows and step.logit_rows is not None:
@@ -239,7 +252,7 @@ def _step_of(arguments: Sequence[Any]) -> StepInputs | None:
 def _probe(model: nn.Module, name: str, windows: list[int | None]) -> PatchedModel:
     """Build, without running it, the graph of a step, and see what each layer stores."""
     tokens = mx.arange(_NUM_PROBE_TOKENS, dtype=mx.int32)
-    step = StepInputs(tokens, tokens, tokens, tokens, tokens[-1:], None)  # type: ignore[arg-type]
+    step = StepInputs(tokens, tokens, tokens, tokens[-1:], [])
     caches = [_ProbeLayerCache(step, window) for window in windows]
     try:
         logits = model(tokens[:, None], cache=caches)

@@ -43,7 +43,7 @@ def test_steps_write_into_the_pool_without_copying_it(
 
 
 def test_a_copy_of_a_pool_would_be_seen() -> None:
-    cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)], 4096, 8, 1)
+    cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)], [4096], 8, 1)
     where = mx.array([1], mx.int32)
     row = mx.ones((1, 4, 64))
 
@@ -70,7 +70,7 @@ def test_memory_does_not_grow_with_the_number_of_requests(tiny_model: Callable[.
 def _filled(num_blocks: int, dtype: mx.Dtype, max_staging: int) -> tuple[PagedKVCache, list[np.ndarray]]:
     """A cache of two different layers with a value of its own in every element, and its content."""
     layers = [LayerShape(2, 4, 4, dtype), LayerShape(1, 6, 3, dtype)]
-    cache = PagedKVCache(layers, num_blocks, 2, max_staging)
+    cache = PagedKVCache(layers, [num_blocks] * 2, 2, max_staging)
     for pools in (cache.keys, cache.values):
         for i, pool in enumerate(pools):
             pools[i] = mx.arange(pool.size).reshape(pool.shape).astype(dtype)
@@ -93,7 +93,7 @@ def test_moves_mean_one_after_another_whatever_the_staging(moves: list[tuple[int
 
 @pytest.mark.parametrize("max_staging", [1 * MEGABYTE, 8 * MEGABYTE])
 def test_moving_half_a_pool_stages_no_more_than_it_may(max_staging: int) -> None:
-    cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)] * 2, 4096, 8, max_staging)
+    cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)] * 2, [4096] * 2, 8, max_staging)
     moves = [(i, i + 2048) for i in range(2048)]
     cache.move_blocks(moves[:1])
     assert peak_growth(lambda: cache.move_blocks(moves)) < max_staging + MEGABYTE // 4
@@ -101,7 +101,7 @@ def test_moving_half_a_pool_stages_no_more_than_it_may(max_staging: int) -> None
 
 def test_the_pool_is_as_large_as_it_says(tiny_model: Callable[..., nn.Module]) -> None:
     before = mx.get_active_memory()
-    cache = PagedKVCache([LayerShape(2, 64, 32, mx.float16)] * 3, 1000, 16, 1)
+    cache = PagedKVCache([LayerShape(2, 64, 32, mx.float16)] * 3, [1000] * 3, 16, 1)
     assert cache.nbytes == 1000 * 16 * 3 * 2 * (64 + 32) * 2
     assert abs(mx.get_active_memory() - before - cache.nbytes) < MEGABYTE
 

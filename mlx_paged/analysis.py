@@ -1,0 +1,180 @@
+"""What KV caches cost: bytes per token from a model's configuration alone, and the waste of three ways to hold them.
+
+No weights are read and nothing is run: mlx-lm's model is built from its config.json, which MLX leaves unevaluated, and
+shapes are all that is looked at. The comparison is that of Kwon et al. 2023, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mlx_paged.config import DTYPES
+from mlx_paged.errors import ModelError
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+TYPICAL_PROMPT, TYPICAL_OUTPUT = 161, 338  # mean tokens of ShareGPT's conversations, Kwon et al. 2023, figure 11
+_SPREAD = 1.0  # standard deviation of the logarithm of a typical length
+_GROWTH = 256  # tokens by which mlx-lm's caches grow
+
+
+class LayerGroup(NamedTuple):
+    """Layers that are alike: what each stores per token, and the most tokens a query of theirs sees (None: all)."""
+
+    num_layers: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    element_bytes: int
+    window: int | None
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_layers * self.num_kv_heads * (self.key_dim + self.value_dim) * self.element_bytes
+
+    def visible(self, num_tokens: int) -> int:
+        """How many of `num_tokens` a query can still see."""
+        return num_tokens if self.window is None else min(num_tokens, self.window)
+
+
+class ModelSize(NamedTuple):
+    """What a model takes.
+
+    dtype: of K and V. weight_bytes: as the configuration describes them; unknown_quantization: a kind that it names
+    in a form which mlx-lm converts while loading, so that weight_bytes does not have it. context: the longest it names.
+    """
+
+    family: str
+    dtype: str
+    groups: list[LayerGroup]
+    weight_bytes: int
+    unknown_quantization: str | None
+    context: int | None
+
+
+class Reservation(NamedTuple):
+    """A way to hold the KV cache of some requests: the bytes it takes, and those of them that hold visible tokens."""
+
+    name: str
+    num_requests: int
+    taken: int
+    needed: int
+
+    @property
+    def waste(self) -> float:
+        return 1 - self.needed / self.taken
+
+    def fitting(self, room: int) -> int:
+        """How many such requests fit into `room` bytes."""
+        return max(0, room) * self.num_requests // self.taken
+
+
+def compare(groups: Sequence[LayerGroup], lengths: Sequence[int], context: int, block_size: int) -> list[Reservation]:
+    """Three ways to hold requests of `lengths` tokens, prompt and output: reserved, padded, in blocks.
+
+    Reserved: room for `context` tokens each. Padded: mlx-lm's batch, every row as long as the longest, which grows by
+    256 tokens at a time; the second copy that it makes while growing is not counted. In blocks: every block that
+    holds a visible token.
+    """
+    padded = -(-max(lengths) // _GROWTH) * _GROWTH
+
+    def in_blocks(group: LayerGroup, num_tokens: int) -> int:
+        first_visible = num_tokens - group.visible(num_tokens)
+        return ((num_tokens - 1) // block_size - first_visible // block_size + 1) * block_size
+
+    def total(tokens: Iterable[tuple[LayerGroup, int]]) -> int:
+        return sum(group.bytes_per_token * num_tokens for group, num_tokens in tokens)
+
+    pairs = [(group, length) for group in groups for length in lengths]
+    needed = total((group, group.visible(length)) for group, length in pairs)
+    taken = {
+        "reserved": total((group, group.visible(context)) for group, _ in pairs),
+        "padded": total((group, group.visible(padded)) for group, _ in pairs),
+        "blocks": total((group, in_blocks(group, length)) for group, length in pairs),
+    }
+    return [Reservation(name, len(lengths), num_bytes, needed) for name, num_bytes in taken.items()]
+
+
+def typical_lengths(num_requests: int, context: int, seed: int = 0) -> list[int]:
+    """Tokens of prompt and output together: log-normal, with the means of ShareGPT, at most `context`."""
+    draw = random.Random(seed)
+
+    def log_normal(mean: int) -> int:
+        return max(1, round(draw.lognormvariate(math.log(mean) - _SPREAD**2 / 2, _SPREAD)))
+
+    return [min(context, log_normal(TYPICAL_PROMPT) + log_normal(TYPICAL_OUTPUT)) for _ in range(num_requests)]
+
+
+def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
+    """Measure the model whose config.json is in `folder`, as the engine would run it on this machine.
+
+    dtype: of weights and cache; None: as stored, float32 on a CPU. Raises ModelError if mlx-lm can't build the model
+    or its cache can't be paged.
+    """
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load_config
+
+    from mlx_paged.models import loading
+    from mlx_paged.models.patch import patch_model
+
+    try:
+        config = load_config(folder)
+        model = _build(config)
+    except Exception as error:  # a configuration can be wrong in many ways
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else (str(error) or type(error).__name__)
+        raise ModelError(f"{folder / 'config.json'} describes no model that mlx-lm can build: {reason}") from error
+    loading.set_dtype(model, dtype)
+    patched = patch_model(model)
+    stored = config.get("quantization_config")
+    counts: dict[Any, int] = {}
+    for shape, window in sorted(zip(patched.layers, patched.windows, strict=True), key=lambda layer: layer[1] or 0):
+        if shape is not None:
+            counts[shape, window] = counts.get((shape, window), 0) + 1
+    groups = [
+        LayerGroup(count, shape.num_kv_heads, shape.key_dim, shape.value_dim, shape.dtype.size, window)
+        for (shape, window), count in counts.items()
+    ]
+    return ModelSize(
+        family=str(config["model_type"]),
+        dtype=str(next(iter(counts))[0].dtype).removeprefix("mlx.core."),
+        groups=groups,
+        weight_bytes=sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values()),
+        unknown_quantization=stored.get("quant_method") if stored and not config.get("quantization") else None,
+        context=loading.context_of(config),
+    )
+
+
+def _build(config: dict[str, Any]) -> nn.Module:
+    """An mlx-lm model with the parameters that its configuration describes, none of them evaluated."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.utils import _get_classes
+
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    inner = getattr(model, "language_model", model)
+    if config.get("tie_word_embeddings", True) and getattr(inner, "tie_word_embeddings", None) is False:
+        inner.tie_word_embeddings = True  # gemma3 learns it from the weights
+        inner.pop("lm_head")
+    text_config = config.get("text_config") or {}
+    names = [section.get(name) for section in (config, text_config) for name in ("dtype", "torch_dtype")]
+    model.set_dtype(getattr(mx, next((name for name in names if name in DTYPES), "bfloat16")))
+    if quantization := config.get("quantization"):
+        group_size = quantization["group_size"]
+        choose = getattr(model, "quant_predicate", None)
+
+        def parameters(path: str, module: nn.Module) -> Any:
+            if path in quantization:
+                return quantization[path]
+            if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
+                return False
+            return choose(path, module) if choose else True
+
+        mode = quantization.get("mode", "affine")
+        nn.quantize(model, group_size, quantization["bits"], mode=mode, class_predicate=parameters)
+    return model

@@ -1,0 +1,102 @@
+"""The block managers of a model whose layers see different parts of the context, moved as one.
+
+Layers with the same window form a group with a pool and block tables of its own. The first group has no window: it
+decides what fits. A windowed group only ever holds what its window can see, taken chunk by chunk as a prompt is
+computed; `blocks_for_window` such blocks, or as many as the first group has, always suffice. Knows no mlx.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from mlx_paged.block_manager import BlockManager
+
+
+class BlockCopy(NamedTuple):
+    """Block `src` of a group is to be copied to `dst`, in all layers of the group."""
+
+    group: int
+    src: int
+    dst: int
+
+
+def blocks_for_window(window: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """The most blocks that a group with a window holds at once, a step's new tokens included."""
+    per_sequence = -(-(window - 1) // block_size) + 2
+    return max_num_seqs * per_sequence + -(-max_num_batched_tokens // block_size)
+
+
+class CacheGroups:
+    """One block manager per group, with the methods of a single one. Method by method, all groups change or none."""
+
+    def __init__(self, managers: Sequence[BlockManager]) -> None:
+        if managers[0].window is not None or any(manager.window is None for manager in managers[1:]):
+            raise ValueError("the first group, and only that, must have no window")
+        self.managers = list(managers)
+        self.block_size = managers[0].block_size
+        self._full = managers[0]
+        self._windowed = list(managers[1:])
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Those of the first group, which decides what fits."""
+        return self._full.num_free_blocks
+
+    def allocate(self, seq_id: Hashable, token_ids: Sequence[int], *, salt: Hashable = None) -> int:
+        """As `BlockManager.allocate`; cached are the leading tokens that every group can start from."""
+        num_cached = self._full.num_cached_tokens(token_ids, salt=salt)
+        agreed = False
+        while not agreed:
+            before = num_cached
+            for manager in self._windowed:
+                num_cached = manager.num_cached_tokens(token_ids, salt=salt, limit=num_cached)
+            agreed = num_cached == before
+        self._full.allocate(seq_id, token_ids, salt=salt, max_cached=num_cached)
+        for manager in self._windowed:
+            manager.allocate(seq_id, token_ids[: num_cached + 1], salt=salt, max_cached=num_cached)
+        return num_cached
+
+    def extend(self, seq_id: Hashable, token_ids: Sequence[int], end: int) -> list[BlockCopy]:
+        """Give the first `end` tokens of a sequence slots in every group; as `BlockManager.append`."""
+        copies = []
+        for group, manager in enumerate(self.managers):
+            pairs = manager.append(seq_id, token_ids[manager.num_tokens(seq_id) : end])
+            copies += [BlockCopy(group, *pair) for pair in pairs]
+        return copies
+
+    def promise(self, seq_id: Hashable, num_tokens: int) -> list[tuple[BlockManager, list[int]]]:
+        """As `BlockManager.promise`, with the manager of each list."""
+        return [(manager, manager.promise(seq_id, num_tokens)) for manager in self.managers]
+
+    def withdraw(self, promised: Sequence[tuple[BlockManager, list[int]]]) -> None:
+        """As `BlockManager.withdraw`, of what `promise` returned."""
+        for manager, block_ids in promised:
+            manager.withdraw(block_ids)
+
+    def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None:
+        """As `BlockManager.mark_computed`."""
+        for manager in self.managers:
+            manager.mark_computed(seq_id, num_tokens)
+
+    def fork(self, seq_id: Hashable, new_seq_id: Hashable) -> None:
+        """As `BlockManager.fork`."""
+        for manager in self.managers:
+            manager.fork(seq_id, new_seq_id)
+
+    def free(self, seq_id: Hashable) -> None:
+        """As `BlockManager.free`."""
+        for manager in self.managers:
+            manager.free(seq_id)
+
+    def would_gain_a_run(self, num_tokens: int) -> bool:
+        """As `BlockManager.would_gain_a_run`."""
+        return self._full.would_gain_a_run(num_tokens)
+
+    def compact(self) -> list[BlockCopy]:
+        """As `BlockManager.compact`."""
+        return [BlockCopy(g, *pair) for g, manager in enumerate(self.managers) for pair in manager.compact()]
+
+    def check(self) -> None:
+        """As `BlockManager.check`; a windowed group has the sequences of the first."""
+        for manager in self.managers:
+            manager.check()
+            assert manager.seq_ids == self._full.seq_ids, "the groups have different sequences"

@@ -1,0 +1,124 @@
+"""Which of mlx-lm's model families run on a paged cache: what is tested, what can't, and why. Knows no mlx.
+
+A family is named as mlx-lm names its module, and found by the `model_type` of a model's config.json. A family that is
+not listed may still run: what it does is looked at when it is loaded (`patch.patch_model`).
+`python -m mlx_paged.models.registry` prints the table of docs/models.md.
+"""
+
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    """One of mlx-lm's model families.
+
+    status: "verified" (results compared with unpaged ones over block sizes, chunks, batches and preemption), "tested"
+    (compared once) or "refused". note: for a refused family why, otherwise what is excepted.
+    """
+
+    name: str
+    status: str
+    note: str = ""
+
+
+VERIFIED = ("llama", "qwen2", "qwen3")
+
+TESTED = (
+    *("Klear", "afmoe", "apertus", "bailing_moe", "cohere", "cohere2", "dbrx", "deepseek", "deepseek_v2", "dots1"),
+    *("ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "gemma", "gemma3", "gemma3_text", "gemma3n"),
+    *("gemma4", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "gptj", "granite"),
+    *("granitemoe", "granitemoehybrid", "helium", "hunyuan", "hunyuan_v1_dense", "internlm2", "internlm3"),
+    *("iquestloopcoder", "laguna", "lille-130m", "llama4_text", "mellum", "mimo", "mimo_v2_flash", "minicpm"),
+    *("minicpm3", "minimax", "ministral3", "mistral3", "mixtral", "muse_glimmer", "nanbeige", "nanochat"),
+    *("nemotron", "nemotron-nas", "olmo2", "olmo3", "olmoe", "openelm", "phi", "phi3", "phimoe", "phixtral"),
+    *("pixtral", "qwen", "qwen2_moe", "qwen2_vl", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "seed_oss", "smollm3"),
+    *("solar_open", "spark2_5", "stablelm", "starcoder2", "step3p5", "talkie", "telechat3", "youtu_llm"),
+)
+
+_EXCEPTIONS = {
+    "granitemoehybrid": "models without Mamba layers only",
+    "internlm2": "not with dynamic rope scaling",
+    "internlm3": "not with dynamic rope scaling",
+}
+
+_REFUSED = {
+    "some or all layers keep a recurrent or convolution state instead of keys and values": (
+        *("baichuan_m1", "bailing_hybrid", "bailing_moe_linear", "bailing_moe_v3", "falcon_h1", "gear", "jamba"),
+        *("kimi_k3", "kimi_linear", "lfm2", "lfm2-vl", "lfm2_moe", "longcat_flash_ngram", "mamba", "mamba2"),
+        *("nemotron_h", "olmo_hybrid", "plamo2", "prism_hadamard_qwen35", "qwen3_5", "qwen3_5_moe", "qwen3_next"),
+        *("recurrent_gemma", "rwkv7"),
+    ),
+    "its latent attention reads the cache itself": (
+        "deepseek_v3",
+        "glm4_moe_lite",
+        "kimi_k25",
+        "kimi_vl",
+        "mistral4",
+    ),
+    "a layer keeps more than one kind of cache": (
+        "deepseek_v32",
+        "deepseek_v41",
+        "glm_moe_dsa",
+        "longcat_flash",
+        "minimax_m3_vl",
+    ),
+    "its attention is cut into chunks": ("llama4",),
+    "its code computes attention, or part of it, itself": ("gemma2", "olmo", "phi3small", "plamo"),
+    "its code looks at the shape of cached keys": ("afm7",),
+    "its code takes the position for one number": ("gpt_bigcode",),
+    "its layers attend to one token more than their cache keeps": ("plamo3",),
+}
+
+FAMILIES: dict[str, Family] = {
+    **{name: Family(name, "verified") for name in VERIFIED},
+    **{name: Family(name, "tested", _EXCEPTIONS.get(name, "")) for name in TESTED},
+    **{name: Family(name, "refused", why) for why, names in _REFUSED.items() for name in names},
+}
+
+# mlx-lm's names for families that share the code of another one.
+RENAMED = {
+    "deepseek_v41_text": "deepseek_v41",
+    "falcon_mamba": "mamba",
+    "gemma4_unified": "gemma4",
+    "iquestcoder": "llama",
+    "joyai_llm_flash": "deepseek_v3",
+    "kimi_k2": "deepseek_v3",
+    "llava": "mistral3",
+    "minimax_m2": "minimax",
+    "mistral": "llama",
+    "phi-msft": "phixtral",
+    "qwen2_5_vl": "qwen2_vl",
+    "xverse": "llama",
+}
+
+
+def describe(model_type: str) -> Family | None:
+    """What is known of the family of a config.json's `model_type`; None: nothing."""
+    return FAMILIES.get(RENAMED.get(model_type, model_type))
+
+
+def unverified(model_type: str) -> bool:
+    """Whether no test has compared this family with its unpaged results."""
+    family = describe(model_type)
+    return family is None or family.status == "refused"
+
+
+def table() -> str:
+    """All families, as the Markdown of docs/models.md."""
+    rows = ["| families | |", "|---|---|"]
+    for status, meaning in (
+        ("verified", "verified: compared over block sizes, chunks, batches, orders and preemption"),
+        ("tested", "tested: compared over one batch of prompts"),
+    ):
+        names = [_with_note(family) for family in FAMILIES.values() if family.status == status]
+        rows.append(f"| {', '.join(sorted(names, key=str.lower))} | {meaning} |")
+    rows += [f"| {', '.join(f'`{name}`' for name in sorted(names))} | refused: {why} |" for why, names in _REFUSED.items()]
+    same = ", ".join(f"`{name}` as `{code}`" for name, code in RENAMED.items())
+    return "\n".join(rows) + f"\n\nFamilies that mlx-lm runs with another's code count as that one: {same}.\n"
+
+
+def _with_note(family: Family) -> str:
+    return f"`{family.name}` ({family.note})" if family.note else f"`{family.name}`"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
