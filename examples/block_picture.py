@@ -12,20 +12,20 @@ manager = BlockManager(num_blocks=32, block_size=16)
 manager.allocate("earlier", range(1000, 1064))
 manager.mark_computed("earlier", 64)
 
-# One prompt, four beams: the prompt's blocks are held by all, a partly filled last one until somebody writes to it.
-manager.allocate(0, range(54))
-manager.mark_computed(0, 54)
+# One prompt, four beams: all of them hold its blocks, and who writes to a shared block gets a copy first.
+manager.allocate(1, range(54))
+manager.mark_computed(1, 54)
 manager.free("earlier")
-for beam in (1, 2, 3):
-    manager.fork(0, beam)
+for beam in (2, 3, 4):
+    manager.fork(1, beam)
 for step in range(33):
-    if step == 20:  # beam 3 falls out; beam 1 had the two best continuations
-        manager.free(3)
-        manager.fork(1, 3)
-    for beam in range(4):
+    if step == 20:  # beam 4 falls out: beam 2 had the two best continuations
+        manager.free(4)
+        manager.fork(2, 4)
+    for beam in (1, 2, 3, 4):
         manager.append(beam, [100 * beam + step])
 
-names = {beam: f"beam {beam + 1}" for beam in range(4)}
+names = {beam: f"beam {beam}" for beam in (1, 2, 3, 4)}
 draw_blocks(manager, names)
 default = Path(__file__).parent.parent / "docs" / "images" / "beam_blocks.svg"
 save_svg(BlockPicture(manager, names), sys.argv[1] if len(sys.argv) > 1 else default)

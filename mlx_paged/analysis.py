@@ -126,7 +126,7 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
         config = load_config(folder)
         model = _build(config)
     except Exception as error:  # a configuration can be wrong in many ways
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else (str(error) or type(error).__name__)
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise ModelError(f"{folder / 'config.json'} describes no model that mlx-lm can build: {reason}") from error
     loading.set_dtype(model, dtype)
     patched = patch_model(model)

@@ -62,7 +62,7 @@ class BatchBuilder:
         """The arrays of a step. At least one sequence must be scheduled."""
         for sequence in schedule.preempted:
             self.forget(sequence.seq_id)
-        if schedule.moves:
+        if schedule.compacted:
             self.rewrite()
         starts = np.array([item.start for item in schedule.sequences], np.int32)
         lengths = np.array([item.num_tokens for item in schedule.sequences], np.int32)

@@ -7,12 +7,29 @@ for any arrays that follow its answers, and imports no mlx. A sequence's token a
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Protocol
 
 from mlx_paged.allocator import BlockAllocator
 from mlx_paged.errors import OutOfBlocks
-from mlx_paged.prefix_cache import PrefixCache, PrefixNode
+from mlx_paged.prefix_cache import PrefixCache, PrefixNode, next_digest
 
 NO_BLOCK = -1  # in the table of a sequence with a window: the block has been given back
+
+
+class BlockTier(Protocol):
+    """A second place for the content of blocks, under the digests of their prefixes.
+
+    `save` and `load` are notes for whoever moves K and V: they are carried out in their order, between other copies.
+    """
+
+    def __contains__(self, digest: bytes) -> bool:
+        """Whether `load` would find it."""
+
+    def save(self, block_id: int, digest: bytes) -> None:
+        """The block's content is to be kept before it is overwritten."""
+
+    def load(self, digest: bytes, block_id: int) -> None:
+        """The content kept under `digest` is to be put into the block."""
 
 
 class _SequenceBlocks:
@@ -41,7 +58,10 @@ class BlockManager:
 
     A sequence is named by any hashable id. Method by method, either all of it happens or, with an error, nothing.
     With a `window`, of which a query sees its own key and the window - 1 before it, a sequence gives back the blocks
-    that no further query can see: their table entries become NO_BLOCK. The sharing follows Kwon et al. 2023, "Efficient Memory Management for LLM Serving with PagedAttention".
+    that no further query can see: their table entries become NO_BLOCK. With a `tier`, prefixes that are evicted from
+    the pool go there if they were of use, and are found there.
+
+    The sharing follows Kwon et al. 2023, "Efficient Memory Management for LLM Serving with PagedAttention".
     """
 
     def __init__(
@@ -52,6 +72,7 @@ class BlockManager:
         allocator: str = "lru",
         prefix_caching: bool = True,
         window: int | None = None,
+        tier: BlockTier | None = None,
     ) -> None:
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
@@ -61,6 +82,7 @@ class BlockManager:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.window = window
+        self._tier = tier
         self._allocator = BlockAllocator(num_blocks, allocator)
         self._prefixes = PrefixCache()
         self._sequences: dict[Hashable, _SequenceBlocks] = {}
@@ -96,7 +118,9 @@ class BlockManager:
         sequence = self._get(seq_id)
         first = sequence.num_released * self.block_size
         if not first <= position < len(sequence.tokens):
-            raise IndexError(f"sequence {seq_id!r} has tokens {first} to {len(sequence.tokens) - 1}, not {position}")
+            raise IndexError(
+                f"sequence {seq_id!r} has {len(sequence.tokens)} tokens, those from {first} on in blocks: no {position}"
+            )
         return sequence.table[position // self.block_size], position % self.block_size
 
     def ref_count(self, block_id: int) -> int:
@@ -121,7 +145,7 @@ class BlockManager:
 
     def num_cached_tokens(self, token_ids: Sequence[int], *, salt: Hashable = None, limit: int | None = None) -> int:
         """How many leading tokens a new sequence of `token_ids` would find cached, at most `limit`."""
-        return len(self._cached_prefix(token_ids, salt, limit)) * self.block_size
+        return self._num_cached_blocks(token_ids, salt, limit) * self.block_size
 
     # -- a sequence's life --------------------------------------------------------------------------------------
 
@@ -138,23 +162,39 @@ class BlockManager:
         if len(token_ids) == 0:
             raise ValueError(f"sequence {seq_id!r} has no tokens to allocate")
         tokens = list(token_ids)
-        nodes = self._cached_prefix(tokens, salt, max_cached)
-        first = self._first_visible(len(nodes) * self.block_size)
-        shared = [node.block_id for node in nodes[first:] if node.block_id is not None]
-        needed = self._blocks_for(len(tokens)) - len(nodes)
+        num_cached = self._num_cached_blocks(tokens, salt, max_cached)
+        first = self._first_visible(num_cached * self.block_size)
+        chunks = [
+            tuple(tokens[start : start + self.block_size])
+            for start in range(0, num_cached * self.block_size, self.block_size)
+        ]
+        held = self._prefixes.blocks_of(self._prefixes.root(salt), chunks)[first:]
+        shared = [block_id for block_id in held if block_id is not None]
+        needed = self._blocks_for(len(tokens)) - first - len(shared)
         available = self.num_free_blocks - sum(self._allocator.ref_counts[block_id] == 0 for block_id in shared)
         if needed > available:
             raise OutOfBlocks(
-                f"{len(tokens)} tokens need {needed} blocks beside {len(nodes)} cached ones, "
+                f"{len(tokens)} tokens need {needed} blocks beside {len(shared)} cached ones, "
                 f"{available} of {self.num_blocks} are free"
             )
         self._allocator.retain(shared)
-        fresh = self._take(needed, after=shared[-1] if shared else None)
-        table = [NO_BLOCK] * first + shared + fresh
-        node = nodes[-1] if nodes else self._prefixes.root(salt)
-        num_cached = len(nodes) * self.block_size
-        self._sequences[seq_id] = _SequenceBlocks(table, tokens, num_cached, node, len(nodes))
-        return num_cached
+        fresh = iter(self._take(needed, after=shared[-1] if shared else None))
+        table = [NO_BLOCK] * first
+        node = self._prefixes.root(salt)
+        for position, chunk in enumerate(chunks):
+            node = self._prefixes.child(node, chunk)
+            if position < first:
+                continue
+            if node.block_id is None and node.parent is not None and self._tier is not None:
+                block_id = next(fresh)
+                self._tier.load(node.digest, block_id)
+                self._prefixes.insert(node.parent, chunk, block_id)
+            assert node.block_id is not None
+            table.append(node.block_id)
+            node.is_wanted = True
+        table += fresh
+        self._sequences[seq_id] = _SequenceBlocks(table, tokens, num_cached * self.block_size, node, num_cached)
+        return num_cached * self.block_size
 
     def append(self, seq_id: Hashable, token_ids: Sequence[int]) -> list[tuple[int, int]]:
         """Give a sequence slots for more tokens.
@@ -171,6 +211,9 @@ class BlockManager:
         must_copy = last_is_partial and self._allocator.ref_counts[sequence.table[-1]] > 1
         fresh = self._take(needed + must_copy, after=sequence.table[-1] if sequence.held else None)
         copies = []
+        if last_is_partial and not must_copy:
+            # After a fork of a part, the block may be a whole one of a longer sequence that is gone: it ends here.
+            self._prefixes.evict(sequence.table[-1])
         if must_copy:
             shared = sequence.table[-1]
             sequence.table[-1] = fresh.pop(0)
@@ -235,9 +278,14 @@ class BlockManager:
         tokens = sequence.tokens[:num_tokens]
         self._sequences[new_seq_id] = _SequenceBlocks(table, tokens, num_computed, node, num_registered)
 
-    def free(self, seq_id: Hashable) -> None:
-        """End a sequence; blocks that nobody else holds become free, cached ones reusable until evicted."""
+    def free(self, seq_id: Hashable, *, will_return: bool = False) -> None:
+        """End a sequence; blocks that nobody else holds become free, cached ones reusable until evicted.
+
+        will_return: it was preempted, so its blocks are worth keeping in the second tier.
+        """
         sequence = self._get(seq_id)
+        for block_id in sequence.held if will_return else ():
+            self._prefixes.want(block_id)
         del self._sequences[seq_id]
         self._release(sequence.held[::-1])  # deepest first, so that a cached chain is consumed from its end
 
@@ -252,6 +300,16 @@ class BlockManager:
         if self.prefix_caching:
             self._register(sequence, num_tokens)
         return sequence.table[first : sequence.num_registered]
+
+    def cached_prefixes(self, seq_id: Hashable) -> list[tuple[int, bytes]]:
+        """The block id and prefix digest of each full computed block of a sequence that can be found by its prefix."""
+        found = []
+        node: PrefixNode | None = self._get(seq_id).node
+        while node is not None:
+            if node.block_id is not None:
+                found.append((node.block_id, node.digest))
+            node = node.parent
+        return found[::-1]
 
     def withdraw(self, block_ids: Iterable[int]) -> None:
         """A promise was not kept: the blocks can't be hit any more. Their sequences are to be freed after this."""
@@ -325,24 +383,27 @@ class BlockManager:
         """The first table entry that queries after `num_tokens` tokens can see."""
         return 0 if self.window is None else max(0, num_tokens - self.window + 1) // self.block_size
 
-    def _cached_prefix(self, tokens: Sequence[int], salt: Hashable, limit: int | None) -> list[PrefixNode]:
-        """The nodes of the longest prefix of `tokens` that a sequence can start from, short of the last token."""
+    def _num_cached_blocks(self, tokens: Sequence[int], salt: Hashable, limit: int | None) -> int:
+        """The blocks of the longest prefix of `tokens` that a sequence can start from, short of the last token."""
         if not self.prefix_caching:
-            return []
+            return 0
         most = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
-        nodes: list[PrefixNode] = []
-        num_usable = num_held = 0  # blocks of the longest usable prefix; blocks held in a row up to here
-        node = self._prefixes.root(salt)
-        for start in range(0, most - self.block_size + 1, self.block_size):
-            child = self._prefixes.find(node, tuple(tokens[start : start + self.block_size]))
-            if child is None or (child.block_id is None and self.window is None):
+        num_usable = num_held = 0  # blocks of the longest usable prefix; blocks to be had in a row up to here
+        node: PrefixNode | None = self._prefixes.root(salt)
+        digest = b"" if node is None or self._tier is None else node.digest
+        for count, start in enumerate(range(0, most - self.block_size + 1, self.block_size), start=1):
+            block_tokens = tuple(tokens[start : start + self.block_size])
+            node = self._prefixes.find(node, block_tokens) if node is not None else None
+            digest = next_digest(digest, block_tokens) if self._tier is not None else b""
+            is_held = (node is not None and node.block_id is not None) or (
+                self._tier is not None and digest in self._tier
+            )
+            if not is_held and (self.window is None or (node is None and self._tier is None)):
                 break
-            node = child
-            nodes.append(node)
-            num_held = num_held + 1 if node.block_id is not None else 0
-            if num_held >= len(nodes) - self._first_visible(len(nodes) * self.block_size):
-                num_usable = len(nodes)
-        return nodes[:num_usable]
+            num_held = num_held + 1 if is_held else 0
+            if num_held >= count - self._first_visible(count * self.block_size):
+                num_usable = count
+        return num_usable
 
     def _get(self, seq_id: Hashable) -> _SequenceBlocks:
         try:
@@ -358,7 +419,9 @@ class BlockManager:
         """Free blocks, to follow block `after`; they lose what they cached."""
         block_ids = self._allocator.allocate(count, after)
         for block_id in block_ids:
-            self._prefixes.evict(block_id)
+            node = self._prefixes.evict(block_id)
+            if node is not None and node.is_wanted and self._tier is not None:
+                self._tier.save(block_id, node.digest)
         return block_ids
 
     def _release(self, block_ids: Sequence[int]) -> None:

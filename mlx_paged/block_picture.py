@@ -92,7 +92,7 @@ class BlockPicture:
             yield Text()
             yield from self._tables(options.max_width)
             yield Text()
-        yield self._legend()
+        yield from self._legend(options.max_width)
         yield Text(self.totals())
 
     def totals(self) -> str:
@@ -174,7 +174,7 @@ class BlockPicture:
                     line.append("...".center(_CELL) + " ", Style(dim=True))
             yield line
 
-    def _legend(self) -> Text:
+    def _legend(self, width: int) -> Iterator[Text]:
         """What the cells mean, of those that occur."""
         full = Style(color=_INK, bgcolor=_COLORS[0])
         alone = [block_id for block_id, holders in self._holders.items() if len(holders) == 1]
@@ -191,7 +191,14 @@ class BlockPicture:
             entries.append((Text(" ·  ", Style(dim=True)), "free"))
         if any(sequence.num_released for sequence in self.sequences):
             entries.append((Text(" -1 ", Style(dim=True)), "left by the window"))
-        return Text("  ").join(Text.assemble(cell, " ", meaning) for cell, meaning in entries)
+        line = Text()
+        for cell, meaning in entries:
+            entry = Text.assemble(cell, " ", meaning)
+            if line and len(line) + 2 + len(entry) > width:
+                yield line
+                line = Text()
+            line.append("  " if line else "").append_text(entry)
+        yield line
 
 
 def draw_blocks(manager: BlockManager, names: Mapping[Any, str] | None = None) -> None:

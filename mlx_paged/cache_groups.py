@@ -5,8 +5,8 @@ decides what fits. A windowed group only ever holds what its window can see, tak
 computed; `blocks_for_window` such blocks, or as many as the first group has, always suffice. Knows no mlx.
 """
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Container, Hashable, Sequence
+from typing import Any, NamedTuple
 
 from mlx_paged.block_manager import BlockManager
 
@@ -19,6 +19,54 @@ class BlockCopy(NamedTuple):
     dst: int
 
 
+class BlockSave(NamedTuple):
+    """A block's content is to be kept in the second tier."""
+
+    group: int
+    block_id: int
+    key: str
+
+
+class BlockLoad(NamedTuple):
+    """What the second tier keeps under `key` is to be put into a block."""
+
+    group: int
+    block_id: int
+    key: str
+
+
+Transfer = BlockCopy | BlockSave | BlockLoad
+
+
+class GroupTier:
+    """The second tier as one group's block manager sees it: notes what is to be moved, in the order it is decided."""
+
+    def __init__(self, group: int, stored: Container[str], transfers: list[Transfer]) -> None:
+        self._group = group
+        self._stored = stored
+        self._transfers = transfers
+        self._saves: set[str] = set()
+
+    def key(self, digest: bytes) -> str:
+        """The name of a prefix's block of this group."""
+        return f"{self._group}-{digest.hex()}"
+
+    def __contains__(self, digest: bytes) -> bool:
+        return self.key(digest) in self._stored or self.key(digest) in self._saves
+
+    def save(self, block_id: int, digest: bytes) -> None:
+        if digest not in self:
+            self._saves.add(self.key(digest))
+            self._transfers.append(BlockSave(self._group, block_id, self.key(digest)))
+
+    def load(self, digest: bytes, block_id: int) -> None:
+        self._transfers.append(BlockLoad(self._group, block_id, self.key(digest)))
+
+    def settle(self) -> None:
+        """What was to be saved is stored, or could not be."""
+        self._saves.clear()
+
+
 def blocks_for_window(window: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """The most blocks that a group with a window holds at once, a step's new tokens included."""
     per_sequence = -(-(window - 1) // block_size) + 2
@@ -28,13 +76,37 @@ def blocks_for_window(window: int, block_size: int, max_num_seqs: int, max_num_b
 class CacheGroups:
     """One block manager per group, with the methods of a single one. Method by method, all groups change or none."""
 
-    def __init__(self, managers: Sequence[BlockManager]) -> None:
+    def __init__(
+        self, managers: Sequence[BlockManager], tiers: Sequence[GroupTier] = (), transfers: list[Transfer] | None = None
+    ) -> None:
         if managers[0].window is not None or any(manager.window is None for manager in managers[1:]):
             raise ValueError("the first group, and only that, must have no window")
         self.managers = list(managers)
         self.block_size = managers[0].block_size
+        self.transfers: list[Transfer] = [] if transfers is None else transfers  # to run before the next step, in order
+        self.num_cow_copies = 0
+        self._tiers = list(tiers)
         self._full = managers[0]
         self._windowed = list(managers[1:])
+
+    @classmethod
+    def make(
+        cls,
+        num_blocks: Sequence[int],
+        windows: Sequence[int | None],
+        block_size: int,
+        *,
+        stored: Container[str] | None = None,
+        **options: Any,
+    ) -> "CacheGroups":
+        """One manager per group; options are those of `BlockManager`. stored: the keys in the second tier, if any."""
+        transfers: list[Transfer] = []
+        tiers = [] if stored is None else [GroupTier(group, stored, transfers) for group in range(len(windows))]
+        managers = [
+            BlockManager(count, block_size, window=window, tier=tiers[group] if tiers else None, **options)
+            for group, (count, window) in enumerate(zip(num_blocks, windows, strict=True))
+        ]
+        return cls(managers, tiers, transfers)
 
     @property
     def num_free_blocks(self) -> int:
@@ -55,13 +127,12 @@ class CacheGroups:
             manager.allocate(seq_id, token_ids[: num_cached + 1], salt=salt, max_cached=num_cached)
         return num_cached
 
-    def extend(self, seq_id: Hashable, token_ids: Sequence[int], end: int) -> list[BlockCopy]:
+    def extend(self, seq_id: Hashable, token_ids: Sequence[int], end: int) -> None:
         """Give the first `end` tokens of a sequence slots in every group; as `BlockManager.append`."""
-        copies = []
         for group, manager in enumerate(self.managers):
-            pairs = manager.append(seq_id, token_ids[manager.num_tokens(seq_id) : end])
-            copies += [BlockCopy(group, *pair) for pair in pairs]
-        return copies
+            for src, dst in manager.append(seq_id, token_ids[manager.num_tokens(seq_id) : end]):
+                self.transfers.append(BlockCopy(group, src, dst))
+                self.num_cow_copies += 1
 
     def promise(self, seq_id: Hashable, num_tokens: int) -> list[tuple[BlockManager, list[int]]]:
         """As `BlockManager.promise`, with the manager of each list."""
@@ -82,18 +153,33 @@ class CacheGroups:
         for manager in self.managers:
             manager.fork(seq_id, new_seq_id)
 
-    def free(self, seq_id: Hashable) -> None:
+    def free(self, seq_id: Hashable, *, will_return: bool = False) -> None:
         """As `BlockManager.free`."""
         for manager in self.managers:
-            manager.free(seq_id)
+            manager.free(seq_id, will_return=will_return)
+
+    def cached_prefixes(self, seq_id: Hashable) -> list[BlockSave]:
+        """The blocks of a sequence that a request of another run could use, by their keys."""
+        return [
+            BlockSave(group, block_id, tier.key(digest))
+            for group, (manager, tier) in enumerate(zip(self.managers, self._tiers, strict=True))
+            for block_id, digest in manager.cached_prefixes(seq_id)
+        ]
+
+    def settle(self) -> None:
+        """All transfers have been run."""
+        for tier in self._tiers:
+            tier.settle()
 
     def would_gain_a_run(self, num_tokens: int) -> bool:
         """As `BlockManager.would_gain_a_run`."""
         return self._full.would_gain_a_run(num_tokens)
 
-    def compact(self) -> list[BlockCopy]:
-        """As `BlockManager.compact`."""
-        return [BlockCopy(g, *pair) for g, manager in enumerate(self.managers) for pair in manager.compact()]
+    def compact(self) -> int:
+        """As `BlockManager.compact`; how many blocks move."""
+        moves = [BlockCopy(g, *pair) for g, manager in enumerate(self.managers) for pair in manager.compact()]
+        self.transfers += moves
+        return len(moves)
 
     def check(self) -> None:
         """As `BlockManager.check`; a windowed group has the sequences of the first."""

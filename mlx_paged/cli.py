@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from mlx_paged import __version__, cli_chat, cli_generate
-from mlx_paged.config import DTYPES, EngineConfig
+from mlx_paged import __version__, cli_chat, cli_generate, cli_inspect
+from mlx_paged.config import ALLOCATORS, DTYPES, EngineConfig
 from mlx_paged.models.aliases import ALIASES
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.terminal import Terminal, one_line
@@ -135,6 +135,9 @@ engine_options: Option = options(
     whole("--max-model-len", help="Longest prompt plus output. Default: the model's limit."),
     text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32."),
     flag("--no-prefix-caching", help="Don't reuse the blocks of equal prefixes."),
+    text("--allocator", metavar="|".join(ALLOCATORS), help="Order in which free blocks are reused. Default: lru."),
+    text("--swap-space", metavar="SIZE|FOLDER", help="Where blocks of preempted requests go: 8GB, or a folder."),
+    text("--prefix-cache-dir", metavar="FOLDER", help="Keep the blocks of prompts there for later runs."),
 )
 sampling_options: Option = options(
     whole("-m", "--max-tokens", help=f"Default: {cli_generate.DEFAULT_MAX_TOKENS}, or what fits if that is less."),
@@ -226,6 +229,27 @@ def chat(model: str | None, system: str | None, verbose: bool, quiet: bool, **se
     params, engine = split_settings(settings)
     terminal = Terminal(verbose=verbose, quiet=quiet)
     return cli_chat.run(load(model, engine, terminal), params, system=system, terminal=terminal)
+
+
+@cli.command(epilog=_ALIASES_EPILOG)
+@click.argument("name", metavar="[MODEL]", required=False)
+@model_option
+@whole("--context", help="Longest prompt plus output. Default: 8192, or the model's limit.")
+@whole("--concurrency", help="Requests at once. Default: 16, or as many as --lengths.")
+@text("--lengths", metavar="N,N,...", help="Tokens of the requests, prompt and output. Default: typical ones.")
+@whole("--block-size", default=16, help="Tokens per block. Default: 16.")
+@text("--memory", metavar="SIZE", help="Plan for 16GB, say, or 50%. Default: what this machine has.")
+@text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32.")
+@flag("--json", "as_json", help="One JSON object.")
+@flag("--blocks", help="Draw the block pool of a small workload instead; --lengths are its prompts.")
+@text("--svg", metavar="FILE", help="With --blocks: save the picture too.")
+@report_options
+def inspect(verbose: bool, quiet: bool, **settings: Any) -> int:
+    """Show what a model's KV cache takes and wastes, from its config.json alone, or draw a block pool.
+
+    MODEL is an alias, a Hugging Face repository or a folder; without one it is the bundled demo model.
+    """
+    return cli_inspect.run(**settings)
 
 
 def split_settings(settings: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:

@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_paged.block_manager import BlockManager
-from mlx_paged.config import format_memory, parse_memory
+from mlx_paged.config import DTYPES, format_memory, parse_memory
 
 _DEFAULT_CONTEXT, _DEFAULT_CONCURRENCY = 8192, 16
 _PICTURE_PROMPTS = [100, 75, 140, 54]
 _NUM_BEAMS, _NUM_STEPS = 4, 24
+_MOST = 1_000_000  # requests compared, or tokens drawn: beyond that nobody reads the answer
 
 
-def parse_lengths(text: str | None) -> list[int] | None:
-    """The numbers in "100,2000". Raises click.UsageError."""
-    if text is None:
-        return None
-    try:
-        lengths = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.UsageError(f"--lengths are whole numbers with commas between them, got {text!r}") from None
-    if min(lengths) < 1:
-        raise click.UsageError(f"--lengths must be at least 1, got {min(lengths)}")
-    return lengths
+def run(*, name: str | None, model: str | None, blocks: bool, svg: str | None, **settings: Any) -> int:
+    """Checks the options and does what they ask for; returns the exit code. Raises click.UsageError."""
+    lengths = _parse_lengths(settings.pop("lengths"))
+    for option in ("context", "concurrency", "block_size"):
+        if settings[option] is not None and settings[option] < 1:
+            raise click.UsageError(f"--{option.replace('_', '-')} must be at least 1, got {settings[option]}")
+    if (settings["concurrency"] or 1) > _MOST or (blocks and sum(lengths or []) > _MOST):
+        raise click.UsageError(f"that is more than {_MOST:,} {'tokens to draw' if blocks else 'requests'}")
+    if name is not None and model is not None:
+        raise click.UsageError(f"give the model once, as {name!r} or as --model {model!r}")
+    model = model if name is None else name
+    if blocks:
+        unused = {"MODEL": model, "--json": settings["as_json"]}
+        unused |= {f"--{option}": settings[option] for option in ("context", "concurrency", "memory", "dtype")}
+        for option, value in unused.items():
+            if value:
+                raise click.UsageError(f"--blocks draws a workload without a model and takes no {option}")
+        return draw(lengths or _PICTURE_PROMPTS, block_size=settings["block_size"], svg=svg)
+    if svg is not None:
+        raise click.UsageError("--svg saves what --blocks draws: give both")
+    if settings["dtype"] not in (None, *DTYPES):
+        raise click.UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {settings['dtype']!r}")
+    return analyse(model, lengths=lengths, **settings)
 
 
-def run(
+def analyse(
     model: str | None,
     *,
     context: int | None,
@@ -42,8 +56,10 @@ def run(
     as_json: bool,
 ) -> int:
     """Shows what the caches of some requests take, held in three ways. Raises ModelError and click.UsageError."""
-    from mlx_paged import analysis
-    from mlx_paged.model_runner import device_limit
+    from mlx_paged import _require_mlx, analysis
+
+    _require_mlx()
+    from mlx_paged.memory_plan import device_limit
     from mlx_paged.models import hub
 
     folder = hub.resolve(model, config_only=True)
@@ -60,7 +76,10 @@ def run(
         requests = [lengths[i % len(lengths)] for i in range(concurrency or len(lengths))]
     limit, device = device_limit()
     if memory is not None:
-        limit, device = parse_memory(memory, limit), "given"
+        try:
+            limit, device = parse_memory(memory, limit), "given"
+        except ValueError as error:
+            raise click.UsageError(f"--memory: {error}") from None
     room = limit - size.weight_bytes
     ways = analysis.compare(size.groups, requests, context, block_size)
     report = {
@@ -86,17 +105,31 @@ def run(
         "ways": {way.name: {"bytes": way.taken, "waste": way.waste, "fit": way.fitting(room)} for way in ways},
     }
     if as_json:
-        print(json.dumps(report, allow_nan=False))
+        sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
     else:
-        _show(report)
+        sys.stdout.write(_as_text(report))
     return 0
 
 
-def _show(report: dict[str, Any]) -> None:
+def _parse_lengths(text: str | None) -> list[int] | None:
+    """ "100,2000" -> [100, 2000]. Raises click.UsageError."""
+    if text is None:
+        return None
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--lengths are whole numbers with commas between them, got {text!r}") from None
+    if min(lengths) < 1:
+        raise click.UsageError(f"--lengths must be at least 1, got {min(lengths)}")
+    return lengths
+
+
+def _as_text(report: dict[str, Any]) -> str:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
+    console.begin_capture()
 
     def say(*lines: str) -> None:
         for line in lines:
@@ -104,9 +137,10 @@ def _show(report: dict[str, Any]) -> None:
 
     say(f"{report['model']}: {report['family']}, K and V in {report['dtype']}", "")
     for layers in report["layers"]:
+        heads = f"{layers['num_kv_heads']} KV head" + "s" * (layers["num_kv_heads"] > 1)
         window = "" if layers["window"] is None else f" with a window of {layers['window']:,} tokens"
         say(
-            f"one token   {layers['num_layers']} layers{window} x {layers['num_kv_heads']} KV heads x "
+            f"one token   {layers['num_layers']} layers{window} x {heads} x "
             f"({layers['key_dim']} K + {layers['value_dim']} V) x {layers['element_bytes']} bytes = "
             f"{layers['bytes_per_token']:,} bytes",
             f"one block   {report['block_size']} tokens x {layers['bytes_per_token']:,} bytes = "
@@ -123,7 +157,10 @@ def _show(report: dict[str, Any]) -> None:
     lengths = report["lengths"]
     source = " (log-normal, mean 161 in and 338 out as in ShareGPT)" if report["lengths_are"] == "typical" else ""
     mean = sum(lengths) / len(lengths)
-    say(f"{len(lengths)} requests of {min(lengths):,} to {max(lengths):,} tokens, mean {mean:,.0f}{source}:", "")
+    span = (
+        f"{min(lengths):,} to {max(lengths):,} tokens, mean {mean:,.0f}" if len(lengths) > 1 else f"{mean:,.0f} tokens"
+    )
+    say(f"{len(lengths):,} request{'s' * (len(lengths) > 1)} of {span}{source}:", "")
     names = {
         "reserved": f"{report['context']:,} tokens reserved",
         "padded": "mlx-lm's padded batch",
@@ -143,16 +180,20 @@ def _show(report: dict[str, Any]) -> None:
         "longest, in steps of 256 tokens. The engine also sets aside what one step computes.",
         "Kwon et al. 2023 measured under 4% of waste in blocks of 16, 62 to 80% in systems that reserve.",
     )
+    return console.end_capture()
 
 
-def draw(lengths: list[int] | None, *, block_size: int, svg: str | None) -> int:
+def draw(lengths: list[int], *, block_size: int, svg: str | None) -> int:
     """Draws the pool of a small workload, the same each time, and saves it as `svg`."""
     from rich.console import Console
 
     from mlx_paged.block_picture import BlockPicture, save_svg
 
-    picture = BlockPicture(*_workload(lengths or _PICTURE_PROMPTS, block_size))
-    Console().print(picture)
+    picture = BlockPicture(*_workload(lengths, block_size))
+    console = Console()
+    with console.capture() as captured:
+        console.print(picture)
+    sys.stdout.write(captured.get())
     if svg is not None:
         save_svg(picture, Path(svg))
     return 0

@@ -1,5 +1,6 @@
 """What an engine can be told at start, validated: EngineConfig, and sizes of memory written as text."""
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -48,7 +49,9 @@ class EngineConfig:
     of what the device recommends); with neither, a share of the device's memory. max_num_seqs: sequences that run
     at once. max_num_batched_tokens: tokens computed per step, so the largest chunk of a prompt. max_model_len:
     longest prompt plus output, in tokens (None: the model's own limit). prefix_caching: reuse the blocks of equal
-    prefixes. allocator: order in which free blocks are reused. dtype: of weights and cache (None: as stored; float32
+    prefixes. allocator: order in which free blocks are reused. swap_space: where blocks of preempted requests and
+    evicted prefixes go: a size ("8GB") or a folder. prefix_cache_dir: a folder in which the blocks of prompts outlive
+    the process. dtype: of weights and cache (None: as stored; float32
     on a CPU). seed: decides the random streams of requests that have no seed of their own. check_invariants: verify
     the block manager after every step (slow). max_staging: most bytes that copying blocks may hold beside the pool.
     """
@@ -61,6 +64,8 @@ class EngineConfig:
     max_model_len: int | None = None
     prefix_caching: bool = True
     allocator: str = "lru"
+    swap_space: int | str | os.PathLike[str] | None = None
+    prefix_cache_dir: str | os.PathLike[str] | None = None
     dtype: str | None = None
     seed: int = 0
     check_invariants: bool = False
@@ -80,6 +85,8 @@ class EngineConfig:
         if "%" in str(self.max_staging):
             raise ValueError(f"max_staging is a size such as 64MB, got {self.max_staging!r}")
         parse_memory(self.max_staging)
+        if not self.prefix_caching and (self.swap_space is not None or self.prefix_cache_dir is not None):
+            raise ValueError("swap_space and prefix_cache_dir find blocks by their prefixes: leave prefix_caching on")
         if self.allocator not in ALLOCATORS:
             raise ValueError(f"allocator must be one of {', '.join(ALLOCATORS)}, got {self.allocator!r}")
         if self.dtype is not None and self.dtype not in DTYPES:

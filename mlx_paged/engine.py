@@ -1,6 +1,5 @@
 """The engine: requests in, steps, outputs out. One step is schedule -> run -> sample -> hand out."""
 
-import itertools
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -11,10 +10,11 @@ import numpy as np
 
 from mlx_paged.batch import BatchBuilder, StepInputs
 from mlx_paged.block_manager import BlockManager
-from mlx_paged.cache_groups import BlockCopy, CacheGroups
+from mlx_paged.block_mover import BlockMover
+from mlx_paged.block_store import open_stores
+from mlx_paged.cache_groups import CacheGroups
 from mlx_paged.config import EngineConfig
 from mlx_paged.detokenizer import TextStream
-from mlx_paged.kv_cache import independent_pieces
 from mlx_paged.model_runner import ModelRunner
 from mlx_paged.outputs import EngineStats, RequestMetrics, RequestOutput
 from mlx_paged.sampler import SampledTokens, SampleRow, TokenCounts, draw_id, sample
@@ -37,18 +37,16 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self._runner = runner
-        self.cache_groups = CacheGroups(
-            [
-                BlockManager(
-                    num_blocks,
-                    config.block_size,
-                    allocator=config.allocator,
-                    prefix_caching=config.prefix_caching,
-                    window=window,
-                )
-                for num_blocks, window in zip(runner.plan.num_blocks, runner.plan.windows, strict=True)
-            ]
+        stores = open_stores(config.swap_space, config.prefix_cache_dir, runner.fingerprint)
+        self.cache_groups = CacheGroups.make(
+            runner.plan.num_blocks,
+            runner.plan.windows,
+            config.block_size,
+            stored=stores,
+            allocator=config.allocator,
+            prefix_caching=config.prefix_caching,
         )
+        self._mover = BlockMover(self.cache_groups, runner, stores)
         self._scheduler = Scheduler(self.cache_groups, config.max_num_seqs, config.max_num_batched_tokens)
         longest = self.block_manager.num_blocks
         if max_model_len is not None:
@@ -58,8 +56,6 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._next_request_id = 0
         self._next_seq_id = 0
-        self._copies: list[BlockCopy] = []
-        self._num_cow_copies = 0
         self._num_steps = 0
         self._host_time = 0.0
         self._model_time = 0.0
@@ -147,17 +143,15 @@ class Engine:
             assert not self._requests, "requests wait, and none of them can be served"
             return []
         samples = self._samples(schedule)
-        self._copies += schedule.copies + schedule.moves
-        self._num_cow_copies += len(schedule.copies)
         try:
             inputs = self._batch.build(schedule)
             built = time.perf_counter()
-            self._copy_blocks()
+            if not self._mover.run():
+                self._fail(schedule)
+                return []
             sampled = self._run(inputs, samples)
         except BaseException:
-            self._scheduler.fail(schedule)
-            for item in schedule.sequences:
-                self._batch.forget(item.sequence.seq_id)
+            self._fail(schedule)
             raise
         computed = time.perf_counter()
 
@@ -172,11 +166,10 @@ class Engine:
 
     def compact(self) -> int:
         """Move the blocks in use to the start of the pool, so that the free space is one run; how many moved."""
-        moves = self.cache_groups.compact()
-        self._copies += moves
-        self._copy_blocks()
+        num_moves = self.cache_groups.compact()
+        self._mover.run()
         self._batch.rewrite()
-        return len(moves)
+        return num_moves
 
     def stats(self) -> EngineStats:
         """The engine's counters and the pool's state at this moment."""
@@ -193,7 +186,8 @@ class Engine:
             prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
             prefix_query_tokens=self._scheduler.prefix_query_tokens,
             num_preemptions=self._scheduler.num_preemptions,
-            num_cow_copies=self._num_cow_copies,
+            num_cow_copies=self.cache_groups.num_cow_copies,
+            num_swapped_blocks=self._mover.num_swapped_blocks,
             num_steps=self._num_steps,
             host_time_s=self._host_time,
             model_time_s=self._model_time,
@@ -248,14 +242,11 @@ class Engine:
         request.sequences.append(sequence)
         return sequence
 
-    def _copy_blocks(self) -> None:
-        """Run the copies that are due; one that is interrupted is run again with the next step."""
-        while self._copies:
-            group = self._copies[0].group
-            of_group = itertools.takewhile(lambda copy: copy.group == group, self._copies)
-            piece = next(independent_pieces([(src, dst) for _, src, dst in of_group]))
-            self._runner.move_blocks(group, piece)
-            del self._copies[: len(piece)]
+    def _fail(self, schedule: Schedule) -> None:
+        """A step broke off: what it had scheduled starts again."""
+        self._scheduler.fail(schedule)
+        for item in schedule.sequences:
+            self._batch.forget(item.sequence.seq_id)
 
     def _samples(self, schedule: Schedule) -> list["_Sample"]:
         """The tokens to choose after this step: one per sequence, `n` where a prompt has just been computed."""
@@ -300,6 +291,8 @@ class Engine:
             else:
                 sequences.append(sequence)
         for row, sequence in enumerate(sequences):
+            if not sequence.output.token_ids and sequence.index == 0:
+                self._mover.keep_prompt(sequence.seq_id)
             self._append_token(sequence, row, sampled)
         outputs = []
         for request in dict.fromkeys(sequence.request for sequence in sequences):

@@ -51,6 +51,23 @@ class PagedKVCache:
         self.keys[layer][block_ids, offsets] = keys
         self.values[layer][block_ids, offsets] = values
 
+    def read_block(self, block_id: int, layers: Sequence[int]) -> dict[str, mx.array]:
+        """A copy of a block in the given layers: "k0", "v0", "k1", ... [block_size, num_kv_heads, dim]."""
+        content = {}
+        for i, layer in enumerate(layers):
+            content[f"k{i}"], content[f"v{i}"] = self.keys[layer][block_id], self.values[layer][block_id]
+        mx.eval(content)
+        return content
+
+    def write_block(self, block_id: int, layers: Sequence[int], content: dict[str, mx.array]) -> None:
+        """Put back what `read_block` returned. Raises ValueError if it is of another layout."""
+        for i, layer in enumerate(layers):
+            for pool, array in ((self.keys[layer], content.get(f"k{i}")), (self.values[layer], content.get(f"v{i}"))):
+                if array is None or array.shape != pool.shape[1:] or array.dtype != pool.dtype:
+                    raise ValueError("a block of another layout")
+                pool[block_id] = array
+                mx.eval(pool[block_id, 0, 0, 0])
+
     def move_blocks(self, moves: Sequence[tuple[int, int]], layers: Sequence[int] | None = None) -> None:
         """Copy whole blocks, (source, destination) after (source, destination), in all layers or those given.
 

@@ -43,7 +43,9 @@ class MemoryPlan(NamedTuple):
     def __str__(self) -> str:
         groups = zip(self.num_blocks, self.block_bytes, self.windows, strict=True)
         pools = [
-            f"{count} blocks" + (f" for windows of {window}" if window else "") for count, size, window in groups if size
+            f"{count} blocks" + (f" for windows of {window}" if window else "")
+            for count, size, window in groups
+            if size
         ]
         per_token = format_memory(sum(self.block_bytes) / self.block_size)
         return (
@@ -102,8 +104,8 @@ def plan_memory(model: PatchedModel, config: EngineConfig, max_model_len: int | 
         raise ValueError(
             f"a KV cache of {num_blocks} blocks of {config.block_size} tokens = {format_memory(num_bytes(num_blocks))} "
             f"does not fit: {device} {format_memory(limit)} - weights {format_memory(weights)} - reserve "
-            f"{format_memory(reserve)} leaves {format_memory(max(room, 0))}; lower num_kv_blocks or kv_cache_memory, or "
-            "max_num_batched_tokens, which sets the reserve"
+            f"{format_memory(reserve)} leaves {format_memory(max(room, 0))}; lower num_kv_blocks or kv_cache_memory, "
+            "or max_num_batched_tokens, which sets the reserve"
         )
     return MemoryPlan(
         group_blocks(num_blocks), block_bytes, windows, config.block_size, weights, reserve, limit, device

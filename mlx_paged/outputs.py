@@ -53,10 +53,10 @@ class RequestOutput:
 class EngineStats:
     """Counters of an engine; memory figures are of this moment, the others since it was made.
 
-    kv_bytes: size of the pool. num_free_blocks: cached blocks that nobody uses are free too. kv_tokens: tokens in
+    kv_bytes: size of the pools. num_free_blocks: cached blocks that nobody uses are free too. kv_tokens: tokens in
     blocks, shared ones counted once. kv_waste: share of the slots of used blocks that hold no token. prefix_*_tokens:
-    prompt tokens looked up and found. host_time_s: scheduling, batch building, stops and text; model_time_s: building
-    the model's graph, running it and sampling.
+    prompt tokens looked up and found. num_swapped_blocks: blocks that went to the second tier. host_time_s:
+    scheduling, batch building, stops and text; model_time_s: building the model's graph, running it and sampling.
     """
 
     num_blocks: int
@@ -69,6 +69,7 @@ class EngineStats:
     prefix_query_tokens: int
     num_preemptions: int
     num_cow_copies: int
+    num_swapped_blocks: int
     num_steps: int
     host_time_s: float
     model_time_s: float

@@ -6,19 +6,45 @@ collision can serve another prompt's block.
 """
 
 from collections.abc import Hashable
+from hashlib import sha256
 from weakref import WeakValueDictionary
 
 
 class PrefixNode:
-    """The tokens from the start of a sequence to the end of one full block, and the block that has their K/V."""
+    """The tokens from the start of a sequence to the end of one full block, and the block that has their K/V.
 
-    __slots__ = ("__weakref__", "block_id", "num_children", "parent", "tokens")
+    is_wanted: the block has been hit, or its sequence will come back, so it is worth keeping when it is evicted.
+    """
 
-    def __init__(self, parent: "PrefixNode | None", tokens: tuple[int, ...]) -> None:
+    __slots__ = ("__weakref__", "_digest", "block_id", "is_wanted", "num_children", "parent", "tokens")
+
+    def __init__(self, parent: "PrefixNode | None", tokens: tuple[int, ...], digest: bytes | None = None) -> None:
         self.parent = parent
         self.tokens = tokens
         self.block_id: int | None = None
         self.num_children = 0
+        self.is_wanted = False
+        self._digest = digest
+
+    @property
+    def digest(self) -> bytes:
+        """Names the prefix outside this process: SHA-256 of what it consists of, block by block."""
+        missing = []
+        node = self
+        while node._digest is None:
+            assert node.parent is not None
+            missing.append(node)
+            node = node.parent
+        for node in reversed(missing):
+            assert node.parent is not None
+            node._digest = next_digest(node.parent.digest, node.tokens)
+        assert self._digest is not None
+        return self._digest
+
+
+def next_digest(digest: bytes, tokens: tuple[int, ...]) -> bytes:
+    """The digest of the prefix that goes on with `tokens`."""
+    return sha256(digest + b",".join(b"%d" % token for token in tokens)).digest()
 
 
 class PrefixCache:
@@ -38,7 +64,24 @@ class PrefixCache:
 
     def root(self, salt: Hashable = None) -> PrefixNode:
         """The empty prefix of the requests with this salt; others never see theirs."""
-        return self._roots.setdefault(salt, PrefixNode(None, ()))
+        return self._roots.setdefault(salt, PrefixNode(None, (), sha256(repr(salt).encode()).digest()))
+
+    def blocks_of(self, node: PrefixNode | None, chunks: list[tuple[int, ...]]) -> list[int | None]:
+        """The block of each prefix that goes on with the chunks one by one; None where no block holds it."""
+        blocks = []
+        for chunk in chunks:
+            node = self._nodes.get((node, chunk)) if node is not None else None
+            blocks.append(node.block_id if node is not None else None)
+        return blocks
+
+    def child(self, parent: PrefixNode, tokens: tuple[int, ...]) -> PrefixNode:
+        """The node of `tokens` after `parent`, made if it is not known."""
+        parent = self._in_tree(parent)
+        node = self._nodes.get((parent, tokens))
+        if node is None:
+            node = self._nodes[parent, tokens] = PrefixNode(parent, tokens)
+            parent.num_children += 1
+        return node
 
     def find(self, parent: PrefixNode, tokens: tuple[int, ...]) -> PrefixNode | None:
         """The node of `tokens` after `parent`, if it is known; its block may have been evicted."""
@@ -46,23 +89,30 @@ class PrefixCache:
 
     def insert(self, parent: PrefixNode, tokens: tuple[int, ...], block_id: int) -> PrefixNode:
         """The node of `tokens` after `parent`, held by `block_id` from now on unless another block has them."""
-        node = self._child(self._in_tree(parent), tokens)
+        node = self.child(parent, tokens)
         if node.block_id is None:
             node.block_id = block_id
             self._node_of_block[block_id] = node
         return node
 
-    def evict(self, block_id: int) -> None:
-        """`block_id` will be overwritten: it can't be found any more."""
-        node = self._node_of_block.pop(block_id, None)
+    def evict(self, block_id: int) -> PrefixNode | None:
+        """`block_id` will be overwritten: it can't be found any more. Returns the node that it held, if any."""
+        evicted = node = self._node_of_block.pop(block_id, None)
         if node is None:
-            return
+            return None
         node.block_id = None
         # A node without a block stays while longer prefixes need it, so that they are found again once it is back.
         while node.parent is not None and node.block_id is None and node.num_children == 0:
             del self._nodes[node.parent, node.tokens]
             node = node.parent
             node.num_children -= 1
+        return evicted
+
+    def want(self, block_id: int) -> None:
+        """The block's content is worth keeping, if it is known by a prefix."""
+        node = self._node_of_block.get(block_id)
+        if node is not None:
+            node.is_wanted = True
 
     def move(self, src: int, dst: int) -> None:
         """The content of `src` is in `dst` now; what `dst` held is gone."""
@@ -72,13 +122,6 @@ class PrefixCache:
             node.block_id = dst
             self._node_of_block[dst] = node
 
-    def _child(self, parent: PrefixNode, tokens: tuple[int, ...]) -> PrefixNode:
-        node = self._nodes.get((parent, tokens))
-        if node is None:
-            node = self._nodes[parent, tokens] = PrefixNode(parent, tokens)
-            parent.num_children += 1
-        return node
-
     def _in_tree(self, node: PrefixNode) -> PrefixNode:
         """The node of the same prefix that is in the tree: a live sequence may hold one that eviction has dropped."""
         dropped = []
@@ -86,7 +129,7 @@ class PrefixCache:
             dropped.append(node.tokens)
             node = node.parent
         for tokens in reversed(dropped):
-            node = self._child(node, tokens)
+            node = self.child(node, tokens)
         return node
 
     def check(self) -> None:

@@ -82,6 +82,7 @@ def _mix(x: int) -> int:
 def sample(logits: mx.array, rows: Sequence[SampleRow]) -> SampledTokens:
     """Choose a token per row. logits: [num_rows, vocab_size], any float type; a value of NaN never wins."""
     logits = logits.astype(mx.float32)
+    logits = mx.where(mx.isnan(logits), -mx.inf, logits)
     params = [row.params for row in rows]
     model_logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     logits = _penalise(_bias(logits, params), rows)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mlx_paged.block_manager import BlockManager
-from mlx_paged.cache_groups import BlockCopy, CacheGroups
+from mlx_paged.cache_groups import CacheGroups
 from mlx_paged.errors import OutOfBlocks
 from mlx_paged.sequence import Request, Sequence
 
@@ -33,15 +33,14 @@ class ScheduledSequence(NamedTuple):
 class Schedule:
     """What one step computes, decodes before prompts.
 
-    copies: blocks to copy first, for copy-on-write; moves: those to copy after them, for compaction. preempted: sequences that have just lost their blocks. promised: blocks that may be hit because this
-    step writes them.
+    preempted: sequences that have just lost their blocks. promised: blocks that may be hit because this step writes
+    them. compacted: whether block tables have changed as a whole.
     """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)
-    copies: list[BlockCopy] = field(default_factory=list)
-    moves: list[BlockCopy] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     promised: list[tuple[BlockManager, list[int]]] = field(default_factory=list)
+    compacted: bool = False
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -109,7 +108,7 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits for its turn again, with its tokens to compute anew."""
         self.running.remove(sequence)
-        self.groups.free(sequence.seq_id)
+        self.groups.free(sequence.seq_id, will_return=True)
         sequence.num_computed = 0
         self.add(sequence)
         self.num_preemptions += 1
@@ -118,8 +117,7 @@ class Scheduler:
         """Give the sequence's latest token a slot, at the cost of later sequences; False if it had to go itself."""
         while sequence in self.running:
             try:
-                end = len(sequence.token_ids)
-                schedule.copies += self.groups.extend(sequence.seq_id, sequence.token_ids, end)
+                self.groups.extend(sequence.seq_id, sequence.token_ids, len(sequence.token_ids))
                 return True
             except OutOfBlocks:
                 schedule.preempted.append(self.running[-1])
@@ -131,7 +129,7 @@ class Scheduler:
         num_tokens = min(sequence.num_uncomputed, budget)
         end = sequence.num_computed + num_tokens
         schedule.sequences.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens))
-        schedule.copies += self.groups.extend(sequence.seq_id, sequence.token_ids, end)
+        self.groups.extend(sequence.seq_id, sequence.token_ids, end)
         schedule.promised += self.groups.promise(sequence.seq_id, end)
         return num_tokens
 
@@ -143,7 +141,8 @@ class Scheduler:
             if _num_places(sequence) > places:
                 break
             if self.groups.would_gain_a_run(len(sequence.token_ids)):
-                schedule.moves += self.groups.compact()
+                self.groups.compact()
+                schedule.compacted = True
             if not self._allocate(sequence):
                 break
             self.waiting.pop(0)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model, load_tokenizer
-from mlx_paged.models import hub, registry
 
 from mlx_paged.errors import ModelError
+from mlx_paged.models import hub, registry
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 

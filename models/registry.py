@@ -109,9 +109,11 @@ def table() -> str:
         ("verified", "verified: compared over block sizes, chunks, batches, orders and preemption"),
         ("tested", "tested: compared over one batch of prompts"),
     ):
-        names = [_with_note(family) for family in FAMILIES.values() if family.status == status]
-        rows.append(f"| {', '.join(sorted(names, key=str.lower))} | {meaning} |")
-    rows += [f"| {', '.join(f'`{name}`' for name in sorted(names))} | refused: {why} |" for why, names in _REFUSED.items()]
+        shown = [_with_note(family) for family in FAMILIES.values() if family.status == status]
+        rows.append(f"| {', '.join(sorted(shown, key=str.lower))} | {meaning} |")
+    rows += [
+        f"| {', '.join(f'`{name}`' for name in sorted(names))} | refused: {why} |" for why, names in _REFUSED.items()
+    ]
     same = ", ".join(f"`{name}` as `{code}`" for name, code in RENAMED.items())
     return "\n".join(rows) + f"\n\nFamilies that mlx-lm runs with another's code count as that one: {same}.\n"
 

@@ -158,7 +158,47 @@ def test_renaming_to_each_other_swaps_places(free_blocks: type[FreeBlocks]) -> N
     assert len(free) == 0
 
 
-@both_policies
+def test_buddy_gives_consecutive_blocks_from_the_best_fitting_run() -> None:
+    allocator = BlockAllocator(16, "buddy")
+    assert allocator.allocate(3) == [0, 1, 2]
+    assert allocator.allocate(4) == [4, 5, 6, 7]
+    assert allocator.allocate(1) == [3], "the single block that is left over, not the start of a long run"
+    assert allocator.allocate(8) == list(range(8, 16))
+
+
+def test_buddy_goes_on_after_the_last_block_of_a_table_if_that_is_free() -> None:
+    allocator = BlockAllocator(16, "buddy")
+    assert allocator.allocate(2) == [0, 1]
+    assert allocator.allocate(2, after=1) == [2, 3]
+    assert allocator.allocate(1, after=0) != [1]
+
+
+def test_buddy_makes_do_with_pieces_rather_than_refuse() -> None:
+    allocator = BlockAllocator(8, "buddy")
+    allocator.allocate(8)
+    allocator.release([1, 3, 5, 7], nothing)
+    assert sorted(allocator.allocate(4)) == [1, 3, 5, 7]
+    with pytest.raises(OutOfBlocks):
+        allocator.allocate(1)
+
+
+def test_buddy_merges_runs_that_are_free_again() -> None:
+    allocator = BlockAllocator(16, "buddy")
+    allocator.allocate(16)
+    allocator.release([9, 3, 12, 0, 7, 5, 10, 1, 15, 6, 2, 11, 4, 14, 8, 13], nothing)
+    assert allocator.allocate(16) == list(range(16))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3, 6, 7, 13, 100])
+def test_buddy_serves_pools_of_any_size_again_after_contents_have_moved(num_blocks: int) -> None:
+    allocator = BlockAllocator(num_blocks, "buddy")
+    allocator.allocate(num_blocks)
+    allocator.move([])
+    allocator.release(range(num_blocks), nothing)
+    assert sorted(drain(allocator)) == list(range(num_blocks))
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("num_blocks", [1, 2, 1000])
 def test_every_block_of_the_pool_is_usable(policy: str, num_blocks: int) -> None:
     allocator = BlockAllocator(num_blocks, policy)

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mlx_paged import BlockManager, OutOfBlocks
 from mlx_paged.allocator import POLICIES
+from mlx_paged.block_manager import NO_BLOCK
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
 SALTS = st.sampled_from([None, None, None, "a"])
@@ -38,9 +39,16 @@ class Model:
 class BlockManagerMachine(RuleBasedStateMachine):
     policy = "lru"
 
-    @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 5), prefix_caching=st.sampled_from([True, True, False]))
-    def start(self, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
-        self.manager = BlockManager(num_blocks, block_size, allocator=self.policy, prefix_caching=prefix_caching)
+    @initialize(
+        num_blocks=st.integers(1, 12),
+        block_size=st.integers(1, 5),
+        prefix_caching=st.sampled_from([True, True, False]),
+        window=st.sampled_from([None, None, 1, 2, 5, 8]),
+    )
+    def start(self, num_blocks: int, block_size: int, prefix_caching: bool, window: int | None) -> None:
+        self.manager = BlockManager(
+            num_blocks, block_size, allocator=self.policy, prefix_caching=prefix_caching, window=window
+        )
         self.contents = np.full((num_blocks, block_size), -1)
         self.prefix_numbers: dict[Any, int] = {}
         self.sequences: dict[int, Model] = {}
@@ -67,7 +75,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     @rule(pick=PICK, more=TOKENS, salt=SALTS)
     def allocate_a_known_prefix(self, pick: int, more: list[int], salt: str | None) -> None:
-        self.allocate(self.history[pick % len(self.history)][:12] + more[:4], salt)
+        self.allocate(self.history[-8:][pick % len(self.history[-8:])][:12] + more[:4], salt)
 
     @precondition(lambda self: self.sequences)
     @rule(pick=PICK, more=st.lists(st.integers(0, 1), max_size=7))
@@ -77,7 +85,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         before = self.snapshot()
         table = self.manager.block_table(seq_id)
         tail = len(sequence.tokens) % self.manager.block_size
-        must_copy = bool(more) and tail > 0 and self.holders()[table[-1]] > 1
+        must_copy = bool(more) and tail > 0 and self.manager.ref_count(table[-1]) > 1
         try:
             pairs = self.manager.append(seq_id, more)
         except OutOfBlocks:
@@ -92,25 +100,55 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.history.append(list(sequence.tokens))
 
     @precondition(lambda self: self.sequences)
-    @rule(pick=PICK, share=st.sampled_from([1.0, 1.0, 0.5, 0.0]))
-    def compute(self, pick: int, share: float) -> None:
-        """Write the K/V of a sequence's next tokens, then say so."""
+    @rule(pick=PICK, share=st.sampled_from([1.0, 1.0, 0.5, 0.0]), outcome=st.sampled_from(["whole", "whole", "fails"]))
+    def compute(self, pick: int, share: float, outcome: str) -> None:
+        """Promise the K/V of a sequence's next tokens; write it and say so, or fail and start again."""
         seq_id = self.pick(pick)
         sequence = self.sequences[seq_id]
         end = sequence.num_computed + round(share * (len(sequence.tokens) - sequence.num_computed))
+        promised = self.manager.promise(seq_id, end)
+        if outcome == "fails":
+            self.manager.withdraw(promised)
+            self.free(pick)
+            return
         for position in range(sequence.num_computed, end):
             self.contents[self.manager.slot(seq_id, position)] = self.prefix_number(sequence, position)
         self.manager.mark_computed(seq_id, end)
         sequence.num_computed = end
+        if self.manager.window is not None:
+            num_unseen = max(0, end - self.manager.window + 1) // self.manager.block_size
+            assert self.manager.block_table(seq_id)[:num_unseen] == [NO_BLOCK] * num_unseen
 
     @precondition(lambda self: self.sequences)
-    @rule(pick=PICK)
-    def fork(self, pick: int) -> None:
+    @rule(pick=PICK, num_tokens=st.one_of(st.none(), st.integers(1, 14)))
+    def fork(self, pick: int, num_tokens: int | None) -> None:
         seq_id, new_id = self.pick(pick), self.next_id
+        sequence = self.sequences[seq_id]
+        num_tokens = None if num_tokens is None else min(num_tokens, len(sequence.tokens))
+        before = self.snapshot()
+        try:
+            self.manager.fork(seq_id, new_id, num_tokens=num_tokens)
+        except ValueError:
+            assert self.manager.window is not None and num_tokens is not None
+            assert self.snapshot() == before
+            return
         self.next_id += 1
-        self.manager.fork(seq_id, new_id)
-        self.sequences[new_id] = copy.deepcopy(self.sequences[seq_id])
-        assert self.manager.block_table(new_id) == self.manager.block_table(seq_id)
+        tokens = sequence.tokens[:num_tokens]
+        self.sequences[new_id] = Model(tokens, min(sequence.num_computed, len(tokens)), sequence.salt)
+        num_blocks = self.blocks_for(len(tokens))
+        assert self.manager.block_table(new_id) == self.manager.block_table(seq_id)[:num_blocks]
+
+    @precondition(lambda self: self.sequences)
+    @rule(pick=PICK, num_tokens=st.integers(1, 14), more=TOKENS)
+    def go_back(self, pick: int, num_tokens: int, more: list[int]) -> None:
+        """Go on from an earlier position with other tokens, as after a branch that was given up."""
+        seq_id, num_before = self.pick(pick), len(self.sequences)
+        self.fork(pick, num_tokens)
+        if len(self.sequences) > num_before:
+            self.free(list(self.sequences).index(seq_id))
+            last = len(self.sequences) - 1
+            self.append(last, more[:3])
+            self.compute(last, 1.0, "whole")
 
     @precondition(lambda self: self.sequences)
     @rule(pick=PICK)
@@ -138,9 +176,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for seq_id, sequence in self.sequences.items():
             assert self.manager.num_tokens(seq_id) == len(sequence.tokens)
             assert self.manager.num_computed(seq_id) == sequence.num_computed
-            table = self.manager.block_table(seq_id)
-            read = self.contents[table].ravel()[: sequence.num_computed].tolist()
-            assert read == [self.prefix_number(sequence, i) for i in range(sequence.num_computed)], seq_id
+            window = self.manager.window
+            first = 0 if window is None else max(0, sequence.num_computed - window + 1)
+            visible = range(first, sequence.num_computed)
+            read = [self.contents[self.manager.slot(seq_id, position)] for position in visible]
+            assert read == [self.prefix_number(sequence, position) for position in visible], seq_id
 
     @invariant()
     def every_block_is_either_free_or_held_as_often_as_it_is_referenced(self) -> None:
@@ -155,9 +195,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @invariant()
     def shared_tokens_are_counted_once(self) -> None:
         slots = {
-            self.manager.slot(seq_id, position)
+            (block_id, offset)
             for seq_id, sequence in self.sequences.items()
-            for position in range(len(sequence.tokens))
+            for number, block_id in enumerate(self.manager.block_table(seq_id))
+            for offset in range(min(self.manager.block_size, len(sequence.tokens) - number * self.manager.block_size))
+            if block_id != NO_BLOCK
         }
         assert self.manager.num_kv_tokens() == len(slots)
 
@@ -174,7 +216,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
         return (num_tokens + self.manager.block_size - 1) // self.manager.block_size
 
     def holders(self) -> Counter[int]:
-        return Counter(block_id for seq_id in self.sequences for block_id in self.manager.block_table(seq_id))
+        tables = map(self.manager.block_table, self.sequences)
+        return Counter(block_id for table in tables for block_id in table if block_id != NO_BLOCK)
 
     def move(self, pairs: list[tuple[int, int]]) -> None:
         for src, dst in pairs:

@@ -41,7 +41,27 @@ def test_a_share_is_of_the_total(size: str, expected: int) -> None:
 
 @pytest.mark.parametrize(
     "size",
-    ["", "lots", "GB", "4XB", "4 G B", "-1GB", "-5", -5, "0", 0, "0GB", "0%", "1e3", "4GB!", "٤GB", "1,5GB", "nan", "%", None],
+    [
+        "",
+        "lots",
+        "GB",
+        "4XB",
+        "4 G B",
+        "-1GB",
+        "-5",
+        -5,
+        "0",
+        0,
+        "0GB",
+        "0%",
+        "1e3",
+        "4GB!",
+        "٤GB",
+        "1,5GB",
+        "nan",
+        "%",
+        None,
+    ],
 )
 def test_nonsense_is_refused_with_examples_of_how_to_write_a_size(size: Any) -> None:
     with pytest.raises(ValueError) as caught:
@@ -78,7 +98,11 @@ def test_sizes_are_written_for_people(num_bytes: int, expected: str) -> None:
 
 
 OUT_OF_RANGE: list[tuple[str, Any]] = [
-    *((name, value) for name in ("block_size", "max_num_seqs", "max_num_batched_tokens") for value in (0, -1, 1.5, None)),
+    *(
+        (name, value)
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens")
+        for value in (0, -1, 1.5, None)
+    ),
     *((name, value) for name in ("num_kv_blocks", "max_model_len") for value in (0, -1, "16", True)),
     ("kv_cache_memory", "lots"),
     ("kv_cache_memory", 0),

@@ -19,6 +19,7 @@ from mlx_paged.models.patch import patch_model
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "models.md"
 
+# fmt: off
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _ROPE_PER_TYPE = {"full_attention": _ROPE, "sliding_attention": _ROPE}
@@ -28,17 +29,17 @@ _YARN = {"type": "yarn", "factor": 4, "mscale_all_dim": 0.7, "original_max_posit
 _DYNAMIC = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
 _INDEX = {"index_head_dim": 32, "index_n_heads": 2, "index_topk": 16}
 _MAMBA = {
-    **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_proj_bias": False, "mamba_d_state": 16, "mamba_d_conv": 4},
-    **{"mamba_n_groups": 1, "mamba_conv_bias": True, "mamba_expand": 2, "mamba_num_heads": 8, "mamba_head_dim": 16},
-    **{"ssm_state_size": 16, "state_size": 16, "conv_kernel": 4, "n_groups": 1, "use_conv_bias": True},
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_proj_bias": False, "mamba_d_state": 16, "mamba_d_conv": 4,
+    "mamba_n_groups": 1, "mamba_conv_bias": True, "mamba_expand": 2, "mamba_num_heads": 8, "mamba_head_dim": 16,
+    "ssm_state_size": 16, "state_size": 16, "conv_kernel": 4, "n_groups": 1, "use_conv_bias": True,
 }
 _LINEAR = {
-    **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
-    **{"linear_conv_kernel_dim": 4, "full_attention_interval": 2, "linear_allow_neg_eigval": True},
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4, "full_attention_interval": 2, "linear_allow_neg_eigval": True,
 }
 _LONGCAT = {
-    **{"attention_method": "MLA", "zero_expert_type": "identity", "ffn_hidden_size": 96, "attention_bias": False},
-    **{"expert_ffn_hidden_size": 32, "zero_expert_num": 1, "mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    "attention_method": "MLA", "zero_expert_type": "identity", "ffn_hidden_size": 96, "attention_bias": False,
+    "expert_ffn_hidden_size": 32, "zero_expert_num": 1, "mla_scale_q_lora": True, "mla_scale_kv_lora": True,
 }
 _CONV = {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": False, "conv_L_cache": 3}
 
@@ -60,13 +61,13 @@ _BASE: dict[str, Any] = {
     **dict.fromkeys(["moe_layer_freq", "n_group", "topk_group", "decoder_sparse_step"], 1),
     **dict.fromkeys(["attention_bias", "use_qkv_bias", "bias", "use_qk_norm", "qk_norm", "post_norm"], True),
     **dict.fromkeys(["mlp_bias", "use_bias", "norm_head", "tie_word_embeddings"], False),
-    **{"layernorm_epsilon": 1e-5, "head_dim": 32, "rope_theta": 10000.0, "share_expert_dim": 32},
-    **{"routed_scaling_factor": 1.0, "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    **{"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 16, "v_head_dim": 24, "qk_nope_head_dim": 16},
-    **{"mlp_only_layers": [], "sliding_window_pattern": 3, "loop_window_size": 24, "partial_rotary_factor": 0.5},
-    **{"embedding_multiplier": 1.5, "attention_multiplier": 0.2, "logits_scaling": 2.0, "residual_multiplier": 0.8},
-    **{"dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 2.0, "rotary_dim": 8, "rotary_emb_base": 10000},
-    **{"rotary_pct": 0.5, "rope_scaling": None, "layer_types": _SLIDING},
+    "layernorm_epsilon": 1e-5, "head_dim": 32, "rope_theta": 10000.0, "share_expert_dim": 32,
+    "routed_scaling_factor": 1.0, "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+    "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 16, "v_head_dim": 24, "qk_nope_head_dim": 16,
+    "mlp_only_layers": [], "sliding_window_pattern": 3, "loop_window_size": 24, "partial_rotary_factor": 0.5,
+    "embedding_multiplier": 1.5, "attention_multiplier": 0.2, "logits_scaling": 2.0, "residual_multiplier": 0.8,
+    "dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 2.0, "rotary_dim": 8, "rotary_emb_base": 10000,
+    "rotary_pct": 0.5, "rope_scaling": None, "layer_types": _SLIDING,
 }
 
 MATCHING: dict[str, dict[str, Any]] = {
@@ -94,8 +95,8 @@ MATCHING: dict[str, dict[str, Any]] = {
     "gemma3n": {"text_config": "gemma3n_text"},
     "gemma4": {"text_config": "gemma4_text"},
     "gemma4_text": {
-        **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
-        **{"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "global_head_dim": 32},
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "global_head_dim": 32,
     },
     "glm": {},
     "glm4": {},
@@ -109,16 +110,16 @@ MATCHING: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["attention"] * 3, "num_local_experts": None},
     "helium": {},
     "hunyuan": {
-        **{"num_hidden_layers": 4, "use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2},
-        **{"rope_scaling": _DYNAMIC},
+        "num_hidden_layers": 4, "use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2,
+        "rope_scaling": _DYNAMIC,
     },
     "hunyuan_v1_dense": {"rope_scaling": _DYNAMIC},
     "internlm2": {},
     "internlm3": {},
     "iquestloopcoder": {},
     "laguna": {
-        **{"num_attention_heads_per_layer": [4, 4, 4], "mlp_layer_types": ["dense", "sparse", "sparse"]},
-        **{"partial_rotary_factor": None, "rope_parameters": _ROPE_PER_TYPE},
+        "num_attention_heads_per_layer": [4, 4, 4], "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "partial_rotary_factor": None, "rope_parameters": _ROPE_PER_TYPE,
     },
     "lille-130m": {},
     "llama": {},
@@ -126,9 +127,9 @@ MATCHING: dict[str, dict[str, Any]] = {
     "mellum": {"rope_parameters": _ROPE_PER_TYPE},
     "mimo": {},
     "mimo_v2_flash": {
-        **{"hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1], "n_shared_experts": None},
-        **{"add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False, "swa_rope_theta": 1000.0},
-        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 32, "swa_v_head_dim": 24},
+        "hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1], "n_shared_experts": None,
+        "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False, "swa_rope_theta": 1000.0,
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 32, "swa_v_head_dim": 24,
     },
     "minicpm": {},
     "minicpm3": {
@@ -156,8 +157,8 @@ MATCHING: dict[str, dict[str, Any]] = {
     "olmo3": {},
     "olmoe": {},
     "openelm": {
-        **{"ffn_dim_divisor": 16, "num_query_heads": [4, 4, 8], "num_kv_heads": [1, 2, 2]},
-        **{"ffn_multipliers": [1.0, 1.5, 2.0]},
+        "ffn_dim_divisor": 16, "num_query_heads": [4, 4, 8], "num_kv_heads": [1, 2, 2],
+        "ffn_multipliers": [1.0, 1.5, 2.0],
     },
     "phi": {},
     "phi3": {"partial_rotary_factor": 1.0},
@@ -179,8 +180,8 @@ MATCHING: dict[str, dict[str, Any]] = {
     "stablelm": {"qk_layernorm": True},
     "starcoder2": {},
     "step3p5": {
-        **{"num_attention_groups": 2, "moe_layers_enum": "1,2"},
-        **{"attention_other_setting": {"num_attention_heads": 4, "num_attention_groups": 2}},
+        "num_attention_groups": 2, "moe_layers_enum": "1,2",
+        "attention_other_setting": {"num_attention_heads": 4, "num_attention_groups": 2},
     },
     "talkie": {"head_dim": 16},
     "telechat3": {},
@@ -203,15 +204,15 @@ REFUSED: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"num_key_value_heads": 4, "rope_parameters": _ROPE} | _INDEX,
     "gpt_bigcode": {},
     "jamba": {
-        **{"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
+        "attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2,
         **_MAMBA,
     },
     "kimi_k25": {"text_config": "deepseek_v3"},
     "kimi_k3": {"text_config": "kimi_linear"},
     "kimi_linear": {
         "linear_attn_config": {
-            **{"kda_layers": [1, 3], "full_attn_layers": [2], "num_heads": 4, "head_dim": 16},
-            **{"short_conv_kernel_size": 4},
+            "kda_layers": [1, 3], "full_attn_layers": [2], "num_heads": 4, "head_dim": 16,
+            "short_conv_kernel_size": 4,
         },
     },
     "kimi_vl": {"text_config": "deepseek_v3"},
@@ -224,7 +225,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "longcat_flash_ngram": _LONGCAT,
     "mamba": {"time_step_rank": 4} | _MAMBA,
     "mamba2": {
-        **{"num_heads": 8, "head_dim": 16, "intermediate_size": 128, "time_step_limit": (0.0, 100.0)},
+        "num_heads": 8, "head_dim": 16, "intermediate_size": 128, "time_step_limit": (0.0, 100.0),
         **({"time_step_rank": 4} | _MAMBA),
     },
     "minimax_m3_vl": {"text_config": "minimax_m3"},
@@ -232,7 +233,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layer_types": None, "hybrid_override_pattern": "M*-"} | _MAMBA,
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]} | _LINEAR,
     "phi3small": {
-        **{"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "blocksparse_block_size": 32},
+        "dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "blocksparse_block_size": 32,
     },
     "plamo": {"n_shared_head": 2},
     "plamo2": {"hidden_size_per_head": 16} | _MAMBA,
@@ -241,7 +242,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {"text_config": "qwen3_next"},
     "qwen3_next": _LINEAR,
     "recurrent_gemma": {
-        **{"conv1d_width": 4, "logits_soft_cap": 30.0, "block_types": ["recurrent", "recurrent", "attention"]},
+        "conv1d_width": 4, "logits_soft_cap": 30.0, "block_types": ["recurrent", "recurrent", "attention"],
     },
     "rwkv7": dict.fromkeys(["a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim"], 8),
 }
@@ -249,18 +250,19 @@ NOT_BUILT = {"olmo": "needs another package", "prism_hadamard_qwen35": "has a fi
 
 _TEXT_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
-        **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
-        **{"num_kv_shared_layers": 2, "intermediate_size": [96] * 4, "rope_local_base_freq": 1000.0},
-        **{"final_logit_softcapping": 30.0, "activation_sparsity_pattern": [0.5, 0, 0, 0], "laurel_rank": 8},
-        **{"hidden_size_per_layer_input": 16, "altup_num_inputs": 2, "altup_coef_clip": 120.0},
-        **{"altup_correct_scale": True, "altup_active_idx": 0},
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2, "intermediate_size": [96] * 4, "rope_local_base_freq": 1000.0,
+        "final_logit_softcapping": 30.0, "activation_sparsity_pattern": [0.5, 0, 0, 0], "laurel_rank": 8,
+        "hidden_size_per_layer_input": 16, "altup_num_inputs": 2, "altup_coef_clip": 120.0,
+        "altup_correct_scale": True, "altup_active_idx": 0,
     },
     "llama4_chunked": {
-        **{"num_hidden_layers": 4, "num_experts_per_tok": 1, "attention_chunk_size": 24, "floor_scale": 16},
-        **{"interleave_moe_layer_step": 2, "intermediate_size_mlp": 96},
+        "num_hidden_layers": 4, "num_experts_per_tok": 1, "attention_chunk_size": 24, "floor_scale": 16,
+        "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96,
     },
     "minimax_m3": {"moe_layer_freq": [0, 1, 1], "dense_intermediate_size": 96, "layer_types": None},
 }
+# fmt: on
 
 
 def config_of(family: str) -> dict[str, Any]:

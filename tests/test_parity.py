@@ -1,4 +1,4 @@
-"""A paged engine's greedy tokens and their log-probabilities are those of mlx-lm's unpaged loop, whatever the engine does.
+"""Greedy tokens and their log-probabilities are those of mlx-lm's unpaged loop, whatever the engine does on the way.
 
 Where the unpaged model's two best tokens are closer than the tolerance, either may come first; from there on the two
 texts differ, so the comparison of that prompt ends, and such ends are counted.
@@ -49,7 +49,7 @@ CASES = (
     Case(16, 64, True, "together"),
     Case(64, 7, True, "shuffled"),
     Case(64, 64, False, "together"),
-    Case(64, 7, False, "alone"),
+    Case(64, 64, False, "alone"),
 )
 
 

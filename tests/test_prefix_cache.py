@@ -27,10 +27,11 @@ def insert_chain(cache: PrefixCache, blocks: dict[tuple[int, ...], int], salt: s
 
 def find_chain(cache: PrefixCache, *chain: tuple[int, ...], salt: str | None = None) -> list[int | None]:
     """The blocks found for a chain of tokens, up to the first that is missing."""
-    node, found = cache.root(salt), []
+    node = cache.root(salt)
+    found: list[int | None] = []
     for tokens in chain:
         child = cache.find(node, tokens)
-        if child is None:
+        if child is None or child.block_id is None:
             break
         node = child
         found.append(child.block_id)

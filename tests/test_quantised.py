@@ -70,7 +70,7 @@ def test_a_folder_of_quantised_weights_is_loaded_and_gives_its_unpaged_results(q
 def test_a_refused_family_is_named_before_its_weights_are_read(quantised_folder: Path) -> None:
     config = json.loads((quantised_folder / "config.json").read_text())
     (quantised_folder / "config.json").write_text(json.dumps(config | {"model_type": "falcon_mamba"}))
-    with pytest.raises(ModelError, match="model family 'falcon_mamba' can't be paged: some or all layers keep a recurrent"):
+    with pytest.raises(ModelError, match="family 'falcon_mamba' can't be paged: some or all layers keep a recurrent"):
         LLM(quantised_folder)
 
 

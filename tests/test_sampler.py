@@ -33,7 +33,9 @@ def make_counts(prompt: list[int], output: list[int]) -> TokenCounts:
     return counts
 
 
-def make_row(params: SamplingParams, draw: int = 0, prompt: list[int] | None = None, output: list[int] | None = None) -> SampleRow:
+def make_row(
+    params: SamplingParams, draw: int = 0, prompt: list[int] | None = None, output: list[int] | None = None
+) -> SampleRow:
     return SampleRow(params, draw, make_counts(prompt or [], output or []) if params.has_penalties else None)
 
 
@@ -106,7 +108,16 @@ SETTINGS: list[dict[str, Any]] = [
     {"frequency_penalty": 0.8},
     {"frequency_penalty": -0.7, "presence_penalty": -1.0},
     {"logit_bias": {2: 4.0, 11: -3.0}},
-    {"logit_bias": {5: 2.0}, "repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.3, "temperature": 0.8, "min_p": 0.02, "top_k": 20, "top_p": 0.95},
+    {
+        "logit_bias": {5: 2.0},
+        "repetition_penalty": 1.4,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+        "temperature": 0.8,
+        "min_p": 0.02,
+        "top_k": 20,
+        "top_p": 0.95,
+    },
 ]
 
 
@@ -144,7 +155,7 @@ def test_greedy_takes_the_best_token_after_bias_and_penalties(
 ) -> None:
     logits = make_logits(1, seed)[0]
     params = SamplingParams(temperature=0, **values)
-    # With a temperature of 1 the oracle tells how far the second best is: where they are as good as equal, either will do.
+    # At temperature 1 the oracle tells how far the second best is: of two as good as equal, either will do.
     best = np.sort(oracle(logits, SamplingParams(**values), prompt, output))
     token = int(run(logits[None], [make_row(params, 0, prompt, output)]).token_ids[0])
     expected = int(oracle(logits, params, prompt, output).argmax())
@@ -196,7 +207,7 @@ def test_min_p_is_applied_after_temperature_as_in_vllm() -> None:
 
 def test_top_p_is_measured_on_what_top_k_leaves() -> None:
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
-    # Of the best two alone the first has 4/7 = 0.571, so a top_p of 0.55 keeps just that; of all four it would keep two.
+    # Of the best two alone the first has 4/7 = 0.571, so a top_p of 0.55 keeps only that; of all four it keeps two.
     assert frequencies(logits, SamplingParams(top_k=2, top_p=0.55), 300)[0] == 1
     assert frequencies(logits, SamplingParams(top_p=0.55), 300)[1] > 0
 
@@ -291,6 +302,22 @@ def test_logits_are_not_changed_by_sampling() -> None:
     params = SamplingParams(logit_bias={0: 9.0}, repetition_penalty=1.5, top_k=2, min_p=0.3)
     sample(logits, [make_row(params, i, [1], [2]) for i in range(2)])
     assert (np.array(logits) == before).all()
+
+
+def test_a_logit_that_is_not_a_number_is_never_drawn() -> None:
+    logits = make_logits(1, seed=10)[0]
+    logits[[0, 7, 40]] = np.nan
+    best = int(np.nanargmax(logits))
+    for params in (SamplingParams(), SamplingParams(top_k=5), SamplingParams(top_p=0.9), SamplingParams(min_p=0.1)):
+        assert not frequencies(logits, params, 300)[[0, 7, 40]].any()
+    assert run(logits[None], [make_row(SamplingParams(temperature=0))]).token_ids.tolist() == [best]
+
+
+def test_a_token_that_the_model_rules_out_is_never_drawn() -> None:
+    logits = make_logits(1, seed=11)[0]
+    logits[5:] = -np.inf
+    for params in (SamplingParams(temperature=9.0), SamplingParams(top_p=0.99), SamplingParams(top_k=20, min_p=0.01)):
+        assert not frequencies(logits, params, 300)[5:].any()
 
 
 # -- token counts -----------------------------------------------------------------------------------------------

@@ -10,11 +10,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 import pytest
 from conftest import TINY_CONFIGS, VOCAB_SIZE, make_model, unpaged_greedy
+from mlx_lm.generate import generate_step
 from mlx_lm.models import base
-from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 from mlx_paged import LLM, ModelError, SamplingParams
 from mlx_paged.models import patch
@@ -53,12 +60,23 @@ def test_mlx_lms_caches_have_what_the_paged_one_stands_in_for(cache: Any) -> Non
         assert callable(getattr(patch.PagedLayerCache, name))
 
 
-def test_a_masks_window_reaches_attention_through_mlx_lms_function() -> None:
-    step = patch.StepInputs(*[mx.array([0])] * 5, None)  # type: ignore[arg-type]
-    cache = patch.PagedLayerCache(None, 0, step, 24)  # type: ignore[arg-type]
-    hidden = mx.zeros((1, 1, 8))
-    assert base.create_attention_mask(hidden, cache) == patch.PagedMask(24)
-    assert base.create_attention_mask(hidden, cache, window_size=7, return_array=True) == patch.PagedMask(7)
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
+def test_a_models_windows_reach_the_attention_of_the_layers_that_have_them(
+    family: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows: list[int | None] = []
+    attend = patch.attend
+
+    def record(*args: Any, window: int | None, **kwargs: Any) -> mx.array:
+        windows.append(window)
+        return attend(*args, window=window, **kwargs)
+
+    monkeypatch.setattr(patch, "attend", record)
+    llm = LLM.from_model(tiny_model(family), block_size=8, num_kv_blocks=16)
+    windows.clear()
+    llm.generate([prompt_of(9)], SamplingParams(temperature=0, max_tokens=1))
+    caches = make_prompt_cache(tiny_model(family))
+    assert windows == [cache.max_size if type(cache) is RotatingKVCache else None for cache in caches]
 
 
 def test_patching_twice_changes_nothing_more(tiny_model: TinyModel) -> None:
@@ -87,7 +105,7 @@ def test_mlx_lm_generates_from_a_model_while_an_engine_is_in_the_middle_of_a_req
     llm = LLM.from_model(model, block_size=8, num_kv_blocks=16, max_num_batched_tokens=16)
     stream = llm.stream(prompt_of(20), GREEDY)
     found = list(next(stream).outputs[0].token_ids)
-    steps = mlx_lm.generate.__globals__["generate_step"](mx.array(prompt_of(20)), model, max_tokens=6)
+    steps = generate_step(mx.array(prompt_of(20)), model, max_tokens=6)
     assert [int(token) for token, _ in steps] == expected
     for output in stream:
         found += output.outputs[0].token_ids
@@ -130,7 +148,7 @@ def _own_mask(attention: Callable[..., mx.array], *args: Any, **kwargs: Any) -> 
 
 def _mixed_axes(attention: Callable[..., mx.array], *args: Any, **kwargs: Any) -> mx.array:
     queries, *rest = args
-    return attention(queries * kwargs["cache"].offset[:, None, None], *rest, **kwargs)
+    return attention(queries * kwargs["cache"].offset[:, None], *rest, **kwargs)
 
 
 def _wide_window(attention: Callable[..., mx.array], *args: Any, **kwargs: Any) -> mx.array:
@@ -150,7 +168,8 @@ def _wide_window(attention: Callable[..., mx.array], *args: Any, **kwargs: Any) 
 def test_a_model_that_meddles_with_what_it_is_handed_is_refused_when_it_is_loaded(
     meddle: Callable[..., mx.array], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_model("llama", sliding_window=24, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = make_model("llama", sliding_window=24, layer_types=kinds)
     patch.patch_model(model)
     module = importlib.import_module("mlx_lm.models.llama")
     attention = module.scaled_dot_product_attention

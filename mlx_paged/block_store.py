@@ -1,0 +1,221 @@
+"""A second tier for blocks that leave the pool: in host memory, or in files that may outlive the process.
+
+A block's K and V are kept under a key that names its prefix, so what comes back is what any request with that prefix
+needs. A file is written under another name and renamed when it is whole, and says which model it belongs to.
+"""
+
+import os
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_paged.config import parse_memory
+
+BlockContent = dict[str, mx.array]  # "k0", "v0", "k1", ...: [block_size, num_kv_heads, dim] of a group's layers
+
+
+class BlockStore(Protocol):
+    """Keeps the content of blocks, the least recently used going first where room is short."""
+
+    def __contains__(self, key: object) -> bool: ...
+
+    def put(self, key: str, content: BlockContent) -> None:
+        """Keep a block. Raises OSError if there is no place for it."""
+
+    def get(self, key: str) -> BlockContent:
+        """The block kept under `key`. Raises OSError or ValueError if it can't be read back whole."""
+
+    def drop(self, key: str) -> None:
+        """Forget a block."""
+
+
+class MemoryStore:
+    """Blocks in host memory, for devices whose own memory is separate."""
+
+    def __init__(self, capacity: int) -> None:
+        self._room = capacity  # bytes that are left
+        self._blocks: OrderedDict[str, dict[str, tuple[np.ndarray, mx.Dtype]]] = OrderedDict()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._blocks
+
+    def put(self, key: str, content: BlockContent) -> None:
+        # As bytes, since numpy has no bfloat16.
+        kept = {name: (np.array(array.view(mx.uint8)), array.dtype) for name, array in content.items()}
+        self._room -= _size(content)
+        self._blocks[key] = kept
+        while self._room < 0 and self._blocks:
+            self.drop(next(iter(self._blocks)))
+
+    def get(self, key: str) -> BlockContent:
+        self._blocks.move_to_end(key)
+        return {name: mx.array(raw).view(dtype) for name, (raw, dtype) in self._blocks[key].items()}
+
+    def drop(self, key: str) -> None:
+        self._room += sum(raw.nbytes for raw, _ in self._blocks.pop(key).values())
+
+
+class FolderStore:
+    """Blocks as safetensors files in a folder, at most `capacity` bytes of K and V (None: as much as the disk takes).
+
+    model: names weights, dtype and layout; a file of another model is refused. Raises ValueError for a folder that
+    can't be written to.
+    """
+
+    def __init__(self, folder: Path, model: str, capacity: int | None = None) -> None:
+        self._folder = folder
+        self._model = model
+        self._capacity = capacity
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder):
+                pass
+            files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+        except OSError as error:
+            raise ValueError(f"{folder} can't be written to ({error.strerror}): give another folder") from error
+        whole = [path for path in files if not path.stem.endswith(".partial")]
+        self._sizes = OrderedDict((path.stem, path.stat().st_size) for path in whole)
+        self._used = sum(self._sizes.values())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._sizes
+
+    def put(self, key: str, content: BlockContent) -> None:
+        partial = self._folder / f"{key}.{os.getpid()}.partial.safetensors"
+        try:
+            mx.save_safetensors(str(partial), content, {"model": self._model, "key": key})
+            partial.replace(self._path(key))
+        except (RuntimeError, OSError) as error:  # mlx reports a full disk as RuntimeError
+            partial.unlink(missing_ok=True)
+            raise OSError(f"{self._folder} can't take another block: {error}") from error
+        self._used += _size(content) - self._sizes.pop(key, 0)
+        self._sizes[key] = _size(content)
+        while self._capacity is not None and self._used > self._capacity:
+            self.drop(next(iter(self._sizes)))
+
+    def get(self, key: str) -> BlockContent:
+        path = self._path(key)
+        try:
+            content, metadata = cast(tuple[BlockContent, dict[str, str]], mx.load(str(path), return_metadata=True))
+            mx.eval(content)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path} is not a whole block ({error})") from error
+        if metadata.get("model") != self._model or metadata.get("key") != key:
+            raise ValueError(f"{path} was written for another model or prefix")
+        self._sizes.move_to_end(key)
+        return content
+
+    def drop(self, key: str) -> None:
+        self._used -= self._sizes.pop(key)
+        self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.safetensors"
+
+
+def open_stores(
+    swap_space: int | str | os.PathLike[str] | None,
+    prefix_cache_dir: str | os.PathLike[str] | None,
+    fingerprint: Callable[[], str],
+) -> "Stores | None":
+    """The second tier that `EngineConfig` asks for, if any; `fingerprint` names the model that saved blocks are of.
+
+    Raises ValueError for a folder that can't be written to.
+    """
+    if swap_space is None and prefix_cache_dir is None:
+        return None
+    saved = None
+    if prefix_cache_dir is not None:
+        model = fingerprint()
+        saved = FolderStore(Path(prefix_cache_dir).expanduser() / model, model)
+    return Stores(_open_swap(swap_space) if swap_space is not None else None, saved)
+
+
+def _open_swap(swap_space: int | str | os.PathLike[str]) -> BlockStore:
+    """The tier for blocks of preempted sequences and evicted prefixes, gone with the process.
+
+    swap_space: a size, in host memory where the device has its own, else in files of the temporary folder, since
+    unified memory would gain nothing from a second copy; or a folder for the files. Raises ValueError.
+    """
+    capacity = None
+    try:
+        capacity = parse_memory(os.fspath(swap_space) if not isinstance(swap_space, int) else swap_space)
+        parent = Path(tempfile.gettempdir())
+    except ValueError:
+        if "%" in str(swap_space) or str(swap_space)[:1].isdigit():
+            raise
+        parent = Path(str(swap_space)).expanduser()
+    if capacity is not None and mx.default_device() == mx.gpu and not mx.metal.is_available():
+        return MemoryStore(capacity)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="mlx-paged-swap-", dir=parent))
+    except OSError as error:
+        raise ValueError(f"swap_space: {parent} can't be written to ({error.strerror}): give another folder") from error
+    store = FolderStore(folder, "this process", capacity)
+    weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
+    return store
+
+
+class Stores:
+    """The stores of an engine as one: blocks that leave the pool go to `swap`, prompts' blocks to `saved`.
+
+    A store that fails to take a block is not asked again; a warning says so once, and what is missing is computed.
+    """
+
+    def __init__(self, swap: BlockStore | None, saved: BlockStore | None) -> None:
+        self._swap = swap
+        self._saved = saved
+        self._has_warned = False
+        self.num_swapped_blocks = 0
+
+    def __contains__(self, key: object) -> bool:
+        return any(key in store for store in (self._swap, self._saved) if store is not None)
+
+    @property
+    def takes_prompts(self) -> bool:
+        return self._saved is not None
+
+    def put_evicted(self, key: str, content: BlockContent) -> None:
+        """Keep a block that leaves the pool."""
+        if self._swap is not None:
+            try:
+                self._swap.put(key, content)
+                self.num_swapped_blocks += 1
+            except OSError as error:
+                self._swap = None
+                warnings.warn(f"swap is off, preempted requests are computed again: {error}", stacklevel=2)
+
+    def put_prompt(self, key: str, content: BlockContent) -> None:
+        """Keep a block of a prompt for another run."""
+        if self._saved is not None and key not in self._saved:
+            try:
+                self._saved.put(key, content)
+            except OSError as error:
+                self._saved = None
+                warnings.warn(f"prompts are not saved any more: {error}", stacklevel=2)
+
+    def get(self, key: str) -> BlockContent | None:
+        """The block kept under `key`, or None, with one warning, if it can't be had any more."""
+        for store in (self._swap, self._saved):
+            if store is not None and key in store:
+                try:
+                    return store.get(key)
+                except (OSError, ValueError) as error:
+                    store.drop(key)
+                    if not self._has_warned:
+                        warnings.warn(f"what can't be read back is computed again: {error}", stacklevel=2)
+                    self._has_warned = True
+        return None
+
+
+def _size(content: BlockContent) -> int:
+    return sum(array.nbytes for array in content.values())
