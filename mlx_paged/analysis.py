@@ -166,14 +166,11 @@ def _build(config: dict[str, Any]) -> nn.Module:
     model.set_dtype(getattr(mx, next((name for name in names if name in DTYPES), "bfloat16")))
     if quantization := config.get("quantization"):
         group_size = quantization["group_size"]
-        choose = getattr(model, "quant_predicate", None)
 
         def parameters(path: str, module: nn.Module) -> Any:
             if path in quantization:
                 return quantization[path]
-            if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
-                return False
-            return choose(path, module) if choose else True
+            return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
 
         mode = quantization.get("mode", "affine")
         nn.quantize(model, group_size, quantization["bits"], mode=mode, class_predicate=parameters)

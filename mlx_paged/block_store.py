@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged.config import parse_memory
+from mlx_paged.errors import EngineWarning
 
 BlockContent = dict[str, mx.array]  # "k0", "v0", "k1", ...: [block_size, num_kv_heads, dim] of a group's layers
 
@@ -192,7 +193,7 @@ class Stores:
                 self.num_swapped_blocks += 1
             except OSError as error:
                 self._swap = None
-                warnings.warn(f"swap is off, preempted requests are computed again: {error}", stacklevel=2)
+                warnings.warn(f"swap is off, preempted requests are computed again: {error}", EngineWarning, stacklevel=2)
 
     def put_prompt(self, key: str, content: BlockContent) -> None:
         """Keep a block of a prompt for another run."""
@@ -201,7 +202,7 @@ class Stores:
                 self._saved.put(key, content)
             except OSError as error:
                 self._saved = None
-                warnings.warn(f"prompts are not saved any more: {error}", stacklevel=2)
+                warnings.warn(f"prompts are not saved any more: {error}", EngineWarning, stacklevel=2)
 
     def get(self, key: str) -> BlockContent | None:
         """The block kept under `key`, or None, with one warning, if it can't be had any more."""
@@ -212,7 +213,7 @@ class Stores:
                 except (OSError, ValueError) as error:
                     store.drop(key)
                     if not self._has_warned:
-                        warnings.warn(f"what can't be read back is computed again: {error}", stacklevel=2)
+                        warnings.warn(f"what can't be read back is computed again: {error}", EngineWarning, stacklevel=2)
                     self._has_warned = True
         return None
 

@@ -21,6 +21,7 @@ import click
 
 from mlx_paged import __version__, cli_chat, cli_generate, cli_inspect
 from mlx_paged.config import ALLOCATORS, DTYPES, EngineConfig
+from mlx_paged.errors import EngineWarning
 from mlx_paged.models.aliases import ALIASES
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.terminal import Terminal, one_line
@@ -273,6 +274,8 @@ def load(model: str | None, engine: dict[str, Any], terminal: Terminal) -> LLM:
         warnings.simplefilter("ignore")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("always", EngineWarning)
+    warnings.showwarning = lambda message, *_: None if terminal.quiet else terminal.say(f"mlx-paged: {message}")
     if not terminal.talks:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     terminal.progress("loading ...")

@@ -1,4 +1,4 @@
-"""The errors that callers may want to tell apart; everything else is a ValueError or KeyError where it happens."""
+"""The errors and warnings that callers may want to tell apart; other errors are a ValueError or KeyError."""
 
 
 class OutOfBlocks(RuntimeError):
@@ -7,3 +7,7 @@ class OutOfBlocks(RuntimeError):
 
 class ModelError(ValueError):
     """A model can't be found, read or run; the message is one line that says what to do."""
+
+
+class EngineWarning(UserWarning):
+    """Something works less well than it was asked to, and goes on."""

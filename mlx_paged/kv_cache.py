@@ -68,6 +68,15 @@ class PagedKVCache:
                 pool[block_id] = array
                 mx.eval(pool[block_id, 0, 0, 0])
 
+    def copy_range(self, src: int, dst: int, start: int, end: int) -> None:
+        """Copy the slots start .. end - 1 of block `src` to the same places of `dst`, in every layer."""
+        for pools in (self.keys, self.values):
+            for pool in pools:
+                staged = pool[src, start:end]
+                mx.eval(staged)
+                pool[dst, start:end] = staged
+                mx.eval(pool[dst, 0, 0, 0])
+
     def move_blocks(self, moves: Sequence[tuple[int, int]], layers: Sequence[int] | None = None) -> None:
         """Copy whole blocks, (source, destination) after (source, destination), in all layers or those given.
 

@@ -19,6 +19,7 @@ class Terminal:
 
     def __init__(self, *, verbose: bool = False, quiet: bool = False) -> None:
         self.verbose = verbose
+        self.quiet = quiet
         self.talks = not quiet and (verbose or sys.stderr.isatty())
         self._wrote = False
         self._line_open = False  # stdout stands in the middle of a line

@@ -74,11 +74,11 @@ def check_files(folder: Path) -> None:
     Reads headers only: it is cheap for a model of any size.
     """
     _folder_with_config(folder)
-    _read_json(folder / "config.json")
+    read_json(folder / "config.json")
     shards = sorted(folder.glob("model*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelError(f"{index} has no weight_map; fetch the file again")
         missing = sorted({str(name) for name in weight_map.values()} - {shard.name for shard in shards})
@@ -109,7 +109,8 @@ def _folder_with_config(folder: Path) -> Path:
     return folder
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file of a model. Raises ModelError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

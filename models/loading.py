@@ -1,6 +1,6 @@
 """From a model's name to an mlx-lm model and tokenizer in memory."""
 
-import json
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model, load_tokenizer
 
-from mlx_paged.errors import ModelError
+from mlx_paged.errors import EngineWarning, ModelError
 from mlx_paged.models import hub, registry
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
@@ -27,27 +27,29 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
 
     dtype: of the weights; None keeps them as stored, except that a CPU gets float32. Raises ModelError.
     """
+    _check_family(hub.resolve(name, config_only=True))  # before gigabytes of weights are fetched in vain
     folder = hub.resolve(name)
     hub.check_files(folder)
-    _check_family(json.loads((folder / "config.json").read_text()))
     try:
         model, config = load_model(folder, lazy=True)
     except Exception as error:  # mlx-lm reports what it can't read in many ways
-        raise ModelError(f"{folder} can't be loaded by mlx-lm: {_first_line(error)}") from error
+        raise ModelError(f"{folder} can't be loaded by mlx-lm: {_one_line(error)}") from error
     try:
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
-        raise ModelError(f"{folder} has no tokenizer that can be read: {_first_line(error)}") from error
+        raise ModelError(f"{folder} has no tokenizer that can be read: {_one_line(error)}") from error
     set_dtype(model, dtype)
     return LoadedModel(model, tokenizer, context_of(config))
 
 
-def _check_family(config: dict[str, Any]) -> None:
-    """Raise ModelError for a family that is known not to run, before its weights are read."""
-    name = str(config.get("model_type"))
+def _check_family(folder: Path) -> None:
+    """Raise ModelError for a family that is known not to run; warn about one that was never tested."""
+    name = str(hub.read_json(folder / "config.json").get("model_type"))
     family = registry.describe(name)
     if family is not None and family.status == "refused":
         raise ModelError(f"model family {name!r} can't be paged: {family.note}")
+    if registry.unverified(name):
+        warnings.warn(f"model family {name!r} is not among those that were tested", EngineWarning, stacklevel=3)
 
 
 def set_dtype(model: nn.Module, dtype: str | None) -> None:
@@ -68,5 +70,6 @@ def context_of(config: dict[str, Any]) -> int | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+def _one_line(error: Exception) -> str:
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 160 else line[:157] + "..."

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from conftest import TINY_CONFIGS, make_model
 from hypothesis import given, settings
@@ -192,6 +193,17 @@ def test_layers_quantised_in_ways_of_their_own_are_counted_so(tmp_path: Path) ->
     assert weights["model.layers.0.mlp.down_proj.weight"].dtype == mx.bfloat16  # 96 is no multiple of 64
     assert weights["model.layers.0.self_attn.v_proj.weight"].shape == (32, 64 * 8 // 32)
     expected = sum(array.nbytes for array in weights.values())
+    assert read_model(write_config(tmp_path, config), "bfloat16").weight_bytes == expected
+
+
+def test_the_configuration_decides_and_not_what_the_family_would_quantise_today(tmp_path: Path) -> None:
+    multipliers = {f"{name}_multiplier": 1.0 for name in ("embedding", "attention", "residual")}
+    others = {"logits_scaling": 1.0, "attention_bias": False, "mlp_bias": False, "rope_theta": 1e4}
+    model = make_model("granite", dtype=mx.bfloat16, tie_word_embeddings=False, **multipliers, **others)
+    assert isinstance(model.quant_predicate("lm_head", None), dict)  # 8 bits, once files are converted anew
+    nn.quantize(model, 32, 4)
+    config = vars(model.args) | {"dtype": "bfloat16", "quantization": {"group_size": 32, "bits": 4}}
+    expected = sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
     assert read_model(write_config(tmp_path, config), "bfloat16").weight_bytes == expected
 
 

@@ -292,7 +292,9 @@ def test_each_token_is_the_best_after_penalties_on_those_put_out_before(
         before = output.token_ids[:position]
         penalised = {t: value - presence * (t in before) - frequency * before.count(t) for t, value in entry.items()}
         assert penalised[token] >= max(penalised.values()) - 1e-4
-    assert output.token_ids != tokens_of(complete(make_engine(), [1, 2, 3], SamplingParams(temperature=0, max_tokens=30)))
+    assert output.token_ids != tokens_of(
+        complete(make_engine(), [1, 2, 3], SamplingParams(temperature=0, max_tokens=30))
+    )
 
 
 def test_repetition_counts_the_prompt_and_the_other_penalties_do_not(make_engine: MakeEngine) -> None:

@@ -91,6 +91,14 @@ def test_moves_mean_one_after_another_whatever_the_staging(moves: list[tuple[int
         np.testing.assert_array_equal(np.array(pool), content)
 
 
+def test_a_range_of_a_block_is_copied_without_the_rest() -> None:
+    cache, expected = _filled(6, mx.float32, 1)
+    cache.copy_range(4, 2, 1, 2)
+    for pool, content in zip((*cache.keys, *cache.values), expected, strict=True):
+        content[2, 1:2] = content[4, 1:2]
+        np.testing.assert_array_equal(np.array(pool), content)
+
+
 @pytest.mark.parametrize("max_staging", [1 * MEGABYTE, 8 * MEGABYTE])
 def test_moving_half_a_pool_stages_no_more_than_it_may(max_staging: int) -> None:
     cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)] * 2, [4096] * 2, 8, max_staging)

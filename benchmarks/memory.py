@@ -1,0 +1,421 @@
+"""What the memory system costs and saves: block operations, waste, sharing, prefix caching, fragmentation.
+
+    python benchmarks/memory.py [--quick] [--json FILE]     measure, print tables, write the raw numbers
+    python benchmarks/memory.py --markdown FILE             the tables of such a file, as in docs/memory.md
+
+Everything random is seeded. Times are medians of repetitions that alternate between what is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mlx_paged import LLM, BlockManager, SamplingParams
+from mlx_paged.allocator import POLICIES
+from mlx_paged.attention import AttentionMetadata, attend
+from mlx_paged.kv_cache import LayerShape, PagedKVCache
+
+Row = dict[str, Any]
+BLOCK_SIZE = 16
+DATASETS = {"Alpaca": (19, 58), "ShareGPT": (161, 338)}  # mean tokens in and out, Kwon et al. 2023, figure 11
+PAPER = {  # share of blocks saved, Kwon et al. 2023, section 6.3
+    ("parallel sampling", "Alpaca"): "6-10%",
+    ("parallel sampling", "ShareGPT"): "16-30%",
+    ("beam search", "Alpaca"): "37.6-55.2%",
+    ("beam search", "ShareGPT"): "44-66%",
+}
+
+
+def nanoseconds(function: Callable[..., Any], *args: Any) -> int:
+    started = time.perf_counter_ns()
+    function(*args)
+    return time.perf_counter_ns() - started
+
+
+def log_normal(rng: random.Random, mean: float, spread: float = 1.0) -> int:
+    """A length of at least 1 token; spread: standard deviation of its logarithm."""
+    return max(1, round(rng.lognormvariate(math.log(mean) - spread**2 / 2, spread)))
+
+
+# -- (a) operations of the block manager -------------------------------------------------------------------------
+
+
+def operations(quick: bool) -> list[Row]:
+    """Medians over the lives of sequences of 64 blocks in a pool that is half full, in random pieces."""
+    sizes = [10**3, 10**4] if quick else [10**3, 10**4, 10**5, 10**6]
+    return [_operations(size, allocator, 5 if quick else 40) for size in sizes for allocator in POLICIES]
+
+
+def _operations(num_blocks: int, allocator: str, rounds: int) -> Row:
+    rng = random.Random(0)
+    manager = BlockManager(num_blocks, BLOCK_SIZE, allocator=allocator)
+    lives = 0
+    while manager.num_free_blocks:
+        manager.allocate(lives, [0] * min(rng.randint(1, 32), manager.num_free_blocks) * BLOCK_SIZE)
+        lives += 1
+    for seq_id in rng.sample(range(lives), lives // 2):
+        manager.free(seq_id)
+    taken = defaultdict(list)
+    for number in range(1, rounds + 1):
+        prompt = [number] + [0] * (64 * BLOCK_SIZE - 1)
+        taken["allocate"].append(nanoseconds(manager.allocate, "a", prompt) / 64)
+        taken["register"].append(nanoseconds(manager.mark_computed, "a", len(prompt)) / 64)
+        taken["fork"].append(nanoseconds(manager.fork, "a", "b") / 64)
+        taken["hit"].append(nanoseconds(manager.allocate, "c", prompt + [1]) / 64)
+        manager.free("b")
+        manager.free("c")
+        taken["append_block"].append(nanoseconds(manager.append, "a", [1]))
+        taken["append"].append(nanoseconds(_append_each, manager, BLOCK_SIZE - 1) / (BLOCK_SIZE - 1))
+        taken["free"].append(nanoseconds(manager.free, "a") / 65)
+    medians = {name: round(statistics.median(times)) for name, times in taken.items()}
+    return {"num_blocks": num_blocks, "allocator": allocator} | medians
+
+
+def _append_each(manager: BlockManager, count: int) -> None:
+    for _ in range(count):
+        manager.append("a", [1])
+
+
+# -- (b) waste ---------------------------------------------------------------------------------------------------
+
+
+def waste(quick: bool) -> list[Row]:
+    """Slots that are taken and hold no token, over all steps of all requests."""
+    rng = random.Random(0)
+    lengths = [tuple(log_normal(rng, mean) for mean in DATASETS["ShareGPT"]) for _ in range(200 if quick else 5000)]
+    stored = np.concatenate([np.arange(prompt, prompt + output) for prompt, output in lengths])
+    rows = [
+        {"held_in": f"blocks of {size}", "waste": float(1 - stored.sum() / (-(-stored // size) * size).sum())}
+        for size in (8, 16, 32, 64, 128)
+    ]
+    for row in rows:
+        row["paper"] = "under 4%" if row["held_in"] == "blocks of 16" else ""
+    reserved = stored[stored <= 2048]
+    return [*rows, {"held_in": "2048 tokens reserved", "waste": float(1 - reserved.mean() / 2048), "paper": "62-80%"}]
+
+
+# -- (c) savings by sharing --------------------------------------------------------------------------------------
+
+
+def savings(quick: bool) -> list[Row]:
+    """Blocks that sharing saves, as a share of those that would be held without it, summed over all steps."""
+    rows = []
+    ways: dict[str, Callable[..., Iterator[tuple[int, int]]]] = {
+        "parallel sampling": _parallel_sampling,
+        "beam search": _beam_search,
+    }
+    for way, simulate in ways.items():
+        for dataset, (prompt, output) in DATASETS.items():
+            row: Row = {"sharing": way, "lengths": dataset}
+            for count in (2, 4, 6):
+                rng = random.Random(count)
+                requests = [(log_normal(rng, prompt), log_normal(rng, output)) for _ in range(4 if quick else 60)]
+                held = np.sum([pair for sizes in requests for pair in simulate(rng, count, *sizes, output)], axis=0)
+                row[f"of_{count}"] = float(1 - held[0] / held[1])
+            rows.append(row | {"paper": PAPER[way, dataset]})
+    for prefix in (64, 256, 1024):
+        rows.append(_shared_prefix(prefix))
+    return rows
+
+
+def _used(manager: BlockManager) -> int:
+    return manager.num_blocks - manager.num_free_blocks
+
+
+def _unshared(manager: BlockManager) -> int:
+    return sum(len(manager.block_table(seq_id)) for seq_id in manager.seq_ids)
+
+
+def _parallel_sampling(
+    rng: random.Random, count: int, prompt: int, output: int, mean_output: int
+) -> Iterator[tuple[int, int]]:
+    """After each step: blocks held with sharing, and without. Every sample has a length of its own."""
+    outputs = [output, *(log_normal(rng, mean_output) for _ in range(count - 1))]
+    manager = BlockManager(1 << 16, BLOCK_SIZE)
+    manager.allocate(0, range(prompt))
+    for sample in range(1, count):
+        manager.fork(0, sample)
+    for step in range(max(outputs)):
+        for sample in manager.seq_ids:
+            if outputs[int(str(sample))] == step:
+                manager.free(sample)
+            else:
+                manager.append(sample, [step])
+        yield _used(manager), _unshared(manager)
+
+
+def _beam_search(rng: random.Random, width: int, prompt: int, output: int, _: int) -> Iterator[tuple[int, int]]:
+    """Beam search over a model that says nothing: fresh random log-probabilities of 1000 tokens at every step."""
+    draw = np.random.default_rng(rng.randrange(1 << 30))
+    manager = BlockManager(1 << 16, BLOCK_SIZE)
+    manager.allocate((0, 0), range(prompt))
+    scores = np.zeros(1)
+    for step in range(1, output + 1):
+        logits = 2.0 * draw.standard_normal((len(scores), 1000))
+        candidates = scores[:, None] + logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        best = np.argsort(candidates, axis=None)[::-1][:width]
+        for beam, candidate in enumerate(best):
+            manager.fork((step - 1, candidate // 1000), (step, beam))
+        for beam in range(len(scores)):
+            manager.free((step - 1, beam))
+        for beam in range(width):
+            manager.append((step, beam), [step])
+        scores = candidates.ravel()[best]
+        yield _used(manager), _unshared(manager)
+
+
+def _shared_prefix(prefix: int) -> Row:
+    """Requests behind one prompt of `prefix` tokens, when all of them run and have half of their output."""
+    rng = random.Random(prefix)
+    row: Row = {"sharing": f"prefix of {prefix} tokens", "lengths": "ShareGPT"}
+    for count in (2, 4, 6):
+        manager = BlockManager(1 << 16, BLOCK_SIZE)
+        for request in range(count * 50):
+            group, number = divmod(request, count)
+            own = log_normal(rng, DATASETS["ShareGPT"][0]) + log_normal(rng, DATASETS["ShareGPT"][1]) // 2
+            tokens = [group] * prefix + [1000 + number] * own
+            manager.allocate(request, tokens)
+            manager.mark_computed(request, len(tokens))
+        row[f"of_{count}"] = 1 - _used(manager) / _unshared(manager)
+    return row | {"paper": ""}
+
+
+# -- (d) what prefix caching costs when nothing is hit -----------------------------------------------------------
+
+
+def prefix_cost(quick: bool) -> list[Row]:
+    """Steps of the demo model, and the manager's own time for the same tokens, with and without prefix caching."""
+    num_seqs, length, num_decodes = (2, 64, 8) if quick else (8, 128, 32)
+    engines = {
+        on: LLM(max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs * length, num_kv_blocks=1000, prefix_caching=on)
+        for on in (False, True)
+    }
+    rng = random.Random(0)
+    steps: dict[tuple[str, bool], list[int]] = defaultdict(list)
+    manager_times: dict[tuple[str, bool], list[float]] = defaultdict(list)
+    params = SamplingParams(temperature=0, max_tokens=num_decodes + 1, ignore_eos=True)
+    for repetition in range(3 if quick else 16):
+        prompts = [[rng.randrange(5, 1600) for _ in range(length)] for _ in range(num_seqs)]
+        for on, llm in engines.items():
+            for prompt in prompts:
+                llm.engine.add_request(prompt, params)
+            times = [nanoseconds(llm.engine.step) for _ in range(num_decodes + 1)]
+            assert not llm.engine.has_unfinished()
+            assert llm.stats().prefix_hit_tokens == 0
+            if repetition > 0:
+                steps["prefill", on].append(times[0])
+                steps["decode", on] += times[1:]
+            for phase, per_token in _manager_times(prompts, num_decodes, on).items():
+                manager_times[phase, on].append(per_token)
+    rows = []
+    for phase, num_tokens in (("prefill", num_seqs * length), ("decode", num_seqs)):
+        off_ns, on_ns = (statistics.median(manager_times[phase, on]) for on in (False, True))
+        off_step, on_step = (statistics.median(steps[phase, on]) for on in (False, True))
+        rows.append(
+            {
+                "phase": phase,
+                "num_tokens": num_tokens,
+                "manager_off_ns": off_ns,
+                "manager_on_ns": on_ns,
+                "step_off_ms": off_step / 1e6,
+                "step_on_ms": on_step / 1e6,
+                "share": (on_ns - off_ns) * num_tokens / off_step,
+            }
+        )
+    return rows
+
+
+def _manager_times(prompts: list[list[int]], num_decodes: int, prefix_caching: bool) -> dict[str, float]:
+    """Nanoseconds per token of what a step asks of the manager, without a model."""
+    manager = BlockManager(1000, BLOCK_SIZE, prefix_caching=prefix_caching)
+    num_prompt_tokens = sum(map(len, prompts))
+
+    def prefill() -> None:
+        for seq_id, prompt in enumerate(prompts):
+            manager.allocate(seq_id, prompt)
+            manager.promise(seq_id, len(prompt))
+        for seq_id, prompt in enumerate(prompts):
+            manager.mark_computed(seq_id, len(prompt))
+
+    def decode() -> None:
+        for step in range(num_decodes):
+            for seq_id, prompt in enumerate(prompts):
+                manager.append(seq_id, [step])
+                manager.mark_computed(seq_id, len(prompt) + step + 1)
+
+    return {
+        "prefill": nanoseconds(prefill) / num_prompt_tokens,
+        "decode": nanoseconds(decode) / (num_decodes * len(prompts)),
+    }
+
+
+# -- (e) fragmented against consecutive tables -------------------------------------------------------------------
+
+
+def fragmentation(quick: bool) -> list[Row]:
+    """Decode attention of 4 sequences and whole-block copies, over consecutive blocks and over scattered ones."""
+    contexts = (1024, 2048) if quick else (1024, 4096, 16384)
+    return [row for context in contexts for row in _fragmentation(context, repetitions=3 if quick else 21)]
+
+
+def _fragmentation(context: int, repetitions: int) -> Iterator[Row]:
+    heads, kv_heads, dim, num_seqs = 8, 2, 64, 4
+    num_held = num_seqs * context // BLOCK_SIZE
+    num_blocks = 2 * num_held
+    cache = PagedKVCache([LayerShape(kv_heads, dim, dim, mx.float32)], [num_blocks], BLOCK_SIZE, 64 << 20)
+    keys, values = (mx.random.normal(cache.keys[0].shape) for _ in range(2))
+    cache.write(0, mx.arange(num_blocks)[:, None], mx.arange(BLOCK_SIZE), keys, values)
+    del keys, values
+    q = mx.random.normal((num_seqs, heads, dim))
+    permuted = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
+    blocks = {"consecutive": np.arange(num_blocks, dtype=np.int32), "scattered": permuted}
+    held = {kind: ids[:num_held] for kind, ids in blocks.items()}
+    free = {kind: ids[num_held:] for kind, ids in blocks.items()}
+    lengths, starts = np.full(num_seqs, context, np.int32), np.arange(num_seqs + 1, dtype=np.int32)
+    metadata = {kind: AttentionMetadata(ids.reshape(num_seqs, -1), lengths, starts) for kind, ids in held.items()}
+
+    def attention(kind: str) -> None:
+        mx.eval(attend(q, cache.keys[0], cache.values[0], metadata[kind], scale=dim**-0.5))
+
+    def move_blocks(kind: str) -> None:
+        cache.move_blocks(list(zip(held[kind].tolist(), free[kind].tolist(), strict=True)))
+
+    def gather(kind: str) -> None:
+        mx.eval(cache.keys[0][mx.array(held[kind])], cache.values[0][mx.array(held[kind])])
+
+    for work in (attention, move_blocks, gather):
+        times: dict[str, list[int]] = {kind: [] for kind in blocks}
+        for _ in range(repetitions):
+            for kind in blocks:
+                times[kind].append(nanoseconds(work, kind))
+        medians = {f"{kind}_ms": statistics.median(values[1:]) / 1e6 for kind, values in times.items()}
+        ratio = medians["scattered_ms"] / medians["consecutive_ms"]
+        yield {"work": work.__name__, "context": context} | medians | {"ratio": ratio}
+
+
+# -- tables ------------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A measurement; columns: key in its rows -> heading and format."""
+
+    run: Callable[[bool], list[Row]]
+    title: str
+    columns: dict[str, tuple[str, str]]
+
+
+PARTS = (
+    Part(
+        operations,
+        "ns per operation (allocate, fork, free, hit, register: per block), pool half full and fragmented",
+        {"num_blocks": ("blocks", ",")}
+        | {"allocator": ("allocator", "")}
+        | {key: (key, ",") for key in ("allocate", "append")}
+        | {"append_block": ("append, new block", ",")}
+        | {key: (key, ",") for key in ("fork", "free", "hit", "register")},
+    ),
+    Part(
+        waste,
+        "slots taken that hold no token: our simulation, and what the paper measured",
+        {"held_in": ("held in", ""), "waste": ("ours", ".1%"), "paper": ("paper", "")},
+    ),
+    Part(
+        savings,
+        "blocks saved by sharing: our simulation, and what the paper measured",
+        {"sharing": ("sharing", ""), "lengths": ("lengths", "")}
+        | {f"of_{count}": (f"{count}", ".1%") for count in (2, 4, 6)}
+        | {"paper": ("paper, 2 to 6", "")},
+    ),
+    Part(
+        prefix_cost,
+        "prefix caching when nothing is hit: the manager's ns per token, and a step of the demo model",
+        {
+            "phase": ("step", ""),
+            "num_tokens": ("tokens", ","),
+            "manager_off_ns": ("manager, off", ",.0f"),
+            "manager_on_ns": ("manager, on", ",.0f"),
+            "step_off_ms": ("step, off (ms)", ".2f"),
+            "step_on_ms": ("step, on (ms)", ".2f"),
+            "share": ("added / step", ".2%"),
+        },
+    ),
+    Part(
+        fragmentation,
+        "consecutive against scattered blocks, 4 sequences (ms)",
+        {
+            "work": ("work", ""),
+            "context": ("context", ","),
+            "consecutive_ms": ("consecutive", ".2f"),
+            "scattered_ms": ("scattered", ".2f"),
+            "ratio": ("ratio", ".2f"),
+        },
+    ),
+)
+
+
+def cells(part: Part, row: Row) -> list[str]:
+    return [format(row[key], spec) for key, (_, spec) in part.columns.items()]
+
+
+def markdown(part: Part, rows: list[Row]) -> str:
+    """A part's table in Markdown, numbers to the right."""
+    headings = [heading for heading, _ in part.columns.values()]
+    rules = ["---:" if isinstance(rows[0][key], int | float) else "---" for key in part.columns]
+    lines = [headings, rules, *(cells(part, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: only to see it run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw numbers")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="only print the tables of such a file")
+    options = parser.parse_args()
+    if options.markdown:
+        results = json.loads(options.markdown.read_text())["results"]
+        for part in PARTS:
+            print(f"{part.title}:\n\n{markdown(part, results[part.run.__name__])}\n")
+        return
+    machine = {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": str(mx.default_device()),
+        "cpu_count": os.cpu_count(),
+        "python": platform.python_version(),
+        "mlx": mx.__version__,
+        "preloaded": Path(os.environ.get("LD_PRELOAD", "")).name,
+        "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]),
+    }
+    console = Console(highlight=False)
+    results = {}
+    for part in PARTS:
+        mx.random.seed(0)
+        rows = results[part.run.__name__] = part.run(options.quick)
+        table = Table(title=part.title, title_justify="left", box=None)
+        for key, (heading, _) in part.columns.items():
+            table.add_column(heading, justify="right" if isinstance(rows[0][key], int | float) else "left")
+        for row in rows:
+            table.add_row(*cells(part, row))
+        console.print(table, "")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
