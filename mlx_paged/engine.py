@@ -215,22 +215,25 @@ class Engine:
         """How many tokens a request may put out. Raises ValueError if its prompt, or what it asks for, can't fit."""
         manager = self.block_manager
         # The last token put out is never fed back, so it needs a place in the context but no slot in the pool.
-        room_in_pool = manager.num_blocks * manager.block_size - num_prompt + 1
-        room_in_context = room_in_pool if self.max_model_len is None else self.max_model_len - num_prompt
-        if room_in_context < 1:
-            raise ValueError(
-                f"the prompt has {num_prompt} tokens and the context is {self.max_model_len}: shorten the prompt "
-                "or raise max_model_len if the model allows it"
-            )
-        wanted = min(params.max_tokens or 1, room_in_context)
-        if wanted > room_in_pool:
+        room = manager.num_blocks * manager.block_size - num_prompt + 1
+        wanted = params.max_tokens or 1
+        if self.max_model_len is not None:
+            if num_prompt >= self.max_model_len:
+                raise ValueError(
+                    f"the prompt has {num_prompt} tokens and the context is {self.max_model_len}: shorten the prompt "
+                    "or raise max_model_len if the model allows it"
+                )
+            wanted = min(wanted, self.max_model_len - num_prompt)
+        if wanted > room:
             needed = -(-(num_prompt + wanted - 1) // manager.block_size)
             raise ValueError(
-                f"a prompt of {num_prompt} tokens with max_tokens={wanted} needs {needed} blocks of "
-                f"{manager.block_size} and the pool has {manager.num_blocks}: shorten it, lower max_tokens, or raise "
-                "num_kv_blocks or kv_cache_memory"
+                f"a prompt of {num_prompt} tokens and {wanted} more need {needed} blocks of {manager.block_size} tokens "
+                f"and the pool has {manager.num_blocks}: shorten the prompt, lower max_tokens, or raise num_kv_blocks "
+                "or kv_cache_memory"
             )
-        return min(params.max_tokens or room_in_context, room_in_context, room_in_pool)
+        if params.max_tokens is not None:
+            return wanted
+        return room if self.max_model_len is None else min(room, self.max_model_len - num_prompt)
 
     def _new_sequence(self, request: Request) -> Sequence:
         sequence = Sequence(self._next_seq_id, request, len(request.sequences), list(request.prompt_token_ids))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_paged import BlockManager, OutOfBlocks
+from mlx_paged.block_manager import NO_BLOCK
 
 both_policies = pytest.mark.parametrize("allocator", ["lru", "fifo"])
 
@@ -305,6 +306,16 @@ def test_a_prompt_that_differs_in_one_token_shares_what_comes_before_it() -> Non
         manager.free("b")
 
 
+@pytest.mark.parametrize("most, expected", [(0, 0), (3, 0), (4, 4), (9, 8), (12, 12), (13, 12), (99, 12)])
+def test_a_limit_on_what_is_hit_is_kept(most: int, expected: int) -> None:
+    manager = BlockManager(20, 4)
+    run(manager, "a", tokens(16))
+    assert manager.num_cached_tokens(tokens(13), limit=most) == expected
+    assert manager.num_cached_tokens(tokens(12), limit=most) <= 8, "the last token is left to compute"
+    assert manager.allocate("b", tokens(13), max_cached=most) == expected
+    assert manager.num_free_blocks == 20 - 4 - (4 - expected // 4)
+
+
 def test_nothing_is_hit_before_it_is_computed() -> None:
     manager = BlockManager(20, 4)
     manager.allocate("a", tokens(12))
@@ -568,6 +579,114 @@ def test_a_fork_in_the_middle_of_a_prompt_shares_only_what_is_computed_with_othe
     manager.mark_computed("b", 5)
     manager.mark_computed("a", 5)
     manager.check()
+
+
+def test_a_fork_of_a_part_shares_the_blocks_of_that_part() -> None:
+    manager = BlockManager(8, 4)
+    run(manager, "a", tokens(10))
+    manager.fork("a", "b", num_tokens=6)
+    assert manager.block_table("b") == [0, 1]
+    assert (manager.num_tokens("b"), manager.num_computed("b")) == (6, 6)
+    assert [manager.ref_count(block_id) for block_id in range(3)] == [2, 2, 1]
+    assert manager.append("b", [70]) == [(1, 3)]
+    for num_tokens in (0, -1, 11):
+        with pytest.raises(ValueError, match="has 10 tokens"):
+            manager.fork("a", "c", num_tokens=num_tokens)
+    manager.check()
+
+
+def test_a_block_that_is_written_on_from_its_middle_is_not_hit_as_what_it_was() -> None:
+    manager = BlockManager(8, 4)
+    run(manager, "a", tokens(8))
+    manager.fork("a", "b", num_tokens=6)
+    manager.free("a")
+    assert manager.append("b", [70, 71]) == [], "the last owner writes in place, over what ended the block before"
+    assert manager.allocate("c", tokens(9)) == 4
+    manager.mark_computed("b", 8)
+    assert manager.allocate("d", tokens(6) + [70, 71, 72]) == 8
+    assert manager.block_table("d")[:2] == [0, 1]
+    manager.check()
+
+
+# -- promises ---------------------------------------------------------------------------------------------------
+
+
+def test_promised_blocks_are_hit_by_sequences_of_the_same_step() -> None:
+    manager = BlockManager(8, 4)
+    manager.allocate("a", tokens(10))
+    assert manager.promise("a", 7) == [0]
+    assert manager.promise("a", 10) == [1]
+    assert manager.allocate("b", tokens(10)) == 8
+    manager.mark_computed("a", 10)
+    manager.mark_computed("b", 10)
+    manager.check()
+
+
+def test_a_withdrawn_promise_is_not_hit() -> None:
+    manager = BlockManager(8, 4)
+    manager.allocate("a", tokens(10))
+    manager.mark_computed("a", 4)
+    manager.withdraw(manager.promise("a", 10))
+    manager.free("a")
+    assert manager.allocate("b", tokens(10)) == 4
+    manager.check()
+
+
+# -- windows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "num_computed, expected",
+    [
+        (0, [0, 1, 2, 3]),
+        (6, [0, 1, 2, 3]),
+        (7, [-1, 1, 2, 3]),
+        (9, [-1, 1, 2, 3]),
+        (10, [-1, -1, 2, 3]),
+        (12, [-1, -1, 2, 3]),
+    ],
+)
+def test_blocks_that_no_further_query_sees_are_given_back(num_computed: int, expected: list[int]) -> None:
+    # The query at position p sees p - 4 to p: after 7 tokens the next one sees 3 to 7, and block 0 ends at 2.
+    manager = BlockManager(6, 3, window=5)
+    manager.allocate("a", tokens(12))
+    manager.mark_computed("a", num_computed)
+    assert manager.block_table("a") == expected
+    assert manager.num_free_blocks == 2 + expected.count(NO_BLOCK)
+    assert manager.num_kv_tokens() == 12 - 3 * expected.count(NO_BLOCK)
+    manager.check()
+    if expected[0] == NO_BLOCK:
+        with pytest.raises(IndexError):
+            manager.slot("a", 0)
+    manager.free("a")
+    assert manager.num_free_blocks == 6
+
+
+def test_a_windowed_sequence_is_hit_as_long_as_the_blocks_that_are_seen_are_there() -> None:
+    manager = BlockManager(8, 2, window=3)
+    run(manager, "a", tokens(9))
+    assert manager.block_table("a") == [-1, -1, -1, 3, 4]
+    assert manager.num_cached_tokens(tokens(9)) == 8
+    assert manager.allocate("b", tokens(9)) == 8
+    assert manager.block_table("b")[:4] == [-1, -1, -1, 3]
+    manager.check()
+
+
+def test_a_part_whose_window_has_been_given_back_cannot_be_shared() -> None:
+    manager = BlockManager(8, 2, window=3)
+    run(manager, "a", tokens(9))
+    before = snapshot(manager)
+    with pytest.raises(ValueError, match="given back"):
+        manager.fork("a", "b", num_tokens=5)
+    assert snapshot(manager) == before
+    manager.fork("a", "b")
+    assert manager.block_table("b") == manager.block_table("a")
+    assert manager.append("b", [9]) == [(4, manager.block_table("b")[-1])]
+
+
+def test_a_window_of_less_than_one_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        BlockManager(4, 2, window=0)
 
 
 # -- counting ---------------------------------------------------------------------------------------------------

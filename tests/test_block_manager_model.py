@@ -36,6 +36,23 @@ class Model:
     salt: str | None
 
 
+class Tier:
+    """A second place for blocks, which carries out at once what it is asked for."""
+
+    def __init__(self, contents: np.ndarray) -> None:
+        self.contents = contents
+        self.kept: dict[bytes, np.ndarray] = {}
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self.kept
+
+    def save(self, block_id: int, digest: bytes) -> None:
+        self.kept[digest] = self.contents[block_id].copy()
+
+    def load(self, digest: bytes, block_id: int) -> None:
+        self.contents[block_id] = self.kept[digest]
+
+
 class BlockManagerMachine(RuleBasedStateMachine):
     policy = "lru"
 
@@ -44,12 +61,19 @@ class BlockManagerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 5),
         prefix_caching=st.sampled_from([True, True, False]),
         window=st.sampled_from([None, None, 1, 2, 5, 8]),
+        has_tier=st.booleans(),
     )
-    def start(self, num_blocks: int, block_size: int, prefix_caching: bool, window: int | None) -> None:
-        self.manager = BlockManager(
-            num_blocks, block_size, allocator=self.policy, prefix_caching=prefix_caching, window=window
-        )
+    def start(self, num_blocks: int, block_size: int, prefix_caching: bool, window: int | None, has_tier: bool) -> None:
         self.contents = np.full((num_blocks, block_size), -1)
+        self.tier = Tier(self.contents)
+        self.manager = BlockManager(
+            num_blocks,
+            block_size,
+            allocator=self.policy,
+            prefix_caching=prefix_caching,
+            window=window,
+            tier=self.tier if has_tier else None,
+        )
         self.prefix_numbers: dict[Any, int] = {}
         self.sequences: dict[int, Model] = {}
         self.next_id = 0
@@ -151,13 +175,18 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.compute(last, 1.0, "whole")
 
     @precondition(lambda self: self.sequences)
-    @rule(pick=PICK)
-    def free(self, pick: int) -> None:
+    @rule(pick=PICK, will_return=st.booleans())
+    def free(self, pick: int, will_return: bool = False) -> None:
         seq_id = self.pick(pick)
-        self.manager.free(seq_id)
+        self.manager.free(seq_id, will_return=will_return)
         del self.sequences[seq_id]
         with pytest.raises(KeyError):
             self.manager.free(seq_id)
+
+    @rule(pick=PICK)
+    def the_tier_forgets_a_block(self, pick: int) -> None:
+        if self.tier.kept:
+            del self.tier.kept[list(self.tier.kept)[pick % len(self.tier.kept)]]
 
     @rule()
     def compact(self) -> None:

@@ -1,0 +1,129 @@
+"""What the engine does with memory between and inside steps: hits within a step, compaction, steps that break off."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import mlx.nn as nn
+import pytest
+
+from conftest import unpaged_greedy
+from mlx_paged import LLM, SamplingParams
+from mlx_paged.outputs import RequestOutput
+
+PROMPT = [(5 * i + i * i) % 97 for i in range(50)]
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens)
+
+
+def assert_unpaged(model: nn.Module, outputs: list[RequestOutput]) -> None:
+    for output in outputs:
+        for completion in output.outputs:
+            expected = unpaged_greedy(model, output.prompt_token_ids, len(completion.token_ids))
+            assert completion.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_requests_that_start_in_one_step_share_what_the_first_of_them_computes(
+    family: str, tiny_model: Callable[..., nn.Module]
+) -> None:
+    model = tiny_model(family)
+    llm = LLM.from_model(model, block_size=8, num_kv_blocks=64, check_invariants=True)
+    prompts = [PROMPT, PROMPT, PROMPT[:30], [*PROMPT[:17], 3, 4, 5]]
+    outputs = llm.generate(prompts, greedy(6))
+    assert [output.num_cached_tokens for output in outputs] == [0, 48, 24, 16]
+    assert llm.stats().num_steps == 6
+    assert_unpaged(model, outputs)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
+def test_what_a_broken_step_promised_is_not_believed(
+    error: BaseException, tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    llm = LLM.from_model(model, block_size=8, num_kv_blocks=64, check_invariants=True)
+    for prompt in (PROMPT, PROMPT, PROMPT[:30]):
+        llm.engine.add_request(prompt, greedy(6))
+    with monkeypatch.context() as patch:
+
+        def broken(_: object) -> None:
+            raise error
+
+        patch.setattr(llm.engine._runner, "run", broken)
+        with pytest.raises(type(error)):
+            llm.engine.step()
+    assert llm.stats().num_free_blocks == 64
+    outputs = []
+    while llm.engine.has_unfinished():
+        outputs += llm.engine.step()
+    assert len(outputs) == 3
+    assert_unpaged(model, outputs)
+
+
+@pytest.mark.parametrize("when", range(8))
+def test_a_step_that_breaks_off_leaves_every_request_able_to_go_on(
+    when: int, tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    llm = LLM.from_model(model, block_size=4, num_kv_blocks=30, max_num_batched_tokens=20, check_invariants=True)
+    for length in (50, 20, 33):
+        llm.engine.add_request(PROMPT[:length], SamplingParams(temperature=0, max_tokens=8, n=2))
+    outputs = []
+    for step in range(1000):
+        if step == when:
+            with monkeypatch.context() as patch:
+                patch.setattr(llm.engine._runner, "run", lambda _: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    llm.engine.step()
+        outputs += llm.engine.step()
+        if not llm.engine.has_unfinished():
+            break
+    assert len(outputs) == 3
+    assert_unpaged(model, outputs)
+    assert llm.stats().num_free_blocks == 30
+
+
+def test_the_buddy_policy_compacts_when_a_long_prompt_needs_a_run(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model("llama")
+    llm = LLM.from_model(
+        model, block_size=4, num_kv_blocks=64, allocator="buddy", check_invariants=True, max_num_batched_tokens=16
+    )
+    manager = llm.engine.block_manager
+    compactions: list[int] = []
+    compact = manager.compact
+
+    def counting() -> list[tuple[int, int]]:
+        moves = compact()
+        compactions.append(len(moves))
+        return moves
+
+    manager.compact = counting  # type: ignore[method-assign]
+    generator = random.Random(2)
+    prompts = [[generator.randrange(97) for _ in range(generator.choice([3, 9, 40, 90]))] for _ in range(40)]
+    outputs = llm.generate(prompts, [greedy(generator.choice([2, 15, 30])) for _ in prompts])
+    assert sum(compactions) > 0
+    assert_unpaged(model, outputs)
+
+
+@pytest.mark.parametrize("allocator", ["lru", "fifo", "buddy"])
+def test_compacting_between_steps_changes_no_result(
+    allocator: str, tiny_model: Callable[..., nn.Module]
+) -> None:
+    model = tiny_model("gemma3_text")
+    llm = LLM.from_model(
+        model, block_size=4, num_kv_blocks=120, allocator=allocator, check_invariants=True, max_staging="1KB"
+    )
+    for length, max_tokens in ((50, 4), (20, 14), (33, 9), (45, 20)):
+        llm.engine.add_request(PROMPT[:length][::-1], SamplingParams(temperature=0, max_tokens=max_tokens, n=2))
+    outputs, num_moved = [], 0
+    while llm.engine.has_unfinished():
+        outputs += llm.engine.step()
+        num_moved += llm.engine.compact()
+        used = 120 - llm.stats().num_free_blocks
+        assert all(llm.engine.block_manager.ref_count(block_id) > 0 for block_id in range(used))
+    assert num_moved > 0
+    assert len(outputs) == 4
+    assert_unpaged(model, outputs)
