@@ -132,8 +132,8 @@ def savings(quick: bool) -> list[Row]:
         for dataset, (prompt, output) in DATASETS.items():
             row: Row = {"sharing": way, "lengths": dataset}
             for count in (2, 4, 6):
-                rng = random.Random(count)
-                requests = [(log_normal(rng, prompt), log_normal(rng, output)) for _ in range(4 if quick else 60)]
+                rng = random.Random(0)  # the same requests for every count
+                requests = [(log_normal(rng, prompt), log_normal(rng, output)) for _ in range(4 if quick else 100)]
                 held = np.sum([pair for sizes in requests for pair in simulate(rng, count, *sizes, output)], axis=0)
                 row[f"of_{count}"] = float(1 - held[0] / held[1])
             rows.append(row | {"paper": PAPER[way, dataset]})
@@ -279,7 +279,11 @@ def _manager_times(prompts: list[list[int]], num_decodes: int, prefix_caching: b
 def fragmentation(quick: bool) -> list[Row]:
     """Decode attention of 4 sequences and whole-block copies, over consecutive blocks and over scattered ones."""
     contexts = (1024, 2048) if quick else (1024, 4096, 16384)
-    return [row for context in contexts for row in _fragmentation(context, repetitions=3 if quick else 21)]
+    return [
+        row
+        for context in contexts
+        for row in _fragmentation(context, repetitions=3 if quick else 21 + (1 << 17) // context)
+    ]
 
 
 def _fragmentation(context: int, repetitions: int) -> Iterator[Row]:
@@ -309,8 +313,8 @@ def _fragmentation(context: int, repetitions: int) -> Iterator[Row]:
 
     for work in (attention, move_blocks, gather):
         times: dict[str, list[int]] = {kind: [] for kind in blocks}
-        for _ in range(repetitions):
-            for kind in blocks:
+        for repetition in range(repetitions):
+            for kind in list(blocks)[:: 1 if repetition % 2 else -1]:
                 times[kind].append(wall_ns(work, kind))
         medians = {f"{kind}_ms": statistics.median(values[1:]) / 1e6 for kind, values in times.items()}
         ratio = medians["scattered_ms"] / medians["consecutive_ms"]

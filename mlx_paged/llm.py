@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.nn as nn
+import numpy as np
 from jinja2 import TemplateError
 
 from mlx_paged.config import EngineConfig
@@ -76,7 +77,7 @@ class LLM:
         is validated before anything runs: raises ValueError, or TypeError, as `Engine.add_request` does. When it is
         interrupted, what it held is freed.
         """
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
             prompts = cast(list[Prompt], [prompts])
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)

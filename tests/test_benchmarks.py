@@ -82,7 +82,7 @@ def test_a_quick_run_writes_what_it_prints(quick: tuple[str, dict[str, Any]]) ->
         assert f"{row['held_in']}" in printed and f"{row['waste']:.1%}" in printed
 
 
-def test_what_is_simulated_is_the_same_in_every_run(quick: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_what_is_simulated_is_the_same_in_every_run(quick: tuple[str, dict[str, Any]]) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         import memory

@@ -30,7 +30,7 @@ def snapshot(manager: BlockManager) -> Any:
     """Everything of a manager that can be observed, now or later."""
     tables = {seq_id: manager.block_table(seq_id) for seq_id in manager.seq_ids}
     lengths = {seq_id: (manager.num_tokens(seq_id), manager.num_computed(seq_id)) for seq_id in manager.seq_ids}
-    cached = [block_id for block_id in range(manager.num_blocks) if block_id in manager._prefixes]
+    cached = [block_id for block_id in range(manager.num_blocks) if manager.is_cached(block_id)]
     refs = [manager.ref_count(block_id) for block_id in range(manager.num_blocks)]
     return tables, lengths, cached, refs, manager.num_free_blocks, reuse_order(manager)
 
@@ -784,6 +784,8 @@ def test_compacting_a_pool_without_an_empty_block_costs_one_cached_block(allocat
     assert len(manager._prefixes) == 4
     left = [contents[node.block_id] for node in map(manager._prefixes._node_of_block.get, range(2, 5)) if node]
     assert len(left) == 2 and set(left) < set("ABC")
+    if allocator == "lru":
+        assert [manager.is_cached(block_id) for block_id in reuse_order(manager)] == [False, True, True]
     assert manager.compact() == []
     manager.check()
 

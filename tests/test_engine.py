@@ -119,7 +119,7 @@ def test_a_prompt_that_can_never_fit_the_pool_is_refused_with_both_numbers(make_
     engine = make_engine(num_kv_blocks=4)
     with pytest.raises(ValueError, match=r"17 tokens .* need 5 blocks of 4 tokens and the pool has 4"):
         engine.add_request([1] * 17)
-    with pytest.raises(ValueError, match=r"10 tokens with max_tokens=8 need 5 blocks of 4 tokens and the pool has 4"):
+    with pytest.raises(ValueError, match=r"10 tokens and 8 more need 5 blocks of 4 tokens and the pool has 4"):
         engine.add_request([1] * 10, SamplingParams(max_tokens=8))
     assert len(tokens_of(complete(engine, [1] * 10, SamplingParams(temperature=0, max_tokens=7)))) == 7
     assert len(tokens_of(complete(engine, [1] * 16, SamplingParams(temperature=0)))) == 1

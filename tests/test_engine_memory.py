@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import mlx.nn as nn
 import pytest
-
 from conftest import unpaged_greedy
+
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.outputs import RequestOutput
 

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-
 from conftest import unpaged_greedy
+
 from mlx_paged import LLM, SamplingParams, block_store
 from mlx_paged.block_store import BlockContent, FolderStore, MemoryStore
 from mlx_paged.outputs import RequestOutput
