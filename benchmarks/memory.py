@@ -67,10 +67,19 @@ def log_normal(rng: random.Random, mean: float, spread: float = 1.0) -> int:
 def operations(quick: bool) -> list[Row]:
     """Medians over the lives of sequences of 64 blocks in a pool that is half full, in random pieces."""
     sizes = [10**3, 10**4] if quick else [10**3, 10**4, 10**5, 10**6]
-    return [_operations(size, allocator, 5 if quick else 40) for size in sizes for allocator in POLICIES]
+    managers = {(size, allocator): _fragmented(size, allocator) for size in sizes for allocator in POLICIES}
+    times: dict[Any, dict[str, list[float]]] = {pool: defaultdict(list) for pool in managers}
+    for number in range(1, 6 if quick else 61):
+        for pool, manager in managers.items():
+            _time_a_life(manager, number, times[pool])
+    return [
+        {"num_blocks": size, "allocator": allocator}
+        | {name: round(statistics.median(taken)) for name, taken in times[size, allocator].items()}
+        for size, allocator in managers
+    ]
 
 
-def _operations(num_blocks: int, allocator: str, rounds: int) -> Row:
+def _fragmented(num_blocks: int, allocator: str) -> BlockManager:
     rng = random.Random(0)
     manager = BlockManager(num_blocks, BLOCK_SIZE, allocator=allocator)
     lives = 0
@@ -79,20 +88,20 @@ def _operations(num_blocks: int, allocator: str, rounds: int) -> Row:
         lives += 1
     for seq_id in rng.sample(range(lives), lives // 2):
         manager.free(seq_id)
-    taken = defaultdict(list)
-    for number in range(1, rounds + 1):
-        prompt = [number] + [0] * (64 * BLOCK_SIZE - 1)
-        taken["allocate"].append(cpu_ns(manager.allocate, "a", prompt) / 64)
-        taken["register"].append(cpu_ns(manager.mark_computed, "a", len(prompt)) / 64)
-        taken["fork"].append(cpu_ns(manager.fork, "a", "b") / 64)
-        taken["hit"].append(cpu_ns(manager.allocate, "c", prompt + [1]) / 64)
-        manager.free("b")
-        manager.free("c")
-        taken["append_block"].append(cpu_ns(manager.append, "a", [1]))
-        taken["append"].append(cpu_ns(_append_each, manager, 15) / 15)
-        taken["free"].append(cpu_ns(manager.free, "a") / 65)
-    medians = {name: round(statistics.median(times)) for name, times in taken.items()}
-    return {"num_blocks": num_blocks, "allocator": allocator} | medians
+    return manager
+
+
+def _time_a_life(manager: BlockManager, number: int, times: dict[str, list[float]]) -> None:
+    prompt = [number] + [0] * (64 * BLOCK_SIZE - 1)
+    times["allocate"].append(cpu_ns(manager.allocate, "a", prompt) / 64)
+    times["register"].append(cpu_ns(manager.mark_computed, "a", len(prompt)) / 64)
+    times["fork"].append(cpu_ns(manager.fork, "a", "b") / 64)
+    times["hit"].append(cpu_ns(manager.allocate, "c", prompt + [1]) / 64)
+    manager.free("b")
+    manager.free("c")
+    times["append_block"].append(cpu_ns(manager.append, "a", [1]))
+    times["append"].append(cpu_ns(_append_each, manager, 15) / 15)
+    times["free"].append(cpu_ns(manager.free, "a") / 65)
 
 
 def _append_each(manager: BlockManager, count: int) -> None:

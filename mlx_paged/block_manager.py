@@ -28,8 +28,8 @@ class BlockTier(Protocol):
     def save(self, block_id: int, digest: bytes) -> None:
         """The block's content is to be kept before it is overwritten."""
 
-    def load(self, digest: bytes, block_id: int) -> None:
-        """The content kept under `digest` is to be put into the block."""
+    def load(self, node: PrefixNode, block_id: int) -> None:
+        """The content kept under the node's digest is to be put into the block; if it can't be, `withdraw` the node."""
 
 
 class _SequenceBlocks:
@@ -187,7 +187,7 @@ class BlockManager:
                 continue
             if node.block_id is None and node.parent is not None and self._tier is not None:
                 block_id = next(fresh)
-                self._tier.load(node.digest, block_id)
+                self._tier.load(node, block_id)
                 self._prefixes.insert(node.parent, chunk, block_id)
             assert node.block_id is not None
             table.append(node.block_id)
@@ -209,7 +209,8 @@ class BlockManager:
         needed = self._blocks_for(len(sequence.tokens) + len(token_ids)) - len(sequence.table)
         last_is_partial = len(sequence.tokens) % self.block_size != 0
         must_copy = last_is_partial and self._allocator.ref_counts[sequence.table[-1]] > 1
-        fresh = self._take(needed + must_copy, after=sequence.table[-1] if sequence.held else None)
+        holds_any = sequence.num_released < len(sequence.table)
+        fresh = self._take(needed + must_copy, after=sequence.table[-1] if holds_any else None)
         copies = []
         if last_is_partial and not must_copy:
             # After a fork of a part, the block may be a whole one of a longer sequence that is gone: it ends here.
@@ -241,7 +242,7 @@ class BlockManager:
         first = self._first_visible(num_tokens)
         if first > sequence.num_released:
             self._release(sequence.table[sequence.num_released : first][::-1])
-            sequence.table[:first] = [NO_BLOCK] * first
+            sequence.table[sequence.num_released : first] = [NO_BLOCK] * (first - sequence.num_released)
             sequence.num_released = first
 
     def _register(self, sequence: _SequenceBlocks, num_tokens: int) -> None:
@@ -289,17 +290,25 @@ class BlockManager:
         del self._sequences[seq_id]
         self._release(sequence.held[::-1])  # deepest first, so that a cached chain is consumed from its end
 
-    def promise(self, seq_id: Hashable, num_tokens: int) -> list[int]:
+    def promise(self, seq_id: Hashable, num_tokens: int) -> list[PrefixNode]:
         """The K/V of a sequence's first `num_tokens` will be written by the step that is being put together.
 
         Sequences allocated for the same step may hit their full blocks at once, since a layer writes before it reads.
-        Returns the blocks concerned, for `withdraw` if the step fails.
+        Returns the prefixes concerned, for `withdraw` if the step fails.
         """
         sequence = self._get(seq_id)
         first = sequence.num_registered
-        if self.prefix_caching:
-            self._register(sequence, num_tokens)
-        return sequence.table[first : sequence.num_registered]
+        if not self.prefix_caching:
+            return []
+        self._register(sequence, num_tokens)
+        nodes = []
+        node = sequence.node
+        for block_id in reversed(sequence.table[first : sequence.num_registered]):
+            if node.block_id == block_id:  # another sequence's block may have been there first
+                nodes.append(node)
+            assert node.parent is not None
+            node = node.parent
+        return nodes
 
     def cached_prefixes(self, seq_id: Hashable) -> list[tuple[int, bytes]]:
         """The block id and prefix digest of each full computed block of a sequence that can be found by its prefix."""
@@ -311,10 +320,11 @@ class BlockManager:
             node = node.parent
         return found[::-1]
 
-    def withdraw(self, block_ids: Iterable[int]) -> None:
-        """A promise was not kept: the blocks can't be hit any more. Their sequences are to be freed after this."""
-        for block_id in block_ids:
-            self._prefixes.evict(block_id)
+    def withdraw(self, nodes: Iterable[PrefixNode]) -> None:
+        """A promise was not kept: the prefixes can't be hit any more. Their sequences are to be freed after this."""
+        for node in nodes:
+            if node.block_id is not None:
+                self._prefixes.evict(node.block_id)
 
     # -- the pool as a whole ------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Hashable
 
 from mlx_paged.block_store import Stores
-from mlx_paged.cache_groups import BlockCopy, BlockSave, CacheGroups, Transfer
+from mlx_paged.cache_groups import BlockCopy, BlockLoad, BlockSave, CacheGroups, Transfer
 from mlx_paged.kv_cache import independent_pieces
 from mlx_paged.model_runner import ModelRunner
 
@@ -40,12 +40,12 @@ class BlockMover:
                 count = len(piece)
             elif self._stores is not None and isinstance(first, BlockSave):
                 self._stores.put_evicted(first.key, self._runner.read_block(first.group, first.block_id))
-            elif self._stores is not None:
+            elif self._stores is not None and isinstance(first, BlockLoad):
                 content = self._stores.get(first.key)
                 if content is not None:
                     self._runner.write_block(first.group, first.block_id, content)
                 else:
-                    self._groups.managers[first.group].withdraw([first.block_id])
+                    self._groups.managers[first.group].withdraw([first.node])
                     complete = False
             del transfers[:count]
         self._groups.settle()

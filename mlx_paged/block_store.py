@@ -193,7 +193,7 @@ class Stores:
                 self.num_swapped_blocks += 1
             except OSError as error:
                 self._swap = None
-                warnings.warn(f"swap is off, preempted requests are computed again: {error}", EngineWarning, stacklevel=2)
+                _warn(f"swap is off, preempted requests are computed again: {error}")
 
     def put_prompt(self, key: str, content: BlockContent) -> None:
         """Keep a block of a prompt for another run."""
@@ -202,7 +202,7 @@ class Stores:
                 self._saved.put(key, content)
             except OSError as error:
                 self._saved = None
-                warnings.warn(f"prompts are not saved any more: {error}", EngineWarning, stacklevel=2)
+                _warn(f"prompts are not saved any more: {error}")
 
     def get(self, key: str) -> BlockContent | None:
         """The block kept under `key`, or None, with one warning, if it can't be had any more."""
@@ -213,10 +213,14 @@ class Stores:
                 except (OSError, ValueError) as error:
                     store.drop(key)
                     if not self._has_warned:
-                        warnings.warn(f"what can't be read back is computed again: {error}", EngineWarning, stacklevel=2)
+                        _warn(f"what can't be read back is computed again: {error}")
                     self._has_warned = True
         return None
 
 
 def _size(content: BlockContent) -> int:
     return sum(array.nbytes for array in content.values())
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, EngineWarning, stacklevel=3)

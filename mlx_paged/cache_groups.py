@@ -1,14 +1,16 @@
 """The block managers of a model whose layers see different parts of the context, moved as one.
 
-Layers with the same window form a group with a pool and block tables of its own. The first group has no window: it
-decides what fits. A windowed group only ever holds what its window can see, taken chunk by chunk as a prompt is
-computed; `blocks_for_window` such blocks, or as many as the first group has, always suffice. Knows no mlx.
+Layers with the same window form a group with a pool and block tables of its own. The first group has no window. A
+windowed group only ever holds what its window can see, taken chunk by chunk as a prompt is computed:
+`blocks_for_window` blocks always suffice for it. With fewer it may run out, as the first group may. Knows no mlx.
 """
 
 from collections.abc import Container, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from mlx_paged.block_manager import BlockManager
+from mlx_paged.errors import OutOfBlocks
+from mlx_paged.prefix_cache import PrefixNode
 
 
 class BlockCopy(NamedTuple):
@@ -33,6 +35,7 @@ class BlockLoad(NamedTuple):
     group: int
     block_id: int
     key: str
+    node: PrefixNode
 
 
 Transfer = BlockCopy | BlockSave | BlockLoad
@@ -59,8 +62,8 @@ class GroupTier:
             self._saves.add(self.key(digest))
             self._transfers.append(BlockSave(self._group, block_id, self.key(digest)))
 
-    def load(self, digest: bytes, block_id: int) -> None:
-        self._transfers.append(BlockLoad(self._group, block_id, self.key(digest)))
+    def load(self, node: PrefixNode, block_id: int) -> None:
+        self._transfers.append(BlockLoad(self._group, block_id, self.key(node.digest), node))
 
     def settle(self) -> None:
         """What was to be saved is stored, or could not be."""
@@ -122,26 +125,36 @@ class CacheGroups:
             for manager in self._windowed:
                 num_cached = manager.num_cached_tokens(token_ids, salt=salt, limit=num_cached)
             agreed = num_cached == before
-        self._full.allocate(seq_id, token_ids, salt=salt, max_cached=num_cached)
-        for manager in self._windowed:
-            manager.allocate(seq_id, token_ids[: num_cached + 1], salt=salt, max_cached=num_cached)
+        done: list[BlockManager] = []
+        try:
+            for manager in self.managers:
+                tokens = token_ids if manager.window is None else token_ids[: num_cached + 1]
+                manager.allocate(seq_id, tokens, salt=salt, max_cached=num_cached)
+                done.append(manager)
+        except OutOfBlocks:
+            for manager in done:
+                manager.free(seq_id)
+            raise
         return num_cached
 
     def extend(self, seq_id: Hashable, token_ids: Sequence[int], end: int) -> None:
-        """Give the first `end` tokens of a sequence slots in every group; as `BlockManager.append`."""
+        """Give the first `end` tokens of a sequence slots in every group; as `BlockManager.append`.
+
+        Raises OutOfBlocks; the groups that had room keep what they took, and the next call goes on from there.
+        """
         for group, manager in enumerate(self.managers):
             for src, dst in manager.append(seq_id, token_ids[manager.num_tokens(seq_id) : end]):
                 self.transfers.append(BlockCopy(group, src, dst))
                 self.num_cow_copies += 1
 
-    def promise(self, seq_id: Hashable, num_tokens: int) -> list[tuple[BlockManager, list[int]]]:
+    def promise(self, seq_id: Hashable, num_tokens: int) -> list[tuple[BlockManager, list[PrefixNode]]]:
         """As `BlockManager.promise`, with the manager of each list."""
         return [(manager, manager.promise(seq_id, num_tokens)) for manager in self.managers]
 
-    def withdraw(self, promised: Sequence[tuple[BlockManager, list[int]]]) -> None:
+    def withdraw(self, promised: Sequence[tuple[BlockManager, list[PrefixNode]]]) -> None:
         """As `BlockManager.withdraw`, of what `promise` returned."""
-        for manager, block_ids in promised:
-            manager.withdraw(block_ids)
+        for manager, nodes in promised:
+            manager.withdraw(nodes)
 
     def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None:
         """As `BlockManager.mark_computed`."""

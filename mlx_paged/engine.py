@@ -227,9 +227,9 @@ class Engine:
         if wanted > room:
             needed = -(-(num_prompt + wanted - 1) // manager.block_size)
             raise ValueError(
-                f"a prompt of {num_prompt} tokens and {wanted} more need {needed} blocks of {manager.block_size} tokens "
-                f"and the pool has {manager.num_blocks}: shorten the prompt, lower max_tokens, or raise num_kv_blocks "
-                "or kv_cache_memory"
+                f"a prompt of {num_prompt} tokens and {wanted} more need {needed} blocks of {manager.block_size} "
+                f"tokens and the pool has {manager.num_blocks}: shorten the prompt, lower max_tokens, or raise "
+                "num_kv_blocks or kv_cache_memory"
             )
         if params.max_tokens is not None:
             return wanted

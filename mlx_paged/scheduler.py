@@ -13,6 +13,7 @@ from typing import NamedTuple
 from mlx_paged.block_manager import BlockManager
 from mlx_paged.cache_groups import CacheGroups
 from mlx_paged.errors import OutOfBlocks
+from mlx_paged.prefix_cache import PrefixNode
 from mlx_paged.sequence import Request, Sequence
 
 
@@ -38,8 +39,9 @@ class Schedule:
     """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)
+    num_tokens: int = 0
     preempted: list[Sequence] = field(default_factory=list)
-    promised: list[tuple[BlockManager, list[int]]] = field(default_factory=list)
+    promised: list[tuple[BlockManager, list[PrefixNode]]] = field(default_factory=list)
     compacted: bool = False
 
 
@@ -81,16 +83,14 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Choose the next step's tokens and take the blocks for them; no sequences if nothing waits or runs."""
         schedule = Schedule()
-        budget = self._max_num_batched_tokens
-        for sequence in list(self.running):
-            if budget > 0 and sequence.num_uncomputed == 1 and self._make_room(sequence, schedule):
-                schedule.sequences.append(ScheduledSequence(sequence, sequence.num_computed, 1))
-                budget -= 1
-        for sequence in self.running:
-            if budget > 0 and sequence.num_uncomputed > 1:
-                budget -= self._schedule_chunk(sequence, budget, schedule)
+        decodes = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
+        prompts = [sequence for sequence in self.running if sequence.num_uncomputed > 1]
+        for sequence in (*decodes, *prompts):
+            num_tokens = min(sequence.num_uncomputed, self._max_num_batched_tokens - schedule.num_tokens)
+            if num_tokens > 0 and self._make_room(sequence, sequence.num_computed + num_tokens, schedule):
+                self._schedule(sequence, num_tokens, schedule)
         if not schedule.preempted:
-            self._admit(budget, schedule)
+            self._admit(schedule)
         return schedule
 
     def complete(self, schedule: Schedule) -> None:
@@ -113,45 +113,47 @@ class Scheduler:
         self.add(sequence)
         self.num_preemptions += 1
 
-    def _make_room(self, sequence: Sequence, schedule: Schedule) -> bool:
-        """Give the sequence's latest token a slot, at the cost of later sequences; False if it had to go itself."""
-        while sequence in self.running:
+    def _make_room(self, sequence: Sequence, end: int, schedule: Schedule) -> bool:
+        """Give the sequence's tokens up to `end` slots, at the cost of later ones; False if it had to go itself."""
+        while sequence not in schedule.preempted:
             try:
-                self.groups.extend(sequence.seq_id, sequence.token_ids, len(sequence.token_ids))
+                self.groups.extend(sequence.seq_id, sequence.token_ids, end)
                 return True
             except OutOfBlocks:
-                schedule.preempted.append(self.running[-1])
-                self.preempt(self.running[-1])
+                latest = self.running[-1]
+                schedule.num_tokens -= sum(item.num_tokens for item in schedule.sequences if item.sequence is latest)
+                schedule.sequences = [item for item in schedule.sequences if item.sequence is not latest]
+                schedule.preempted.append(latest)
+                self.preempt(latest)
         return False
 
-    def _schedule_chunk(self, sequence: Sequence, budget: int, schedule: Schedule) -> int:
-        """Compute as much of a prompt as the budget allows; its blocks in the first group are taken already."""
-        num_tokens = min(sequence.num_uncomputed, budget)
-        end = sequence.num_computed + num_tokens
+    def _schedule(self, sequence: Sequence, num_tokens: int, schedule: Schedule) -> None:
+        """Compute the next tokens of a sequence, which have their slots."""
         schedule.sequences.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens))
-        self.groups.extend(sequence.seq_id, sequence.token_ids, end)
-        schedule.promised += self.groups.promise(sequence.seq_id, end)
-        return num_tokens
+        schedule.num_tokens += num_tokens
+        if num_tokens > 1:
+            schedule.promised += self.groups.promise(sequence.seq_id, sequence.num_computed + num_tokens)
 
-    def _admit(self, budget: int, schedule: Schedule) -> None:
+    def _admit(self, schedule: Schedule) -> None:
         """Start waiting sequences while there are tokens, places and blocks for them."""
         places = self._max_num_seqs - sum(_num_places(sequence) for sequence in self.running)
-        while self.waiting and budget > 0:
+        while self.waiting and schedule.num_tokens < self._max_num_batched_tokens:
             sequence = self.waiting[0]
             if _num_places(sequence) > places:
                 break
             if self.groups.would_gain_a_run(len(sequence.token_ids)):
                 self.groups.compact()
                 schedule.compacted = True
-            if not self._allocate(sequence):
+            budget = self._max_num_batched_tokens - schedule.num_tokens
+            if not self._allocate(sequence, budget):
                 break
             self.waiting.pop(0)
             insort(self.running, sequence, key=_order)
             places -= _num_places(sequence)
-            budget -= self._schedule_chunk(sequence, budget, schedule)
+            self._schedule(sequence, min(sequence.num_uncomputed, budget), schedule)
 
-    def _allocate(self, sequence: Sequence) -> bool:
-        """Take blocks for all tokens of a waiting sequence; False if there are too few."""
+    def _allocate(self, sequence: Sequence, budget: int) -> bool:
+        """Take blocks for a waiting sequence and its first chunk in every group; False if there are too few."""
         if sequence.request.metrics.first_scheduled_time is not None:
             # One that was preempted comes back once every running one could take a block beside it.
             needed = -(-len(sequence.token_ids) // self.groups.block_size) + len(self.running)
@@ -160,6 +162,12 @@ class Scheduler:
         try:
             num_cached = self.groups.allocate(sequence.seq_id, sequence.token_ids, salt=sequence.params.cache_salt)
         except OutOfBlocks:
+            return False
+        try:
+            end = min(len(sequence.token_ids), num_cached + budget)
+            self.groups.extend(sequence.seq_id, sequence.token_ids, end)
+        except OutOfBlocks:
+            self.groups.free(sequence.seq_id)
             return False
         sequence.num_computed = num_cached
         if sequence.request.metrics.first_scheduled_time is None:

@@ -614,8 +614,8 @@ def test_a_block_that_is_written_on_from_its_middle_is_not_hit_as_what_it_was() 
 def test_promised_blocks_are_hit_by_sequences_of_the_same_step() -> None:
     manager = BlockManager(8, 4)
     manager.allocate("a", tokens(10))
-    assert manager.promise("a", 7) == [0]
-    assert manager.promise("a", 10) == [1]
+    assert [node.block_id for node in manager.promise("a", 7)] == [0]
+    assert [node.block_id for node in manager.promise("a", 10)] == [1]
     assert manager.allocate("b", tokens(10)) == 8
     manager.mark_computed("a", 10)
     manager.mark_computed("b", 10)

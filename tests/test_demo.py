@@ -96,7 +96,8 @@ def test_mlx_lm_loads_the_folder_too(demo_folder: Path) -> None:
     import mlx_lm
 
     model, tokenizer = mlx_lm.load(str(demo_folder))
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Tell me a story."}], add_generation_prompt=True)
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert len(mlx_lm.generate(model, tokenizer, prompt, max_tokens=12).split()) >= 6
 
 

@@ -127,3 +127,44 @@ def test_compacting_between_steps_changes_no_result(
     assert num_moved > 0
     assert len(outputs) == 4
     assert_unpaged(model, outputs)
+
+
+def test_a_windowed_pool_that_runs_out_is_a_scheduling_event(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model("gemma3_text", sliding_window=3)
+    llm = LLM.from_model(
+        model, block_size=2, num_kv_blocks=6, max_num_seqs=2, max_num_batched_tokens=11, check_invariants=True
+    )
+    engine = llm.engine
+    engine.add_request([1, 2, 3], greedy(7))
+    outputs = engine.step() + engine.step()
+    engine.add_request(list(range(50, 54)), greedy(3))
+    engine.add_request(list(range(50, 59)), greedy(1))
+    while engine.has_unfinished():
+        outputs += engine.step()
+    assert len(outputs) == 3
+    assert_unpaged(model, outputs)
+
+
+def test_a_broken_step_that_compacted_after_promising_leaves_nothing_to_hit(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    llm = LLM.from_model(
+        model, block_size=1, num_kv_blocks=8, allocator="buddy", max_num_batched_tokens=30, check_invariants=True
+    )
+    engine = llm.engine
+    for i, max_tokens in enumerate((1, 6, 1)):
+        engine.add_request([i], greedy(max_tokens))
+    outputs = engine.step()
+    prompts = [[10, 11], [20, 21, 22], [30]]
+    for prompt in prompts:
+        engine.add_request(prompt, greedy(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "run", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert [engine.block_manager.num_cached_tokens([*prompt, 0]) for prompt in prompts] == [0, 0, 0]
+    while engine.has_unfinished():
+        outputs += engine.step()
+    assert len(outputs) == 6
+    assert_unpaged(model, outputs)

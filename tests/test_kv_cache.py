@@ -133,7 +133,8 @@ def test_by_default_the_pool_is_no_larger_than_all_requests_could_use(tiny_model
 
 
 @pytest.mark.parametrize(
-    "config", [{"num_kv_blocks": 10**9}, {"kv_cache_memory": "900TB"}, {"kv_cache_memory": "100%"}, {"kv_cache_memory": 5}]
+    "config",
+    [{"num_kv_blocks": 10**9}, {"kv_cache_memory": "900TB"}, {"kv_cache_memory": "100%"}, {"kv_cache_memory": 5}],
 )
 def test_a_pool_that_does_not_fit_is_refused_with_the_arithmetic(
     config: dict[str, object], tiny_model: Callable[..., nn.Module]

@@ -151,6 +151,23 @@ def test_all_groups_start_from_the_same_token() -> None:
     groups.check()
 
 
+def test_what_the_last_group_allows_is_asked_of_the_first_again() -> None:
+    groups = CacheGroups([BlockManager(16, 2), BlockManager(6, 2, window=3), BlockManager(6, 2, window=3)])
+    prompt = list(range(9))
+    groups.allocate(0, prompt)
+    for end in (2, 6, 8):
+        groups.extend(0, prompt, end)
+        groups.mark_computed(0, end)
+        groups.fork(0, end)  # holds the window before token `end`
+    groups.free(0)
+    for manager, lost in zip(groups.managers[1:], (6, 8), strict=True):
+        manager.free(lost)
+        manager.allocate("others", range(100, 108))  # overwrites all that is not held
+        manager.free("others")
+    assert [manager.num_cached_tokens(prompt) for manager in groups.managers] == [8, 8, 6]
+    assert groups.allocate(1, prompt) == 2  # the first windowed group can't start from 6, nor the second from 8
+
+
 def test_compaction_keeps_what_was_given_back_given_back() -> None:
     manager = BlockManager(10, 2, window=3)
     manager.allocate(0, range(10))
@@ -474,8 +491,8 @@ class WindowBench(Bench):
     windows=WINDOWS,
     num_blocks=st.integers(2, 12),
     block_size=st.integers(1, 5),
-    max_num_seqs=st.integers(3, 5),
-    budget=st.integers(1, 9),
+    max_num_seqs=st.integers(1, 5),
+    budget=st.integers(1, 16),
     allocator=st.sampled_from(sorted(POLICIES)),
     prefix_caching=st.sampled_from([True, True, False]),
     arrivals=st.lists(
@@ -500,13 +517,19 @@ def test_blocks_for_window_always_suffice_and_every_query_sees_its_window(
         for _ in range(pause):
             bench.step()
         prompt_len = min(prompt_len, slots)
-        bench.add(prompt_len, min(max_tokens, slots - prompt_len + 1), n, first_token=1 if common else None)
+        max_tokens, n = min(max_tokens, slots - prompt_len + 1), min(n, max_num_seqs)
+        bench.add(prompt_len, max_tokens, n, first_token=1 if common else None)
     bench.run(most_steps=5000)
     for manager in bench.groups.managers:
         assert manager.num_free_blocks == manager.num_blocks
 
 
-@pytest.mark.xfail(strict=True, raises=OutOfBlocks, reason="groups of equal size may share different blocks")
+def test_a_step_full_of_one_prompt_fits_into_its_windows_pool() -> None:
+    bench = WindowBench(num_blocks=40, block_size=2, max_num_seqs=1, budget=17, windows=(2, 3))
+    bench.add(60, max_tokens=5)
+    bench.run()
+
+
 def test_a_windowed_pool_as_small_as_the_first_one_is_enough_too() -> None:
     """The second request comes back from preemption and computes anew what its first life left in one group's cache.
 
