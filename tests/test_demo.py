@@ -21,24 +21,24 @@ def llm() -> LLM:
     return LLM(block_size=BLOCK_SIZE, num_kv_blocks=2000, max_num_seqs=32)
 
 
-def held_out_questions() -> list[tuple[Story, Fact]]:
+def held_out_questions(count: int = NUM_QUESTIONS) -> list[tuple[Story, Fact]]:
     """Questions about stories that no training text contains."""
     questions: list[tuple[Story, Fact]] = []
     index = 0
-    while len(questions) < NUM_QUESTIONS:
+    while len(questions) < count:
         story = held_out_story(index)
         assert is_held_out(story.text)
         questions += [(story, fact) for fact in story.facts]
         index += 1
-    return questions[:NUM_QUESTIONS]
+    return questions[:count]
 
 
 def encode(llm: LLM, story: Story, fact: Fact) -> list[int]:
     return llm.encode_chat([{"role": "user", "content": question_prompt(story, fact)}])
 
 
-def share_of_right_answers(llm: LLM) -> float:
-    questions = held_out_questions()
+def share_of_right_answers(llm: LLM, count: int = NUM_QUESTIONS) -> float:
+    questions = held_out_questions(count)
     outputs = llm.generate([encode(llm, story, fact) for story, fact in questions], ANSWER)
     right = [output.outputs[0].text == fact.answer for output, (_, fact) in zip(outputs, questions, strict=True)]
     return sum(right) / len(right)
@@ -64,7 +64,7 @@ def test_a_block_of_another_sequence_in_a_table_ruins_the_answers(monkeypatch: p
 
     monkeypatch.setattr(batch, "AttentionMetadata", MixedUp)
     llm = LLM(block_size=BLOCK_SIZE, num_kv_blocks=2000, max_num_seqs=32, prefix_caching=False)
-    assert share_of_right_answers(llm) < 0.9
+    assert share_of_right_answers(llm, count=30) < 0.9
 
 
 @pytest.mark.parametrize("prompt", ["Tell me a story.", "Write a story about a garden."])
