@@ -59,7 +59,8 @@ class BlockPicture:
     names: what to call sequences, by id; an id that is not in it is its own name.
     """
 
-    def __init__(self, manager: BlockManager, names: Mapping[Any, str] | None = None) -> None:
+    def __init__(self, manager: BlockManager, names: Mapping[Any, str] | None = None, *, num_swapped: int = 0) -> None:
+        self.num_swapped = num_swapped
         self.num_blocks, self.block_size = manager.num_blocks, manager.block_size
         self.num_tokens = manager.num_kv_tokens()
         self.sequences: list[_Sequence] = []
@@ -93,6 +94,8 @@ class BlockPicture:
             yield from self._tables(options.max_width)
             yield Text()
         yield from self._legend(options.max_width)
+        if self.num_swapped:
+            yield Text("▒▒▒▒ " * min(self.num_swapped, 8) + ("..." if self.num_swapped > 8 else ""), _CACHED)
         yield Text(self.totals())
 
     def totals(self) -> str:
@@ -102,6 +105,7 @@ class BlockPicture:
         sharing = f" ({unshared:,} without sharing)" if unshared > used else ""
         line = f"used {used:,}{sharing}, cached {cached:,}, free {self.num_blocks - used - cached:,}"
         empty = 1 - self.num_tokens / (used * self.block_size) if used else 0
+        line += f", swapped out {self.num_swapped:,}" if self.num_swapped else ""
         return f"{line}; {empty:.1%} of the used slots empty" if used else line
 
     # -- parts --------------------------------------------------------------------------------------------------
@@ -191,6 +195,8 @@ class BlockPicture:
             entries.append((Text(" ·  ", Style(dim=True)), "free"))
         if any(sequence.num_released for sequence in self.sequences):
             entries.append((Text(" -1 ", Style(dim=True)), "left by the window"))
+        if self.num_swapped:
+            entries.append((Text("▒" * _CELL, _CACHED), f"swapped out, {self.num_swapped:,}"))
         line = Text()
         for cell, meaning in entries:
             entry = Text.assemble(cell, " ", meaning)
@@ -201,9 +207,13 @@ class BlockPicture:
         yield line
 
 
-def draw_blocks(manager: BlockManager, names: Mapping[Any, str] | None = None) -> None:
-    """Print the pool to the terminal; on a running engine: `draw_blocks(llm.engine.block_manager)`."""
-    Console().print(BlockPicture(manager, names))
+def draw_blocks(manager: BlockManager, names: Mapping[Any, str] | None = None, *, num_swapped: int = 0) -> None:
+    """Print the pool to the terminal.
+
+    Of a running engine: `draw_blocks(llm.engine.block_manager, num_swapped=llm.stats().num_swapped_blocks)`; of a model
+    with windows, one picture for each of `llm.engine.cache_groups.managers`.
+    """
+    Console().print(BlockPicture(manager, names, num_swapped=num_swapped))
 
 
 def save_svg(picture: BlockPicture, path: str | Path) -> None:

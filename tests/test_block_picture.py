@@ -239,3 +239,15 @@ def test_the_readme_picture_is_what_the_example_draws(
 def test_drawing_does_not_load_mlx() -> None:
     code = "import sys, mlx_paged.block_picture; sys.exit(any(name.startswith('mlx.') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_blocks_in_the_second_tier_are_shown_beside_the_pool() -> None:
+    manager = BlockManager(8, 4)
+    manager.allocate("a", [1, 2, 3, 4, 5])
+    console = Console(record=True, file=io.StringIO(), width=80)
+    console.print(BlockPicture(manager, num_swapped=3))
+    text = console.export_text()
+    assert "swapped out 3" in text
+    assert text.count("▒▒▒▒") == 3 + 1
+    console.print(BlockPicture(manager))
+    assert "swapped" not in console.export_text()

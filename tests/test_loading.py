@@ -1,0 +1,57 @@
+"""From a model's name to a model in memory: what is said about its family, and the type of its weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_paged import ModelError
+from mlx_paged.errors import EngineWarning
+from mlx_paged.models import loading, registry
+
+
+def test_a_family_that_was_never_tested_is_loaded_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "unverified", lambda name: name == "qwen2")
+    with pytest.warns(EngineWarning, match="model family 'qwen2' is not among those that were tested"):
+        loading.load(None, None)
+
+
+def test_a_tested_family_is_loaded_without_a_word() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EngineWarning)
+        loading.load(None, None)
+
+
+def test_a_refused_family_is_named_with_its_reason_before_its_weights_are_read(
+    tmp_path: Path, demo_folder: Path
+) -> None:
+    config = json.loads((demo_folder / "config.json").read_text()) | {"model_type": "mamba"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="'mamba' can't be paged: .* recurrent or convolution state"):
+        loading.load(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (None, mx.float32 if mx.default_device() == mx.cpu else mx.float16),
+        ("float16", mx.float16),
+        ("bfloat16", mx.bfloat16),
+    ],
+)
+def test_weights_get_the_type_that_was_asked_for(dtype: str | None, expected: mx.Dtype) -> None:
+    model = loading.load(None, dtype).model
+    assert {array.dtype for _, array in tree_flatten(model.parameters())} == {expected}
+
+
+def test_a_broken_tokenizer_is_named(tmp_path: Path, demo_folder: Path) -> None:
+    shutil.copytree(demo_folder, tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="has no tokenizer that can be read"):
+        loading.load(tmp_path / "model", None)
