@@ -33,7 +33,7 @@ def test_a_refused_family_is_named_with_its_reason_before_its_weights_are_read(
 ) -> None:
     config = json.loads((demo_folder / "config.json").read_text()) | {"model_type": "mamba"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="'mamba' can't be paged: .* recurrent or convolution state"):
+    with pytest.raises(ModelError, match=r"'mamba' can't be paged: .* recurrent or convolution state"):
         loading.load(tmp_path, None)
 
 
