@@ -116,7 +116,6 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
     dtype: of weights and cache; None: as stored, float32 on a CPU. Raises ModelError if mlx-lm can't build the model
     or its cache can't be paged.
     """
-    from mlx.utils import tree_flatten
     from mlx_lm.utils import load_config
 
     from mlx_paged.models import loading
@@ -143,7 +142,7 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
         family=str(config["model_type"]),
         dtype=str(next(iter(counts))[0].dtype).removeprefix("mlx.core."),
         groups=groups,
-        weight_bytes=sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values()),
+        weight_bytes=loading.weight_bytes(model),
         unknown_quantization=stored.get("quant_method") if stored and not config.get("quantization") else None,
         context=loading.context_of(config),
     )

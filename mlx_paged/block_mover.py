@@ -56,7 +56,7 @@ class BlockMover:
         if self._stores is None or not self._stores.takes_prompts:
             return
         for group, block_id, key in self._groups.cached_prefixes(seq_id):
-            if key not in self._stores:
+            if not self._stores.has_prompt(key):
                 self._stores.put_prompt(key, self._runner.read_block(group, block_id))
 
 

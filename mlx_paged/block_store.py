@@ -195,9 +195,13 @@ class Stores:
                 self._swap = None
                 _warn(f"swap is off, preempted requests are computed again: {error}")
 
+    def has_prompt(self, key: str) -> bool:
+        """Whether a block is kept for another run; one in swap is gone with this one."""
+        return self._saved is not None and key in self._saved
+
     def put_prompt(self, key: str, content: BlockContent) -> None:
         """Keep a block of a prompt for another run."""
-        if self._saved is not None and key not in self._saved:
+        if self._saved is not None:
             try:
                 self._saved.put(key, content)
             except OSError as error:

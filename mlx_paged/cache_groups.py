@@ -77,7 +77,10 @@ def blocks_for_window(window: int, block_size: int, max_num_seqs: int, max_num_b
 
 
 class CacheGroups:
-    """One block manager per group, with the methods of a single one. Method by method, all groups change or none."""
+    """One block manager per group, with the methods of a single one.
+
+    All groups change or none, except where `extend` says otherwise. What has to be moved is noted in `transfers`.
+    """
 
     def __init__(
         self, managers: Sequence[BlockManager], tiers: Sequence[GroupTier] = (), transfers: list[Transfer] | None = None

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_paged.attention import AttentionMetadata
 from mlx_paged.batch import GroupInputs, StepInputs
 from mlx_paged.cache_groups import blocks_for_window
 from mlx_paged.config import EngineConfig, format_memory, parse_memory
 from mlx_paged.kv_cache import PagedKVCache
+from mlx_paged.models.loading import weight_bytes
 from mlx_paged.models.patch import PatchedModel
 
 _GPU_SHARE = 0.75  # of what the device recommends, for weights, activations and cache together
@@ -62,7 +62,7 @@ def plan_memory(model: PatchedModel, config: EngineConfig, max_model_len: int | 
     """
     limit, device = device_limit()
     on_cpu = mx.default_device() == mx.cpu
-    weights = sum(array.nbytes for array in dict(tree_flatten(model.model.parameters())).values())
+    weights = weight_bytes(model.model)
     if weights >= limit:
         raise ValueError(
             f"the weights take {format_memory(weights)} and there is {format_memory(limit)} of {device}: take a "

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_paged.errors import EngineWarning, ModelError
@@ -59,6 +60,11 @@ def set_dtype(model: nn.Module, dtype: str | None) -> None:
         dtype = "float32"
     if dtype is not None:
         model.set_dtype(getattr(mx, dtype))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What a model's weights take, by their shapes: nothing is evaluated."""
+    return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
 
 
 def context_of(config: dict[str, Any]) -> int | None:

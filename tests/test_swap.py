@@ -218,6 +218,16 @@ def test_damaged_blocks_are_computed_again_with_one_warning(
         assert texts(make_llm(model, prefix_cache_dir=tmp_path).generate(PROMPTS, GREEDY)) == expected
 
 
+def test_a_prompt_is_saved_even_if_its_block_is_in_swap(tmp_path: Path) -> None:
+    swap, saved = MemoryStore(10**6), FolderStore(tmp_path, "a model")
+    stores = block_store.Stores(swap, saved)
+    stores.put_evicted("one", content(1))
+    assert "one" in stores
+    assert not stores.has_prompt("one")
+    stores.put_prompt("one", content(1))
+    assert stores.has_prompt("one")
+
+
 def test_salted_prompts_are_saved_apart(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
     def num_cached(salt: str | None) -> int:
         params = SamplingParams(temperature=0, max_tokens=1, cache_salt=salt)
