@@ -11,6 +11,7 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)")
 
 ALLOCATORS = ("lru", "fifo", "buddy")
 DTYPES = ("float32", "float16", "bfloat16")
+PIPELINING = ("auto", "submit", "build", "off")
 
 
 def parse_memory(size: int | str, total: int | None = None) -> int:
@@ -51,9 +52,10 @@ class EngineConfig:
     longest prompt plus output, in tokens (None: the model's own limit). prefix_caching: reuse the blocks of equal
     prefixes. allocator: order in which free blocks are reused. swap_space: where blocks of preempted requests and
     evicted prefixes go: a size ("8GB") or a folder. prefix_cache_dir: a folder in which the blocks of prompts outlive
-    the process. dtype: of weights and cache (None: as stored; float32
-    on a CPU). seed: decides the random streams of requests that have no seed of their own. check_invariants: verify
+    the process. dtype: of weights and cache (None: as stored; float32 on a CPU). seed: decides the random streams of requests that have no seed of their own. check_invariants: verify
     the block manager after every step (slow). max_staging: most bytes that copying blocks may hold beside the pool.
+    pipelining: while a step runs on the device, the next one is built and submitted ("submit"), only built ("build"),
+    or neither ("off"); "auto" tries at start whether submitting is safe here, which means that it copies no pool.
     """
 
     block_size: int = 16
@@ -70,6 +72,7 @@ class EngineConfig:
     seed: int = 0
     check_invariants: bool = False
     max_staging: int | str = "64MB"
+    pipelining: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("block_size", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
@@ -91,5 +94,7 @@ class EngineConfig:
             raise ValueError(f"allocator must be one of {', '.join(ALLOCATORS)}, got {self.allocator!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.pipelining not in PIPELINING:
+            raise ValueError(f"pipelining must be one of {', '.join(PIPELINING)}, got {self.pipelining!r}")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}")

@@ -10,8 +10,8 @@ class CompletionOutput:
     token_ids include the stop token that ended it, text ends before the stop string. cumulative_logprob is the sum
     of the tokens' log-probabilities under the model, before penalties and temperature; logprobs has, per token,
     {token id: logprob} of the token and the k best, if asked for. finish_reason: "stop" (end token, stop token or
-    stop string), "length" (max_tokens or the end of the context), "abort", or None while it runs. stop_reason: the
-    stop token id or string, None for the end token or length.
+    stop string), "length" (max_tokens or the end of the context), "abort", "error", or None while it runs.
+    stop_reason: the stop token id or string, what went wrong, None for the end token or length.
     """
 
     index: int
@@ -47,6 +47,41 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
+
+
+@dataclass
+class BeamHypothesis:
+    """A finished hypothesis of a beam search. token_ids: the output's, the end token included.
+
+    cum_logprob: sum of their log-probabilities; score: that divided by len(token_ids)**length_penalty.
+    """
+
+    token_ids: list[int]
+    text: str
+    cum_logprob: float
+    score: float
+
+
+@dataclass
+class BeamSearchOutput:
+    """The result of a beam search: hypotheses, best first.
+
+    num_cached_tokens: prompt tokens whose K/V came from the prefix cache. num_blocks: the most blocks that its beams
+    held at once; num_unshared_blocks: what they would have held if they shared none. error: what went wrong, if
+    something did; `aborted`: ended by `abort`.
+    """
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    sequences: list[BeamHypothesis] = field(default_factory=list)
+    finished: bool = False
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    num_blocks: int = 0
+    num_unshared_blocks: int = 0
+    error: str | None = None
+    aborted: bool = False
 
 
 @dataclass
