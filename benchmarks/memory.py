@@ -220,7 +220,13 @@ def prefix_cost(quick: bool) -> list[Row]:
     """Steps of the demo model, and the manager's own time for the same tokens, with and without prefix caching."""
     num_seqs, length, num_decodes = (2, 64, 8) if quick else (8, 128, 32)
     engines = {
-        on: LLM(max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs * length, num_kv_blocks=1000, prefix_caching=on)
+        on: LLM(
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=num_seqs * length,
+            num_kv_blocks=1000,
+            prefix_caching=on,
+            pipelining="off",  # so that a step can be timed by itself
+        )
         for on in (False, True)
     }
     rng = random.Random(0)
@@ -309,7 +315,8 @@ def _fragmentation(context: int, repetitions: int) -> Iterator[Row]:
     held = {kind: ids[:num_held] for kind, ids in blocks.items()}
     free = {kind: ids[num_held:] for kind, ids in blocks.items()}
     lengths, starts = np.full(num_seqs, context, np.int32), np.arange(num_seqs + 1, dtype=np.int32)
-    metadata = {kind: AttentionMetadata(ids.reshape(num_seqs, -1), lengths, starts) for kind, ids in held.items()}
+    tables = {kind: mx.array(ids.reshape(num_seqs, -1)) for kind, ids in held.items()}
+    metadata = {kind: AttentionMetadata(table, lengths, starts) for kind, table in tables.items()}
 
     def attention(kind: str) -> None:
         mx.eval(attend(q, cache.keys[0], cache.values[0], metadata[kind], scale=dim**-0.5))

@@ -15,16 +15,19 @@ if not (pathlib.Path(__file__).parent / "models").is_dir():
     __path__.append(str(pathlib.Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
+    from mlx_paged.async_llm import AsyncLLM
     from mlx_paged.attention import paged_attention
     from mlx_paged.block_manager import BlockManager
     from mlx_paged.config import EngineConfig
     from mlx_paged.errors import ModelError, OutOfBlocks
     from mlx_paged.llm import LLM
-    from mlx_paged.sampling_params import SamplingParams
+    from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 _HOME = {
     "LLM": "llm",
+    "AsyncLLM": "async_llm",
     "SamplingParams": "sampling_params",
+    "BeamSearchParams": "sampling_params",
     "EngineConfig": "config",
     "BlockManager": "block_manager",
     "OutOfBlocks": "errors",
@@ -33,6 +36,8 @@ _HOME = {
 }
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
     "BlockManager",
     "EngineConfig",
     "ModelError",
@@ -45,7 +50,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mlx_paged' has no attribute {name!r}")
-    if name in ("LLM", "paged_attention"):
+    if name in ("LLM", "AsyncLLM", "paged_attention"):
         _require_mlx()
     value = getattr(importlib.import_module(f"mlx_paged.{_HOME[name]}"), name)
     globals()[name] = value

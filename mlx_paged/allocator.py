@@ -14,7 +14,10 @@ class FreeBlocks(Protocol):
     """The free blocks of a pool in the order of their reuse. Every operation is O(1) or O(log n) per block.
 
     A free block may still be *cached*: its content can be found by a prefix and used again until it is taken.
+    keeps_runs: whether it matters to the policy which block a block follows.
     """
+
+    keeps_runs: bool
 
     def __len__(self) -> int: ...
 
@@ -45,6 +48,8 @@ class FifoFreeBlocks:
 
     Pays when prefixes rarely repeat: it is the simplest order, and ids come out in the order they went in.
     """
+
+    keeps_runs = False
 
     def __init__(self, num_blocks: int) -> None:
         self._order: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -77,6 +82,8 @@ class LruFreeBlocks:
     Blocks of one sequence are added deepest first, so a cached chain is consumed from its end and what is left of
     it can still be hit. Pays when requests share prefixes: system prompts, conversations, few-shot examples.
     """
+
+    keeps_runs = False
 
     def __init__(self, num_blocks: int) -> None:
         self._empty = FifoFreeBlocks(num_blocks)
@@ -115,6 +122,8 @@ class BuddyFreeBlocks:
     Pays where consecutive tables do: long transfers to and from swap, and attention that can read runs. Cached
     blocks are not spared, so prefixes live shorter than with "lru".
     """
+
+    keeps_runs = True
 
     def __init__(self, num_blocks: int) -> None:
         self._num_free = 0
@@ -221,6 +230,11 @@ class BlockAllocator:
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    @property
+    def keeps_runs(self) -> bool:
+        """Whether it matters to the policy which block a block follows."""
+        return self._free.keeps_runs
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
         """Take `count` free blocks, each with one reference, to follow block `after` in a table.

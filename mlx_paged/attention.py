@@ -15,12 +15,13 @@ BACKENDS = ("reference",)
 class AttentionMetadata:
     """Which tokens a step computes and where their context lies; all layers of the step share one.
 
-    block_tables: int32 [num_seqs, max_blocks]; context_lens: int32 [num_seqs], tokens visible to a sequence's last
-    query; cu_seqlens_q: int32 [num_seqs + 1], the queries of sequence i are tokens cu_seqlens_q[i] to
-    cu_seqlens_q[i + 1], the last ones of its context. Host arrays; what backends derive from them is made once.
+    block_tables: int32 [num_seqs, max_blocks], on the device and perhaps not computed yet: nothing here evaluates it.
+    On the host: context_lens, int32 [num_seqs], tokens visible to a sequence's last query; cu_seqlens_q, int32
+    [num_seqs + 1], the queries of sequence i are tokens cu_seqlens_q[i] to cu_seqlens_q[i + 1], the last ones of its
+    context. What backends derive from them is made once.
     """
 
-    def __init__(self, block_tables: np.ndarray, context_lens: np.ndarray, cu_seqlens_q: np.ndarray) -> None:
+    def __init__(self, block_tables: mx.array, context_lens: np.ndarray, cu_seqlens_q: np.ndarray) -> None:
         self.block_tables = block_tables
         self.context_lens = context_lens
         self.cu_seqlens_q = cu_seqlens_q
@@ -103,7 +104,7 @@ def _checked_metadata(
     context_lens: mx.array | np.ndarray,
     cu_seqlens_q: mx.array | np.ndarray,
 ) -> AttentionMetadata:
-    """The metadata on the host, or the first thing wrong with the arguments as an error."""
+    """The metadata, or the first thing wrong with the arguments as an error; checked on the host."""
     if q.ndim != 3 or k_cache.ndim != 4 or v_cache.ndim != 4:
         raise ValueError(
             "q must be [num_tokens, num_heads, head_dim], the caches [num_blocks, block_size, num_kv_heads, head_dim]; "
@@ -143,4 +144,4 @@ def _checked_metadata(
     used = np.arange(tables.shape[1])[None, :] < -(-contexts // block_size)[:, None]
     if (bad := tables[used & ((tables < 0) | (tables >= num_blocks))]).size:
         raise ValueError(f"block_tables names block {bad[0]}; the cache has blocks 0 to {num_blocks - 1}")
-    return AttentionMetadata(tables, contexts, starts)
+    return AttentionMetadata(mx.array(tables), contexts, starts)

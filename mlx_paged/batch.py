@@ -1,14 +1,12 @@
 """From a schedule to arrays: token ids, positions, slots and block tables of one step."""
 
-from collections.abc import Hashable
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention import AttentionMetadata
-from mlx_paged.block_manager import BlockManager
-from mlx_paged.cache_groups import CacheGroups
+from mlx_paged.rows import BlockTables, Rows
 from mlx_paged.scheduler import Schedule
 
 
@@ -33,86 +31,123 @@ class StepInputs(NamedTuple):
     groups: list[GroupInputs]
 
 
+class Drawn(NamedTuple):
+    """The tokens of the step under way: token_ids, int [len(rows)], of `rows` at a version of the rows."""
+
+    rows: np.ndarray
+    version: int
+    token_ids: mx.array
+
+
 class BatchBuilder:
     """Turns schedules into StepInputs.
 
-    Block tables are kept in one matrix per group, a row per sequence; a step only writes entries of new blocks.
+    Block tables are kept on the device, a row per running sequence: a step sends the entries that have changed.
+    num_sent_entries counts them.
     """
 
-    def __init__(self, groups: CacheGroups, max_num_seqs: int, max_blocks_per_seq: int) -> None:
-        self._block_size = groups.block_size
-        self._tables = [_BlockTables(manager, max_num_seqs, max_blocks_per_seq) for manager in groups.managers]
-        self._rows: dict[Hashable, int] = {}
-        self._free_rows = list(range(max_num_seqs))[::-1]
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._tables = [_DeviceTables(tables) for tables in rows.tables]
+        self._last_rows = np.zeros(0, np.int64)
+        self._last_device_rows = mx.array(self._last_rows)
+        self._counts = np.arange(len(rows.sequences) + 1, dtype=np.int32)
 
-    def forget(self, seq_id: Hashable) -> None:
-        """A sequence has ended or lost its blocks: its row may be another's."""
-        row = self._rows.pop(seq_id, None)
-        if row is not None:
-            self._free_rows.append(row)
-            for tables in self._tables:
-                tables.num_written[row] = 0
+    @property
+    def num_sent_entries(self) -> int:
+        return sum(tables.num_sent_entries for tables in self._tables)
 
-    def rewrite(self) -> None:
-        """Block tables have changed as a whole."""
-        for tables in self._tables:
-            tables.num_written[:] = 0
+    def build(self, schedule: Schedule, drawn: Drawn | None) -> tuple[StepInputs, np.ndarray]:
+        """The arrays of a step, and the row of each of its logits.
 
-    def build(self, schedule: Schedule) -> StepInputs:
-        """The arrays of a step. At least one sequence must be scheduled."""
-        for sequence in schedule.preempted:
-            self.forget(sequence.seq_id)
-        if schedule.compacted:
-            self.rewrite()
-        starts = np.array([item.start for item in schedule.sequences], np.int32)
-        lengths = np.array([item.num_tokens for item in schedule.sequences], np.int32)
-        cu_seqlens_q = np.zeros(len(lengths) + 1, np.int32)
-        np.cumsum(lengths, out=cu_seqlens_q[1:])
-        context_lens = starts + lengths
-        positions = np.arange(cu_seqlens_q[-1], dtype=np.int32) + np.repeat(starts - cu_seqlens_q[:-1], lengths)
-        rows = np.array([self._row(item.sequence.seq_id) for item in schedule.sequences])
+        drawn: the tokens that are not known yet. At least one token must be scheduled.
+        """
+        rows, block_size = self._rows, self._rows.block_size
+        decodes, chunks = schedule.decodes, schedule.chunks
+        positions, token_rows, seq_rows = rows.num_computed[decodes], decodes, decodes
+        context_lens, cu_seqlens_q = positions + 1, self._counts[: len(decodes) + 1]
+        if chunks:
+            starts = np.concatenate([positions, np.array([chunk.start for chunk in chunks], np.int32)])
+            lengths = np.ones(len(starts), np.int32)
+            lengths[len(decodes) :] = [chunk.num_tokens for chunk in chunks]
+            seq_rows = np.concatenate([decodes, [chunk.sequence.row for chunk in chunks]])
+            context_lens = starts + lengths
+            cu_seqlens_q = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            positions = self._counts_to(cu_seqlens_q[-1]) + np.repeat(starts - cu_seqlens_q[:-1], lengths)
+            token_rows = np.repeat(seq_rows, lengths)
+        offsets = positions % block_size
+        if seq_rows is not self._last_rows:
+            if not np.array_equal(seq_rows, self._last_rows):
+                self._last_device_rows = mx.array(seq_rows.astype(np.int32))
+            self._last_rows = seq_rows
+        num_columns = -(-int(context_lens.max()) // block_size)
         groups = []
         for tables in self._tables:
-            block_ids = tables.matrix[np.repeat(rows, lengths), positions // self._block_size]
-            used = tables.matrix[rows, : -(-int(context_lens.max()) // self._block_size)]
+            host = tables.host
+            block_ids = host.matrix[token_rows, positions // block_size] if chunks else host.last[decodes]
+            used = tables.synced()[:, :num_columns][self._last_device_rows]
             groups.append(GroupInputs(mx.array(block_ids), AttentionMetadata(used, context_lens, cu_seqlens_q)))
-        token_ids: list[int] = []
-        for sequence, start, num_tokens in schedule.sequences:
-            token_ids += sequence.token_ids[start : start + num_tokens]
-        last_tokens = cu_seqlens_q[1:] - 1
-        rows_wanted = last_tokens[[item.needs_logits for item in schedule.sequences]]
-        if len(rows_wanted) == 0:
-            rows_wanted = last_tokens[-1:]  # a step must have a result, or its writes could not be waited for
-        logit_rows = None if len(rows_wanted) == len(token_ids) else mx.array(rows_wanted)
-        return StepInputs(
-            mx.array(token_ids, mx.int32),
+        logit_rows, wanted_rows = None, decodes
+        if chunks:
+            needs_logits = [chunk.needs_logits for chunk in chunks]
+            last_tokens = cu_seqlens_q[1:] - 1
+            wanted = np.concatenate([np.ones(len(decodes), bool), needs_logits])
+            wanted_rows = seq_rows[wanted]
+            if len(wanted_rows) == 0:
+                wanted = np.arange(len(wanted)) == len(wanted) - 1  # a step needs a result that can be waited for
+            logit_rows = mx.array(last_tokens[wanted])
+        inputs = StepInputs(
+            self._token_ids(schedule, drawn),
             mx.array(positions),
-            mx.array(positions % self._block_size),
+            mx.array(offsets),
             logit_rows,
             groups,
         )
+        return inputs, wanted_rows
 
-    def _row(self, seq_id: Hashable) -> int:
-        """The sequence's row, with what its tables have gained since the last step."""
-        row = self._rows.get(seq_id)
-        if row is None:
-            row = self._rows[seq_id] = self._free_rows.pop()
-        for tables in self._tables:
-            tables.update(row, seq_id)
-        return row
+    def _counts_to(self, end: int) -> np.ndarray:
+        """int32: 0 .. end - 1."""
+        if end > len(self._counts):
+            self._counts = np.arange(end, dtype=np.int32)
+        return self._counts[:end]
+
+    def _token_ids(self, schedule: Schedule, drawn: Drawn | None) -> mx.array:
+        """int32 [num_tokens]: from the host what is known there, the rest from what is being drawn."""
+        rows, decodes = self._rows, schedule.decodes
+        pending = np.zeros(0, np.int64)  # of each decode, where its token is among those being drawn; or -1
+        if drawn is not None:
+            if decodes is drawn.rows and not schedule.chunks and rows.version == drawn.version:
+                return drawn.token_ids.astype(mx.int32)
+            places = np.full(len(rows.sequences), -1)
+            current = np.nonzero(rows.stamp[drawn.rows] <= drawn.version)[0]
+            places[drawn.rows[current]] = current
+            pending = places[decodes]
+            if not schedule.chunks and (pending >= 0).all():
+                return drawn.token_ids[mx.array(pending)].astype(mx.int32)
+        host = rows.last_token[decodes]
+        if schedule.chunks:
+            parts = [c.sequence.token_ids[c.start : c.start + c.num_tokens] for c in schedule.chunks]
+            host = np.concatenate([host, *(np.array(part, np.int32) for part in parts)])
+        token_ids = mx.array(host)
+        places = np.nonzero(pending >= 0)[0]
+        if drawn is not None and len(places):
+            token_ids[mx.array(places)] = drawn.token_ids[mx.array(pending[places])].astype(mx.int32)
+        return token_ids
 
 
-class _BlockTables:
-    """The block tables of one group as a matrix, int32 [max_num_seqs, max_blocks_per_seq]."""
+class _DeviceTables:
+    """The device's copy of a group's block tables."""
 
-    def __init__(self, manager: BlockManager, max_num_seqs: int, max_blocks_per_seq: int) -> None:
-        self._manager = manager
-        self.matrix = np.zeros((max_num_seqs, max_blocks_per_seq), np.int32)
-        self.num_written = np.zeros(max_num_seqs, np.int64)
+    def __init__(self, host: BlockTables) -> None:
+        self.host = host
+        self.num_sent_entries = 0
+        self._entries = mx.array(host.matrix.reshape(-1))
 
-    def update(self, row: int, seq_id: Hashable) -> None:
-        # The last entry is written again, since copy-on-write may have replaced it.
-        begin = max(0, int(self.num_written[row]) - 1)
-        tail = self._manager.block_table(seq_id, begin)
-        self.matrix[row, begin : begin + len(tail)] = tail
-        self.num_written[row] = begin + len(tail)
+    def synced(self) -> mx.array:
+        """int32 [num_rows, max_blocks], with what has changed on the host."""
+        changes = self.host.take_changes()
+        if changes is not None:
+            indices, block_ids = map(mx.array, changes)
+            self._entries = mx.put_along_axis(self._entries, indices, block_ids, axis=0)
+            self.num_sent_entries += block_ids.size
+        return self._entries.reshape(self.host.matrix.shape)

@@ -83,9 +83,15 @@ class BlockManager:
         self.prefix_caching = prefix_caching
         self.window = window
         self._tier = tier
-        self._allocator = BlockAllocator(num_blocks, allocator)
-        self._prefixes = PrefixCache()
+        self._policy = allocator
         self._sequences: dict[Hashable, _SequenceBlocks] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every sequence and every cached prefix: the pool is as at the start."""
+        self._allocator = BlockAllocator(self.num_blocks, self._policy)
+        self._prefixes = PrefixCache()
+        self._sequences = {}
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -105,6 +111,10 @@ class BlockManager:
     def num_tokens(self, seq_id: Hashable) -> int:
         """The tokens that a sequence has slots for. Raises KeyError for an unknown id."""
         return len(self._get(seq_id).tokens)
+
+    def num_slots(self, seq_id: Hashable) -> int:
+        """The tokens that the blocks of a sequence have room for. Raises KeyError for an unknown id."""
+        return len(self._get(seq_id).table) * self.block_size
 
     def num_computed(self, seq_id: Hashable) -> int:
         """How many tokens of a sequence, from its start, have their K/V in place."""
@@ -140,7 +150,7 @@ class BlockManager:
             num_full = len(sequence.tokens) // self.block_size
             filled |= dict.fromkeys(sequence.table[sequence.num_released : num_full], self.block_size)
             if tail := len(sequence.tokens) % self.block_size:
-                filled[sequence.table[-1]] = max(tail, filled.get(sequence.table[-1], 0))
+                filled[sequence.table[num_full]] = max(tail, filled.get(sequence.table[num_full], 0))
         return sum(filled.values())
 
     def num_cached_tokens(self, token_ids: Sequence[int], *, salt: Hashable = None, limit: int | None = None) -> int:
@@ -203,26 +213,53 @@ class BlockManager:
         block is partly filled and shared, else none; the last owner of a block writes in place. Raises OutOfBlocks,
         and KeyError for an unknown id.
         """
-        sequence = self._get(seq_id)
-        if len(token_ids) == 0:
-            return []
-        needed = self._blocks_for(len(sequence.tokens) + len(token_ids)) - len(sequence.table)
-        last_is_partial = len(sequence.tokens) % self.block_size != 0
-        must_copy = last_is_partial and self._allocator.ref_counts[sequence.table[-1]] > 1
-        holds_any = sequence.num_released < len(sequence.table)
-        fresh = self._take(needed + must_copy, after=sequence.table[-1] if holds_any else None)
-        copies = []
-        if last_is_partial and not must_copy:
-            # After a fork of a part, the block may be a whole one of a longer sequence that is gone: it ends here.
-            self._prefixes.evict(sequence.table[-1])
-        if must_copy:
-            shared = sequence.table[-1]
-            sequence.table[-1] = fresh.pop(0)
-            copies.append((shared, sequence.table[-1]))
-            self._release([shared])
-        sequence.table += fresh
-        sequence.tokens += token_ids
+        copies = self.reserve(seq_id, len(token_ids))
+        self._get(seq_id).tokens += token_ids
         return copies
+
+    def reserve(self, seq_id: Hashable, num_tokens: int) -> list[tuple[int, int]]:
+        """Give a sequence slots for its next `num_tokens` tokens before it is known which they are.
+
+        `append` names them later, and does nothing else then. Returns and raises what `append` does.
+        """
+        sequence = self._get(seq_id)
+        if num_tokens == 0:
+            return []
+        num_named = len(sequence.tokens)
+        needed = max(0, self._blocks_for(num_named + num_tokens) - len(sequence.table))
+        tail = sequence.table[num_named // self.block_size] if num_named % self.block_size else None
+        must_copy = tail is not None and self._allocator.ref_counts[tail] > 1
+        if needed or must_copy:
+            holds_any = sequence.num_released < len(sequence.table)
+            fresh = self._take(needed + must_copy, after=sequence.table[-1] if holds_any else None)
+        if tail is not None and must_copy:
+            copy = fresh.pop(0)
+            sequence.table[num_named // self.block_size] = copy
+            sequence.table += fresh
+            self._release([tail])
+            return [(tail, copy)]
+        if tail is not None:
+            # After a fork of a part, the block may be a whole one of a longer sequence that is gone: it ends here.
+            self._prefixes.evict(tail)
+        if needed:
+            sequence.table += fresh
+        return []
+
+    def grow(self, seq_ids: Sequence[Hashable]) -> list[int]:
+        """One more block for each of the sequences, whose slots are all taken; `append` names its tokens later.
+
+        Returns the block ids. All of it happens or nothing: raises OutOfBlocks.
+        """
+        tables = [self._sequences[seq_id].table for seq_id in seq_ids]
+        if self._allocator.keeps_runs:
+            if len(tables) > self.num_free_blocks:
+                raise OutOfBlocks(f"{len(tables)} blocks needed, {self.num_free_blocks} of {self.num_blocks} are free")
+            block_ids = [self._take(1, after=table[-1] if table[-1] != NO_BLOCK else None)[0] for table in tables]
+        else:
+            block_ids = self._take(len(tables), after=None)
+        for table, block_id in zip(tables, block_ids, strict=True):
+            table.append(block_id)
+        return block_ids
 
     def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None:
         """The K/V of a sequence's first `num_tokens` is in place: their full blocks may be hit from now on.
@@ -377,7 +414,7 @@ class BlockManager:
         assert self.num_free_blocks == self.num_blocks - len(holders), "free blocks and used blocks don't add up"
         self._prefixes.check()
         for seq_id, sequence in self._sequences.items():
-            assert len(sequence.table) == self._blocks_for(len(sequence.tokens)), f"{seq_id!r}: table too long or short"
+            assert len(sequence.table) >= self._blocks_for(len(sequence.tokens)), f"{seq_id!r}: table too short"
             assert len(set(sequence.held)) == len(sequence.held), f"{seq_id!r} holds a block twice"
             assert sequence.table.count(NO_BLOCK) == sequence.num_released, f"{seq_id!r}: blocks lost"
             assert sequence.num_released <= self._first_visible(sequence.num_computed), f"{seq_id!r}: visible, released"
@@ -428,7 +465,7 @@ class BlockManager:
     def _take(self, count: int, after: int | None) -> list[int]:
         """Free blocks, to follow block `after`; they lose what they cached."""
         block_ids = self._allocator.allocate(count, after)
-        for block_id in block_ids:
+        for block_id in self._prefixes.held(block_ids):
             node = self._prefixes.evict(block_id)
             if node is not None and node.is_wanted and self._tier is not None:
                 self._tier.save(block_id, node.digest)

@@ -4,6 +4,7 @@ A block's K and V are kept under a key that names its prefix, so what comes back
 needs. A file is written under another name and renamed when it is whole, and says which model it belongs to.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -116,7 +117,8 @@ class FolderStore:
 
     def drop(self, key: str) -> None:
         self._used -= self._sizes.pop(key)
-        self._path(key).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.safetensors"
@@ -215,11 +217,17 @@ class Stores:
                 try:
                     return store.get(key)
                 except (OSError, ValueError) as error:
-                    store.drop(key)
-                    if not self._has_warned:
-                        _warn(f"what can't be read back is computed again: {error}")
-                    self._has_warned = True
+                    self.drop(key, error)
         return None
+
+    def drop(self, key: str, error: Exception) -> None:
+        """Forget a block that can't be used, with one warning."""
+        for store in (self._swap, self._saved):
+            if store is not None and key in store:
+                store.drop(key)
+        if not self._has_warned:
+            _warn(f"what can't be read back is computed again: {error}")
+        self._has_warned = True
 
 
 def _size(content: BlockContent) -> int:

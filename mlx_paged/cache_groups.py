@@ -119,6 +119,10 @@ class CacheGroups:
         """Those of the first group, which decides what fits."""
         return self._full.num_free_blocks
 
+    def num_slots(self, seq_id: Hashable) -> int:
+        """As `BlockManager.num_slots`, of the first group."""
+        return self._full.num_slots(seq_id)
+
     def allocate(self, seq_id: Hashable, token_ids: Sequence[int], *, salt: Hashable = None) -> int:
         """As `BlockManager.allocate`; cached are the leading tokens that every group can start from."""
         num_cached = self._full.num_cached_tokens(token_ids, salt=salt)
@@ -146,9 +150,26 @@ class CacheGroups:
         Raises OutOfBlocks; the groups that had room keep what they took, and the next call goes on from there.
         """
         for group, manager in enumerate(self.managers):
-            for src, dst in manager.append(seq_id, token_ids[manager.num_tokens(seq_id) : end]):
-                self.transfers.append(BlockCopy(group, src, dst))
-                self.num_cow_copies += 1
+            self._note_copies(group, manager.append(seq_id, token_ids[manager.num_tokens(seq_id) : end]))
+
+    def grow(self, seq_ids: Sequence[Hashable]) -> list[list[int]]:
+        """As `BlockManager.grow`, in every group: the block ids of each."""
+        for manager in self._windowed:
+            if len(seq_ids) > manager.num_free_blocks:
+                raise OutOfBlocks(f"{len(seq_ids)} blocks needed for a window, {manager.num_free_blocks} are free")
+        return [manager.grow(seq_ids) for manager in self.managers]
+
+    def own_tail(self, seq_id: Hashable) -> None:
+        """The slot of a sequence's next token may be written: copies its last block if that is shared.
+
+        Raises OutOfBlocks; as `extend`, the groups that had room keep what they took.
+        """
+        for group, manager in enumerate(self.managers):
+            self._note_copies(group, manager.reserve(seq_id, 1))
+
+    def _note_copies(self, group: int, copies: Sequence[tuple[int, int]]) -> None:
+        self.transfers += [BlockCopy(group, src, dst) for src, dst in copies]
+        self.num_cow_copies += len(copies)
 
     def promise(self, seq_id: Hashable, num_tokens: int) -> list[tuple[BlockManager, list[PrefixNode]]]:
         """As `BlockManager.promise`, with the manager of each list."""
@@ -186,6 +207,13 @@ class CacheGroups:
         """All transfers have been run."""
         for tier in self._tiers:
             tier.settle()
+
+    def clear(self) -> None:
+        """As `BlockManager.clear`; what was to be moved is not moved any more."""
+        for manager in self.managers:
+            manager.clear()
+        self.transfers.clear()
+        self.settle()
 
     def would_gain_a_run(self, num_tokens: int) -> bool:
         """As `BlockManager.would_gain_a_run`."""

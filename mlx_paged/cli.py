@@ -7,35 +7,37 @@ is imported until a model is loaded, so that --help answers at once.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from mlx_paged import __version__, cli_chat, cli_generate, cli_inspect
+from mlx_paged import __version__, cli_batch, cli_beam_search, cli_chat, cli_generate, cli_inspect
 from mlx_paged.config import ALLOCATORS, DTYPES, EngineConfig
 from mlx_paged.errors import EngineWarning
 from mlx_paged.models.aliases import ALIASES
-from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 from mlx_paged.terminal import Terminal, one_line
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
 
 Option = Callable[[Any], Any]
+Params = TypeVar("Params", SamplingParams, BeamSearchParams)
 
 _FLAGS = {
-    field.name: "-n" if field.name == "n" else "--" + field.name.replace("_", "-")
-    for settings in (EngineConfig, SamplingParams)
+    field.name: "--" + field.name.replace("_", "-")
+    for settings in (EngineConfig, SamplingParams, BeamSearchParams)
     for field in dataclasses.fields(settings)
-}
+} | {"n": "-n", "num_return_sequences": "--num-return"}
 
 
 class EngineCommand(click.Command):
@@ -85,7 +87,7 @@ class EngineGroup(click.Group):
             click.echo(f"mlx-paged: {one_line(error.format_message())}{hint}", err=True)
             code = error.exit_code
         except click.Abort:
-            code = cli_generate.INTERRUPTED
+            code = cli_batch.INTERRUPTED
         except OSError as error:  # --help > /dev/full
             Terminal().failure(str(error))
             code = 1
@@ -127,6 +129,15 @@ model_option: Option = text(
     "--model", metavar="MODEL", help="Alias, Hugging Face repository or folder. Default: the bundled demo model."
 )
 system_option: Option = text("--system", help="System message of the chat template.")
+prompt_options: Option = options(
+    click.argument("prompts", nargs=-1),
+    text("-p", "--prompt", "more_prompts", multiple=True, help='A prompt; "-" is stdin. Repeatable.'),
+    text("-f", "--file", "files", multiple=True, metavar="FILE", help="A file that is one prompt. Repeatable.",
+         type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+    model_option,
+    system_option,
+    flag("--raw", help="Continue the prompt as it is, without the chat template."),
+)  # fmt: skip
 engine_options: Option = options(
     whole("--block-size", help="Tokens per block of the KV cache. Default: 16."),
     whole("--num-kv-blocks", help="Size of the KV cache in blocks."),
@@ -141,7 +152,7 @@ engine_options: Option = options(
     text("--prefix-cache-dir", metavar="FOLDER", help="Keep the blocks of prompts there for later runs."),
 )
 sampling_options: Option = options(
-    whole("-m", "--max-tokens", help=f"Default: {cli_generate.DEFAULT_MAX_TOKENS}, or what fits if that is less."),
+    whole("-m", "--max-tokens", help=f"Default: {cli_batch.DEFAULT_MAX_TOKENS}, or what fits if that is less."),
     decimal("--temp", "--temperature", "temperature", default=0.0, help="Default: 0, greedy."),
     decimal("--top-p", default=1.0, help="Keep the likeliest tokens that make up this probability."),
     whole("--top-k", default=0, help="Keep this many tokens. Default: 0, all."),
@@ -173,15 +184,12 @@ def cli() -> None:
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
-@click.argument("prompts", nargs=-1)
-@text("-p", "--prompt", "more_prompts", multiple=True, help='A prompt; "-" is stdin. Repeatable.')
-@text("-f", "--file", "files", multiple=True, metavar="FILE", help="A file that is one prompt. Repeatable.",
-      type=click.Path(exists=True, dir_okay=False, path_type=Path))  # fmt: skip
-@model_option
-@system_option
-@flag("--raw", help="Continue the prompt as it is, without the chat template.")
+@prompt_options
 @whole("-n", default=1, help="Samples per prompt.")
 @sampling_options
+@text("--json-schema", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+      help="The output is JSON of the form that this JSON schema gives.")  # fmt: skip
+@text("--regex", help="The output matches this regular expression.")
 @flag("--json", "as_json", help="One JSON object per prompt and line.")
 @whole("--logprobs", help="With --json: the N best tokens and their log-probabilities.")
 @engine_options
@@ -193,6 +201,7 @@ def generate(
     model: str | None,
     system: str | None,
     raw: bool,
+    json_schema: Path | None,
     as_json: bool,
     verbose: bool,
     quiet: bool,
@@ -202,19 +211,56 @@ def generate(
 
     Prompts are arguments, -p, -f, or piped in. A model with a chat template answers; with --raw it continues.
     """
-    if system is not None and raw:
-        raise click.UsageError("--system needs the chat template that --raw turns off")
+    _check_system(system, raw)
     if settings["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs are shown with --json only")
-    params, engine = split_settings(settings)
-    texts = [_stdin_text() if prompt == "-" else prompt for prompt in (*prompts, *more_prompts)]
-    texts += [_as_text(path.read_bytes(), str(path)) for path in files]
-    if not texts and sys.stdin is not None and not sys.stdin.isatty():
-        texts = list(filter(None, [_stdin_text()]))
-    if not texts:
-        raise click.UsageError("there is no prompt: give one as an argument, with -p or -f, or through a pipe")
+    if json_schema is not None and settings["regex"] is not None:
+        raise click.UsageError("give --json-schema or --regex, not both")
+    settings["json_schema"] = None if json_schema is None else _read_schema(json_schema)
+    params, engine = split_settings(settings, SamplingParams)
+    texts = read_prompts(prompts, more_prompts, files)
     terminal = Terminal(verbose=verbose, quiet=quiet)
     return cli_generate.run(
+        texts, lambda: load(model, engine, terminal), params, system=system, raw=raw, as_json=as_json, terminal=terminal
+    )
+
+
+@cli.command(epilog=_ALIASES_EPILOG)
+@prompt_options
+@whole("--beam-width", default=4, help="Hypotheses kept while searching. Default: 4.")
+@whole("-m", "--max-tokens", default=64, help="Most tokens of a hypothesis. Default: 64.")
+@decimal("--length-penalty", default=1.0, help="The score is log-probability / tokens**X. Default: 1.")
+@click.option("--early-stopping", type=click.Choice(["false", "true", "never"]), default="false",
+              help="Stop when no hypothesis is likely to get better (false), when enough are finished (true), when "
+              "none can get better (never). Default: false.")  # fmt: skip
+@whole("--num-return", "num_return_sequences", help="Hypotheses shown, best first. Default: all of the beam width.")
+@flag("--json", "as_json", help="One JSON object per prompt and line.")
+@engine_options
+@report_options
+def beam_search(
+    prompts: tuple[str, ...],
+    more_prompts: tuple[str, ...],
+    files: tuple[Path, ...],
+    model: str | None,
+    system: str | None,
+    raw: bool,
+    early_stopping: str,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+    **settings: Any,
+) -> int:
+    """Find the likeliest texts for one prompt or many by beam search.
+
+    Prompts are arguments, -p, -f, or piped in. After the hypotheses of a prompt, best first, comes the most blocks
+    that its beams held at once, and how many they would have held without sharing any.
+    """
+    _check_system(system, raw)
+    settings["early_stopping"] = {"false": False, "true": True}.get(early_stopping, early_stopping)
+    params, engine = split_settings(settings, BeamSearchParams)
+    texts = read_prompts(prompts, more_prompts, files)
+    terminal = Terminal(verbose=verbose, quiet=quiet)
+    return cli_beam_search.run(
         texts, lambda: load(model, engine, terminal), params, system=system, raw=raw, as_json=as_json, terminal=terminal
     )
 
@@ -227,7 +273,7 @@ def generate(
 @report_options
 def chat(model: str | None, system: str | None, verbose: bool, quiet: bool, **settings: Any) -> int:
     """Talk with a model that remembers the conversation; /help shows what else can be typed."""
-    params, engine = split_settings(settings)
+    params, engine = split_settings(settings, SamplingParams)
     terminal = Terminal(verbose=verbose, quiet=quiet)
     return cli_chat.run(load(model, engine, terminal), params, system=system, terminal=terminal)
 
@@ -253,8 +299,19 @@ def inspect(verbose: bool, quiet: bool, **settings: Any) -> int:
     return cli_inspect.run(**settings)
 
 
-def split_settings(settings: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:
-    """The sampling parameters and the engine's settings among a command's options; out of range is bad usage."""
+def read_prompts(prompts: Sequence[str], more_prompts: Sequence[str], files: Sequence[Path]) -> list[str]:
+    """The prompts of arguments, options and files, or what is piped in; none at all is bad usage."""
+    texts = [_stdin_text() if prompt == "-" else prompt for prompt in (*prompts, *more_prompts)]
+    texts += [_as_text(path.read_bytes(), str(path)) for path in files]
+    if not texts and sys.stdin is not None and not sys.stdin.isatty():
+        texts = list(filter(None, [_stdin_text()]))
+    if not texts:
+        raise click.UsageError("there is no prompt: give one as an argument, with -p or -f, or through a pipe")
+    return texts
+
+
+def split_settings(settings: dict[str, Any], kind: type[Params]) -> tuple[Params, dict[str, Any]]:
+    """The request's parameters and the engine's settings among a command's options; out of range is bad usage."""
     names = {field.name for field in dataclasses.fields(EngineConfig)} - {"seed"}  # --seed is the request's
     engine = {name: settings.pop(name) for name in names & settings.keys()}
     engine = {name: value for name, value in engine.items() if value is not None}
@@ -262,7 +319,7 @@ def split_settings(settings: dict[str, Any]) -> tuple[SamplingParams, dict[str, 
         engine["prefix_caching"] = False
     try:
         EngineConfig(**engine)
-        return SamplingParams(**settings), engine
+        return kind(**settings), engine
     except ValueError as error:
         message = re.sub(r"^n\b|\b[a-z]+(_[a-z]+)+\b|^\w+\b", lambda name: _FLAGS.get(name[0], name[0]), str(error))
         raise click.UsageError(message) from None
@@ -296,7 +353,23 @@ def load(model: str | None, engine: dict[str, Any], terminal: Terminal) -> LLM:
 def _leave(*_: object) -> NoReturn:
     """End the process at once: after a KeyboardInterrupt a download's threads would first finish their files."""
     os.write(2, b"\n")
-    os._exit(cli_generate.INTERRUPTED)
+    os._exit(cli_batch.INTERRUPTED)
+
+
+def _check_system(system: str | None, raw: bool) -> None:
+    if system is not None and raw:
+        raise click.UsageError("--system needs the chat template that --raw turns off")
+
+
+def _read_schema(path: Path) -> dict[str, Any] | bool:
+    """The JSON schema in a file; anything else is bad usage."""
+    try:
+        schema = json.loads(_as_text(path.read_bytes(), str(path)))
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"--json-schema: {path} is not JSON: {error}") from None
+    if not isinstance(schema, dict | bool):
+        raise click.UsageError(f"--json-schema: {path} is JSON, but no JSON schema: that is an object")
+    return schema
 
 
 def _stdin_text() -> str:

@@ -7,7 +7,8 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from mlx_paged.cli_generate import INTERRUPTED, encode_chat, submit
+from mlx_paged.cli_batch import INTERRUPTED, encode_chat, submit
+from mlx_paged.outputs import RequestOutput
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.terminal import Tally, Terminal
 
@@ -64,6 +65,7 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, te
                 llm.engine.abort(request_id)
                 break
             for output in llm.engine.step():
+                assert isinstance(output, RequestOutput)
                 tally.count(output)
                 for sample in output.outputs:
                     pieces.append(sample.text)

@@ -52,8 +52,9 @@ class EngineConfig:
     longest prompt plus output, in tokens (None: the model's own limit). prefix_caching: reuse the blocks of equal
     prefixes. allocator: order in which free blocks are reused. swap_space: where blocks of preempted requests and
     evicted prefixes go: a size ("8GB") or a folder. prefix_cache_dir: a folder in which the blocks of prompts outlive
-    the process. dtype: of weights and cache (None: as stored; float32 on a CPU). seed: decides the random streams of requests that have no seed of their own. check_invariants: verify
-    the block manager after every step (slow). max_staging: most bytes that copying blocks may hold beside the pool.
+    the process. dtype: of weights and cache (None: as stored; float32 on a CPU). seed: decides the random streams of
+    requests that have no seed of their own. check_invariants: verify the block manager after every step (slow).
+    max_staging: most bytes that copying blocks may hold beside the pool.
     pipelining: while a step runs on the device, the next one is built and submitted ("submit"), only built ("build"),
     or neither ("off"); "auto" tries at start whether submitting is safe here, which means that it copies no pool.
     """

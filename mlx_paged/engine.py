@@ -1,35 +1,72 @@
-"""The engine: requests in, steps, outputs out. One step is schedule -> run -> sample -> hand out."""
+"""The engine: requests in, steps, outputs out. One step is schedule -> run -> sample -> hand out.
 
+Steps overlap: while the device computes one, the next is scheduled and its graph built, with tokens that are not
+known yet; then the first one's tokens are looked at while the second runs. A sequence that turns out to have ended
+has been computed one token too far, which is never sampled.
+"""
+
+import logging
+import threading
 import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.batch import BatchBuilder, StepInputs
+from mlx_paged.batch import BatchBuilder, Drawn
 from mlx_paged.block_manager import BlockManager
 from mlx_paged.block_mover import BlockMover
 from mlx_paged.block_store import open_stores
 from mlx_paged.cache_groups import CacheGroups
+from mlx_paged.candidates import beam_candidates
+from mlx_paged.completion import Completer, Stop
 from mlx_paged.config import EngineConfig
-from mlx_paged.detokenizer import TextStream
 from mlx_paged.model_runner import ModelRunner
-from mlx_paged.outputs import EngineStats, RequestMetrics, RequestOutput
-from mlx_paged.sampler import SampledTokens, SampleRow, TokenCounts, draw_id, sample
-from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.requests import RequestMaker
+from mlx_paged.rows import Rows
+from mlx_paged.sampler import SampledTokens, Sampler, stream_id
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 from mlx_paged.scheduler import Schedule, Scheduler
 from mlx_paged.sequence import Request, Sequence
 
+_LOG = logging.getLogger(__name__)
 _UNSEEDED = 1 << 40  # a sample index that no request has: keeps the engine's own seeds apart from users'
+
+
+@dataclass(eq=False)
+class _Step:
+    """A step that is given to the device, and what it will tell.
+
+    rows: of the logits. drawn, sampled: rows whose next tokens are drawn from them, and these; beams, candidates: the
+    same of beam searches. results: all that it tells, on the device; the logits if nothing is drawn. version,
+    drawn_version: of the rows, when those of the step and those drawn were chosen, since a row may change hands.
+    """
+
+    schedule: Schedule
+    rows: np.ndarray
+    version: int
+    logits: mx.array | None = None
+    drawn: np.ndarray | None = None
+    drawn_version: int = 0
+    sampled: SampledTokens | None = None
+    beams: list[Sequence] = field(default_factory=list)
+    candidates: tuple[mx.array, mx.array] | None = None
+    results: list[mx.array] = field(default_factory=list)
 
 
 class Engine:
     """Runs any number of requests over one model and one pool of blocks.
 
     tokenizer: mlx-lm's TokenizerWrapper, or None for requests in token ids only. max_model_len: the most tokens of
-    prompt and output together, None if only the pool bounds them.
+    prompt and output together, None if only the pool bounds them. `step` belongs to one thread at a time, and with
+    MLX to the one that made the model; requests may come from any thread, and be aborted from any.
     """
 
     def __init__(self, runner: ModelRunner, tokenizer: Any, config: EngineConfig, max_model_len: int | None) -> None:
@@ -46,19 +83,32 @@ class Engine:
             allocator=config.allocator,
             prefix_caching=config.prefix_caching,
         )
-        self._mover = BlockMover(self.cache_groups, runner, stores)
-        self._scheduler = Scheduler(self.cache_groups, config.max_num_seqs, config.max_num_batched_tokens)
         longest = self.block_manager.num_blocks
         if max_model_len is not None:
             longest = min(longest, -(-max_model_len // config.block_size))
-        self._batch = BatchBuilder(self.cache_groups, config.max_num_seqs, longest)
-        self._eos_token_ids = frozenset(tokenizer.eos_token_ids) if tokenizer is not None else frozenset()
+        self._rows = Rows(config.max_num_seqs, len(runner.plan.windows), longest, config.block_size)
+        self._mover = BlockMover(self.cache_groups, runner, stores)
+        self._scheduler = Scheduler(self.cache_groups, self._rows, config.max_num_seqs, config.max_num_batched_tokens)
+        self._batch = BatchBuilder(self._rows)
+        self._sampler = Sampler(config.max_num_seqs, runner.vocab_size)
+        num_blocks = self.block_manager.num_blocks
+        self._maker = RequestMaker(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
+        self._completer = Completer(tokenizer, self._maker.eos_token_ids)
         self._requests: dict[int, Request] = {}
+        self._arrived: deque[Request] = deque()
+        self._to_abort: deque[int] = deque()
+        self._outputs: list[RequestOutput | BeamSearchOutput] = []
+        self._under_way: _Step | None = None
+        self._at_work: list[_Step] = []  # steps that an error would be the error of
+        self._lock = threading.RLock()
+        self._arrival_lock = threading.Lock()
+        self._is_busy = False
         self._next_request_id = 0
         self._next_seq_id = 0
         self._num_steps = 0
         self._host_time = 0.0
         self._model_time = 0.0
+        self._seconds_per_token: float | None = None  # of steps with prompts, a moving average
 
     @property
     def block_manager(self) -> BlockManager:
@@ -68,308 +118,491 @@ class Engine:
     # -- requests -----------------------------------------------------------------------------------------------
 
     def add_request(
-        self, prompt: str | SequenceOf[int], params: SamplingParams | None = None, *, stream: bool = False
+        self,
+        prompt: str | SequenceOf[int],
+        params: SamplingParams | BeamSearchParams | None = None,
+        *,
+        stream: bool = False,
     ) -> int:
-        """Queue a prompt; returns the request's id. With `stream`, `step` returns its output piece by piece.
+        """Queue a prompt, from any thread; returns the request's id. With `stream`, its output comes piece by piece.
 
         Raises ValueError for a prompt that is empty, not of this vocabulary, or could never fit; TypeError for one
         that is neither text nor token ids.
         """
         return self.submit(self.make_request(prompt, params or SamplingParams(), stream=stream))
 
-    def make_request(self, prompt: str | SequenceOf[int], params: SamplingParams, *, stream: bool = False) -> Request:
+    def make_request(
+        self, prompt: str | SequenceOf[int], params: SamplingParams | BeamSearchParams, *, stream: bool = False
+    ) -> Request:
         """A validated request that is not queued yet. Raises as `add_request` does."""
-        token_ids = self._encode(prompt)
-        vocab_size = self._runner.vocab_size
-        outside = [token for token in token_ids if not 0 <= token < vocab_size]
-        outside += [token for token in params.logit_bias or () if token >= vocab_size]
-        if outside:
-            raise ValueError(f"token id {outside[0]} is outside the model's vocabulary of {vocab_size}")
-        if params.stop_strings and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
-        if params.n > self.config.max_num_seqs:
-            raise ValueError(f"n={params.n} samples can't run at once: max_num_seqs is {self.config.max_num_seqs}")
-        return Request(
-            request_id=-1,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=token_ids,
-            params=params,
-            seed=0,
-            max_tokens=self._max_new_tokens(len(token_ids), params),
-            stream=stream,
-            metrics=RequestMetrics(time.monotonic()),
-        )
+        return self._maker.make(prompt, params, stream=stream)
 
     def submit(self, request: Request) -> int:
-        """Queue a request that `make_request` made; returns its id."""
-        request.request_id = self._next_request_id
-        self._next_request_id += 1
-        seed = request.params.seed
-        request.seed = draw_id(self.config.seed, _UNSEEDED, request.request_id) if seed is None else seed
-        self._requests[request.request_id] = request
-        self._scheduler.add(self._new_sequence(request))
+        """Queue a request that `make_request` made, from any thread; returns its id. The next step takes it in."""
+        with self._arrival_lock:
+            request.request_id = self._next_request_id
+            self._next_request_id += 1
+            seed = getattr(request.params, "seed", None)
+            request.seed = stream_id(self.config.seed, _UNSEEDED + request.request_id) if seed is None else seed
+            self._arrived.append(request)
         return request.request_id
 
-    def abort(self, request_id: int) -> RequestOutput | None:
-        """End a request at once and free what it holds; what it has so far, or None if it had ended before.
+    def abort(self, request_id: int) -> RequestOutput | BeamSearchOutput | None:
+        """End a request and free what it holds; what it has so far, or None if it had ended before.
 
-        Raises KeyError for an id that was never given out.
+        May be called from any thread: waits for a step that is being made. Raises KeyError for an id that was never
+        given out.
         """
         if not 0 <= request_id < self._next_request_id:
             raise KeyError(f"no request {request_id}: ids up to {self._next_request_id - 1} were given out")
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return None
-        for sequence in request.sequences:
-            if not sequence.finished:
-                self._finish(sequence, "abort", None)
-        request.metrics.finished_time = time.monotonic()
-        return self._output(request, finished=True)
+        with self._alone() as was_busy:
+            if was_busy:  # in this very thread: a stream was closed by the garbage collector
+                self._to_abort.append(request_id)
+                return None
+            self._take_in()
+            request = self._requests.get(request_id)
+            if request is None:
+                return None
+            self._end(request, Stop("abort"))
+            return self._outputs.pop()
 
     def has_unfinished(self) -> bool:
-        """Whether any request still waits or runs."""
-        return bool(self._requests)
+        """Whether any request still waits or runs, or has ended without being handed out."""
+        return bool(self._arrived or self._requests or self._outputs)
 
     # -- steps --------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[RequestOutput]:
-        """Compute the next tokens of what is scheduled.
+    def step(self) -> list[RequestOutput | BeamSearchOutput]:
+        """Have the next tokens of what is scheduled computed.
 
-        Returns the requests that finished, and for those added with `stream` what is new of them.
+        Returns the requests that have finished, and for those added with `stream` what is new of them; this may be
+        nothing for several steps. An error while computing ends the requests that took part, with finish_reason
+        "error"; the others go on. After a KeyboardInterrupt everything can go on.
         """
-        started = time.perf_counter()
-        schedule = self._scheduler.schedule()
-        if not schedule.sequences:
-            assert not self._requests, "requests wait, and none of them can be served"
-            return []
-        samples = self._samples(schedule)
-        try:
-            inputs = self._batch.build(schedule)
-            built = time.perf_counter()
-            if not self._mover.run():
-                self._fail(schedule)
-                return []
-            sampled = self._run(inputs, samples)
-        except BaseException:
-            self._fail(schedule)
-            raise
-        computed = time.perf_counter()
-
-        self._scheduler.complete(schedule)
-        outputs = self._hand_out(samples, sampled) if sampled is not None else []
-        if self.config.check_invariants:
-            self.cache_groups.check()
-        self._num_steps += 1
-        self._model_time += computed - built
-        self._host_time += built - started + time.perf_counter() - computed
-        return outputs
+        with self._alone():
+            started, model_time = time.perf_counter(), self._model_time
+            try:
+                self._take_in()
+                self._advance()
+                if self.config.check_invariants:
+                    self._check()
+            except BaseException as error:
+                if not self._start_over(error):
+                    raise
+            self._host_time += time.perf_counter() - started - (self._model_time - model_time)
+            outputs, self._outputs = self._outputs, []
+            return outputs
 
     def compact(self) -> int:
         """Move the blocks in use to the start of the pool, so that the free space is one run; how many moved."""
-        num_moves = self.cache_groups.compact()
-        self._mover.run()
-        self._batch.rewrite()
-        return num_moves
+        with self._alone():
+            num_moves = self._scheduler.compact()
+            self._mover.run()
+            return num_moves
 
     def stats(self) -> EngineStats:
         """The engine's counters and the pool's state at this moment."""
-        manager = self.block_manager
-        num_used = manager.num_blocks - manager.num_free_blocks
-        kv_tokens = manager.num_kv_tokens()
-        return EngineStats(
-            num_blocks=manager.num_blocks,
-            num_free_blocks=manager.num_free_blocks,
-            block_size=manager.block_size,
-            kv_bytes=self._runner.kv_bytes,
-            kv_tokens=kv_tokens,
-            kv_waste=1 - kv_tokens / (num_used * manager.block_size) if num_used else 0.0,
-            prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
-            prefix_query_tokens=self._scheduler.prefix_query_tokens,
-            num_preemptions=self._scheduler.num_preemptions,
-            num_cow_copies=self.cache_groups.num_cow_copies,
-            num_swapped_blocks=self._mover.num_swapped_blocks,
-            num_steps=self._num_steps,
-            host_time_s=self._host_time,
-            model_time_s=self._model_time,
-        )
-
-    # -- helpers ------------------------------------------------------------------------------------------------
-
-    def _encode(self, prompt: str | SequenceOf[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("this engine has no tokenizer: give the prompt as token ids")
-            bos = self.tokenizer.bos_token
-            add_special_tokens = bos is None or not prompt.startswith(bos)
-            token_ids = list(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)) if prompt else []
-        else:
-            token_ids = list(prompt)
-            if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in token_ids):
-                raise TypeError("a prompt is text or a list of token ids")
-            token_ids = [int(token) for token in token_ids]
-        if not token_ids:
-            raise ValueError("the prompt is empty: give it at least one token")
-        return token_ids
-
-    def _max_new_tokens(self, num_prompt: int, params: SamplingParams) -> int:
-        """How many tokens a request may put out. Raises ValueError if its prompt, or what it asks for, can't fit."""
-        manager = self.block_manager
-        # The last token put out is never fed back, so it needs a place in the context but no slot in the pool.
-        room = manager.num_blocks * manager.block_size - num_prompt + 1
-        wanted = params.max_tokens or 1
-        if self.max_model_len is not None:
-            if num_prompt >= self.max_model_len:
-                raise ValueError(
-                    f"the prompt has {num_prompt} tokens and the context is {self.max_model_len}: shorten the prompt "
-                    "or raise max_model_len if the model allows it"
-                )
-            wanted = min(wanted, self.max_model_len - num_prompt)
-        if wanted > room:
-            needed = -(-(num_prompt + wanted - 1) // manager.block_size)
-            raise ValueError(
-                f"a prompt of {num_prompt} tokens and {wanted} more need {needed} blocks of {manager.block_size} "
-                f"tokens and the pool has {manager.num_blocks}: shorten the prompt, lower max_tokens, or raise "
-                "num_kv_blocks or kv_cache_memory"
+        with self._alone():
+            for sequence in self._scheduler.running:
+                self._scheduler.settle(sequence)
+            manager = self.block_manager
+            num_used = manager.num_blocks - manager.num_free_blocks
+            kv_tokens = manager.num_kv_tokens()
+            return EngineStats(
+                num_blocks=manager.num_blocks,
+                num_free_blocks=manager.num_free_blocks,
+                block_size=manager.block_size,
+                kv_bytes=self._runner.kv_bytes,
+                kv_tokens=kv_tokens,
+                kv_waste=1 - kv_tokens / (num_used * manager.block_size) if num_used else 0.0,
+                prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
+                prefix_query_tokens=self._scheduler.prefix_query_tokens,
+                num_preemptions=self._scheduler.num_preemptions,
+                num_cow_copies=self.cache_groups.num_cow_copies,
+                num_swapped_blocks=self._mover.num_swapped_blocks,
+                num_steps=self._num_steps,
+                host_time_s=self._host_time,
+                model_time_s=self._model_time,
             )
-        if params.max_tokens is not None:
-            return wanted
-        return room if self.max_model_len is None else min(room, self.max_model_len - num_prompt)
 
-    def _new_sequence(self, request: Request) -> Sequence:
-        sequence = Sequence(self._next_seq_id, request, len(request.sequences), list(request.prompt_token_ids))
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Keep other threads out; whether this one was in already, in a call that the garbage collector interrupts."""
+        with self._lock:
+            was_busy = self._is_busy
+            try:
+                self._is_busy = True
+                yield was_busy
+            finally:
+                self._is_busy = was_busy
+
+    # -- a step -------------------------------------------------------------------------------------------------
+
+    def _take_in(self) -> None:
+        """Requests that have arrived start to wait; those that were aborted in the middle of a step end."""
+        while self._arrived:
+            request = self._arrived[0]
+            self._requests[request.request_id] = request
+            self._arrived.popleft()
+            self._scheduler.add(self._new_sequence(request, request.prompt_token_ids))
+        while self._to_abort:
+            request_or_none = self._requests.get(self._to_abort.popleft())
+            if request_or_none is not None:
+                self._end(request_or_none, Stop("abort"))
+                self._outputs.pop()
+
+    def _advance(self) -> None:
+        """Give the device the next step, and take in the one before it."""
+        schedule = self._scheduler.schedule(may_preempt=self._under_way is None)
+        if schedule is None:  # a decode needs blocks, and it is not known yet whose to take
+            self._collect()
+            schedule = self._scheduler.schedule()
+            assert schedule is not None
+        self._seat_new_rows()
+        started = time.perf_counter()
+        if not schedule.num_tokens:
+            is_idle = not (self._scheduler.waiting or self._scheduler.running)
+            assert self._under_way or is_idle, "requests wait, and none of them can be served"
+            self._collect()
+            return
+        step = self._begin(schedule)
+        if not self._mover.run():
+            self._at_work.remove(step)
+            self._scheduler.fail(schedule)
+            return
+        self._build(step)
+        if self._runner.may_submit_early:
+            mx.async_eval(step.logits)
+        before, self._under_way = self._under_way, None
+        values = self._wait(before)
+        if not self._runner.may_submit_early:
+            mx.async_eval(step.logits)
+        if before is not None:
+            self._receive(before, values)
+        self._draw(step)
+        self._under_way = step
+        self._num_steps += 1
+        if self.config.pipelining == "off" or step.beams or schedule.is_short:
+            self._collect()
+        if schedule.chunks:
+            self._note_speed((time.perf_counter() - started) / schedule.num_tokens)
+
+    def _note_speed(self, seconds_per_token: float) -> None:
+        """Decide whether preempted sequences are worth swapping: whether moving a block is faster than computing it."""
+        before = self._seconds_per_token
+        self._seconds_per_token = seconds_per_token if before is None else 0.8 * before + 0.2 * seconds_per_token
+        moving = self._mover.seconds_per_block
+        if moving is not None:
+            self._scheduler.swap_pays = moving < self._seconds_per_token * self.config.block_size
+
+    def _begin(self, schedule: Schedule) -> _Step:
+        """From here on an error is that of the step's sequences."""
+        step = _Step(schedule, schedule.decodes, self._rows.version)
+        self._at_work.append(step)
+        for sequence, _, _ in schedule.chunks:
+            metrics = sequence.request.metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = time.monotonic()
+        return step
+
+    def _build(self, step: _Step) -> None:
+        """The graph of a step, up to its logits."""
+        before, drawn = self._under_way, None
+        if before is not None and before.drawn is not None and before.sampled is not None:
+            drawn = Drawn(before.drawn, before.drawn_version, before.sampled.token_ids)
+        inputs, step.rows = self._batch.build(step.schedule, drawn)
+        started = time.perf_counter()
+        step.logits = self._runner.run(inputs)
+        self._model_time += time.perf_counter() - started
+        self._scheduler.complete(step.schedule)
+        self._seat_new_rows()
+
+    def _draw(self, step: _Step) -> None:
+        """Have the next tokens of the rows chosen that still run."""
+        rows, drawn = self._rows, step.rows
+        sources = beams = masks = None  # sources: the logits of `drawn`; None: all
+        if rows.version != step.version or rows.needs_care:
+            alive = rows.stamp[step.rows] <= step.version
+            is_beam = rows.is_beam[step.rows]
+            sources = np.nonzero(alive & ~is_beam)[0]
+            beams = np.nonzero(alive & is_beam)[0]
+            drawn = step.rows[sources]
+            if rows.is_unforked[drawn].any():
+                sources, drawn = self._fork_samples(sources, drawn)
+            if rows.is_constrained[drawn].any():
+                masks, faulty = self._masks(drawn)
+                sources, drawn, masks = (np.delete(array, faulty, axis=0) for array in (sources, drawn, masks))
+        started = time.perf_counter()
+        assert step.logits is not None
+        if len(drawn):
+            logits = step.logits
+            if sources is not None and not np.array_equal(sources, np.arange(len(logits))):
+                logits = logits[mx.array(sources)]
+            num_tokens = rows.num_tokens[drawn]
+            step.sampled = self._sampler.sample(logits, drawn, num_tokens - rows.num_prompt[drawn], masks)
+            rows.num_tokens[drawn] = num_tokens + 1
+            step.drawn, step.drawn_version = drawn, rows.version
+        if beams is not None and len(beams):
+            step.beams = [beam for row in step.rows[beams].tolist() if (beam := rows.sequences[row]) is not None]
+            searches = {beam.request.search for beam in step.beams}
+            count = max(search.num_candidates for search in searches if search is not None)
+            step.candidates = beam_candidates(step.logits[mx.array(beams)], count)
+        told = [array for array in (*(step.sampled or ()), *(step.candidates or ())) if array is not None]
+        step.results = told or [step.logits]
+        mx.async_eval(step.results)
+        self._model_time += time.perf_counter() - started
+
+    def _fork_samples(self, sources: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of prompts that have just been computed, make the samples; the rows to draw for, and of which logits."""
+        more_sources, more_rows = [], []
+        for source, row in zip(sources.tolist(), drawn.tolist(), strict=True):
+            sequence = self._rows.sequences[row]
+            if sequence is None or sequence.request.is_forked:
+                continue
+            self._mover.keep_prompt(sequence.seq_id)
+            self._scheduler.set_forked(sequence)
+            for _ in range(1, sequence.request.width):
+                fork = self._new_sequence(sequence.request, sequence.token_ids)
+                self._scheduler.add_fork(sequence, fork)
+                more_sources.append(source)
+                more_rows.append(fork.row)
+        self._seat_new_rows()
+        return np.append(sources, more_sources).astype(np.int64), np.append(drawn, more_rows).astype(np.int64)
+
+    def _masks(self, drawn: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """The tokens that rows with a form may take, made while the device computes their logits.
+
+        Also the indices of rows whose form turns out to be a dead end; they have ended.
+        """
+        constrained = np.nonzero(self._rows.is_constrained[drawn])[0]
+        faulty = []
+        masks = np.full((len(drawn), -(-self._runner.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        for i in constrained.tolist():
+            sequence = self._rows.sequences[drawn[i]]
+            assert sequence is not None
+            try:
+                sequence.matcher.fill(masks[i])
+            except ValueError as error:
+                faulty.append(i)
+                self._finish(sequence, Stop("error", str(error)))
+                if sequence.request.finished:
+                    self._hand_out(sequence.request)
+        return masks, faulty
+
+    def _wait(self, step: _Step | None) -> list[np.ndarray]:
+        """The results of a step, on the host."""
+        if step is None:
+            return []
+        started = time.perf_counter()
+        values = [np.array(array) for array in step.results] if step.sampled or step.candidates else []
+        if not (values and self._runner.may_submit_early):
+            mx.eval(step.results)
+            mx.synchronize()  # nothing reads the pool any more: the next step may write it in place
+        self._model_time += time.perf_counter() - started
+        self._at_work.remove(step)
+        return values
+
+    def _collect(self) -> None:
+        """Wait for the step under way and take it in."""
+        step, self._under_way = self._under_way, None
+        if step is not None:
+            self._receive(step, self._wait(step))
+
+    def _receive(self, step: _Step, values: list[np.ndarray]) -> None:
+        """Give the sequences of a step their tokens, and hand out what has finished or is new."""
+        requests: dict[Request, None] = {}
+        if step.sampled is not None:
+            self._take_tokens(step, values if step.candidates is None else values[:-2], requests)
+        for i, beam in enumerate(step.beams):
+            if beam.row >= 0:
+                beam.candidates = [array[i] for array in values[-2:]]
+                requests[beam.request] = None
+        for request in requests:
+            if request.search is not None:
+                self._branch(request)
+            elif request.finished:
+                self._hand_out(request)
+            elif request.stream:
+                self._put_out(request, False)
+
+    def _take_tokens(self, step: _Step, values: list[np.ndarray], requests: dict[Request, None]) -> None:
+        """Tokens that were drawn; notes in `requests` those about which something may have to be done."""
+        rows, drawn = self._rows, step.drawn
+        assert drawn is not None
+        if rows.version != step.drawn_version:  # some may have been aborted meanwhile
+            current = np.nonzero(rows.stamp[drawn] <= step.drawn_version)[0]
+            drawn, values = drawn[current], [array[current] for array in values]
+        token_ids, logprobs, *top = values
+        for i in np.nonzero(rows.add_tokens(drawn, token_ids, logprobs))[0].tolist():
+            sequence = rows.sequences[drawn[i]]
+            assert sequence is not None
+            rows.flush(sequence)
+            request = sequence.request
+            requests[request] = None
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = time.monotonic()
+            best: dict[int, float] = {}
+            if sequence.logprobs is not None and top:
+                best = dict(zip(*(array[i, : request.params.logprobs].tolist() for array in top), strict=True))
+            stop = self._completer.take(sequence, float(logprobs[i]), best)
+            if stop is not None:
+                self._finish(sequence, stop)
+            else:
+                rows.set_watched(sequence.row, self._completer.has_to_watch(sequence))
+
+    def _branch(self, request: Request) -> None:
+        """Go on with the best continuations of a request's beams, once all of them are known."""
+        search, before = request.search, request.sequences
+        assert search is not None
+        if not all(beam.candidates for beam in before):
+            return
+        if not request.is_forked:
+            request.metrics.first_token_time = time.monotonic()
+            self._mover.keep_prompt(before[0].seq_id)
+            self._scheduler.set_forked(before[0])
+        self._count_blocks(request)
+        count = min(search.num_candidates, len(before[0].candidates[0]))
+        token_ids, logprobs = (np.stack([beam.candidates[i][:count] for beam in before]) for i in range(2))
+        try:
+            parents = search.advance(token_ids, logprobs)
+        except ValueError as error:
+            self._end(request, Stop("error", str(error)))
+            return
+        if search.finished:
+            self._end(request, Stop("stop"))
+            return
+        for i, sequence in enumerate(before):
+            sequence.candidates = None
+            if i not in parents:
+                self._scheduler.remove(sequence)
+        request.sequences = []
+        for i, parent in enumerate(parents):
+            if parent in parents[:i]:
+                fork = self._new_sequence(request, before[parent].token_ids)
+                self._scheduler.add_fork(before[parent], fork)
+            else:
+                request.sequences.append(before[parent])
+        for beam, sequence in zip(search.beams, request.sequences, strict=True):
+            self._rows.put(sequence, beam.token_ids[-1])
+        self._seat_new_rows()
+
+    def _count_blocks(self, request: Request) -> None:
+        """Note what a beam search holds, and what it would hold if its beams shared nothing."""
+        shared = len(request.prompt_token_ids) // self.config.block_size
+        tables = [self.block_manager.block_table(beam.seq_id, shared) for beam in request.sequences]
+        num_blocks = shared + len({block_id for table in tables for block_id in table})
+        request.num_blocks = max(request.num_blocks, num_blocks)
+        num_unshared = shared * len(tables) + sum(map(len, tables))
+        request.num_unshared_blocks = max(request.num_unshared_blocks, num_unshared)
+
+    # -- beginnings and ends ------------------------------------------------------------------------------------
+
+    def _new_sequence(self, request: Request, token_ids: list[int]) -> Sequence:
+        sequence = Sequence(self._next_seq_id, request, request.num_made, list(token_ids))
         self._next_seq_id += 1
-        if request.params.has_penalties:
-            sequence.counts = TokenCounts(request.prompt_token_ids)
-        if self.tokenizer is not None:
-            sequence.text_stream = TextStream(self.tokenizer.detokenizer, request.params.stop_strings)
+        request.num_made += 1
         request.sequences.append(sequence)
+        if request.search is None:
+            self._completer.start(sequence)
         return sequence
 
-    def _fail(self, schedule: Schedule) -> None:
-        """A step broke off: what it had scheduled starts again."""
-        self._scheduler.fail(schedule)
-        for item in schedule.sequences:
-            self._batch.forget(item.sequence.seq_id)
+    def _seat_new_rows(self) -> None:
+        """Tell who keeps things by rows about the sequences that have got one."""
+        for sequence in self._rows.take_joined():
+            request, params = sequence.request, sequence.request.params
+            if isinstance(params, SamplingParams):
+                stream = stream_id(request.seed, sequence.index)
+                output = sequence.output_token_ids
+                self._sampler.set_row(sequence.row, params, stream, request.prompt_token_ids, output)
+            watched = self._completer.has_to_watch(sequence)
+            self._rows.watch(sequence.row, watched, self._completer.stop_ids(request))
 
-    def _samples(self, schedule: Schedule) -> list["_Sample"]:
-        """The tokens to choose after this step: one per sequence, `n` where a prompt has just been computed."""
-        now = time.monotonic()
-        samples: list[_Sample] = []
-        row = 0
-        for item in schedule.sequences:
-            sequence, request = item.sequence, item.sequence.request
-            if request.metrics.first_scheduled_time is None:
-                request.metrics.first_scheduled_time = now
-            if not item.needs_logits:
-                continue
-            not_forked = len(request.sequences) < request.params.n
-            for number in range(request.params.n) if not_forked else (sequence.index,):
-                samples.append(_Sample(sequence, number, row))
-            row += 1
-        return samples
-
-    def _run(self, inputs: StepInputs, samples: list["_Sample"]) -> SampledTokens | None:
-        """Compute a step and choose its tokens; None if no sequence is far enough to need one."""
-        logits = self._runner.run(inputs)
-        if not samples:
-            self._runner.wait(logits)
-            return None
-        if len(samples) != logits.shape[0]:
-            logits = logits[mx.array([row for _, _, row in samples])]
-        rows = []
-        for sequence, number, _ in samples:
-            draw = draw_id(sequence.request.seed, number, len(sequence.output.token_ids))
-            rows.append(SampleRow(sequence.params, draw, sequence.counts))
-        return sample(logits, rows)
-
-    def _hand_out(self, samples: list["_Sample"], sampled: SampledTokens) -> list[RequestOutput]:
-        """Give each sequence its token and return what is finished or new."""
-        now = time.monotonic()
-        sequences = []
-        for sequence, number, _ in samples:
-            if number != sequence.index:
-                fork = self._new_sequence(sequence.request)
-                self._scheduler.add_fork(sequence, fork)
-                sequences.append(fork)
-            else:
-                sequences.append(sequence)
-        for row, sequence in enumerate(sequences):
-            if not sequence.output.token_ids and sequence.index == 0:
-                self._mover.keep_prompt(sequence.seq_id)
-            self._append_token(sequence, row, sampled)
-        outputs = []
-        for request in dict.fromkeys(sequence.request for sequence in sequences):
-            if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = now
-            finished = request.finished
-            if finished:
-                request.metrics.finished_time = now
-                del self._requests[request.request_id]
-            if finished or request.stream:
-                outputs.append(self._output(request, finished))
-        return outputs
-
-    def _append_token(self, sequence: Sequence, row: int, sampled: SampledTokens) -> None:
-        token_id = int(sampled.token_ids[row])
-        params, output = sequence.params, sequence.output
-        sequence.token_ids.append(token_id)
-        output.token_ids.append(token_id)
-        output.cumulative_logprob += float(sampled.logprobs[row])
-        if output.logprobs is not None:
-            best = {token_id: float(sampled.logprobs[row])}
-            if params.logprobs and sampled.top_token_ids is not None and sampled.top_logprobs is not None:
-                top_ids, top_logprobs = sampled.top_token_ids[row], sampled.top_logprobs[row]
-                best |= dict(zip(top_ids[: params.logprobs].tolist(), top_logprobs.tolist(), strict=False))
-            output.logprobs.append(best)
-        if sequence.counts is not None:
-            sequence.counts.add(token_id)
-        if token_id in self._eos_token_ids and not params.ignore_eos:
-            self._finish(sequence, "stop", None)
-            return
-        if token_id in (params.stop_token_ids or ()):
-            self._finish(sequence, "stop", token_id)
-            return
-        stopped_by = sequence.text_stream.add(token_id) if sequence.text_stream is not None else None
-        if stopped_by is not None:
-            self._finish(sequence, "stop", stopped_by)
-        elif len(output.token_ids) == sequence.request.max_tokens:
-            self._finish(sequence, "length", None)
-
-    def _finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None) -> None:
+    def _finish(self, sequence: Sequence, stop: Stop) -> None:
+        """A sequence ends, wherever it is."""
         self._scheduler.remove(sequence)
-        self._batch.forget(sequence.seq_id)
-        if sequence.text_stream is not None and not isinstance(stop_reason, str):
-            stopped_by = sequence.text_stream.finish()
-            if stopped_by is not None:
-                reason, stop_reason = "stop", stopped_by
-        sequence.output.finish_reason, sequence.output.stop_reason = reason, stop_reason
+        self._completer.finish(sequence, stop)
 
-    def _output(self, request: Request, finished: bool) -> RequestOutput:
-        """What the request has, or in a stream what it has gained since it was last asked."""
-        outputs = []
+    def _end(self, request: Request, stop: Stop) -> None:
+        """A request ends, with all its sequences."""
+        if stop.finish_reason == "error":
+            request.error = str(stop.stop_reason)
         for sequence in request.sequences:
-            output = sequence.output
-            output.text = sequence.text_stream.text if sequence.text_stream is not None else ""
-            if request.stream:
-                output, first, begin = replace(output), sequence.num_sent_tokens, sequence.num_sent_chars
-                sequence.num_sent_tokens, sequence.num_sent_chars = len(output.token_ids), len(output.text)
-                output.token_ids, output.text = output.token_ids[first:], output.text[begin:]
-                output.logprobs = output.logprobs and output.logprobs[first:]
-            outputs.append(output)
-        return RequestOutput(
-            request.request_id,
-            request.prompt,
-            request.prompt_token_ids,
-            outputs,
-            finished,
-            request.num_cached_tokens,
-            request.metrics,
-        )
+            if not sequence.finished:
+                self._finish(sequence, stop)
+        self._hand_out(request)
 
+    def _put_out(self, request: Request, finished: bool) -> None:
+        output, num_sent = self._completer.output(request, finished), self._completer.num_sent(request)
+        # At once, so that an interruption neither loses a part of a stream nor repeats it.
+        self._outputs[len(self._outputs) :], request.num_sent = [output], num_sent
 
-class _Sample(NamedTuple):
-    """A token to choose: for sample `number` of a request, after the last token of `sequence`, from a logits row."""
+    def _hand_out(self, request: Request) -> None:
+        """A request has ended."""
+        request.metrics.finished_time = time.monotonic()
+        self._put_out(request, True)
+        del self._requests[request.request_id]
 
-    sequence: Sequence
-    number: int
-    row: int
+    def _check(self) -> None:
+        for sequence in self._scheduler.running:
+            self._scheduler.settle(sequence)
+        self.cache_groups.check()
+
+    # -- after an error -----------------------------------------------------------------------------------------
+
+    def _start_over(self, error: BaseException) -> bool:
+        """A step broke off, anywhere: what was computed is forgotten, and every sequence waits to be computed again.
+
+        The requests of the steps at work end with the error. False if it has to be raised: it is no step's.
+        """
+        at_fault: dict[Request, None] = {}
+        is_of_a_step = isinstance(error, Exception) and not isinstance(error, AssertionError) and bool(self._at_work)
+        if is_of_a_step:
+            at_fault = dict.fromkeys(sequence.request for step in self._at_work for sequence in self._members(step))
+        self._under_way, self._at_work = None, []
+        traceback.clear_frames(error.__traceback__)  # they hold what was being computed, and with it the pools
+        self._runner.reset()
+        self._rows.clear()
+        self._batch = BatchBuilder(self._rows)
+        self._sampler = Sampler(self.config.max_num_seqs, self._runner.vocab_size)
+        for output in self._outputs:
+            if output.finished:  # it may have been put out just now
+                self._requests.pop(output.request_id, None)
+        requests = list(self._requests.values())
+        for request in requests:
+            self._mend(request)
+        self._scheduler.start_over([s for request in requests for s in request.sequences if not s.finished])
+        reason = " ".join(f"the step failed: {type(error).__name__}: {error}".split())
+        _LOG.debug(reason, exc_info=error)
+        for request in requests:
+            if request in at_fault:
+                self._end(request, Stop("error", reason))
+            elif request.finished or (request.search is not None and request.search.finished):
+                self._end(request, Stop("stop"))
+        return is_of_a_step
+
+    def _members(self, step: _Step) -> list[Sequence]:
+        """The sequences of a step that still run."""
+        rows, decodes = self._rows, step.schedule.decodes
+        current = decodes[rows.stamp[decodes] <= step.version]
+        chunks = [sequence for sequence, _, _ in step.schedule.chunks if sequence.row >= 0]
+        return [*filter(None, (rows.sequences[row] for row in current.tolist())), *chunks]
+
+    def _mend(self, request: Request) -> None:
+        """Bring a request into a state from which it can go on, wherever it was interrupted."""
+        request.num_made = len(request.sequences)
+        if request.search is not None:
+            beams = request.search.beams
+            request.is_forked = request.search.finished or bool(beams[0].token_ids)
+        if request.search is not None and request.is_forked:
+            request.sequences = []
+            for beam in request.search.beams:
+                self._new_sequence(request, request.prompt_token_ids + beam.token_ids)
+            return
+        num_wanted = request.width if request.is_forked else 1
+        while len(request.sequences) < num_wanted:
+            self._new_sequence(request, request.prompt_token_ids)
+        for sequence in request.sequences if request.search is None else ():
+            if not sequence.finished:
+                stop = self._completer.restart(sequence)
+                if stop is not None:
+                    self._completer.finish(sequence, stop)

@@ -31,10 +31,16 @@ class PagedKVCache:
     ) -> None:
         """num_blocks: of each layer's pool. max_staging: bytes that copies may hold beside the pools."""
         self._max_staging = max_staging
+        self._shapes = list(zip(layers, num_blocks, strict=True))
+        self._block_size = block_size
+        self.clear()
+
+    def clear(self) -> None:
+        """Pools of zeros, whatever has become of those before, which are let go first."""
         self.keys: list[mx.array] = []
         self.values: list[mx.array] = []
-        for layer, count in zip(layers, num_blocks, strict=True):
-            rows = (count, block_size, layer.num_kv_heads)
+        for layer, count in self._shapes:
+            rows = (count, self._block_size, layer.num_kv_heads)
             self.keys.append(mx.zeros((*rows, layer.key_dim), layer.dtype))
             self.values.append(mx.zeros((*rows, layer.value_dim), layer.dtype))
         mx.eval(self.keys, self.values)

@@ -1,8 +1,8 @@
 """The Python API: load a model, generate, chat, stream."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import mlx.nn as nn
 import numpy as np
@@ -13,10 +13,13 @@ from mlx_paged.engine import Engine
 from mlx_paged.model_runner import ModelRunner
 from mlx_paged.models import loading
 from mlx_paged.models.patch import patch_model
-from mlx_paged.outputs import EngineStats, RequestOutput
-from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.progress import ProgressBar
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 from mlx_paged.sequence import Request
 
+Output = RequestOutput | BeamSearchOutput
+Params = TypeVar("Params", SamplingParams, BeamSearchParams)
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
 
@@ -64,30 +67,66 @@ class LLM:
                 )
             max_model_len = config.max_model_len
         self.tokenizer = loaded.tokenizer
-        self._outputs: dict[int, list[RequestOutput]] = {}
+        self._outputs: dict[int, list[Output]] = {}
         self._runner = ModelRunner(patch_model(loaded.model), config, max_model_len)
         self.engine = Engine(self._runner, loaded.tokenizer, config, max_model_len)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
     ) -> list[RequestOutput]:
         """Complete prompts, all of them batched; the results are in the prompts' order.
 
-        prompts: texts or lists of token ids, or a single one. params: for all prompts, or one for each. Everything
-        is validated before anything runs: raises ValueError, or TypeError, as `Engine.add_request` does. When it is
-        interrupted, what it held is freed.
+        prompts: texts or lists of token ids, or a single one. params: for all prompts, or one for each. progress:
+        show a bar on stderr if that is a terminal. Everything is validated before anything runs: raises ValueError,
+        or TypeError, as `Engine.add_request` does. When it is interrupted, what it held is freed.
         """
+        return cast(list[RequestOutput], self._complete(prompts, params, SamplingParams, progress))
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | Sequence[BeamSearchParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """The best hypotheses for each prompt, all prompts batched; arguments and errors are those of `generate`."""
+        return cast(list[BeamSearchOutput], self._complete(prompts, params, BeamSearchParams, progress))
+
+    def _complete(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params | Sequence[Params] | None,
+        kind: type[Params],
+        progress: bool,
+    ) -> list[Output]:
+        """Run requests of one kind to their ends."""
         if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
             prompts = cast(list[Prompt], [prompts])
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
+        if params is None or not isinstance(params, Sequence):
+            params = [kind() if params is None else params] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling parameters: give one for all or each")
+        for one in params:
+            if not isinstance(one, kind):
+                raise TypeError(f"the parameters must be {kind.__name__}, got {type(one).__name__}")
         pairs = zip(cast(Sequence[Prompt], prompts), params, strict=True)
         requests = [self.engine.make_request(prompt, p) for prompt, p in pairs]
         request_ids = [self._submit(request) for request in requests]
         try:
-            return [self._wait(request_id)[-1] for request_id in request_ids]
+            with ProgressBar(len(requests), shown=progress) as bar:
+                own = set(request_ids)
+
+                def show(outputs: Sequence[Output]) -> None:
+                    for output in outputs:
+                        if output.request_id in own:
+                            bar.count(output)
+                    bar.show()
+
+                return [self._wait(request_id, show)[-1] for request_id in request_ids]
         finally:
             for request_id in request_ids:
                 self._forget(request_id)
@@ -108,7 +147,7 @@ class LLM:
         try:
             finished = False
             while not finished:
-                for output in self._wait(request_id):
+                for output in cast(list[RequestOutput], self._wait(request_id)):
                     finished = output.finished
                     yield output
         finally:
@@ -119,14 +158,16 @@ class LLM:
         self._outputs[request_id] = []
         return request_id
 
-    def _wait(self, request_id: int) -> list[RequestOutput]:
+    def _wait(self, request_id: int, after_step: Callable[[Sequence[Output]], None] = lambda _: None) -> list[Output]:
         """Step until the request has outputs, and take them. Those of other requests are kept for their callers."""
         while not self._outputs[request_id]:
-            for output in self.engine.step():
+            outputs = self.engine.step()
+            for output in outputs:
                 if output.request_id in self._outputs:
                     self._outputs[output.request_id].append(output)
-        outputs, self._outputs[request_id] = self._outputs[request_id], []
-        return outputs
+            after_step(outputs)
+        taken, self._outputs[request_id] = self._outputs[request_id], []
+        return taken
 
     def _forget(self, request_id: int) -> None:
         """End a request, if it has not ended, and drop what nobody has taken of it."""

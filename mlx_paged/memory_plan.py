@@ -5,19 +5,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_paged.attention import AttentionMetadata
-from mlx_paged.batch import GroupInputs, StepInputs
 from mlx_paged.cache_groups import blocks_for_window
 from mlx_paged.config import EngineConfig, format_memory, parse_memory
-from mlx_paged.kv_cache import PagedKVCache
 from mlx_paged.models.loading import weight_bytes
 from mlx_paged.models.patch import PatchedModel
+from mlx_paged.probe import measure_reserve
 
 _GPU_SHARE = 0.75  # of what the device recommends, for weights, activations and cache together
 _CPU_SHARE = 0.10  # of RAM, for the cache
-_CPU_PROBE_TOKENS = 8
 _MOST_BLOCKS = 1 << 20  # of a group that stores nothing, for a model that does not say how long its context is
 
 
@@ -68,7 +64,7 @@ def plan_memory(model: PatchedModel, config: EngineConfig, max_model_len: int | 
             f"the weights take {format_memory(weights)} and there is {format_memory(limit)} of {device}: take a "
             "smaller or a quantised model"
         )
-    reserve = _measure_reserve(model, config, max_model_len, on_cpu)
+    reserve = measure_reserve(model, config, max_model_len, on_cpu)
     room = limit - weights - reserve
     windows = model.groups
     block_bytes = [0] * len(windows)
@@ -132,41 +128,3 @@ def device_limit() -> tuple[int, str]:
     if "free_memory" in info:
         return int(info["free_memory"]) + mx.get_active_memory(), "free GPU memory"
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "RAM"
-
-
-def _measure_reserve(model: PatchedModel, config: EngineConfig, max_model_len: int | None, on_cpu: bool) -> int:
-    """Bytes that one step takes beside weights and cache: one prefill at the largest chunk, measured.
-
-    On a CPU, where that would take minutes for a large model, a few tokens are measured and scaled.
-    """
-    mx.eval(model.model.parameters())
-    chunk = min(config.max_num_batched_tokens, max_model_len or config.max_num_batched_tokens)
-    num_tokens = min(chunk, _CPU_PROBE_TOKENS) if on_cpu else chunk
-    num_rows = 1 if on_cpu else min(num_tokens, config.max_num_seqs)
-    positions = np.arange(num_tokens, dtype=np.int32)
-    num_blocks = -(-num_tokens // config.block_size)
-    metadata = AttentionMetadata(
-        np.arange(num_blocks, dtype=np.int32)[None],
-        np.array([num_tokens], np.int32),
-        np.array([0, num_tokens], np.int32),
-    )
-    group = GroupInputs(mx.array(positions // config.block_size), metadata)
-    inputs = StepInputs(
-        mx.zeros(num_tokens, mx.int32),
-        mx.array(positions),
-        mx.array(positions % config.block_size),
-        mx.arange(num_tokens - num_rows, num_tokens, dtype=mx.int32),
-        [group] * len(model.groups),
-    )
-    layers = [layer for layer, _ in model.stored_layers]
-    kv_cache = PagedKVCache(layers, [num_blocks] * len(layers), config.block_size, 1)
-    mx.synchronize()
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    mx.eval(mx.logsumexp(model(kv_cache, inputs).astype(mx.float32), axis=-1))
-    measured = max(0, mx.get_peak_memory() - before)
-    if not on_cpu:
-        return measured
-    sampling = 4 * 4 * config.max_num_seqs * model.vocab_size  # float32 logits and what the sampler makes of them
-    return measured * chunk // num_tokens + sampling

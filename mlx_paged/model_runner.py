@@ -1,5 +1,6 @@
 """Runs a patched model over the paged KV cache."""
 
+import contextlib
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -13,6 +14,7 @@ from mlx_paged.config import EngineConfig, parse_memory
 from mlx_paged.kv_cache import PagedKVCache
 from mlx_paged.memory_plan import plan_memory
 from mlx_paged.models.patch import PatchedModel
+from mlx_paged.probe import may_submit_early
 
 _CHECKSUM_PIECE = 1 << 24  # words
 
@@ -26,6 +28,7 @@ class ModelRunner:
         layers = [layer for layer, _ in model.stored_layers]
         self._group_of_layer = [group for _, group in model.stored_layers]
         num_blocks = [self.plan.num_blocks[group] for group in self._group_of_layer]
+        self.may_submit_early = may_submit_early(model, config)
         self._kv_cache = PagedKVCache(layers, num_blocks, config.block_size, parse_memory(config.max_staging))
 
     @property
@@ -40,9 +43,11 @@ class ModelRunner:
         """The logits of the step's rows, [num_rows, vocab_size], not evaluated yet; K and V are written with them."""
         return self._model(self._kv_cache, inputs)
 
-    def wait(self, logits: mx.array) -> None:
-        """Have a step computed whose logits nobody needs."""
-        mx.eval(logits)
+    def reset(self) -> None:
+        """After an error, of which the pools may be part: new ones."""
+        with contextlib.suppress(Exception):  # what is still under way may fail like what was
+            mx.synchronize()
+        self._kv_cache.clear()
 
     def move_blocks(self, group: int, moves: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, (source, destination) after (source, destination), in every layer of a cache group."""

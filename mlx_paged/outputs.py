@@ -25,12 +25,39 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """Moments in the life of a request, in seconds of `time.monotonic()`; None until they happen."""
+    """Moments in the life of a request, in seconds of `time.monotonic()`; None until they happen.
+
+    The properties are the times between them, in seconds; None while one of the two is unknown.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+
+    @property
+    def queue_time(self) -> float | None:
+        """From the arrival to the first step that computes some of the request."""
+        return self._since_arrival(self.first_scheduled_time)
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """From the arrival to the first token, the time in the queue included."""
+        return self._since_arrival(self.first_token_time)
+
+    @property
+    def total_time(self) -> float | None:
+        """From the arrival to the end."""
+        return self._since_arrival(self.finished_time)
+
+    def time_per_output_token(self, num_tokens: int) -> float | None:
+        """Mean seconds from one token to the next, for a longest sample of `num_tokens`; None if there was no next."""
+        if self.first_token_time is None or self.finished_time is None or num_tokens < 2:
+            return None
+        return (self.finished_time - self.first_token_time) / (num_tokens - 1)
+
+    def _since_arrival(self, moment: float | None) -> float | None:
+        return None if moment is None else moment - self.arrival_time
 
 
 @dataclass
@@ -47,6 +74,11 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(len(sample.token_ids) for sample in self.outputs)
 
 
 @dataclass
@@ -82,6 +114,11 @@ class BeamSearchOutput:
     num_unshared_blocks: int = 0
     error: str | None = None
     aborted: bool = False
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of all hypotheses."""
+        return sum(len(hypothesis.token_ids) for hypothesis in self.sequences)
 
 
 @dataclass

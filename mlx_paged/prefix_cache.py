@@ -5,7 +5,7 @@ by (parent, tokens). Tokens are compared, not only their hashes, and the parent 
 collision can serve another prompt's block.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from hashlib import sha256
 from weakref import WeakValueDictionary
 
@@ -61,6 +61,11 @@ class PrefixCache:
 
     def __len__(self) -> int:
         return len(self._node_of_block)
+
+    def held(self, block_ids: Iterable[int]) -> list[int]:
+        """Those of the blocks that can be found."""
+        nodes = self._node_of_block
+        return [block_id for block_id in block_ids if block_id in nodes]
 
     def root(self, salt: Hashable = None) -> PrefixNode:
         """The empty prefix of the requests with this salt; others never see theirs."""

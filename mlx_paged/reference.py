@@ -3,9 +3,14 @@
 Sequences with equally many queries and contexts of similar length are computed together, so a batch of decodes costs
 a few operations however many sequences it has. What one operation gathers or scores stays under `_MAX_BYTES`.
 
+Decodes are split over their contexts (as in Flash-Decoding): all chunks of all sequences have one size and are
+computed as one batch, then the chunks of each sequence are merged. Short and long contexts so share a few operations
+without being padded to the longest.
+
 K and V are gathered a row of one head at a time, straight into the order that the matrix products want: on a CPU
 gathering whole blocks and then transposing takes five times as long. Positions past a sequence's context read its
-last token again, so that what unused slots hold, NaN included, is never read.
+last token again, so that what unused slots hold, NaN included, is never read. Where the rows are is computed on the
+device, once per step: the host handles a few numbers per sequence, whatever the contexts.
 """
 
 from __future__ import annotations
@@ -19,18 +24,36 @@ if TYPE_CHECKING:
     from mlx_paged.attention import AttentionMetadata
 
 _MAX_BYTES = 128 << 20
+_PARTS = np.array([1, 2, 4, 8, 16])  # of the longest context: the choice of chunk sizes
+_CHUNK_COST = 32  # what a further chunk costs, in keys
 
 
-class _Group(NamedTuple):
-    """Sequences that are computed together, with as many queries each."""
+class _Merge(NamedTuple):
+    """Which chunks make up each sequence."""
+
+    chunks: mx.array  # int32 [num_seqs, max_chunks]
+    bias: mx.array  # [num_seqs, max_chunks, 1, 1, 1]: -inf for chunks that the sequence does not have, otherwise 0
+
+
+class _Decodes(NamedTuple):
+    """Sequences with one query each, their keys cut into chunks of one size."""
+
+    tokens: mx.array | None  # int32 [num_chunks]: the row in q of each chunk's query, None if its own number
+    rows: mx.array  # int32 [num_chunks, num_kv_heads, chunk_size]: the keys' rows in the cache as [-1, dim]
+    bias: mx.array  # [num_chunks or 1, 1, 1, chunk_size or 1]: -inf for keys that the chunk does not have, otherwise 0
+    merge: _Merge | None  # None: one chunk each
+
+
+class _Prompts(NamedTuple):
+    """Sequences with several queries each, and the keys that they see."""
 
     tokens: mx.array  # int32 [num_seqs, num_queries]: the queries' rows in q
-    rows: mx.array  # int [num_seqs, num_kv_heads, num_keys]: the keys' rows in the cache as [-1, dim]
+    rows: mx.array  # int32 [num_seqs, num_kv_heads, num_keys]: the keys' rows in the cache as [-1, dim]
     visible: mx.array  # bool [num_seqs, 1, num_queries, num_keys]
 
 
 class _Plan(NamedTuple):
-    groups: list[_Group]
+    groups: list[_Decodes | _Prompts]
     order: mx.array | None  # int32 [num_tokens]: the row of each token in the groups' outputs, None if the same
     num_padding: int  # tokens of sequences without context, whose outputs come last
 
@@ -58,24 +81,82 @@ def attend(
 ) -> mx.array:
     """The reference backend of `paged_attention`; shapes as there."""
     _, block_size, num_kv_heads, key_dim = k_cache.shape
-    value_dim = v_cache.shape[3]
-    shape = _Shape(block_size, num_kv_heads, q.shape[1], key_dim + value_dim, window)
+    num_heads, value_dim = q.shape[1], v_cache.shape[3]
+    shape = _Shape(block_size, num_kv_heads, num_heads, key_dim + value_dim, window)
     plan = metadata.derive(shape, lambda: _plan(metadata, shape))
-    # On a CPU float32 is both the precise and the fast arithmetic.
-    dtype = mx.float32 if mx.default_device() == mx.cpu else q.dtype
-    if sinks is not None:
-        sinks = sinks.astype(dtype)
+    k_rows, v_rows = k_cache.flatten(0, 2), v_cache.flatten(0, 2)
     outputs = []
     for group in plan.groups:
-        keys = k_cache.reshape(-1, key_dim)[group.rows].astype(dtype)
-        values = v_cache.reshape(-1, value_dim)[group.rows].astype(dtype)
-        queries = q[group.tokens].astype(dtype).transpose(0, 2, 1, 3)
-        out = _softmax_attention(queries, keys, values, group.visible, scale, softcap, sinks)
-        outputs.append(out.transpose(0, 2, 1, 3).flatten(0, 1))
+        keys, values = k_rows[group.rows], v_rows[group.rows]
+        compute = _decode if isinstance(group, _Decodes) else _prefill
+        outputs.append(compute(q, keys, values, group, scale, softcap, sinks))
     if plan.num_padding or not outputs:
-        outputs.append(mx.zeros((plan.num_padding, q.shape[1], value_dim), dtype))
+        outputs.append(mx.zeros((plan.num_padding, num_heads, value_dim), q.dtype))
     result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-    return (result if plan.order is None else result[plan.order]).astype(q.dtype)
+    return result if plan.order is None else result[plan.order]
+
+
+def _decode(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    group: _Decodes,
+    scale: float,
+    softcap: float | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """q [num_tokens, heads, dim], k and v [num_chunks, kv_heads, chunk_size, dim] -> [num_seqs, heads, value_dim]."""
+    num_heads, dim = q.shape[1:]
+    num_kv_heads = k.shape[1]
+    queries = q if group.tokens is None else q[group.tokens]
+    queries = queries.astype(mx.float32).reshape(-1, num_kv_heads, num_heads // num_kv_heads, dim)
+    keys = k.astype(mx.float32).swapaxes(-1, -2)
+    if softcap is None:
+        scores = mx.addmm(group.bias, queries, keys, alpha=scale)
+    else:
+        scores = mx.tanh((queries * (scale / softcap)) @ keys) * softcap + group.bias
+    weights = mx.softmax(scores, axis=-1)
+    out = weights @ v.astype(mx.float32)
+    if group.merge is not None or sinks is not None:
+        # The log of the sum of exp(scores), with no second pass of exp.
+        log_total = scores.max(axis=-1, keepdims=True) - mx.log(weights.max(axis=-1, keepdims=True))
+        out = _merged(out, log_total, group.merge, sinks)
+    return out.reshape(-1, num_heads, v.shape[3]).astype(q.dtype)
+
+
+def _merged(out: mx.array, log_total: mx.array, merge: _Merge | None, sinks: mx.array | None) -> mx.array:
+    """The mean over each sequence's chunks, weighed by exp(log_total); a sink is one more chunk, of zeros.
+
+    out: [num_chunks, kv_heads, heads / kv_heads, value_dim] -> [num_seqs, kv_heads, heads / kv_heads, 1, value_dim].
+    """
+    if merge is None:
+        out, log_total = out[:, None], log_total[:, None]
+    else:
+        out, log_total = out[merge.chunks], log_total[merge.chunks] + merge.bias
+    out, log_total = out.transpose(0, 2, 3, 1, 4), log_total.transpose(0, 2, 3, 4, 1)
+    if sinks is None:
+        return mx.softmax(log_total, axis=-1) @ out
+    sink = sinks.astype(mx.float32).reshape(1, *log_total.shape[1:3], 1, 1)
+    log_total = mx.concatenate([log_total, mx.broadcast_to(sink, (*log_total.shape[:4], 1))], axis=-1)
+    return mx.softmax(log_total, axis=-1)[..., :-1] @ out
+
+
+def _prefill(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    group: _Prompts,
+    scale: float,
+    softcap: float | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """q [num_tokens, heads, dim], k and v [num_seqs, kv_heads, keys, dim] -> [num_seqs * queries, heads, value_dim]."""
+    # On a CPU float32 is both the precise and the fast arithmetic.
+    dtype = mx.float32 if mx.default_device() == mx.cpu else q.dtype
+    queries = q[group.tokens].astype(dtype).transpose(0, 2, 1, 3)
+    sinks = None if sinks is None else sinks.astype(dtype)
+    out = _softmax_attention(queries, k.astype(dtype), v.astype(dtype), group.visible, scale, softcap, sinks)
+    return out.transpose(0, 2, 1, 3).flatten(0, 1).astype(q.dtype)
 
 
 def _softmax_attention(
@@ -105,56 +186,116 @@ def _softmax_attention(
 def _plan(metadata: AttentionMetadata, shape: _Shape) -> _Plan:
     """How to compute a step, for layers of this shape."""
     contexts, lengths, starts = metadata.context_lens, metadata.query_lens, metadata.cu_seqlens_q
-    groups, row_order = [], []
-    for num_queries in np.unique(lengths[(contexts > 0) & (lengths > 0)]):
-        seqs = np.nonzero((lengths == num_queries) & (contexts > 0))[0]
+    max_keys = _MAX_BYTES // (4 * shape.num_kv_heads * shape.dims)
+    groups: list[_Decodes | _Prompts] = []
+    runs: list[np.ndarray] = []  # first and last token of those computed together, in the order of the outputs
+    for num_queries in sorted(set(lengths.tolist()) - {0}):
+        seqs = np.flatnonzero((lengths == num_queries) & (contexts > 0))
         num_keys = contexts if shape.window is None else np.minimum(contexts, num_queries + shape.window - 1)
-        for members in _similar_lengths(seqs, num_keys, _MAX_BYTES // (4 * shape.num_kv_heads * shape.dims)):
-            tile = _MAX_BYTES // (4 * shape.num_heads * len(members) * int(num_keys[members].max()))
-            for begin in range(0, num_queries, max(1, tile)):
-                queries = np.arange(begin, min(begin + max(1, tile), num_queries))
-                groups.append(_group(metadata, shape, members, queries))
-                row_order.append((starts[members, None] + queries).ravel())
-    padding = [np.arange(starts[i], starts[i + 1]) for i in np.nonzero(contexts == 0)[0]]
-    order = np.concatenate([*row_order, *padding]) if row_order or padding else np.zeros(0, np.int32)
-    in_order = bool((order == np.arange(len(order))).all())
-    return _Plan(groups, None if in_order else mx.array(np.argsort(order).astype(np.int32)), sum(map(len, padding)))
+        for members in _similar_lengths(seqs, num_keys, max_keys, int(_PARTS[-1]) if num_queries == 1 else 2):
+            if num_queries == 1:
+                groups.append(_decodes(metadata, shape, members, num_keys[members]))
+                runs.append(starts[members, None] + [0, 0])
+                continue
+            tile = max(1, _MAX_BYTES // (4 * shape.num_heads * len(members) * int(num_keys[members].max())))
+            for begin in range(0, num_queries, tile):
+                size = min(tile, num_queries - begin)
+                groups.append(_prompts(metadata, shape, members, begin, size))
+                runs.append(starts[members, None] + [begin, begin + size - 1])
+    runs += [starts[i : i + 2][None] - [0, 1] for i in np.flatnonzero((contexts == 0) & (lengths > 0))]
+    num_padding = int(lengths[contexts == 0].sum())
+    first, last = np.concatenate([*runs, np.zeros((0, 2), np.int64)]).T
+    if len(first) == 0 or (first[0] == 0 and (first[1:] == last[:-1] + 1).all()):
+        return _Plan(groups, None, num_padding)
+    tokens = [np.arange(begin, end + 1) for begin, end in zip(first.tolist(), last.tolist(), strict=True)]
+    return _Plan(groups, mx.array(np.argsort(np.concatenate(tokens)).astype(np.int32)), num_padding)
 
 
-def _group(metadata: AttentionMetadata, shape: _Shape, seqs: np.ndarray, queries: np.ndarray) -> _Group:
-    """The given queries of each sequence, and the keys that they see."""
-    contexts = metadata.context_lens[seqs, None]
-    query_positions = contexts - metadata.query_lens[seqs, None] + queries  # [num_seqs, num_queries]
-    first = np.zeros_like(contexts)
+def _decodes(metadata: AttentionMetadata, shape: _Shape, seqs: np.ndarray, num_keys: np.ndarray) -> _Decodes:
+    """The queries of decodes, each of which sees the last `num_keys` tokens of its sequence."""
+    chunk_size = _chunk_size(num_keys)
+    num_chunks = -(-num_keys // chunk_size)
+    number = np.arange(int(num_chunks.max()))
+    present = number < num_chunks[:, None]
+    owner, number = np.nonzero(present)  # of each chunk, its sequence and which of its chunks it is
+    merge = None
+    if present.shape[1] > 1:
+        chunks = (np.cumsum(present) - 1).reshape(present.shape) * present
+        absent = np.where(present, np.float32(0), -np.float32(np.inf))
+        merge = _Merge(mx.array(chunks.astype(np.int32)), mx.array(absent[:, :, None, None, None]))
+    contexts = metadata.context_lens[seqs]
+    begin = (contexts - num_keys)[owner] + number * chunk_size
+    positions = _column(begin) + mx.arange(chunk_size, dtype=mx.int32)
+    bias = mx.zeros((1, 1, 1, 1))
+    end = contexts[owner]
+    if (begin + chunk_size > end).any():
+        last = _column(end - 1)
+        bias = mx.where(positions <= last, 0.0, -mx.inf).reshape(-1, 1, 1, chunk_size)
+        positions = mx.minimum(positions, last)
+    rows = _rows(metadata, shape, _column(seqs[owner]), positions)
+    tokens = metadata.cu_seqlens_q[seqs][owner]
+    in_order = len(tokens) == metadata.cu_seqlens_q[-1] and (tokens == np.arange(len(tokens))).all()
+    return _Decodes(None if in_order else mx.array(tokens), rows, bias, merge)
+
+
+def _chunk_size(num_keys: np.ndarray) -> int:
+    """The size with the least work: small chunks leave few places empty, but each costs something."""
+    sizes = -(-num_keys.max() // _PARTS)
+    num_chunks = -(-num_keys[:, None] // sizes)
+    return int(sizes[np.argmin(num_chunks.sum(axis=0) * (sizes + _CHUNK_COST))])
+
+
+def _prompts(metadata: AttentionMetadata, shape: _Shape, seqs: np.ndarray, begin: int, num_queries: int) -> _Prompts:
+    """The queries `begin` and following of each sequence, and the keys that they see."""
+    first_query = metadata.context_lens[seqs] - metadata.query_lens[seqs] + begin
+    last_query = first_query + num_queries - 1
+    first_key = np.zeros_like(first_query)
     if shape.window is not None:
-        first = np.maximum(query_positions[:, :1] + 1 - shape.window, 0)
-    last = query_positions[:, -1:]
-    positions = first + np.arange(int((last - first).max()) + 1)  # [num_seqs, num_keys]
-    distance = query_positions[:, :, None] - positions[:, None]
+        first_key = np.maximum(first_query + 1 - shape.window, 0)
+    queries = mx.arange(num_queries, dtype=mx.int32)
+    positions = _column(first_key) + mx.arange(int((last_query - first_key).max()) + 1, dtype=mx.int32)
+    distance = (_column(first_query) + queries)[:, :, None] - positions[:, None]
     visible = distance >= 0
     if shape.window is not None:
-        visible &= distance < shape.window
-    positions = np.minimum(positions, last)
-    block_ids = np.take_along_axis(metadata.block_tables[seqs], positions // shape.block_size, axis=1)
-    slots = block_ids.astype(np.int64) * shape.block_size + positions % shape.block_size
-    rows = slots[:, None] * shape.num_kv_heads + np.arange(shape.num_kv_heads)[:, None]
-    index_type = np.int32 if rows.max() < 2**31 else np.int64
-    tokens = metadata.cu_seqlens_q[seqs, None] + queries
-    return _Group(
-        mx.array(tokens.astype(np.int32)), mx.array(rows.astype(index_type)), mx.array(visible[:, None])
-    )
+        visible = visible & (distance < shape.window)
+    rows = _rows(metadata, shape, _column(seqs), mx.minimum(positions, _column(last_query)))
+    return _Prompts(_column(metadata.cu_seqlens_q[seqs] + begin) + queries, rows, visible[:, None])
 
 
-def _similar_lengths(seqs: np.ndarray, num_keys: np.ndarray, max_keys: int) -> list[np.ndarray]:
-    """Split sequences into groups whose longest is at most twice the shortest; padded, a group has `max_keys`."""
+def _rows(metadata: AttentionMetadata, shape: _Shape, seqs: mx.array, positions: mx.array) -> mx.array:
+    """[n, num_kv_heads, keys]: where the cache has the keys at `positions`, [n, keys], of `seqs`, [n, 1].
+
+    int32 is wide enough: as [rows, dim] an array of MLX has fewer than 2**31 rows.
+    """
+    block, offset = mx.divmod(positions, shape.block_size)
+    rows = (metadata.block_tables[seqs, block] * shape.block_size + offset) * shape.num_kv_heads
+    return mx.expand_dims(rows, 1) + mx.arange(shape.num_kv_heads, dtype=mx.int32).reshape(-1, 1)
+
+
+def _column(values: np.ndarray) -> mx.array:
+    """int32 [n, 1] on the device."""
+    return mx.array(values[:, None].astype(np.int32))
+
+
+def _similar_lengths(seqs: np.ndarray, num_keys: np.ndarray, max_keys: int, spread: int) -> list[np.ndarray]:
+    """Split sequences into groups whose longest is at most `spread` times the shortest (or 64 keys, if that is more).
+
+    Were all as long as its longest, a group would have at most `max_keys` keys.
+    """
+    if len(seqs) == 0:
+        return []
+    longest = num_keys[seqs].max()
+    if longest <= spread * max(64, num_keys[seqs].min()) and longest * len(seqs) <= max_keys:
+        return [seqs]
     groups: list[np.ndarray] = []
     by_length = seqs[np.argsort(num_keys[seqs], kind="stable")]
+    sorted_keys = num_keys[by_length].tolist()
     begin = 0
     for end in range(1, len(by_length) + 1):
-        longest = num_keys[by_length[end]] if end < len(by_length) else None
+        longest = sorted_keys[end] if end < len(by_length) else None
         if (
             longest is None
-            or longest > max(128, 2 * num_keys[by_length[begin]])
+            or longest > spread * max(64, sorted_keys[begin])
             or longest * (end + 1 - begin) > max_keys
         ):
             groups.append(np.sort(by_length[begin:end]))

@@ -1,175 +1,289 @@
 """From logits to tokens: all rows of a step at once, each with its own parameters and random stream.
 
-Order of operations as in vLLM: log-probabilities of the model's own distribution, then logit bias, penalties,
-temperature, min-p, top-k, top-p, and a draw by the Gumbel-max method. A row's random numbers depend on its seed, its
-index among the samples of its request and the position of the token, and on nothing else.
+Order of operations as in vLLM: log-probabilities of the model's own distribution, then the grammar's mask, logit bias,
+penalties, temperature, min-p, top-k, top-p, and a draw by the Gumbel-max method. A row's random numbers depend on its
+seed, its index among the samples of its request and the position of the token, and on nothing else.
+
+What a step needs of its rows is gathered once and kept while the same rows come: then only the keys of the draws are
+new. A stage works on the rows that need it, and is skipped where none does.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.token_counts import TokenCounts
 
-_MASK = (1 << 64) - 1
-
-
-class TokenCounts:
-    """How often each token occurs in a sequence, for penalties: arrays of the tokens seen, which grow in place."""
-
-    def __init__(self, prompt: Sequence[int]) -> None:
-        self._slot: dict[int, int] = {}
-        self._tokens = np.zeros(64, np.int32)
-        self._counts = np.zeros(64, np.float32)
-        for token in prompt:
-            self._slot_of(token)
-
-    def add(self, token: int) -> None:
-        """`token` was put out."""
-        slot = self._slot_of(token)  # may replace the arrays by larger ones
-        self._counts[slot] += 1
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """int32: the distinct tokens of prompt and output."""
-        return self._tokens[: len(self._slot)]
-
-    @property
-    def counts(self) -> np.ndarray:
-        """float32: how often each of `tokens` was put out; 0 for those of the prompt alone."""
-        return self._counts[: len(self._slot)]
-
-    def _slot_of(self, token: int) -> int:
-        slot = self._slot.setdefault(token, len(self._slot))
-        if slot == len(self._tokens):
-            self._tokens = np.concatenate([self._tokens, np.zeros_like(self._tokens)])
-            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
-        self._tokens[slot] = token
-        return slot
-
-
-class SampleRow(NamedTuple):
-    """What the sampler needs to know of a row: parameters, 64 bits that name its random draw, and token counts."""
-
-    params: SamplingParams
-    draw: int
-    counts: TokenCounts | None
+_LARGE = 1e30  # a larger parameter means no more than this, and might overflow float32
+_UINT64 = (1 << 64) - 1
+_ROW = np.dtype(
+    [
+        ("temperature", np.float32),  # 0: greedy
+        ("log_min_p", np.float32),
+        ("top_k", np.int32),  # vocab_size: all
+        ("top_p", np.float32),
+        ("repetition_penalty", np.float32),
+        ("presence_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("num_top", np.int32),
+        ("stream", np.uint64),
+    ]
+)
 
 
 class SampledTokens(NamedTuple):
-    """token_ids: int [num_rows]; logprobs: float [num_rows], the model's, of those tokens; top_*: [num_rows, k]."""
+    """token_ids: uint32 [n]; logprobs: float32 [n], the model's, of those tokens; top_*: [n, k], best first."""
 
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    top_token_ids: np.ndarray | None
-    top_logprobs: np.ndarray | None
-
-
-def draw_id(seed: int, index: int, position: int) -> int:
-    """64 bits for the draw of the token at `position` of sample `index` under `seed` (splitmix64, Steele 2014)."""
-    return _mix(_mix(_mix(seed & _MASK) + index) + position)
+    token_ids: mx.array
+    logprobs: mx.array
+    top_token_ids: mx.array | None
+    top_logprobs: mx.array | None
 
 
-def _mix(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+class _Penalties(NamedTuple):
+    """Of the rows of a batch that have penalties; each float32 [., 1]."""
+
+    rows: mx.array | None  # in the batch; None: all
+    slots: np.ndarray  # of their token counts
+    device_slots: mx.array  # the same
+    repetition: mx.array
+    presence: mx.array
+    frequency: mx.array
 
 
-def sample(logits: mx.array, rows: Sequence[SampleRow]) -> SampledTokens:
-    """Choose a token per row. logits: [num_rows, vocab_size], any float type; a value of NaN never wins."""
-    logits = logits.astype(mx.float32)
-    logits = mx.where(mx.isnan(logits), -mx.inf, logits)
-    params = [row.params for row in rows]
-    model_logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    logits = _penalise(_bias(logits, params), rows)
-    tokens = mx.argmax(logits, axis=-1)
-    if not all(p.is_greedy for p in params):
-        greedy = np.array([p.is_greedy for p in params])
-        temperature = [1.0 if p.is_greedy else p.temperature for p in params]
-        scaled = _truncate(logits / _column(temperature), params)
-        noise = _gumbel([row.draw for row in rows], logits.shape[-1])
-        tokens = mx.where(mx.array(greedy), tokens, mx.argmax(scaled + noise, axis=-1))
-    logprobs = mx.take_along_axis(model_logprobs, tokens[:, None], axis=-1)[:, 0]
-    num_top = max((p.logprobs or 0 for p in params), default=0)
-    if num_top == 0:
-        mx.eval(tokens, logprobs)
-        return SampledTokens(np.array(tokens), np.array(logprobs), None, None)
-    num_top = min(num_top, logits.shape[-1])
-    top = mx.argpartition(-model_logprobs, kth=num_top - 1, axis=-1)[:, :num_top]
-    top_logprobs = mx.take_along_axis(model_logprobs, top, axis=-1)
-    order = mx.argsort(-top_logprobs, axis=-1)
-    top, top_logprobs = (mx.take_along_axis(x, order, axis=-1) for x in (top, top_logprobs))
-    mx.eval(tokens, logprobs, top, top_logprobs)
-    return SampledTokens(np.array(tokens), np.array(logprobs), np.array(top), np.array(top_logprobs))
+class _Random(NamedTuple):
+    """Of the rows of a batch that are not greedy; each float32 [., 1] unless said otherwise."""
+
+    rows: mx.array | None  # in the batch; None: all
+    row_numbers: np.ndarray  # in the batch
+    streams: np.ndarray  # uint64 [.]
+    temperature: mx.array
+    log_min_p: mx.array | None
+    cut_rows: mx.array | None  # those of the random rows that have a top_k or a top_p; None: all
+    top_k: mx.array | None  # int32, of the cut rows; None: there are none
+    top_p: mx.array | None  # of the cut rows
 
 
-def _column(values: Sequence[float]) -> mx.array:
-    """float32 [num_rows, 1]"""
-    return mx.array(np.array(values, np.float32)[:, None])
+class _Batch(NamedTuple):
+    """What the rows of a step ask for; None for a stage that no row needs."""
+
+    rows: np.ndarray
+    bias: tuple[mx.array, mx.array, mx.array] | None  # row in the batch, token, value
+    penalties: _Penalties | None
+    random: _Random | None
+    num_top: int
 
 
-def _bias(logits: mx.array, params: Sequence[SamplingParams]) -> mx.array:
-    entries = [
-        (row, token, value) for row, p in enumerate(params) for token, value in (p.logit_bias or {}).items()
-    ]
-    if not entries:
-        return logits
-    rows, tokens, values = zip(*entries, strict=True)
-    return logits.at[mx.array(rows), mx.array(tokens)].add(mx.array(values, mx.float32))
+class Sampler:
+    """Chooses a token per row. `num_rebuilds`: how often the parameters of a batch had to be put together."""
+
+    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+        self.num_rebuilds = 0
+        self._vocab_size = vocab_size
+        self._params = np.zeros(max_num_seqs, _ROW)
+        self._bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the rows that have it: tokens, values
+        self._counts = TokenCounts(max_num_seqs, vocab_size)
+        self._batch: _Batch | None = None
+
+    def set_row(
+        self, row: int, params: SamplingParams, stream: int, prompt: Sequence[int], output: Sequence[int]
+    ) -> None:
+        """A sequence takes `row`, with the tokens it has so far. `stream`: its `stream_id`."""
+        self._params[row] = (
+            0.0 if params.is_greedy else min(params.temperature, _LARGE),
+            math.log(params.min_p) if params.min_p > 0 else -math.inf,
+            min(params.top_k or self._vocab_size, self._vocab_size),
+            params.top_p,
+            min(max(params.repetition_penalty, 1 / _LARGE), _LARGE),
+            params.presence_penalty,
+            params.frequency_penalty,
+            min(params.logprobs or 0, self._vocab_size),
+            stream,
+        )
+        self._bias.pop(row, None)
+        if params.logit_bias:
+            values = [min(max(value, -_LARGE), _LARGE) for value in params.logit_bias.values()]
+            self._bias[row] = np.array(list(params.logit_bias), np.int32), np.array(values, np.float32)
+        if params.has_penalties:
+            self._counts.set(row, prompt, output)
+        else:
+            self._counts.release(row)
+        if self._batch is not None and (self._batch.rows == row).any():
+            self._batch = None
+
+    def sample(
+        self, logits: mx.array, rows: np.ndarray, positions: np.ndarray, masks: np.ndarray | None = None
+    ) -> SampledTokens:
+        """A token for each of `rows`, as lazy arrays: nothing is evaluated here.
+
+        logits: [n, vocab_size], any float type. rows: int [n], whose logits they are, in any order, each at most once.
+        positions: int [n], the indices in the rows' outputs of the tokens to draw. masks: 32-bit
+        [n, ceil(vocab_size / 32)], bit t % 32 of word t // 32 allows token t; log-probabilities are those without it.
+        A row with a logit of NaN or +inf gets the log-probability NaN, and a token that means nothing.
+        """
+        batch = self._batch
+        if batch is None or not np.array_equal(batch.rows, rows):
+            batch = self._batch = self._gather(rows)
+        logits = logits.astype(mx.float32)
+        normalizer = mx.logsumexp(logits, axis=-1, keepdims=True)
+        normalizer = mx.where(normalizer < mx.inf, normalizer, mx.nan)
+
+        scores = logits if masks is None else _mask(logits, masks)
+        if batch.bias is not None:
+            row, token, value = batch.bias
+            scores = scores.at[row, token].add(value)
+        if batch.penalties is not None:
+            scores = _penalise(scores, batch.penalties, *self._counts.read(batch.penalties.device_slots))
+        token_ids = _choose(scores, batch.random, positions)
+        if batch.penalties is not None:
+            self._counts.add(batch.penalties.slots, _pick(token_ids, batch.penalties.rows))
+
+        logprobs = (mx.take_along_axis(logits, token_ids[:, None], axis=-1) - normalizer)[:, 0]
+        if batch.num_top == 0:
+            return SampledTokens(token_ids, logprobs, None, None)
+        top = mx.argpartition(-logits, kth=batch.num_top - 1, axis=-1)[:, : batch.num_top]
+        top_logits = mx.take_along_axis(logits, top, axis=-1)
+        order = mx.argsort(-top_logits, axis=-1)
+        top, top_logits = (mx.take_along_axis(x, order, axis=-1) for x in (top, top_logits))
+        return SampledTokens(token_ids, logprobs, top, top_logits - normalizer)
+
+    def _gather(self, rows: np.ndarray) -> _Batch:
+        self.num_rebuilds += 1
+        params = self._params[rows]
+        bias = None
+        biased = [(number, *self._bias[row]) for number, row in enumerate(rows.tolist()) if row in self._bias]
+        if biased:
+            numbers, tokens, values = zip(*biased, strict=True)
+            number_of_each = np.repeat(np.array(numbers, np.int32), [len(t) for t in tokens])
+            bias = mx.array(number_of_each), mx.array(np.concatenate(tokens)), mx.array(np.concatenate(values))
+        penalties = _gather_penalties(params, self._counts.slots[rows])
+        random = _gather_random(params, self._vocab_size)
+        return _Batch(rows.copy(), bias, penalties, random, int(params["num_top"].max()))
 
 
-def _penalise(logits: mx.array, rows: Sequence[SampleRow]) -> mx.array:
+def stream_id(seed: int, index: int) -> int:
+    """64 bits that name the random stream of sample `index` under `seed` (splitmix64, Steele 2014)."""
+    seed_bits, index_bits = np.array([[seed & _UINT64], [index & _UINT64]], np.uint64)
+    return int(_mix(_mix(seed_bits) + index_bits)[0])
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _gather_penalties(params: np.ndarray, slots: np.ndarray) -> _Penalties | None:
+    chosen = slots >= 0
+    if not chosen.any():
+        return None
+    params, slots = params[chosen], slots[chosen]
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    return _Penalties(_index(chosen), slots, mx.array(slots), *(_column(params[name]) for name in names))
+
+
+def _gather_random(params: np.ndarray, vocab_size: int) -> _Random | None:
+    chosen = params["temperature"] > 0
+    if not chosen.any():
+        return None
+    params = params[chosen]
+    cut = (params["top_k"] < vocab_size) | (params["top_p"] < 1)
+    top_k, top_p = params["top_k"][cut], params["top_p"][cut]
+    return _Random(
+        rows=_index(chosen),
+        row_numbers=np.flatnonzero(chosen),
+        streams=params["stream"].copy(),
+        temperature=_column(params["temperature"]),
+        log_min_p=_column(params["log_min_p"]) if (params["log_min_p"] > -np.inf).any() else None,
+        cut_rows=_index(cut),
+        top_k=_column(top_k) if cut.any() else None,
+        top_p=_column(top_p) if (top_p < 1).any() else None,
+    )
+
+
+def _index(chosen: np.ndarray) -> mx.array | None:
+    return None if chosen.all() else mx.array(np.flatnonzero(chosen).astype(np.int32))
+
+
+def _column(values: np.ndarray) -> mx.array:
+    return mx.array(np.ascontiguousarray(values)[:, None])
+
+
+def _pick(x: mx.array, rows: mx.array | None) -> mx.array:
+    return x if rows is None else x[rows]
+
+
+def _on_rows(rows: mx.array | None, x: mx.array, function: Callable[[mx.array], mx.array]) -> mx.array:
+    """`x` with `function` applied to some of its rows."""
+    if rows is None:
+        return function(x)
+    result = mx.array(x)  # so that the assignment leaves `x` as it is
+    result[rows] = function(x[rows])
+    return result
+
+
+def _mask(logits: mx.array, masks: np.ndarray) -> mx.array:
+    octets = mx.array(np.ascontiguousarray(masks).view(np.uint8))
+    bits = octets[:, :, None] & mx.array([1, 2, 4, 8, 16, 32, 64, 128], mx.uint8)
+    return mx.where(bits.reshape(len(masks), -1)[:, : logits.shape[-1]] != 0, logits, -mx.inf)
+
+
+def _penalise(scores: mx.array, penalties: _Penalties, occurs: mx.array, num_out: mx.array) -> mx.array:
     """Repetition (of prompt and output), presence and frequency (of output) penalties on the tokens that occur."""
-    penalised = [(i, row.params, row.counts) for i, row in enumerate(rows) if row.counts is not None]
-    if not penalised:
-        return logits
-    sizes = [len(counts.tokens) for _, _, counts in penalised]
-    row_ids = mx.array(np.repeat([i for i, _, _ in penalised], sizes).astype(np.int32))
-    tokens = mx.array(np.concatenate([counts.tokens for _, _, counts in penalised]))
-    counts_out = mx.array(np.concatenate([counts.counts for _, _, counts in penalised]))
 
-    def per_token(name: str) -> mx.array:
-        return mx.array(np.repeat([getattr(p, name) for _, p, _ in penalised], sizes).astype(np.float32))
+    def penalised(scores: mx.array) -> mx.array:
+        repeated = mx.where(scores > 0, scores / penalties.repetition, scores * penalties.repetition)
+        scores = mx.where(occurs, repeated, scores)
+        return scores - penalties.frequency * num_out - penalties.presence * (num_out > 0)
 
-    repetition = per_token("repetition_penalty")
-    seen = logits[row_ids, tokens]
-    seen = mx.where(seen > 0, seen / repetition, seen * repetition)
-    seen = seen - per_token("frequency_penalty") * counts_out - per_token("presence_penalty") * (counts_out > 0)
-    penalised_logits = logits + 0  # the model's log-probabilities still need the original
-    penalised_logits[row_ids, tokens] = seen
-    return penalised_logits
+    return _on_rows(penalties.rows, scores, penalised)
 
 
-def _truncate(logits: mx.array, params: Sequence[SamplingParams]) -> mx.array:
-    """Min-p, then top-k, then top-p: what they rule out becomes -inf. Equal logits stay or go together."""
-    vocab_size = logits.shape[-1]
-    if any(p.min_p > 0 for p in params):
-        with np.errstate(divide="ignore"):
-            least = mx.array(np.log(np.array([[p.min_p] for p in params], np.float32)))
-        logits = mx.where(logits < logits.max(axis=-1, keepdims=True) + least, -mx.inf, logits)
-    top_k = [p.top_k if 0 < p.top_k < vocab_size and not p.is_greedy else vocab_size for p in params]
-    top_p = [p.top_p if not p.is_greedy else 1.0 for p in params]
-    if min(top_k) == vocab_size and min(top_p) == 1:
-        return logits
-    descending = -mx.sort(-logits, axis=-1)
-    kth = mx.take_along_axis(descending, mx.array(np.array(top_k, np.int32)[:, None] - 1), axis=-1)
-    logits = mx.where(logits < kth, -mx.inf, logits)
-    if min(top_p) < 1:
-        descending = mx.where(descending < kth, -mx.inf, descending)
-        probabilities = mx.softmax(descending, axis=-1, precise=True)
+def _choose(scores: mx.array, random: _Random | None, positions: np.ndarray) -> mx.array:
+    """The best token of greedy rows, a drawn one of the others: uint32 [n]."""
+    if random is None:
+        return mx.argmax(scores, axis=-1)
+    draws = _mix(random.streams + positions[random.row_numbers].astype(np.uint64))
+    weights = _truncate(_pick(scores, random.rows) / random.temperature, random)
+    drawn = mx.argmax(weights + _gumbel(draws, scores.shape[-1]), axis=-1)
+    if random.rows is None:
+        return drawn
+    token_ids = mx.argmax(scores, axis=-1)
+    token_ids[random.rows] = drawn
+    return token_ids
+
+
+def _truncate(scores: mx.array, random: _Random) -> mx.array:
+    """Min-p, then top-k, then top-p: what they rule out becomes -inf. Equal scores stay or go together."""
+    if random.log_min_p is not None:
+        scores = mx.where(scores < scores.max(axis=-1, keepdims=True) + random.log_min_p, -mx.inf, scores)
+    top_k, top_p = random.top_k, random.top_p
+    if top_k is None:
+        return scores
+
+    def cut(scores: mx.array) -> mx.array:
+        descending = -mx.sort(-scores, axis=-1)
+        kth = mx.take_along_axis(descending, top_k - 1, axis=-1)
+        scores = mx.where(scores < kth, -mx.inf, scores)
+        if top_p is None:
+            return scores
+        probabilities = mx.softmax(mx.where(descending < kth, -mx.inf, descending), axis=-1, precise=True)
         before = mx.cumsum(probabilities, axis=-1) - probabilities
-        num_kept = mx.maximum((before < _column(top_p)).sum(axis=-1, keepdims=True), 1)
+        num_kept = mx.maximum((before < top_p).sum(axis=-1, keepdims=True), 1)
         least = mx.take_along_axis(descending, num_kept - 1, axis=-1)
         # A top_p of 1 keeps everything, also what rounding in the sum would drop.
-        logits = mx.where((logits < least) & (_column(top_p) < 1), -mx.inf, logits)
-    return logits
+        return mx.where((scores < least) & (top_p < 1), -mx.inf, scores)
+
+    return _on_rows(random.cut_rows, scores, cut)
 
 
-def _gumbel(draws: Sequence[int], vocab_size: int) -> mx.array:
+def _gumbel(draws: np.ndarray, vocab_size: int) -> mx.array:
     """Standard Gumbel noise, float32 [num_rows, vocab_size]; each row from the key that its draw names."""
-    keys = np.array([[draw >> 32, draw & 0xFFFFFFFF] for draw in draws], np.uint32)
-    return mx.vmap(lambda key: mx.random.gumbel(shape=(vocab_size,), key=key))(mx.array(keys))
+    words = draws.view(np.uint32).reshape(-1, 2)
+    keys = mx.array(np.ascontiguousarray(words[:, ::-1]))  # the high word first
+    return mx.vmap(lambda key: mx.random.gumbel(shape=(vocab_size,), key=key))(keys)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
+
+from mlx_paged.progress import ProgressBar
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
-    from mlx_paged.outputs import RequestOutput
+    from mlx_paged.outputs import BeamSearchOutput, RequestOutput
 
 
 class Terminal:
@@ -24,10 +28,11 @@ class Terminal:
         self._wrote = False
         self._line_open = False  # stdout stands in the middle of a line
         self._progress = ""
+        self._bar: ProgressBar | None = None
 
     def answer(self, text: str) -> None:
         """A piece of an answer, shown at once."""
-        self.progress("")
+        self._clear()
         sys.stdout.write(text)
         sys.stdout.flush()
         if text:
@@ -59,9 +64,19 @@ class Terminal:
             sys.stderr.flush()
             self._progress = text
 
+    def progress_bar(self, num_prompts: int) -> ProgressBar:
+        """A bar for those who see notes; it steps aside for whatever else is written."""
+        self._bar = ProgressBar(num_prompts, shown=self.talks)
+        return self._bar
+
+    def _clear(self) -> None:
+        self.progress("")
+        if self._bar is not None:
+            self._bar.hide()
+
     def say(self, text: str) -> None:
         """Something that was asked for, beside the answers: on stderr in any case."""
-        self.progress("")
+        self._clear()
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
@@ -76,13 +91,19 @@ class Tally:
         self._scheduled: list[float] = []
         self._first_token: list[float] = []
         self._finished: list[float] = []
+        self._waits: list[float] = []  # seconds until the first token
+        self._paces: list[float] = []  # seconds per token after it
+        self._lengths: Counter[tuple[int, int]] = Counter()  # tokens of a request's sample so far
 
-    def count(self, output: RequestOutput) -> None:
+    def count(self, output: RequestOutput | BeamSearchOutput) -> None:
         """A whole output, or one delta of a stream."""
-        self.generated_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        self.generated_tokens += output.num_output_tokens
+        samples = output.sequences if hasattr(output, "sequences") else output.outputs
+        for number, sample in enumerate(samples):
+            self._lengths[output.request_id, number] += len(sample.token_ids)
         if not output.finished:
             return
-        self.samples += max(1, len(output.outputs))
+        self.samples += max(1, len(samples))
         self.prompt_tokens += len(output.prompt_token_ids)
         self.cached_tokens += output.num_cached_tokens
         metrics = output.metrics
@@ -90,6 +111,11 @@ class Tally:
             self._scheduled.append(metrics.first_scheduled_time)
             self._first_token.append(metrics.first_token_time)
             self._finished.append(metrics.finished_time)
+            self._waits.append(metrics.first_token_time - metrics.arrival_time)
+            longest = max((self._lengths[output.request_id, number] for number in range(len(samples))), default=0)
+            pace = metrics.time_per_output_token(longest)
+            if pace is not None:
+                self._paces.append(pace)
 
     def look_at_pool(self, llm: LLM) -> None:
         """Remember the pool at its fullest."""
@@ -110,8 +136,14 @@ class Tally:
             prompt += f" ({self.cached_tokens} cached)"
         mlx = sys.modules.get("mlx.core")  # loaded by then, unless there is no model behind this
         memory = f"; peak memory {mlx.get_peak_memory() / 1e6:.0f} MB" if mlx else ""
+        latency = []
+        if self._waits:
+            latency = [f"first token {_mean(self._waits):.2f} s"]
+            latency += [f"{_mean(self._paces) * 1e3:.1f} ms per token"] if self._paces else []
+            latency += [f"mean of {len(self._waits)} prompts"] if len(self._waits) > 1 else []
         return [
             f"{prompt}; {generation}{memory}",
+            *filter(None, [", ".join(latency)]),
             f"blocks {self.used_blocks}/{self.num_blocks}, waste {self.waste:.1%}",
         ]
 
@@ -124,6 +156,10 @@ def excerpt(text: str, limit: int = 60) -> str:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
 
 
 def _rate(tokens: int, seconds: float) -> str:

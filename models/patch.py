@@ -67,7 +67,7 @@ class PagedLayerCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         """Write keys and values, [num_tokens, num_kv_heads, 1, dim], into their tokens' slots."""
         self._kv_cache.write(
-            self._layer, self._inputs.block_ids, self.step.block_offsets, keys[:, :, 0], values[:, :, 0]
+            self._layer, self._inputs.block_ids, self.step.block_offsets, keys.squeeze(2), values.squeeze(2)
         )
         return self.keys_and_values()
 
@@ -81,18 +81,20 @@ class PagedLayerCache:
 
     def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
         """queries [num_tokens, num_heads, 1, head_dim] -> [num_tokens, num_heads, 1, value_dim]."""
-        windows = [w for w in (self._window, mask and mask.window) if w is not None]
+        window = self._window
+        if mask is not None and mask.window is not None:
+            window = mask.window if window is None else min(window, mask.window)
         keys, values = self._kv_cache.keys[self._layer], self._kv_cache.values[self._layer]
         out = attend(
-            queries[:, :, 0].astype(keys.dtype),
+            queries.squeeze(2).astype(keys.dtype),
             keys,
             values,
             self._inputs.metadata,
             scale=scale,
-            window=min(windows, default=None),
+            window=window,
             sinks=sinks,
         )
-        return out[:, :, None].astype(queries.dtype)
+        return mx.expand_dims(out, 2).astype(queries.dtype)
 
 
 class _ProbeLayerCache(PagedLayerCache):

@@ -12,6 +12,7 @@ import hypothesis
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from metalsim.fixture import metal as metal
 from mlx.utils import tree_map_with_path
 from mlx_lm.models.cache import make_prompt_cache
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_paged import paged_attention, reference
+from mlx_paged.attention import AttentionMetadata, attend
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -25,6 +27,7 @@ BATCHES = {
     "chunk of a prompt": [(33, 129)],
     "several tokens each": [(4, 20), (3, 3), (7, 100)],
     "mixed": [(1, 1024), (16, 16), (1, 17), (40, 200), (1, 1), (1, 97)],
+    "decodes and padding": [(1, 300), (1, 0), (1, 20)],
     "padding": [(1, 0), (1, 33), (2, 0), (5, 9)],
 }
 GRID: dict[str, list[Any]] = {
@@ -193,22 +196,47 @@ def test_tiles_and_groups_bounded_by_memory_give_the_same_result(limit: int, mon
         run_case(Case(batch, (4, 2), (64, 64), 8, window, None, True, "float32", consecutive), seed=1)
 
 
-def test_a_batch_of_decodes_builds_no_more_operations_than_one_decode(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spread", [7, 200], ids=["similar", "different"])
+def test_a_batch_of_decodes_builds_no_more_operations_than_a_few(spread: int, tmp_path: Path) -> None:
     def num_operations(batch_size: int) -> int:
-        k_cache = mx.zeros((4 * batch_size, 8, 2, 32))
+        k_cache = mx.zeros((28 * batch_size, 8, 2, 32))
         out = paged_attention(
             mx.zeros((batch_size, 4, 32)),
             k_cache,
             k_cache,
-            mx.arange(4 * batch_size, dtype=mx.int32).reshape(batch_size, 4),
-            mx.array([25 + i % 7 for i in range(batch_size)], mx.int32),
+            mx.arange(28 * batch_size, dtype=mx.int32).reshape(batch_size, 28),
+            mx.array([25 + 37 * i % spread for i in range(batch_size)], mx.int32),
             mx.arange(batch_size + 1, dtype=mx.int32),
             scale=1.0,
         )
         mx.export_to_dot(str(tmp_path / "graph.dot"), out)
         return (tmp_path / "graph.dot").read_text().count("shape=rectangle")
 
-    assert num_operations(32) == num_operations(1) > 0
+    assert num_operations(64) == num_operations(4) > 0
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("window", [None, 5000])
+def test_long_contexts_cost_the_host_nothing_until_the_device_computes(window: int | None, num_queries: int) -> None:
+    num_seqs, context, block_size = 64, 100_000, 16
+    no_device_has = mx.zeros((1 << 20, 1 << 20), mx.int32) + 1  # evaluating it would fail
+    metadata = AttentionMetadata(
+        no_device_has[:num_seqs, : context // block_size],
+        np.full(num_seqs, context, np.int32) - np.arange(num_seqs, dtype=np.int32),
+        np.arange(num_seqs + 1, dtype=np.int32) * num_queries,
+    )
+    q, k_cache = mx.zeros((num_seqs * num_queries, 4, 8)), mx.zeros((2, block_size, 2, 8))
+    mx.eval(q, k_cache)
+    before = mx.get_active_memory()
+    tracemalloc.start()
+    try:
+        out = attend(q, k_cache, k_cache, metadata, scale=1.0, window=window)
+        _, host_peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert out.shape == q.shape
+    assert host_peak < 4 * context
+    assert mx.get_active_memory() - before < 4 * context
 
 
 def _arguments(**changes: Any) -> dict[str, Any]:

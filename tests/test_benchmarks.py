@@ -18,11 +18,11 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def run_benchmark(*arguments: str | Path) -> str:
-    """What `benchmarks/memory.py` prints."""
+def run_benchmark(*arguments: str | Path, script: str = "memory.py") -> str:
+    """What a benchmark prints."""
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "memory.py", *arguments],
+        [sys.executable, ROOT / "benchmarks" / script, *arguments],
         env=os.environ | {"PYTHONPATH": python_path, "COLUMNS": "160"},
         check=True,
         capture_output=True,
@@ -108,3 +108,54 @@ def test_the_tables_in_the_docs_are_those_of_the_committed_results() -> None:
     for table in tables:
         assert table in page
     assert committed()["machine"]["command"] in page
+
+
+# -- the host's work ---------------------------------------------------------------------------------------------
+
+
+def check_host_work(content: dict[str, Any]) -> None:
+    """Fails unless a file of results is complete and each number is one that could be."""
+    machine, results = content["machine"], content["results"]
+    assert set(machine) == {"platform", "device", "cpu_count", "python", "numpy", "mlx", "preloaded", "command"}
+    assert machine["command"].startswith("python benchmarks/host_overhead.py")
+    assert list(results) == ["calibration", "host_work", "detokenising", "graph_building", "end_to_end"]
+    for rows in results.values():
+        for row in rows:
+            assert row.keys() == rows[0].keys()
+            assert all(math.isfinite(value) and value >= 0 for value in row.values() if not isinstance(value, str))
+    decodes = [row for row in results["host_work"] if row["step"] == "decode"]
+    for context in {row["context"] for row in decodes}:
+        parts = {row["part"]: row["cpu_median_us"] for row in decodes if row["context"] == context}
+        assert list(parts)[5] == "sum of these"
+        assert parts["sum of these"] >= max(list(parts.values())[:5])
+        assert parts["detokenising"] == 0 or parts["sampling graph"] > parts["detokenising"]
+    assert [row["requests"] for row in results["detokenising"]] == ["not streamed"] * 3 + ["streamed"] * 3
+    for row in results["graph_building"]:
+        assert row["ratio"] == pytest.approx(row["mlx_paged_ms"] / row["mlx_lm_ms"])
+    assert [row["pipelining"] for row in results["end_to_end"]] == ["off", "build", "submit"]
+    for row in results["end_to_end"]:
+        shares = ("own_work", "model_graph", "sampling_graph", "submitting", "waiting", "detokenising")
+        assert sum(row[share] for share in shares) == pytest.approx(1)
+
+
+def test_a_quick_run_of_the_hosts_work_writes_what_it_prints(tmp_path: Path) -> None:
+    file = tmp_path / "host.json"
+    printed = run_benchmark("--quick", "--json", file, script="host_overhead.py")
+    content = json.loads(file.read_text())
+    check_host_work(content)
+    for row in content["results"]["graph_building"]:
+        assert f"{row['mlx_paged_ms']:.2f}" in printed and f"{row['ratio']:.2f}" in printed
+
+
+def test_the_committed_results_of_the_hosts_work_are_of_a_full_run() -> None:
+    content = json.loads((RESULTS / "host-overhead-linux-cpu.json").read_text())
+    check_host_work(content)
+    assert "--quick" not in content["machine"]["command"]
+    sums = {
+        row["context"]: row["cpu_median_us"]
+        for row in content["results"]["host_work"]
+        if (row["step"], row["part"]) == ("decode", "sum of these")
+    }
+    assert list(sums) == [1000, 10_000, 100_000]
+    assert max(sums.values()) <= 2 * min(sums.values())
+    assert {row["sequences"] for row in content["results"]["graph_building"]} == {32, 256}

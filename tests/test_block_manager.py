@@ -833,8 +833,8 @@ def test_check_notices_a_broken_reference_count_table_or_cache_entry() -> None:
     def lost_reference(manager: BlockManager) -> None:
         manager._allocator.ref_counts[0] += 1
 
-    def table_too_long(manager: BlockManager) -> None:
-        manager._sequences["a"].table += manager._allocator.allocate(1)
+    def table_too_short(manager: BlockManager) -> None:
+        manager._release([manager._sequences["a"].table.pop()])
 
     def block_twice(manager: BlockManager) -> None:
         manager._sequences["a"].table[1] = manager._sequences["a"].table[0]
@@ -845,5 +845,5 @@ def test_check_notices_a_broken_reference_count_table_or_cache_entry() -> None:
     def wrong_node(manager: BlockManager) -> None:
         manager._prefixes._node_of_block[1].block_id = 4
 
-    for break_it in (lost_reference, table_too_long, block_twice, hit_too_early, wrong_node):
+    for break_it in (lost_reference, table_too_short, block_twice, hit_too_early, wrong_node):
         broken(break_it)

@@ -16,6 +16,7 @@ import click.testing
 import pytest
 
 import mlx_paged
+from mlx_paged import cli_generate
 from mlx_paged.cli import cli
 from mlx_paged.errors import ModelError
 from mlx_paged.models.hub import DEMO_FOLDER
@@ -223,6 +224,33 @@ def test_sampling_options_reach_the_request_by_their_usual_names(run: Run) -> No
     assert run.params == SamplingParams(**options, n=3, stop=("END", "\n\n"), ignore_eos=True)
 
 
+def test_the_form_of_the_output_is_a_schema_from_a_file_or_an_expression(run: Run, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}}
+    (tmp_path / "person.json").write_text(json.dumps(schema))
+    assert run("generate", "--json-schema", str(tmp_path / "person.json"), "Hi").exit_code == 0
+    assert run.params.json_schema == schema
+    run("generate", "--regex", "[a-z]+", "Hi")
+    assert (run.params.regex, run.params.json_schema) == ("[a-z]+", None)
+
+
+@pytest.mark.parametrize(
+    "content, words", [("{type: object}", "not JSON"), ("", "not JSON"), ("[" * 100_000, "not JSON"),
+                       ("null", "object"), ("[1]", "object"), ('"text"', "object"), (b"\xff", "UTF-8")]
+)  # fmt: skip
+def test_a_file_without_a_schema_is_bad_usage(content: str | bytes, words: str, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert_one_line(run("generate", "--json-schema", str(path), "Hi"), 2, str(path), words)
+    assert_one_line(run("generate", "--json-schema", str(tmp_path / "none.json"), "Hi"), 2, "none.json")
+    assert run.made == []
+
+
+def test_a_schema_and_an_expression_at_once_are_bad_usage(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "any.json").write_text("true")
+    assert_one_line(run("generate", "--json-schema", str(tmp_path / "any.json"), "--regex", "a", "Hi"), 2, "not both")
+    assert_one_line(run("generate", "--regex", "", "Hi"), 2, "--regex")
+
+
 def test_short_names_mean_the_same(run: Run) -> None:
     run("generate", "--temp", "0.5", "-m", "9", "Hi")
     assert (run.params.temperature, run.params.max_tokens) == (0.5, 9)
@@ -310,7 +338,7 @@ def test_json_is_one_object_per_prompt_in_order(run: Run) -> None:
         ],
         "num_prompt_tokens": 2,
         "num_cached_tokens": 4,
-        "metrics": {"scheduled_s": 1.0, "first_token_s": 3.0, "finished_s": 13.0},
+        "metrics": {"scheduled_s": 1.0, "first_token_s": 3.0, "finished_s": 13.0, "per_token_s": 1.666667},
     }
 
 
@@ -370,7 +398,12 @@ def test_verbose_tells_of_memory_speed_and_blocks(run: Run) -> None:
     assert result.stderr.splitlines()[0] == "KV cache: 8 blocks of 4 tokens"
     assert result.stderr.splitlines()[-1] == "blocks 2/8, waste 25.0%"
     assert "prompt 7 tokens" in result.stderr and "generation 17 tokens, 1.5 tokens/s" in result.stderr
+    assert result.stderr.splitlines()[-2] == "first token 3.00 s, 1388.9 ms per token, mean of 2 prompts"
     assert "KV cache" not in result.stdout
+
+
+def test_the_time_per_token_of_a_stream_counts_all_of_its_pieces(run: Run) -> None:
+    assert "first token 3.00 s, 1666.7 ms per token\n" in run("generate", "--raw", "--verbose", "Hi").stderr
 
 
 def test_quiet_is_stronger_than_verbose_but_failures_are_told(run: Run) -> None:
@@ -503,6 +536,25 @@ def test_progress_is_one_line_that_leaves_nothing_behind(monkeypatch: pytest.Mon
     assert err.getvalue() == "\r10 of 12\r11 of 12\r        \rmlx-paged: done\n"
 
 
+def test_many_prompts_have_a_progress_bar_on_a_terminal_that_answers_push_aside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, err = screens(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "100")
+    llm: Any = StubLLM(None)
+    params = SamplingParams(max_tokens=9)
+    options: dict[str, Any] = {"system": None, "raw": True, "as_json": False}
+    prompts = ["one", "two three", "four"]
+    code = cli_generate.run(prompts, lambda: llm, params, **options, terminal=Terminal())
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
+    assert code == 0 and "0/3 prompts, 0 tokens" in plain
+    assert re.search(r"2/3 prompts, 17 tokens, \d+\.\d tokens/s", plain)
+    assert "prompts" not in out.getvalue() and out.getvalue().endswith("re: four \n")
+    err.truncate(0)
+    cli_generate.run(prompts, lambda: llm, params, **options, terminal=Terminal(quiet=True))
+    assert err.getvalue() == ""
+
+
 def test_an_excerpt_is_one_short_line_without_control_characters() -> None:
     assert excerpt("two\nlines\x1b[31m") == "two lines [31m"
     assert excerpt("word " * 40, limit=20) == "word word word wo..."
@@ -597,7 +649,11 @@ def start(*args: str, **kwargs: Any) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.parametrize("args", ["--help", "--version", "generate --help", "chat --help", "generate --top-p 7 Hi"])
+@pytest.mark.parametrize(
+    "args",
+    ["--help", "--version", "generate --help", "chat --help", "beam-search --help", "generate --top-p 7 Hi",
+     "beam-search --beam-width 0 Hi"],
+)  # fmt: skip
 def test_help_and_usage_errors_import_nothing_heavy(args: str) -> None:
     code = "import sys, mlx_paged.cli\ntry: mlx_paged.cli.main()\nexcept SystemExit: print('LOADED', *sys.modules)"
     command = [sys.executable, "-c", code, *args.split()]

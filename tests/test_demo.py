@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -57,9 +58,9 @@ def test_at_least_95_percent_of_held_out_questions_are_answered_right(llm: LLM) 
 
 def test_a_block_of_another_sequence_in_a_table_ruins_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     class MixedUp(AttentionMetadata):
-        def __init__(self, block_tables: np.ndarray, *rest: np.ndarray) -> None:
-            block_tables = block_tables.copy()
-            block_tables[:, 1] = np.roll(block_tables[:, 1], 1)  # each reads its second block from its neighbour
+        def __init__(self, block_tables: mx.array, *rest: np.ndarray) -> None:
+            block_tables = mx.array(block_tables)
+            block_tables[:, 1] = mx.roll(block_tables[:, 1], 1)  # each reads its second block from its neighbour
             super().__init__(block_tables, *rest)
 
     monkeypatch.setattr(batch, "AttentionMetadata", MixedUp)

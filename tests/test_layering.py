@@ -19,9 +19,8 @@ BELOW_THE_ENGINE = (
     "outputs",
     "prefix_cache",
     "sampling_params",
-    "scheduler",
-    "sequence",
 )
+WITH_NUMPY = ("beam_search", "rows", "scheduler", "sequence")
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -47,11 +46,22 @@ def test_what_lies_below_the_engine_imports_no_arrays(module: str) -> None:
     assert loaded.isdisjoint(HEAVY)
 
 
+@pytest.mark.parametrize("module", WITH_NUMPY)
+def test_what_keeps_its_state_in_host_arrays_imports_no_others(module: str) -> None:
+    assert loaded_after(f"import mlx_paged.{module}").isdisjoint(set(HEAVY) - {"numpy"})
+
+
 def test_importing_the_package_and_its_plain_names_loads_no_mlx() -> None:
     loaded = loaded_after(
         "import mlx_paged\nfrom mlx_paged import BlockManager, EngineConfig, ModelError, OutOfBlocks, SamplingParams"
     )
     assert loaded.isdisjoint(HEAVY)
+
+
+def test_forms_of_output_need_no_mlx_and_load_llguidance_only_when_one_is_asked_for() -> None:
+    assert loaded_after("import mlx_paged.structured_output").isdisjoint(
+        {"mlx", "mlx_lm", "transformers", "llguidance"}
+    )
 
 
 def test_the_model_and_the_attention_load_mlx() -> None:
@@ -72,7 +82,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
         mlx_paged.PagedLLM  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["LLM", "paged_attention"])
+@pytest.mark.parametrize("name", ["LLM", "AsyncLLM", "paged_attention"])
 def test_without_a_backend_of_mlx_one_line_says_what_to_install(name: str) -> None:
     result = run_python(f"import sys\nsys.modules['mlx.core'] = None\nfrom mlx_paged import {name}")
     assert result.returncode == 1

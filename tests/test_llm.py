@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,8 @@ import pytest
 from conftest import unpaged_greedy
 from mlx_lm.utils import load_tokenizer
 
-from mlx_paged import LLM, SamplingParams
-from mlx_paged.outputs import RequestOutput
+from mlx_paged import LLM, BeamSearchParams, SamplingParams
+from mlx_paged.outputs import BeamSearchOutput, RequestOutput
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -143,6 +146,102 @@ def test_an_interrupted_generate_frees_everything_and_the_next_one_works(
     assert all_free(llm)
     assert [samples(output) for output in llm.generate(prompts, params)] == expected
     assert all_free(llm)
+
+
+# -- beam search ------------------------------------------------------------------------------------------------
+
+
+class BeamEngine:
+    """Finishes the searches asked of it in the third step, the last one first."""
+
+    def __init__(self, engine: Any) -> None:
+        self.make_request = lambda prompt, params: engine.make_request(prompt, GREEDY) and (prompt, params)
+        self.asked: list[tuple[list[int], BeamSearchParams]] = []
+        self.aborted: list[int] = []
+        self.num_steps = 0
+
+    def submit(self, request: Any) -> int:
+        self.asked.append(request)
+        return len(self.asked) - 1
+
+    def abort(self, request_id: int) -> None:
+        self.aborted.append(request_id)
+
+    def step(self) -> list[BeamSearchOutput]:
+        self.num_steps += 1
+        if self.num_steps < 3:
+            return []
+        return [BeamSearchOutput(i, None, prompt, [], True) for i, (prompt, _) in enumerate(self.asked)][::-1]
+
+
+def test_searches_come_in_the_order_of_the_prompts_with_one_parameter_for_all_or_each(make_llm: MakeLLM) -> None:
+    one, two = BeamSearchParams(beam_width=2), BeamSearchParams(beam_width=3)
+    for prompts, params, expected in (
+        ([[1], [2, 3]], None, [BeamSearchParams()] * 2),
+        ([[1], [2, 3]], one, [one] * 2),
+        ([[1], [2, 3]], [one, two], [one, two]),
+        ([4, 5], one, [one]),
+        ([], one, []),
+    ):
+        llm = make_llm()
+        engine: Any = BeamEngine(llm.engine)
+        llm.engine = engine
+        found = llm.beam_search(prompts, params)
+        assert [output.prompt_token_ids for output in found] == [prompt for prompt, _ in engine.asked]
+        assert [p for _, p in engine.asked] == expected
+        assert engine.aborted == list(range(len(expected))) and not llm._outputs
+
+
+def test_nothing_is_searched_if_one_prompt_or_parameter_is_bad(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    engine: Any = BeamEngine(llm.engine)
+    llm.engine = engine
+    for prompt, message in BAD_PROMPTS:
+        with pytest.raises(ValueError, match=message):
+            llm.beam_search([[1, 2], prompt])
+    with pytest.raises(ValueError, match="2 prompts but 1"):
+        llm.beam_search([[1], [2]], [BeamSearchParams()])
+    with pytest.raises(TypeError, match="must be BeamSearchParams, got SamplingParams"):
+        llm.beam_search([[1]], SamplingParams())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be SamplingParams, got BeamSearchParams"):
+        llm.generate([[1]], BeamSearchParams())  # type: ignore[arg-type]
+    assert engine.asked == [] and engine.num_steps == 0
+
+
+def test_a_beam_search_of_width_one_is_greedy_and_frees_its_blocks(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    expected = [samples(output)[0] for output in llm.generate([[5, 9, 2, 7], [3, 1]], GREEDY)]
+    found = llm.beam_search([[5, 9, 2, 7], [3, 1]], BeamSearchParams(beam_width=1, max_tokens=8))
+    assert [[one.token_ids for one in output.sequences] for output in found] == [[tokens] for tokens in expected]
+    assert all_free(llm)
+
+
+# -- progress ---------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_shown_on_a_terminal_only_and_counts_the_prompts_of_this_call(
+    make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    prompts = [[1] * 3, [2] * 4, [3] * 5]
+    params = [SamplingParams(temperature=0, max_tokens=i + 2) for i in range(3)]
+    expected = [samples(output) for output in make_llm().generate(prompts, params, progress=True)]
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", Screen())
+    llm = make_llm()
+    begun = llm.stream([4] * 3, SamplingParams(temperature=0, max_tokens=3))
+    next(begun)
+    assert [samples(output) for output in llm.generate(prompts, params, progress=True)] == expected
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stderr.getvalue())  # type: ignore[attr-defined]
+    assert "3/3 prompts, 9 tokens" in shown and "4/3" not in shown
+    monkeypatch.setattr(sys, "stderr", Screen())
+    llm.generate(prompts, params)
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
 
 
 # -- random streams ---------------------------------------------------------------------------------------------

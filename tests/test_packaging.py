@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-PARTS = ["mlx_paged", "metal", "cuda", "models", "pyproject.toml", "README.md", "LICENSE"]
+PARTS = ["mlx_paged", "metal", "cuda", "models", "tests/metalsim", "pyproject.toml", "README.md", "LICENSE"]
 PROBES = ["metal/probe.metal", "metal/probe.h", "cuda/probe.cu", "cuda/probe.cuh"]
 
 
@@ -69,6 +69,7 @@ def test_the_wheel_holds_sources_kernels_and_the_demo_model_and_nothing_at_the_t
     assert {f"mlx_paged/models/demo/{name}" for name in demo} <= names
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= demo
     tops = {name.split("/")[0] for name in names}
+    assert not any("metalsim" in name for name in names)
     assert tops - {"mlx_paged"} == {next(top for top in tops if top.endswith(".dist-info"))}
 
 

@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from test_parity import ends_in_near_tie
-from test_scheduler import Bench
+from test_scheduler import Bench, Planned
 
 from mlx_paged import LLM, BlockManager, OutOfBlocks, SamplingParams
 from mlx_paged.allocator import POLICIES
 from mlx_paged.block_manager import NO_BLOCK
 from mlx_paged.cache_groups import BlockCopy, CacheGroups, blocks_for_window
-from mlx_paged.scheduler import Schedule, Scheduler
+from mlx_paged.rows import Rows
+from mlx_paged.scheduler import Scheduler
 
 TinyModel = Callable[..., nn.Module]
 
@@ -190,6 +191,13 @@ def test_compaction_keeps_what_was_given_back_given_back() -> None:
 Written = tuple[np.ndarray, int, int, int]  # an array of blocks, a block and an offset in it, and what it held before
 
 
+def slot(manager: BlockManager, seq_id: int, position: int) -> tuple[int, int]:
+    """As `BlockManager.slot`, also of a token that has been given a slot ahead of its name."""
+    block_id = manager.block_table(seq_id)[position // manager.block_size]
+    assert block_id != NO_BLOCK
+    return block_id, position % manager.block_size
+
+
 class Contents:
     """What the blocks of every group hold, and the number that stands for a prefix."""
 
@@ -213,7 +221,7 @@ class Contents:
         written = []
         for array, manager in zip(self.arrays, self.groups.managers, strict=True):
             for position in range(start, end):
-                block_id, offset = manager.slot(seq_id, position)
+                block_id, offset = slot(manager, seq_id, position)
                 written.append((array, block_id, offset, array[block_id, offset]))
                 array[block_id, offset] = self.number(tokens, position)
         return written
@@ -223,7 +231,7 @@ class Contents:
         for array, manager in zip(self.arrays, self.groups.managers, strict=True):
             for position in visible(manager.window, query):
                 if position < end:
-                    read = array[manager.slot(seq_id, position)]
+                    read = array[slot(manager, seq_id, position)]
                     assert read == self.number(tokens, position), (seq_id, manager.window, query, position)
 
     def cached(self, group: int) -> set[tuple[int, ...]]:
@@ -464,26 +472,27 @@ class WindowBench(Bench):
             windowed.append(manager)
         self.groups = CacheGroups([self.manager, *windowed])
         self.contents = Contents(self.groups)
-        self.scheduler = Scheduler(self.groups, self.max_num_seqs, self.budget)
+        self.rows = Rows(self.max_num_seqs, len(self.groups.managers), self.num_blocks, self.block_size)
+        self.scheduler = Scheduler(self.groups, self.rows, self.max_num_seqs, self.budget)
 
-    def check(self, schedule: Schedule, decodes: set[int]) -> None:
+    def check(self, plan: Planned) -> None:
         """Compute the step: copies, writes, and what every query then sees."""
-        super().check(schedule, decodes)
+        super().check(plan)
         self.contents.run_transfers()
-        for item in schedule.sequences:
+        for item in plan.sequences:
             self.contents.write(item.sequence.seq_id, item.sequence.token_ids, item.start, item.start + item.num_tokens)
-        for item in schedule.sequences:
+        for item in plan.sequences:
             for query in range(item.start, item.start + item.num_tokens):
                 self.contents.check_visible(item.sequence.seq_id, item.sequence.token_ids, query, query + 1)
 
-    def step(self) -> Schedule:
-        schedule = super().step()
+    def step(self) -> Planned:
+        plan = super().step()
         self.groups.check()
         for manager in self.groups.managers[1:]:
             assert manager.window is not None
             for sequence in self.scheduler.running:
                 assert len(held(manager, sequence.seq_id)) <= most_blocks(manager.window, self.block_size)
-        return schedule
+        return plan
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,0 +1,307 @@
+"""AsyncLLM: an LLM for asyncio programs. Its engine runs in a thread of its own.
+
+MLX's arrays and streams belong to the thread that made them, so that thread alone loads the model, runs it and
+releases it. It tokenises as well, since tokenizers don't bear two threads at a time. Callers send it letters through
+a queue; what comes back goes into an inbox in the caller's event loop.
+"""
+
+import asyncio
+import atexit
+import gc
+import queue
+import threading
+import traceback
+import weakref
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_paged.llm import LLM, Message, Prompt
+from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
+from mlx_paged.sequence import Request
+
+
+class AsyncLLM:
+    """A model with a paged KV cache that any number of tasks, in any number of event loops, share.
+
+        async with AsyncLLM("qwen2") as llm:
+            async for output in llm.generate("Once upon a time"):
+                print(output.outputs[0].text, end="")
+
+    Arguments and errors are those of `LLM`. The constructor returns once the model is loaded; within a running event
+    loop, `await asyncio.to_thread(AsyncLLM, "qwen2")` leaves the loop free meanwhile.
+    """
+
+    def __init__(self, model: str | Path | None = None, **config: Any) -> None:
+        self._start(lambda: LLM(model, **config))
+
+    @classmethod
+    def from_loader(cls, load: Callable[[], LLM]) -> "AsyncLLM":
+        """An engine for the LLM that `load` makes. It is called in the engine's thread and makes its arrays there."""
+        llm = cls.__new__(cls)
+        llm._start(load)
+        return llm
+
+    def _start(self, load: Callable[[], LLM]) -> None:
+        self._thread = _EngineThread(load)
+        weakref.finalize(self, self._thread.request_stop).atexit = False  # at exit the thread closes itself
+        self._thread.wait_until_loaded()
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[RequestOutput, None]:
+        """Complete one prompt piece by piece, as `LLM.stream` does, batched with all that runs meanwhile.
+
+        The request begins with the first `__anext__`, which raises ValueError or TypeError for a bad one, and
+        RuntimeError if the engine is closed or broke. It ends, and its blocks are freed, when its task is cancelled,
+        when the iterator is closed, or when nobody holds it any more, as after a `break` out of `async for`.
+        """
+        return self._outputs(lambda llm: llm.engine.make_request(prompt, params or SamplingParams(), stream=True))
+
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a conversation through the model's chat template; otherwise like `generate`."""
+        return self._outputs(
+            lambda llm: llm.engine.make_request(llm.encode_chat(messages), params or SamplingParams(), stream=True)
+        )
+
+    async def beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> BeamSearchOutput:
+        """The best hypotheses for one prompt. Raises as `generate` does; cancelling it frees its blocks."""
+        outputs = self._outputs(lambda llm: llm.engine.make_request(prompt, params or BeamSearchParams()))
+        return [output async for output in outputs][-1]
+
+    async def stats(self) -> EngineStats:
+        """Counters of the engine and the state of its block pool, after all that was asked of it before."""
+        inbox = _Inbox()
+        self._thread.send(inbox, lambda llm: inbox.put(llm.stats()))
+        return await inbox.take()
+
+    def close(self) -> None:
+        """End the engine and release the model; returns when that is done, after at most one step.
+
+        Iterators that still run get a last output with finish_reason "abort" (a beam search one with `aborted`).
+        What is asked afterwards raises RuntimeError. Safe to call twice and from any thread. At the end of the
+        process this happens by itself.
+        """
+        self._thread.close()
+
+    async def aclose(self) -> None:
+        """`close` without blocking the event loop."""
+        await asyncio.to_thread(self.close)
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def _outputs(self, make_request: Callable[[LLM], Request]) -> AsyncGenerator[Any, None]:
+        inbox = _Inbox()
+        self._thread.submit(inbox, make_request)
+        finished = False
+        try:
+            while not finished:
+                output = await inbox.take()
+                finished = output.finished
+                yield output
+        finally:
+            if not finished:
+                self._thread.abort(inbox)
+
+
+class _Inbox:
+    """What the engine thread has for one caller: outputs, or the exception that ends its waiting."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.items: asyncio.Queue[Any] = asyncio.Queue()
+        self.request_id: int | None = None  # the engine thread's own note
+
+    def put(self, item: Any) -> None:
+        """Put something in, from any thread."""
+        _put_all(self.loop, [(self, item)])
+
+    async def take(self) -> Any:
+        item = await self.items.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+Letter = tuple[_Inbox, Callable[[LLM], None]]
+
+
+class _EngineThread:
+    """The thread, and what other threads may ask of it.
+
+    Letters are put into a SimpleQueue because finalizers send them too, at any moment and in any thread.
+    """
+
+    def __init__(self, load: Callable[[], LLM]) -> None:
+        self._letters: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()  # None: end
+        self._inboxes: dict[int, _Inbox] = {}  # of the requests that run
+        self._load_error: BaseException | None = None
+        self._reason = "this AsyncLLM is closed"  # what callers are told after the end
+        self._details = ""
+        self._ready = threading.Event()  # loaded, or ended before that
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, args=(load,), name="mlx-paged engine", daemon=True)
+        atexit.register(self.close)
+        self._thread.start()
+
+    # -- for other threads --------------------------------------------------------------------------------------
+
+    def wait_until_loaded(self) -> None:
+        self._ready.wait()
+        error, self._load_error = self._load_error, None
+        if error is not None:
+            self.close()
+            raise error
+
+    def submit(self, inbox: _Inbox, make_request: Callable[[LLM], Request]) -> None:
+        """Have a request made and run; its outputs, or why it could not be made, come into the inbox."""
+
+        def begin(llm: LLM) -> None:
+            request = make_request(llm)
+            inbox.request_id = llm.engine.submit(request)
+            self._inboxes[inbox.request_id] = inbox
+
+        self.send(inbox, begin)
+
+    def abort(self, inbox: _Inbox) -> None:
+        """End the inbox's request, if it runs."""
+
+        def end(llm: LLM) -> None:
+            if inbox.request_id in self._inboxes:
+                del self._inboxes[inbox.request_id]
+                llm.engine.abort(inbox.request_id)
+
+        self.send(inbox, end)
+
+    def send(self, inbox: _Inbox, action: Callable[[LLM], None]) -> None:
+        """Have something done between two steps, after what was sent before."""
+        self._letters.put((inbox, action))
+        if self._ended:  # it may have come too late to be seen by the thread
+            self._refuse_letters()
+
+    def request_stop(self) -> None:
+        """Let the thread end when it can."""
+        self._letters.put(None)
+
+    def close(self) -> None:
+        """End the thread and wait for that."""
+        self.request_stop()
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    # -- in the thread ------------------------------------------------------------------------------------------
+
+    def _run(self, load: Callable[[], LLM]) -> None:
+        try:
+            self._load_and_serve(load)
+        except BaseException as error:
+            if self._ready.is_set():
+                self._reason = f"the engine of this AsyncLLM broke: {type(error).__name__}: {error}"
+                self._details = _details(error)
+            else:
+                self._load_error = _without_frames(error)
+        try:
+            del load
+            gc.collect()  # model and engine refer to each other; their arrays have to go before this thread does
+            mx.synchronize()
+            mx.clear_cache()
+            mx.clear_streams()  # what MLX would do later, at the thread's very end, aborts a process that is ending too
+        finally:
+            self._ended = True
+            self._ready.set()
+            for inbox in self._inboxes.values():
+                inbox.put(self._refusal())
+            self._inboxes.clear()
+            self._refuse_letters()
+
+    def _load_and_serve(self, load: Callable[[], LLM]) -> None:
+        llm = load()
+        self._ready.set()
+        while self._read_letters(llm):
+            self._hand_out(llm, llm.engine.step())
+        for request_id in list(self._inboxes):
+            output = llm.engine.abort(request_id)
+            if output is not None:
+                self._hand_out(llm, [output])
+
+    def _read_letters(self, llm: LLM) -> bool:
+        """Do what was asked for, sleeping while there is nothing to do; False to end."""
+        while True:
+            try:
+                letter = self._letters.get(block=not llm.engine.has_unfinished())
+            except queue.Empty:
+                return True
+            if letter is None:
+                return False
+            inbox, action = letter
+            try:
+                action(llm)
+            except Exception as error:
+                inbox.put(_without_frames(error))
+            except BaseException:
+                self._letters.put(letter)  # to be refused with the others
+                raise
+
+    def _hand_out(self, llm: LLM, outputs: Sequence[RequestOutput | BeamSearchOutput]) -> None:
+        """Put outputs into their inboxes, waking each event loop once; where one is gone, its requests end."""
+        by_loop = defaultdict(list)
+        for output in outputs:
+            inbox = self._inboxes.get(output.request_id)
+            if inbox is not None:
+                by_loop[inbox.loop].append((inbox, output))
+                if output.finished:
+                    del self._inboxes[output.request_id]
+        for loop, items in by_loop.items():
+            if not _put_all(loop, items):
+                for _, output in items:
+                    if self._inboxes.pop(output.request_id, None) is not None:
+                        llm.engine.abort(output.request_id)
+
+    def _refuse_letters(self) -> None:
+        while True:
+            try:
+                letter = self._letters.get(block=False)
+            except queue.Empty:
+                return
+            if letter is not None:
+                letter[0].put(self._refusal())
+
+    def _refusal(self) -> RuntimeError:
+        error = RuntimeError(self._reason)
+        if self._details:
+            error.add_note(self._details)
+        return error
+
+
+def _put_all(loop: asyncio.AbstractEventLoop, items: list[tuple[_Inbox, Any]]) -> bool:
+    """Put things into inboxes of an event loop, from any thread; False if the loop is closed, its tasks gone."""
+
+    def put() -> None:
+        for inbox, item in items:
+            inbox.items.put_nowait(item)
+
+    try:
+        loop.call_soon_threadsafe(put)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """The exception without the frames that it came through: in another thread they would keep the model alive."""
+    if not isinstance(error, ValueError | TypeError | ImportError | OSError):  # those speak for themselves
+        error.add_note(_details(error))
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def _details(error: BaseException) -> str:
+    return "In the engine's thread:\n" + "".join(traceback.format_exception(error)).rstrip()

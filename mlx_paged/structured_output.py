@@ -1,0 +1,267 @@
+"""Output of a given form: which tokens may come next, by llguidance, for a JSON schema, a regex or a Lark grammar.
+
+With other stops: a sequence ends with reason "stop" as soon as its form is complete and can't go on, or with an end
+token where the form may end, also under ignore_eos. Stop strings, stop_token_ids, max_tokens and the end of the context
+cut it short as they cut any text: look at finish_reason and stop_reason before parsing.
+
+JSON comes compact, `{"a":[1,2]}`, because a model may go on with optional whitespace for ever; properties come in the
+schema's order. A schema's "x-guidance" (llguidance's options, at its top level) can ask for another layout. A keyword
+that llguidance does not know how to keep is an error, unless JSON Schema does not know it either.
+"""
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_paged.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_CACHED_GRAMMARS = 64
+_FORMS = ("json_schema", "regex", "grammar")
+
+
+class GrammarCompiler:
+    """Compiles the forms that requests ask for, for one model. May be used from several threads.
+
+    tokenizer: mlx-lm's TokenizerWrapper, or None. vocab_size: the model's number of logits, which may exceed the
+    tokenizer's. eos_token_ids: the end tokens; in a form they mean its end even if they also stand for text.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._vocabulary: _Vocabulary | None = None
+        self._compiled: OrderedDict[tuple[str, str], GrammarMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def matcher(self, params: SamplingParams) -> "GrammarMatcher":
+        """The beginning of the form that `params` ask for.
+
+        Raises ValueError, in one line, for a form that can't be used and for an engine without tokenizer; ImportError
+        without llguidance.
+        """
+        form, text = _form_of(params)
+        if self._tokenizer is None:
+            raise ValueError(f"{form} needs a tokenizer, and this engine has none")
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids)
+            compiled = self._compiled.get((form, text))
+            if compiled is None:
+                compiled = _compile(self._vocabulary, form, text)
+                self._compiled[form, text] = compiled
+                if len(self._compiled) > MAX_CACHED_GRAMMARS:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end((form, text))
+            return compiled.copy()
+
+
+class GrammarMatcher:
+    """How far a sequence is in its form. Made by `GrammarCompiler.matcher`; belongs to one thread at a time."""
+
+    def __init__(self, vocabulary: "_Vocabulary", matcher: "LLMatcher") -> None:
+        self._vocabulary = vocabulary
+        self._matcher = matcher
+        # llguidance writes a bit for every token of the tokenizer, the model may have fewer.
+        self._written = np.zeros(vocabulary.num_written_words, np.uint32)
+        self._address = self._written.ctypes.data
+        self._allowed = self._written[: vocabulary.text_tokens.size]
+        self._is_current = False
+        self._can_go_on = True
+        self._has_ended = False
+
+    def mask(self) -> np.ndarray:
+        """Which tokens may come next, uint32 [ceil(vocab_size / 32)]: token t is bit t % 32 of word t // 32.
+
+        End tokens are allowed exactly where the form may end, ids that the tokenizer does not know never. Raises
+        ValueError, in one line, where nothing is allowed: the form leads nowhere, or is too complex for llguidance.
+        """
+        self._update()
+        return self._allowed.copy()
+
+    def fill(self, out: np.ndarray) -> None:
+        """`mask` into `out`, uint32 [ceil(vocab_size / 32)]."""
+        self._update()
+        np.copyto(out, self._allowed)
+
+    def advance(self, token_id: int) -> None:
+        """Take in the next token. Raises ValueError, and changes nothing, if the mask does not allow it."""
+        self._update()
+        word, bit = divmod(token_id, 32)
+        if not 0 <= word < self._allowed.size or not self._allowed[word] >> np.uint32(bit) & np.uint32(1):
+            raise ValueError(f"the form of this output does not allow token {token_id} here")
+        if token_id in self._vocabulary.eos_token_ids:
+            self._has_ended = True
+        elif not self._matcher.consume_token(token_id):
+            raise ValueError(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
+        self._is_current = False
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the form is complete and nothing but an end token may follow."""
+        if self._has_ended:
+            return True
+        if not self._matcher.is_accepting():
+            return False
+        self._update()
+        return not self._can_go_on
+
+    def copy(self) -> "GrammarMatcher":
+        """A matcher that is as far in its form, and goes on by itself."""
+        copy = GrammarMatcher(self._vocabulary, self._matcher.deep_copy())
+        np.copyto(copy._written, self._written)
+        copy._is_current, copy._can_go_on, copy._has_ended = self._is_current, self._can_go_on, self._has_ended
+        return copy
+
+    def _update(self) -> None:
+        """Bring the mask up to date."""
+        if self._is_current:
+            return
+        may_end = self._has_ended or self._matcher.is_accepting()
+        if self._has_ended:
+            self._allowed[:] = 0
+        else:
+            self._matcher.unsafe_compute_mask_ptr(self._address, self._written.nbytes)
+            # End tokens are set here: llguidance also allows them in the middle where they stand for fitting text.
+            np.bitwise_and(self._allowed, self._vocabulary.text_tokens, out=self._allowed)
+            self._clear_unwritable()
+        self._can_go_on = bool(self._allowed.any())
+        if may_end:
+            np.bitwise_or(self._allowed, self._vocabulary.end_tokens, out=self._allowed)
+        elif not self._can_go_on:
+            raise ValueError(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
+        self._is_current = True
+
+    def _clear_unwritable(self) -> None:
+        """Where only one text fits and the vocabulary can't write it, llguidance allows some token that does not."""
+        if np.count_nonzero(self._allowed) != 1:
+            return
+        word = int(self._allowed.argmax())
+        bits = int(self._allowed[word])
+        if bits.bit_count() == 1 and not self._matcher.validate_tokens([word * 32 + bits.bit_length() - 1]):
+            self._allowed[word] = 0
+
+
+class _Vocabulary:
+    """A model's tokens, as llguidance sees them.
+
+    text_tokens, end_tokens: uint32 [ceil(vocab_size / 32)], a bit for each. num_written_words: the size of its masks.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        hf_tokenizer = tokenizer._tokenizer
+        known = np.unique(list(hf_tokenizer.get_vocab().values()))
+        num_ids = max(vocab_size, int(known[-1]) + 1)
+        known = known[known < vocab_size]
+        self.eos_token_ids = sorted(set(known.tolist()).intersection(eos_token_ids))
+        if not self.eos_token_ids:
+            raise ValueError("an output of a given form needs an end token, and the model's tokenizer has none")
+        self.num_written_words = -(-num_ids // 32)
+        self.end_tokens = _bits(self.eos_token_ids, vocab_size)
+        self.text_tokens = _bits(known, vocab_size) & ~self.end_tokens
+        self.ll_tokenizer = _ll_tokenizer(hf_tokenizer, num_ids, self.eos_token_ids)
+
+
+def _ll_tokenizer(hf_tokenizer: Any, num_ids: int, eos_token_ids: list[int]) -> "LLTokenizer":
+    try:
+        import llguidance.hf
+    except ImportError:
+        message = "json_schema, regex and grammar need llguidance: pip install 'mlx-paged[structured]'"
+        raise ImportError(message) from None
+    try:
+        return llguidance.hf.from_tokenizer(hf_tokenizer, num_ids, eos_token_ids)
+    except ValueError as error:
+        raise ValueError(f"llguidance can't use this model's tokenizer: {_one_line(str(error))}") from None
+
+
+def _compile(vocabulary: _Vocabulary, form: str, text: str) -> GrammarMatcher:
+    """The matcher of a form, with its first mask computed."""
+    from llguidance import LLMatcher
+
+    try:
+        if form == "json_schema":
+            grammar = _json_grammar(text)
+        elif form == "regex":
+            grammar = LLMatcher.grammar_from_regex(text)
+        else:
+            grammar = LLMatcher.grammar_from_lark(text)
+        matcher = LLMatcher(vocabulary.ll_tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+    except ValueError as error:
+        raise ValueError(f"{form} can't be used: {_one_line(str(error))}") from None
+    compiled = GrammarMatcher(vocabulary, matcher)
+    try:
+        compiled.mask()
+    except ValueError:
+        raise ValueError(f"{form} can't be used: {_dead_end(matcher)}") from None
+    return compiled
+
+
+def _json_grammar(schema: str) -> str:
+    from llguidance import LLMatcher
+
+    layout: Any = {"whitespace_flexible": False}
+    if "\\u" not in schema:
+        # Nothing in this schema needs \u, and {"\u0061":..} would come as another property than a declared "a".
+        layout["json_allowed_escapes"] = 'nrbtf\\"'
+    return LLMatcher.grammar_from_json_schema(schema, layout, {"lenient": False})
+
+
+def _form_of(params: SamplingParams) -> tuple[str, str]:
+    """The name and the text of the form that `params` ask for."""
+    for form in _FORMS:
+        value = getattr(params, form)
+        if value is not None:
+            return form, _schema_text(value) if form == "json_schema" else value
+    raise ValueError(f"the parameters ask for no form: give one of {', '.join(_FORMS)}")
+
+
+def _schema_text(schema: Mapping[str, Any] | bool | str) -> str:
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else schema
+        if value is False:
+            raise ValueError("the schema false allows nothing")
+        if value is True:
+            value = {}
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_dict)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"json_schema can't be used: {_one_line(str(error))}") from None
+
+
+def _as_dict(value: object) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is no part of JSON")
+
+
+def _bits(token_ids: Any, vocab_size: int) -> np.ndarray:
+    """uint32 [ceil(vocab_size / 32)] with the bits of some tokens set."""
+    is_set = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    is_set[token_ids] = 1
+    return np.packbits(is_set, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def _dead_end(matcher: "LLMatcher") -> str:
+    """Why nothing may follow."""
+    reason = _one_line(matcher.get_error())
+    return "no token leads on to a text that fits" if reason in ("", "NoExtension", "NoExtensionBias") else reason
+
+
+def _one_line(error: str) -> str:
+    """llguidance's reason, without its excerpts of the grammar and of the parser's state."""
+    error = error.split("\n<state>")[0]
+    reason = re.search(r"^error: (.+)$", error, re.MULTILINE)
+    if reason is not None:
+        return reason[1]
+    lines = (line.strip() for line in error.splitlines() if not re.match(r"\s+(\d+ \||\^)", line))
+    line = " ".join(filter(None, lines))
+    return line if len(line) <= 200 else f"{line[:197]}..."

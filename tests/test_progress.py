@@ -1,0 +1,95 @@
+"""The progress bar: what it says, that it leaves nothing behind, and that nobody but a terminal sees it."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_paged.outputs import CompletionOutput, RequestOutput
+from mlx_paged.progress import ProgressBar
+from mlx_paged.terminal import Terminal
+
+
+class Screen(io.StringIO):
+    """A terminal that remembers what was written to it."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.getvalue())
+
+
+def open_screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """stderr as a terminal, with a clock that says how often it was asked."""
+    screen = Screen()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("mlx_paged.progress.time", SimpleNamespace(monotonic=itertools.count().__next__))
+    return screen
+
+
+def output(num_tokens: int) -> RequestOutput:
+    return RequestOutput(0, None, [1], [CompletionOutput(0, "", [1] * num_tokens, 0.0)], True)
+
+
+def test_it_counts_prompts_and_tokens_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = open_screen(monkeypatch)
+    with ProgressBar(3) as bar:
+        bar.show()
+        bar.count(output(5))
+        bar.count(output(7))
+        bar.show()
+    assert "2/3 prompts, 12 tokens, 6.0 tokens/s" in screen.text
+
+
+def test_it_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = open_screen(monkeypatch)
+    with ProgressBar(3) as bar:
+        bar.show()
+    assert screen.getvalue().endswith("\x1b[2K")  # the line is erased
+    assert "\x1b[?25h" in screen.getvalue()  # and the cursor is back
+
+
+def test_an_exception_takes_it_away_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = open_screen(monkeypatch)
+    with pytest.raises(KeyboardInterrupt), ProgressBar(3) as bar:
+        bar.show()
+        raise KeyboardInterrupt
+    assert bar._progress is None and screen.getvalue().endswith("\x1b[2K")
+
+
+def test_it_steps_aside_for_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = open_screen(monkeypatch)
+    monkeypatch.setattr(sys, "stdout", screen)
+    terminal = Terminal()
+    with terminal.progress_bar(3) as bar:
+        bar.show()
+        terminal.answer("an answer\n")
+        assert screen.getvalue().endswith("\x1b[2Kan answer\n")
+        bar.show()
+        assert "0/3" in screen.text.split("an answer")[1]
+        terminal.failure("a failure")
+        assert screen.getvalue().endswith("\x1b[2Kmlx-paged: a failure\n")
+
+
+@pytest.mark.parametrize("why", ["not asked for", "not a terminal", "a dumb one", "quiet"])
+def test_nothing_at_all_is_written_where_it_is_not_wanted(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = open_screen(monkeypatch)
+    if why == "not a terminal":
+        monkeypatch.setattr(Screen, "isatty", lambda self: False)
+    if why == "a dumb one":
+        monkeypatch.setenv("TERM", "dumb")
+    shown = why != "not asked for"
+    with Terminal(quiet=True).progress_bar(2) if why == "quiet" else ProgressBar(2, shown=shown) as bar:
+        bar.show()
+        bar.count(output(3))
+        bar.show()
+    assert screen.getvalue() == ""
