@@ -13,28 +13,22 @@ calls of other parts.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import os
-import platform
 import random
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+import report
 from mlx_lm.models import qwen2
 from mlx_lm.models.cache import BatchKVCache
-from rich.console import Console
-from rich.table import Table
+from report import Part, Row
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.attention import AttentionMetadata
@@ -46,7 +40,6 @@ from mlx_paged.memory_plan import MemoryPlan
 from mlx_paged.models.patch import PatchedModel, patch_model
 from mlx_paged.sampler import SampledTokens, Sampler
 
-Row = dict[str, Any]
 BLOCK_SIZE = 16
 VOCAB_SIZE = 64
 STOP = VOCAB_SIZE - 1  # a token that ends sequences and never comes: stop checks are made and fail
@@ -465,14 +458,6 @@ def end_to_end(quick: bool) -> list[Row]:
 # -- tables ------------------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """A measurement; columns: key in its rows -> heading and format."""
-
-    run: Callable[[bool], list[Row]]
-    title: str
-    columns: dict[str, tuple[str, str]]
-
-
 _TIMES = {
     "cpu_median_us": ("CPU, median", ",.0f"),
     "cpu_p95_us": ("CPU, p95", ",.0f"),
@@ -521,56 +506,5 @@ PARTS = (
 )
 
 
-def cells(part: Part, row: Row) -> list[str]:
-    return [format(row[key], spec) for key, (_, spec) in part.columns.items()]
-
-
-def markdown(part: Part, rows: list[Row]) -> str:
-    """A part's table in Markdown, numbers to the right."""
-    headings = [heading for heading, _ in part.columns.values()]
-    rules = ["---:" if isinstance(rows[0][key], int | float) else "---" for key in part.columns]
-    lines = [headings, rules, *(cells(part, row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: only to see it run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw numbers")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="only print the tables of such a file")
-    parser.add_argument("--only", choices=[part.run.__name__ for part in PARTS], help="measure one part")
-    options = parser.parse_args()
-    if options.markdown:
-        results = json.loads(options.markdown.read_text())["results"]
-        for part in PARTS:
-            print(f"{part.title}:\n\n{markdown(part, results[part.run.__name__])}\n")
-        return
-    machine = {
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": str(mx.default_device()),
-        "cpu_count": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "mlx": mx.__version__,
-        "preloaded": Path(os.environ.get("LD_PRELOAD", "")).name,
-        "command": " ".join(["python benchmarks/host_overhead.py", *sys.argv[1:]]),
-    }
-    console = Console(highlight=False)
-    results = {}
-    for part in PARTS:
-        if options.only not in (None, part.run.__name__):
-            continue
-        mx.random.seed(0)
-        rows = results[part.run.__name__] = part.run(options.quick)
-        table = Table(title=part.title, title_justify="left", box=None)
-        for key, (heading, _) in part.columns.items():
-            table.add_column(heading, justify="right" if isinstance(rows[0][key], int | float) else "left")
-        for row in rows:
-            table.add_row(*cells(part, row))
-        console.print(table, "")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    report.main("host_overhead.py", __doc__, PARTS, numpy=np.__version__)

@@ -8,31 +8,24 @@ Everything random is seeded. Times are medians of repetitions that alternate bet
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
-import platform
 import random
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+import report
+from report import Part, Row
 
 from mlx_paged import LLM, BlockManager, SamplingParams
 from mlx_paged.allocator import POLICIES
 from mlx_paged.attention import AttentionMetadata, attend
 from mlx_paged.kv_cache import LayerShape, PagedKVCache
 
-Row = dict[str, Any]
 BLOCK_SIZE = 16
 DATASETS = {"Alpaca": (19, 58), "ShareGPT": (161, 338)}  # mean tokens in and out, Kwon et al. 2023, figure 11
 PAPER = {  # share of blocks saved, Kwon et al. 2023, section 6.3
@@ -340,14 +333,6 @@ def _fragmentation(context: int, repetitions: int) -> Iterator[Row]:
 # -- tables ------------------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """A measurement; columns: key in its rows -> heading and format."""
-
-    run: Callable[[bool], list[Row]]
-    title: str
-    columns: dict[str, tuple[str, str]]
-
-
 PARTS = (
     Part(
         operations,
@@ -397,52 +382,5 @@ PARTS = (
 )
 
 
-def cells(part: Part, row: Row) -> list[str]:
-    return [format(row[key], spec) for key, (_, spec) in part.columns.items()]
-
-
-def markdown(part: Part, rows: list[Row]) -> str:
-    """A part's table in Markdown, numbers to the right."""
-    headings = [heading for heading, _ in part.columns.values()]
-    rules = ["---:" if isinstance(rows[0][key], int | float) else "---" for key in part.columns]
-    lines = [headings, rules, *(cells(part, row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: only to see it run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw numbers")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="only print the tables of such a file")
-    options = parser.parse_args()
-    if options.markdown:
-        results = json.loads(options.markdown.read_text())["results"]
-        for part in PARTS:
-            print(f"{part.title}:\n\n{markdown(part, results[part.run.__name__])}\n")
-        return
-    machine = {
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": str(mx.default_device()),
-        "cpu_count": os.cpu_count(),
-        "python": platform.python_version(),
-        "mlx": mx.__version__,
-        "preloaded": Path(os.environ.get("LD_PRELOAD", "")).name,
-        "command": " ".join(["python benchmarks/memory.py", *sys.argv[1:]]),
-    }
-    console = Console(highlight=False)
-    results = {}
-    for part in PARTS:
-        mx.random.seed(0)
-        rows = results[part.run.__name__] = part.run(options.quick)
-        table = Table(title=part.title, title_justify="left", box=None)
-        for key, (heading, _) in part.columns.items():
-            table.add_column(heading, justify="right" if isinstance(rows[0][key], int | float) else "left")
-        for row in rows:
-            table.add_row(*cells(part, row))
-        console.print(table, "")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    report.main("memory.py", __doc__, PARTS)

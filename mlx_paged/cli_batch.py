@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_paged.outputs import BeamSearchOutput, RequestMetrics, RequestOutput
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
@@ -24,18 +25,22 @@ def run_batch(
     prompts: Sequence[str],
     load: Callable[[], LLM],
     params: SamplingParams | BeamSearchParams,
-    show: Callable[[int, Output | str], None],
+    show_text: Callable[[int, Any], None],
+    record: Callable[[Any], dict[str, Any]],
     *,
     system: str | None,
     raw: bool,
+    as_json: bool,
     stream: bool = False,
     terminal: Terminal,
 ) -> int:
     """Answers every prompt that can be answered and returns the exit code: 1 if one could not.
 
-    show: shows the result of the prompt at a position; a str is what went wrong. They come in the prompts' order, each
-    as soon as it and those before it are there. stream: show the text of a single prompt as it comes instead.
+    show_text: shows the output of the prompt at a position; record: what JSON says of an output. They come in the
+    prompts' order, each as soon as it and those before it are there. stream: show the text of a single prompt as it
+    comes instead.
     """
+    # A str is what went wrong.
     results: list[Output | str | None] = [_fault(prompt, raw) for prompt in prompts]
     tally = Tally()
     num_shown = 0
@@ -43,6 +48,13 @@ def run_batch(
     def fail(position: int, reason: str) -> None:
         results[position] = reason
         terminal.failure(reason if len(prompts) == 1 else f"prompt {position + 1}: {reason}")
+
+    def show(position: int, result: Output | str) -> None:
+        if as_json:
+            content = {"error": result} if isinstance(result, str) else record(result)
+            terminal.answer(json.dumps({"prompt": prompts[position]} | content, allow_nan=False) + "\n")
+        elif not isinstance(result, str):
+            show_text(position, result)
 
     def show_ready() -> int:
         """Shows the results that are next in order, from `num_shown` on."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlx_paged.cli_batch import Output, durations, finite, run_batch
+from mlx_paged.cli_batch import durations, finite, run_batch
 from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput
 from mlx_paged.sampling_params import BeamSearchParams
 from mlx_paged.terminal import Terminal, excerpt
@@ -27,13 +26,10 @@ def run(
 ) -> int:
     """Searches for all prompts and returns the exit code."""
 
-    def show(position: int, result: Output | str) -> None:
-        if as_json:
-            _show_json(terminal, prompts[position], result)
-        elif isinstance(result, BeamSearchOutput):
-            _show_text(terminal, position, prompts, result)
+    def show(position: int, result: BeamSearchOutput) -> None:
+        _show_text(terminal, position, prompts, result)
 
-    return run_batch(prompts, load, params, show, system=system, raw=raw, terminal=terminal)
+    return run_batch(prompts, load, params, show, _record, system=system, raw=raw, as_json=as_json, terminal=terminal)
 
 
 def _show_text(terminal: Terminal, position: int, prompts: Sequence[str], result: BeamSearchOutput) -> None:
@@ -53,21 +49,16 @@ def _saving(result: BeamSearchOutput) -> str:
     return f" ({saved / result.num_unshared_blocks:.0%} saved by sharing)" if saved > 0 else ""
 
 
-def _show_json(terminal: Terminal, prompt: str, result: Output | str) -> None:
-    record: dict[str, Any] = {"prompt": prompt}
-    if isinstance(result, BeamSearchOutput):
-        longest = max((len(hypothesis.token_ids) for hypothesis in result.sequences), default=0)
-        record |= {
-            "sequences": [_hypothesis_record(hypothesis) for hypothesis in result.sequences],
-            "num_prompt_tokens": len(result.prompt_token_ids),
-            "num_cached_tokens": result.num_cached_tokens,
-            "num_blocks": result.num_blocks,
-            "num_unshared_blocks": result.num_unshared_blocks,
-            "metrics": durations(result.metrics, longest),
-        }
-    else:
-        record["error"] = result
-    terminal.answer(json.dumps(record, allow_nan=False) + "\n")
+def _record(result: BeamSearchOutput) -> dict[str, Any]:
+    longest = max((len(hypothesis.token_ids) for hypothesis in result.sequences), default=0)
+    return {
+        "sequences": [_hypothesis_record(hypothesis) for hypothesis in result.sequences],
+        "num_prompt_tokens": len(result.prompt_token_ids),
+        "num_cached_tokens": result.num_cached_tokens,
+        "num_blocks": result.num_blocks,
+        "num_unshared_blocks": result.num_unshared_blocks,
+        "metrics": durations(result.metrics, longest),
+    }
 
 
 def _hypothesis_record(hypothesis: BeamHypothesis) -> dict[str, Any]:

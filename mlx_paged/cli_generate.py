@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlx_paged.cli_batch import Output, durations, finite, run_batch
+from mlx_paged.cli_batch import durations, finite, run_batch
 from mlx_paged.outputs import CompletionOutput, RequestOutput
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.terminal import Terminal, excerpt
@@ -27,14 +26,13 @@ def run(
 ) -> int:
     """Answers the prompts and returns the exit code."""
 
-    def show(position: int, result: Output | str) -> None:
-        if as_json:
-            _show_json(terminal, prompts[position], result)
-        elif isinstance(result, RequestOutput):
-            _show_text(terminal, position, prompts, result)
+    def show(position: int, result: RequestOutput) -> None:
+        _show_text(terminal, position, prompts, result)
 
     stream = len(prompts) == 1 and params.n == 1 and not as_json
-    return run_batch(prompts, load, params, show, system=system, raw=raw, stream=stream, terminal=terminal)
+    return run_batch(
+        prompts, load, params, show, _record, system=system, raw=raw, as_json=as_json, stream=stream, terminal=terminal
+    )
 
 
 def _show_text(terminal: Terminal, position: int, prompts: Sequence[str], result: RequestOutput) -> None:
@@ -47,19 +45,14 @@ def _show_text(terminal: Terminal, position: int, prompts: Sequence[str], result
         terminal.end_answer()
 
 
-def _show_json(terminal: Terminal, prompt: str, result: Output | str) -> None:
-    record: dict[str, Any] = {"prompt": prompt}
-    if isinstance(result, RequestOutput):
-        longest = max(len(sample.token_ids) for sample in result.outputs)
-        record |= {
-            "outputs": [_sample_record(sample) for sample in result.outputs],
-            "num_prompt_tokens": len(result.prompt_token_ids),
-            "num_cached_tokens": result.num_cached_tokens,
-            "metrics": durations(result.metrics, longest),
-        }
-    else:
-        record["error"] = result
-    terminal.answer(json.dumps(record, allow_nan=False) + "\n")
+def _record(result: RequestOutput) -> dict[str, Any]:
+    longest = max(len(sample.token_ids) for sample in result.outputs)
+    return {
+        "outputs": [_sample_record(sample) for sample in result.outputs],
+        "num_prompt_tokens": len(result.prompt_token_ids),
+        "num_cached_tokens": result.num_cached_tokens,
+        "metrics": durations(result.metrics, longest),
+    }
 
 
 def _sample_record(sample: CompletionOutput) -> dict[str, Any]:

@@ -185,7 +185,8 @@ class Engine:
                 self._take_in()
                 self._advance()
                 if self.config.check_invariants:
-                    self._check()
+                    self._scheduler.settle_all()
+                    self.cache_groups.check()
             except BaseException as error:
                 if not self._start_over(error):
                     raise
@@ -203,8 +204,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """The engine's counters and the pool's state at this moment."""
         with self._alone():
-            for sequence in self._scheduler.running:
-                self._scheduler.settle(sequence)
+            self._scheduler.settle_all()
             manager = self.block_manager
             num_used = manager.num_blocks - manager.num_free_blocks
             kv_tokens = manager.num_kv_tokens()
@@ -541,11 +541,6 @@ class Engine:
         request.metrics.finished_time = time.monotonic()
         self._put_out(request, True)
         del self._requests[request.request_id]
-
-    def _check(self) -> None:
-        for sequence in self._scheduler.running:
-            self._scheduler.settle(sequence)
-        self.cache_groups.check()
 
     # -- after an error -----------------------------------------------------------------------------------------
 

@@ -114,6 +114,11 @@ class Scheduler:
         self.groups.extend(sequence.seq_id, sequence.token_ids, end)
         self.groups.mark_computed(sequence.seq_id, end)
 
+    def settle_all(self) -> None:
+        """`settle` all that run."""
+        for sequence in self.running:
+            self.settle(sequence)
+
     def preempt(self, sequence: Sequence) -> list[Sequence]:
         """Take a running sequence's blocks; it waits for its turn again, with its tokens to compute anew.
 
