@@ -29,7 +29,7 @@ class AttentionMetadata:
 
     @cached_property
     def query_lens(self) -> np.ndarray:
-        return np.diff(self.cu_seqlens_q)
+        return self.cu_seqlens_q[1:] - self.cu_seqlens_q[:-1]
 
     def derive(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, made at the first call with `key`."""

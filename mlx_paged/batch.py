@@ -80,7 +80,7 @@ class BatchBuilder:
             if not np.array_equal(seq_rows, self._last_rows):
                 self._last_device_rows = mx.array(seq_rows.astype(np.int32))
             self._last_rows = seq_rows
-        num_columns = -(-int(context_lens.max()) // block_size)
+        num_columns = -(-int(context_lens[context_lens.argmax()]) // block_size)
         groups = []
         for tables in self._tables:
             host = tables.host

@@ -189,12 +189,17 @@ def _plan(metadata: AttentionMetadata, shape: _Shape) -> _Plan:
     max_keys = _MAX_BYTES // (4 * shape.num_kv_heads * shape.dims)
     groups: list[_Decodes | _Prompts] = []
     runs: list[np.ndarray] = []  # first and last token of those computed together, in the order of the outputs
-    for num_queries in sorted(set(lengths.tolist()) - {0}):
-        seqs = np.flatnonzero((lengths == num_queries) & (contexts > 0))
+    all_decode = np.count_nonzero(lengths == 1) == np.count_nonzero(contexts) == len(lengths)
+    for num_queries in [1] if all_decode else sorted(set(lengths.tolist()) - {0}):
+        seqs = np.arange(len(lengths))
+        if not all_decode:
+            seqs = np.flatnonzero((lengths == num_queries) & (contexts > 0))
         num_keys = contexts if shape.window is None else np.minimum(contexts, num_queries + shape.window - 1)
         for members in _similar_lengths(seqs, num_keys, max_keys, int(_PARTS[-1]) if num_queries == 1 else 2):
             if num_queries == 1:
                 groups.append(_decodes(metadata, shape, members, num_keys[members]))
+                if len(members) == len(lengths):  # the common case
+                    return _Plan(groups, None, 0)
                 runs.append(starts[members, None] + [0, 0])
                 continue
             tile = max(1, _MAX_BYTES // (4 * shape.num_heads * len(members) * int(num_keys[members].max())))
@@ -213,36 +218,44 @@ def _plan(metadata: AttentionMetadata, shape: _Shape) -> _Plan:
 
 def _decodes(metadata: AttentionMetadata, shape: _Shape, seqs: np.ndarray, num_keys: np.ndarray) -> _Decodes:
     """The queries of decodes, each of which sees the last `num_keys` tokens of its sequence."""
-    chunk_size = _chunk_size(num_keys)
-    num_chunks = -(-num_keys // chunk_size)
-    number = np.arange(int(num_chunks.max()))
-    present = number < num_chunks[:, None]
-    owner, number = np.nonzero(present)  # of each chunk, its sequence and which of its chunks it is
-    merge = None
-    if present.shape[1] > 1:
-        chunks = (np.cumsum(present) - 1).reshape(present.shape) * present
-        absent = np.where(present, np.float32(0), -np.float32(np.inf))
-        merge = _Merge(mx.array(chunks.astype(np.int32)), mx.array(absent[:, :, None, None, None]))
-    contexts = metadata.context_lens[seqs]
-    begin = (contexts - num_keys)[owner] + number * chunk_size
-    positions = _column(begin) + mx.arange(chunk_size, dtype=mx.int32)
-    bias = mx.zeros((1, 1, 1, 1))
-    end = contexts[owner]
-    if (begin + chunk_size > end).any():
-        last = _column(end - 1)
-        bias = mx.where(positions <= last, 0.0, -mx.inf).reshape(-1, 1, 1, chunk_size)
-        positions = mx.minimum(positions, last)
-    rows = _rows(metadata, shape, _column(seqs[owner]), positions)
-    tokens = metadata.cu_seqlens_q[seqs][owner]
+    chunk_size, num_chunks = _chunks(num_keys)
+    end = metadata.context_lens[seqs]
+    begin, merge = end - num_keys, None
+    if np.count_nonzero(num_chunks > 1):
+        ends = num_chunks.cumsum()
+        starts = ends - num_chunks
+        chunks, absent = _spans(starts, ends, int(num_chunks[num_chunks.argmax()]))
+        merge = _Merge(chunks, absent[:, :, None, None, None])
+        owner = np.arange(len(seqs)).repeat(num_chunks)  # of each chunk, its sequence
+        begin, end, seqs = begin[owner] + (np.arange(len(owner)) - starts[owner]) * chunk_size, end[owner], seqs[owner]
+    positions, bias = _spans(begin, end, chunk_size)
+    rows = _rows(metadata, shape, _column(seqs), positions)
+    tokens = metadata.cu_seqlens_q[seqs]
     in_order = len(tokens) == metadata.cu_seqlens_q[-1] and (tokens == np.arange(len(tokens))).all()
-    return _Decodes(None if in_order else mx.array(tokens), rows, bias, merge)
+    return _Decodes(None if in_order else mx.array(tokens), rows, bias[:, None, None], merge)
 
 
-def _chunk_size(num_keys: np.ndarray) -> int:
-    """The size with the least work: small chunks leave few places empty, but each costs something."""
-    sizes = -(-num_keys.max() // _PARTS)
-    num_chunks = -(-num_keys[:, None] // sizes)
-    return int(sizes[np.argmin(num_chunks.sum(axis=0) * (sizes + _CHUNK_COST))])
+def _chunks(num_keys: np.ndarray) -> tuple[int, np.ndarray]:
+    """The size of chunks with the least work, since small ones leave few places empty but each costs something.
+
+    And the number of chunks of each sequence.
+    """
+    sizes = np.ceil(num_keys[num_keys.argmax()] / _PARTS)
+    num_chunks = np.ceil(num_keys[:, None] / sizes)  # exact: the numbers are far below 2**52
+    best = (np.add.reduce(num_chunks) * (sizes + _CHUNK_COST)).argmin()
+    return int(sizes[best]), num_chunks[:, best].astype(np.int64)
+
+
+def _spans(begin: np.ndarray, end: np.ndarray, size: int) -> tuple[mx.array, mx.array]:
+    """int32 [n, size]: begin[i], begin[i] + 1, ..., at most end[i] - 1. And [n or 1, size or 1]: -inf for those past it.
+
+    Otherwise 0.
+    """
+    numbers = _column(begin) + mx.arange(size, dtype=mx.int32)
+    if not np.count_nonzero(begin + size > end):
+        return numbers, mx.zeros((1, 1))
+    last = _column(end - 1)
+    return mx.minimum(numbers, last), mx.where(numbers <= last, 0.0, -mx.inf)
 
 
 def _prompts(metadata: AttentionMetadata, shape: _Shape, seqs: np.ndarray, begin: int, num_queries: int) -> _Prompts:
@@ -284,8 +297,9 @@ def _similar_lengths(seqs: np.ndarray, num_keys: np.ndarray, max_keys: int, spre
     """
     if len(seqs) == 0:
         return []
-    longest = num_keys[seqs].max()
-    if longest <= spread * max(64, num_keys[seqs].min()) and longest * len(seqs) <= max_keys:
+    own = num_keys[seqs]
+    longest = own[own.argmax()]  # not max(), here and below: that goes through Python, at a multiple of the cost
+    if longest <= spread * max(64, own[own.argmin()]) and longest * len(seqs) <= max_keys:
         return [seqs]
     groups: list[np.ndarray] = []
     by_length = seqs[np.argsort(num_keys[seqs], kind="stable")]

@@ -80,9 +80,10 @@ class Rows:
         self.last_token = np.zeros(num_rows, np.int32)
         self._look_from = np.zeros(num_rows, np.int32)  # the number of tokens from which on each has to be looked at
         self._stop_ids: list[np.ndarray] = []  # the first one of each row, the second one, ...; -1: it has less
-        self._recent = np.full((_NUM_RECENT, num_rows), -1, np.int32)  # of the last steps; -1: none, or flushed
+        self._recent = np.full((_NUM_RECENT, num_rows), -1, np.int32)  # of the last steps; -1: none
         self._recent_logprobs = np.zeros((_NUM_RECENT, num_rows), np.float32)
         self._num_recent = 0  # steps
+        self._first_recent = np.zeros(num_rows, np.int32)  # of each row: the steps before are flushed
         self._free_rows = list(range(num_rows))[::-1]
         self._joined: list[Sequence] = []
 
@@ -143,7 +144,7 @@ class Rows:
     @property
     def needs_care(self) -> bool:
         """Whether any row is one of a beam, has a form, or may still be forked."""
-        return bool(self._care.any())
+        return np.count_nonzero(self._care) > 0
 
     def watch(self, row: int, watched: bool, stop_ids: SequenceOf[int]) -> None:
         """Which of a row's tokens have to be looked at: all of them, or those in `stop_ids`."""
@@ -172,19 +173,25 @@ class Rows:
 
     def flush(self, sequence: Sequence) -> None:
         """Move what is known of a sequence's row to the sequence."""
-        column = self._recent[: self._num_recent, sequence.row]
-        is_new = column >= 0
-        tokens, num_known = column[is_new].tolist(), len(sequence.token_ids)
-        logprobs = self._recent_logprobs[: self._num_recent, sequence.row][is_new]
-        total = sequence.cumulative_logprob + float(np.nansum(logprobs, dtype=np.float64))
+        row, end = sequence.row, self._num_recent
+        first = self._first_recent[row]
+        tokens = self._recent[first:end, row].tolist()
+        logprobs = self._recent_logprobs[first:end, row].tolist()
+        total, num_known = sequence.cumulative_logprob, len(sequence.token_ids)
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if token >= 0 and logprob == logprob:
+                total += logprob
+        if -1 in tokens:
+            tokens = [token for token in tokens if token >= 0]
         # At once, so that an interruption leaves the tokens here or there.
-        sequence.token_ids[num_known:], sequence.cumulative_logprob, column[:] = tokens, total, -1
+        sequence.token_ids[num_known:], sequence.cumulative_logprob, self._first_recent[row] = tokens, total, end
 
     def _flush_all(self) -> None:
         for sequence in self.sequences:
             if sequence is not None:
                 self.flush(sequence)
-        self._num_recent = 0
+        self._recent[:] = -1  # before the rest, so that nothing is flushed twice wherever this is interrupted
+        self._first_recent[:] = self._num_recent = 0
 
     def widen(self, sequence: Sequence) -> None:
         """A sequence that was a trunk is now itself, with all its tokens."""
