@@ -27,6 +27,7 @@ from mlx_paged.cache_groups import CacheGroups
 from mlx_paged.candidates import beam_candidates
 from mlx_paged.completion import Completer, Stop
 from mlx_paged.config import EngineConfig
+from mlx_paged.live_requests import LiveRequests
 from mlx_paged.model_runner import ModelRunner
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
 from mlx_paged.requests import RequestMaker
@@ -94,17 +95,15 @@ class Engine:
         num_blocks = self.block_manager.num_blocks
         self._maker = RequestMaker(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
         self._completer = Completer(tokenizer, self._maker.eos_token_ids)
-        self._requests: dict[int, Request] = {}
+        self._live = LiveRequests(self.cache_groups, self._rows, self._scheduler, self._mover, self._completer)
         self._arrived: deque[Request] = deque()
         self._to_abort: deque[int] = deque()
-        self._outputs: list[RequestOutput | BeamSearchOutput] = []
         self._under_way: _Step | None = None
         self._at_work: list[_Step] = []  # steps that an error would be the error of
         self._lock = threading.RLock()
         self._arrival_lock = threading.Lock()
         self._is_busy = False
         self._next_request_id = 0
-        self._next_seq_id = 0
         self._num_steps = 0
         self._host_time = 0.0
         self._model_time = 0.0
@@ -160,15 +159,15 @@ class Engine:
                 self._to_abort.append(request_id)
                 return None
             self._take_in()
-            request = self._requests.get(request_id)
+            request = self._live.by_id.get(request_id)
             if request is None:
                 return None
-            self._end(request, Stop("abort"))
-            return self._outputs.pop()
+            self._live.end(request, Stop("abort"))
+            return self._live.outputs.pop()
 
     def has_unfinished(self) -> bool:
         """Whether any request still waits or runs, or has ended without being handed out."""
-        return bool(self._arrived or self._requests or self._outputs)
+        return bool(self._arrived or self._live.by_id or self._live.outputs)
 
     # -- steps --------------------------------------------------------------------------------------------------
 
@@ -191,7 +190,7 @@ class Engine:
                 if not self._start_over(error):
                     raise
             self._host_time += time.perf_counter() - started - (self._model_time - model_time)
-            outputs, self._outputs = self._outputs, []
+            outputs, self._live.outputs = self._live.outputs, []
             return outputs
 
     def compact(self) -> int:
@@ -242,14 +241,14 @@ class Engine:
         """Requests that have arrived start to wait; those that were aborted in the middle of a step end."""
         while self._arrived:
             request = self._arrived[0]
-            self._requests[request.request_id] = request
+            self._live.by_id[request.request_id] = request
             self._arrived.popleft()
-            self._scheduler.add(self._new_sequence(request, request.prompt_token_ids))
+            self._live.begin(request)
         while self._to_abort:
-            request_or_none = self._requests.get(self._to_abort.popleft())
+            request_or_none = self._live.by_id.get(self._to_abort.popleft())
             if request_or_none is not None:
-                self._end(request_or_none, Stop("abort"))
-                self._outputs.pop()
+                self._live.end(request_or_none, Stop("abort"))
+                self._live.outputs.pop()
 
     def _advance(self) -> None:
         """Give the device the next step, and take in the one before it."""
@@ -328,7 +327,8 @@ class Engine:
             beams = np.nonzero(alive & is_beam)[0]
             drawn = step.rows[sources]
             if rows.is_unforked[drawn].any():
-                sources, drawn = self._fork_samples(sources, drawn)
+                sources, drawn = self._live.fork_samples(sources, drawn)
+                self._seat_new_rows()
             if rows.is_constrained[drawn].any():
                 masks, faulty = self._masks(drawn)
                 sources, drawn, masks = (np.delete(array, faulty, axis=0) for array in (sources, drawn, masks))
@@ -352,23 +352,6 @@ class Engine:
         mx.async_eval(step.results)
         self._model_time += time.perf_counter() - started
 
-    def _fork_samples(self, sources: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of prompts that have just been computed, make the samples; the rows to draw for, and of which logits."""
-        more_sources, more_rows = [], []
-        for source, row in zip(sources.tolist(), drawn.tolist(), strict=True):
-            sequence = self._rows.sequences[row]
-            if sequence is None or sequence.request.is_forked:
-                continue
-            self._mover.keep_prompt(sequence.seq_id)
-            self._scheduler.set_forked(sequence)
-            for _ in range(1, sequence.request.width):
-                fork = self._new_sequence(sequence.request, sequence.token_ids)
-                self._scheduler.add_fork(sequence, fork)
-                more_sources.append(source)
-                more_rows.append(fork.row)
-        self._seat_new_rows()
-        return np.append(sources, more_sources).astype(np.int64), np.append(drawn, more_rows).astype(np.int64)
-
     def _masks(self, drawn: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """The tokens that rows with a form may take, made while the device computes their logits.
 
@@ -384,9 +367,7 @@ class Engine:
                 sequence.matcher.fill(masks[i])
             except ValueError as error:
                 faulty.append(i)
-                self._finish(sequence, Stop("error", str(error)))
-                if sequence.request.finished:
-                    self._hand_out(sequence.request)
+                self._live.fail(sequence, str(error))
         return masks, faulty
 
     def _wait(self, step: _Step | None) -> list[np.ndarray]:
@@ -409,102 +390,12 @@ class Engine:
             self._receive(step, self._wait(step))
 
     def _receive(self, step: _Step, values: list[np.ndarray]) -> None:
-        """Give the sequences of a step their tokens, and hand out what has finished or is new."""
-        requests: dict[Request, None] = {}
-        if step.sampled is not None:
-            self._take_tokens(step, values if step.candidates is None else values[:-2], requests)
-        for i, beam in enumerate(step.beams):
-            if beam.row >= 0:
-                beam.candidates = [array[i] for array in values[-2:]]
-                requests[beam.request] = None
-        for request in requests:
-            if request.search is not None:
-                self._branch(request)
-            elif request.finished:
-                self._hand_out(request)
-            elif request.stream:
-                self._put_out(request, False)
-
-    def _take_tokens(self, step: _Step, values: list[np.ndarray], requests: dict[Request, None]) -> None:
-        """Tokens that were drawn; notes in `requests` those about which something may have to be done."""
-        rows, drawn = self._rows, step.drawn
-        assert drawn is not None
-        if rows.version != step.drawn_version:  # some may have been aborted meanwhile
-            current = np.nonzero(rows.stamp[drawn] <= step.drawn_version)[0]
-            drawn, values = drawn[current], [array[current] for array in values]
-        token_ids, logprobs, *top = values
-        for i in np.nonzero(rows.add_tokens(drawn, token_ids, logprobs))[0].tolist():
-            sequence = rows.sequences[drawn[i]]
-            assert sequence is not None
-            rows.flush(sequence)
-            request = sequence.request
-            requests[request] = None
-            if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = time.monotonic()
-            best: dict[int, float] = {}
-            if sequence.logprobs is not None and top:
-                best = dict(zip(*(array[i, : request.params.logprobs].tolist() for array in top), strict=True))
-            stop = self._completer.take(sequence, float(logprobs[i]), best)
-            if stop is not None:
-                self._finish(sequence, stop)
-            else:
-                rows.set_watched(sequence.row, self._completer.has_to_watch(sequence))
-
-    def _branch(self, request: Request) -> None:
-        """Go on with the best continuations of a request's beams, once all of them are known."""
-        search, before = request.search, request.sequences
-        assert search is not None
-        if not all(beam.candidates for beam in before):
-            return
-        if not request.is_forked:
-            request.metrics.first_token_time = time.monotonic()
-            self._mover.keep_prompt(before[0].seq_id)
-            self._scheduler.set_forked(before[0])
-        self._count_blocks(request)
-        count = min(search.num_candidates, len(before[0].candidates[0]))
-        token_ids, logprobs = (np.stack([beam.candidates[i][:count] for beam in before]) for i in range(2))
-        try:
-            parents = search.advance(token_ids, logprobs)
-        except ValueError as error:
-            self._end(request, Stop("error", str(error)))
-            return
-        if search.finished:
-            self._end(request, Stop("stop"))
-            return
-        for i, sequence in enumerate(before):
-            sequence.candidates = None
-            if i not in parents:
-                self._scheduler.remove(sequence)
-        request.sequences = []
-        for i, parent in enumerate(parents):
-            if parent in parents[:i]:
-                fork = self._new_sequence(request, before[parent].token_ids)
-                self._scheduler.add_fork(before[parent], fork)
-            else:
-                request.sequences.append(before[parent])
-        for beam, sequence in zip(search.beams, request.sequences, strict=True):
-            self._rows.put(sequence, beam.token_ids[-1])
-        self._seat_new_rows()
-
-    def _count_blocks(self, request: Request) -> None:
-        """Note what a beam search holds, and what it would hold if its beams shared nothing."""
-        shared = len(request.prompt_token_ids) // self.config.block_size
-        tables = [self.block_manager.block_table(beam.seq_id, shared) for beam in request.sequences]
-        num_blocks = shared + len({block_id for table in tables for block_id in table})
-        request.num_blocks = max(request.num_blocks, num_blocks)
-        num_unshared = shared * len(tables) + sum(map(len, tables))
-        request.num_unshared_blocks = max(request.num_unshared_blocks, num_unshared)
-
-    # -- beginnings and ends ------------------------------------------------------------------------------------
-
-    def _new_sequence(self, request: Request, token_ids: list[int]) -> Sequence:
-        sequence = Sequence(self._next_seq_id, request, request.num_made, list(token_ids))
-        self._next_seq_id += 1
-        request.num_made += 1
-        request.sequences.append(sequence)
-        if request.search is None:
-            self._completer.start(sequence)
-        return sequence
+        """Give the sequences of a step what it tells."""
+        if step.drawn is not None:
+            self._live.take_tokens(step.drawn, step.drawn_version, values[:-2] if step.beams else values)
+        if step.beams:
+            self._live.take_candidates(step.beams, *values[-2:])
+            self._seat_new_rows()
 
     def _seat_new_rows(self) -> None:
         """Tell who keeps things by rows about the sequences that have got one."""
@@ -516,31 +407,6 @@ class Engine:
                 self._sampler.set_row(sequence.row, params, stream, request.prompt_token_ids, output)
             watched = self._completer.has_to_watch(sequence)
             self._rows.watch(sequence.row, watched, self._completer.stop_ids(request))
-
-    def _finish(self, sequence: Sequence, stop: Stop) -> None:
-        """A sequence ends, wherever it is."""
-        self._scheduler.remove(sequence)
-        self._completer.finish(sequence, stop)
-
-    def _end(self, request: Request, stop: Stop) -> None:
-        """A request ends, with all its sequences."""
-        if stop.finish_reason == "error":
-            request.error = str(stop.stop_reason)
-        for sequence in request.sequences:
-            if not sequence.finished:
-                self._finish(sequence, stop)
-        self._hand_out(request)
-
-    def _put_out(self, request: Request, finished: bool) -> None:
-        output, num_sent = self._completer.output(request, finished), self._completer.num_sent(request)
-        # At once, so that an interruption neither loses a part of a stream nor repeats it.
-        self._outputs[len(self._outputs) :], request.num_sent = [output], num_sent
-
-    def _hand_out(self, request: Request) -> None:
-        """A request has ended."""
-        request.metrics.finished_time = time.monotonic()
-        self._put_out(request, True)
-        del self._requests[request.request_id]
 
     # -- after an error -----------------------------------------------------------------------------------------
 
@@ -559,20 +425,9 @@ class Engine:
         self._rows.clear()
         self._batch = BatchBuilder(self._rows)
         self._sampler = Sampler(self.config.max_num_seqs, self._runner.vocab_size)
-        for output in self._outputs:
-            if output.finished:  # it may have been put out just now
-                self._requests.pop(output.request_id, None)
-        requests = list(self._requests.values())
-        for request in requests:
-            self._mend(request)
-        self._scheduler.start_over([s for request in requests for s in request.sequences if not s.finished])
         reason = " ".join(f"the step failed: {type(error).__name__}: {error}".split())
         _LOG.debug(reason, exc_info=error)
-        for request in requests:
-            if request in at_fault:
-                self._end(request, Stop("error", reason))
-            elif request.finished or (request.search is not None and request.search.finished):
-                self._end(request, Stop("stop"))
+        self._live.start_over(at_fault, reason)
         return is_of_a_step
 
     def _members(self, step: _Step) -> list[Sequence]:
@@ -581,23 +436,3 @@ class Engine:
         current = decodes[rows.stamp[decodes] <= step.version]
         chunks = [sequence for sequence, _, _ in step.schedule.chunks if sequence.row >= 0]
         return [*filter(None, (rows.sequences[row] for row in current.tolist())), *chunks]
-
-    def _mend(self, request: Request) -> None:
-        """Bring a request into a state from which it can go on, wherever it was interrupted."""
-        request.num_made = len(request.sequences)
-        if request.search is not None:
-            beams = request.search.beams
-            request.is_forked = request.search.finished or bool(beams[0].token_ids)
-        if request.search is not None and request.is_forked:
-            request.sequences = []
-            for beam in request.search.beams:
-                self._new_sequence(request, request.prompt_token_ids + beam.token_ids)
-            return
-        num_wanted = request.width if request.is_forked else 1
-        while len(request.sequences) < num_wanted:
-            self._new_sequence(request, request.prompt_token_ids)
-        for sequence in request.sequences if request.search is None else ():
-            if not sequence.finished:
-                stop = self._completer.restart(sequence)
-                if stop is not None:
-                    self._completer.finish(sequence, stop)

@@ -247,9 +247,9 @@ def _chunks(num_keys: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def _spans(begin: np.ndarray, end: np.ndarray, size: int) -> tuple[mx.array, mx.array]:
-    """int32 [n, size]: begin[i], begin[i] + 1, ..., at most end[i] - 1. And [n or 1, size or 1]: -inf for those past it.
+    """int32 [n, size]: begin[i], begin[i] + 1, ..., but never past end[i] - 1.
 
-    Otherwise 0.
+    And float [n or 1, size or 1], a bias: -inf where they would be past it, otherwise 0.
     """
     numbers = _column(begin) + mx.arange(size, dtype=mx.int32)
     if not np.count_nonzero(begin + size > end):

@@ -144,7 +144,7 @@ class Rows:
     @property
     def needs_care(self) -> bool:
         """Whether any row is one of a beam, has a form, or may still be forked."""
-        return np.count_nonzero(self._care) > 0
+        return bool(np.count_nonzero(self._care))
 
     def watch(self, row: int, watched: bool, stop_ids: SequenceOf[int]) -> None:
         """Which of a row's tokens have to be looked at: all of them, or those in `stop_ids`."""

@@ -176,7 +176,7 @@ def executed_lines(family: str, pipelining: str) -> Counter[Place]:
 def is_past_saving(place: Place) -> bool:
     """Whether a step that is interrupted there has let its outputs go already: they are on the way to the caller."""
     source, start = inspect.getsourcelines(Engine.step)
-    end = next(i for i, line in enumerate(source) if "self._outputs = self._outputs, []" in line)
+    end = next(i for i, line in enumerate(source) if "self._live.outputs = self._live.outputs, []" in line)
     gate, gate_start = inspect.getsourcelines(Engine._alone)
     with_line = next(i for i, line in enumerate(source) if "with self._alone()" in line)
     lines = {start + with_line, *range(start + end + 1, start + len(source))}

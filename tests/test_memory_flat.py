@@ -67,7 +67,7 @@ def test_memory_is_flat_from_the_tenth_request_to_the_thousandth(demo_folder: Pa
     measured = []
     for i in range(1000):
         add_request(engine, i)
-        while len(engine._requests) > 12:
+        while len(engine._live.by_id) > 12:
             engine.step()
         if i + 1 in (10, 100, 550, 1000):
             measured.append(measure(engine))
