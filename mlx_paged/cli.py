@@ -1,4 +1,4 @@
-"""The command line: options, exit codes, and what bad input is told. What the commands do is in cli_*.py.
+"""The command line: commands, exit codes, and what bad input is told. What the commands do is in cli_*.py.
 
 Exit codes: 0, 1 (it failed: one line on stderr), 2 (bad usage, a value out of range too), 130 (Ctrl-C). Nothing heavy
 is imported until a model is loaded, so that --help answers at once.
@@ -14,14 +14,26 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from mlx_paged import __version__, cli_batch, cli_beam_search, cli_chat, cli_generate, cli_inspect
-from mlx_paged.config import ALLOCATORS, DTYPES, EngineConfig
+from mlx_paged.cli_options import (
+    decimal,
+    engine_options,
+    flag,
+    model_option,
+    prompt_options,
+    report_options,
+    sampling_options,
+    system_option,
+    text,
+    whole,
+)
+from mlx_paged.config import DTYPES, EngineConfig
 from mlx_paged.errors import EngineWarning
 from mlx_paged.models.aliases import ALIASES
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
@@ -30,7 +42,6 @@ from mlx_paged.terminal import Terminal, one_line
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
 
-Option = Callable[[Any], Any]
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)
 
 _FLAGS = {
@@ -94,80 +105,6 @@ class EngineGroup(click.Group):
         sys.exit(code)
 
 
-def options(*each: Option) -> Option:
-    """Several options as one decorator, in the order in which --help shows them."""
-
-    def decorate(command: Any) -> Any:
-        for option in reversed(each):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def whole(*names: str, help: str, default: int | None = None) -> Option:
-    """An option that is a whole number."""
-    return click.option(*names, type=int, metavar="N", default=default, help=help)
-
-
-def decimal(*names: str, help: str, default: float) -> Option:
-    """An option that is a number."""
-    return click.option(*names, type=float, metavar="X", default=default, help=help)
-
-
-def text(*names: str, help: str, **kwargs: Any) -> Option:
-    """An option that is text."""
-    return click.option(*names, **{"metavar": "TEXT", "help": help, **kwargs})
-
-
-def flag(*names: str, help: str, **kwargs: Any) -> Option:
-    """An option that is given or not."""
-    return click.option(*names, is_flag=True, help=help, **kwargs)
-
-
-model_option: Option = text(
-    "--model", metavar="MODEL", help="Alias, Hugging Face repository or folder. Default: the bundled demo model."
-)
-system_option: Option = text("--system", help="System message of the chat template.")
-prompt_options: Option = options(
-    click.argument("prompts", nargs=-1),
-    text("-p", "--prompt", "more_prompts", multiple=True, help='A prompt; "-" is stdin. Repeatable.'),
-    text("-f", "--file", "files", multiple=True, metavar="FILE", help="A file that is one prompt. Repeatable.",
-         type=click.Path(exists=True, dir_okay=False, path_type=Path)),
-    model_option,
-    system_option,
-    flag("--raw", help="Continue the prompt as it is, without the chat template."),
-)  # fmt: skip
-engine_options: Option = options(
-    whole("--block-size", help="Tokens per block of the KV cache. Default: 16."),
-    whole("--num-kv-blocks", help="Size of the KV cache in blocks."),
-    text("--kv-cache-memory", metavar="SIZE", help="Or in memory: 4GB, 512MiB, 30%."),
-    whole("--max-num-seqs", help="Sequences that run at once. Default: 64."),
-    whole("--max-num-batched-tokens", help="Tokens computed per step. Default: 2048."),
-    whole("--max-model-len", help="Longest prompt plus output. Default: the model's limit."),
-    text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32."),
-    flag("--no-prefix-caching", help="Don't reuse the blocks of equal prefixes."),
-    text("--allocator", metavar="|".join(ALLOCATORS), help="Order in which free blocks are reused. Default: lru."),
-    text("--swap-space", metavar="SIZE|FOLDER", help="Where blocks of preempted requests go: 8GB, or a folder."),
-    text("--prefix-cache-dir", metavar="FOLDER", help="Keep the blocks of prompts there for later runs."),
-)
-sampling_options: Option = options(
-    whole("-m", "--max-tokens", help=f"Default: {cli_batch.DEFAULT_MAX_TOKENS}, or what fits if that is less."),
-    decimal("--temp", "--temperature", "temperature", default=0.0, help="Default: 0, greedy."),
-    decimal("--top-p", default=1.0, help="Keep the likeliest tokens that make up this probability."),
-    whole("--top-k", default=0, help="Keep this many tokens. Default: 0, all."),
-    decimal("--min-p", default=0.0, help="Keep tokens at least this likely beside the likeliest."),
-    decimal("--repetition-penalty", default=1.0, help="Above 1: against tokens seen before."),
-    decimal("--presence-penalty", default=0.0, help="Against tokens of the output, once."),
-    decimal("--frequency-penalty", default=0.0, help="Against tokens of the output, each time."),
-    text("--stop", multiple=True, help="End before this text. Repeatable."),
-    whole("--seed", help="Makes random sampling repeatable."),
-    flag("--ignore-eos", help="Run on past the model's end token."),
-)
-report_options: Option = options(
-    flag("-v", "--verbose", help="Timing and memory on stderr, tracebacks of failures."),
-    flag("-q", "--quiet", help="Nothing on stderr but failures."),
-)
 _ALIASES_EPILOG = "Aliases: " + ", ".join(ALIASES)
 
 
