@@ -35,6 +35,7 @@ from mlx_paged.beam_search import BeamSearch
 from mlx_paged.completion import Completer
 from mlx_paged.engine import Engine
 from mlx_paged.errors import EngineWarning
+from mlx_paged.live_requests import LiveRequests
 from mlx_paged.rows import Rows
 
 LONG = max(1, int(os.environ.get("MLX_PAGED_LONG_TESTS") or 0))
@@ -213,7 +214,8 @@ def test_an_interruption_at_any_line_loses_nothing(seed: int, family: str, pipel
 
 @pytest.mark.parametrize(
     "function",
-    [Engine._take_in, Engine._hand_out, Engine._put_out, Engine._new_sequence, Engine._branch, Engine._take_tokens]
+    [Engine._take_in, LiveRequests.begin, LiveRequests.take_tokens, LiveRequests.take_candidates, LiveRequests._branch]
+    + [LiveRequests._new_sequence, LiveRequests._put_out, LiveRequests._hand_out, LiveRequests.fork_samples]
     + [BeamSearch.advance, Completer.take, Rows.flush, Rows.add_tokens],
     ids=lambda function: function.__qualname__,
 )
@@ -232,7 +234,7 @@ def test_room_is_kept_for_the_beams_of_a_search_that_is_interrupted_as_it_forks(
     run = Run(engine, [])
     for asked in [requests()[-1], *requests()[:3]]:
         run.asked[engine.add_request(asked.prompt, asked.params)] = asked
-    with broken(engine, "_count_blocks", 0, KeyboardInterrupt()):
+    with broken(engine, "_live._count_blocks", 0, KeyboardInterrupt()):
         run.to_the_end()
     assert run.num_interruptions == 1
     run.check("llama")
@@ -574,7 +576,7 @@ def test_requests_may_be_aborted_and_come_from_other_threads_while_a_step_is_mad
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("point", ["_scheduler.schedule", "_start_over", "_mend"])
+@pytest.mark.parametrize("point", ["_scheduler.schedule", "_start_over", "_live._mend"])
 def test_a_request_that_arrives_at_an_awkward_moment_is_served(point: str) -> None:
     """While a step looks at the queue; while the engine gathers what there is after an interruption."""
     engine = make_engine("llama", **TIGHT)
