@@ -114,10 +114,10 @@ class BatchBuilder:
     def _token_ids(self, schedule: Schedule, drawn: Drawn | None) -> mx.array:
         """int32 [num_tokens]: from the host what is known there, the rest from what is being drawn."""
         rows, decodes = self._rows, schedule.decodes
+        if drawn is not None and decodes is drawn.rows and not schedule.chunks and rows.version == drawn.version:
+            return drawn.token_ids.astype(mx.int32)
         pending = np.zeros(0, np.int64)  # of each decode, where its token is among those being drawn; or -1
         if drawn is not None:
-            if decodes is drawn.rows and not schedule.chunks and rows.version == drawn.version:
-                return drawn.token_ids.astype(mx.int32)
             places = np.full(len(rows.sequences), -1)
             current = np.nonzero(rows.stamp[drawn.rows] <= drawn.version)[0]
             places[drawn.rows[current]] = current

@@ -75,6 +75,8 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._has_windows = len(groups.managers) > 1
         self._order: np.ndarray | None = _NONE  # rows of `running`; None: not up to date
+        self._steady_version = -1  # of the rows: as long as it stays, all of them decode
+        self._num_steady_steps = 0  # for so many steps
         self._num_forks_to_come = 0
         self._blocked: tuple[Sequence, int] | None = None  # the first one waiting did not fit these free blocks
 
@@ -158,15 +160,21 @@ class Scheduler:
         these are decodes, `is_short` for prompts.
         """
         rows, schedule = self.rows, Schedule()
-        running = self._running_rows()
-        # Over all rows, those that nobody has included, since that is faster than picking the others.
-        is_ready = (rows.num_tokens - rows.num_computed == 1) & (rows.num_tokens < rows.end)
-        num_filling = np.count_nonzero(rows.is_filling)
-        if num_filling:
-            is_ready &= ~rows.is_filling
-        decodes = running
-        if np.count_nonzero(is_ready) < len(running):
-            decodes = running[is_ready[running]]
+        decodes = running = self._running_rows()
+        num_filling = 0
+        if rows.version != self._steady_version or self._num_steady_steps <= 0:
+            # Over all rows, those that nobody has included, since that is faster than picking the others.
+            is_ready = rows.num_tokens == rows.num_computed + 1
+            is_ready &= rows.num_tokens < rows.end
+            num_filling = np.count_nonzero(rows.is_filling)
+            if num_filling:
+                is_ready &= ~rows.is_filling
+            if np.count_nonzero(is_ready) < len(running):
+                decodes = running[is_ready[running]]
+            elif 0 < len(running) <= self._max_num_batched_tokens:
+                self._steady_version = rows.version
+                self._num_steady_steps = int((rows.end - rows.num_tokens)[running].min())
+        self._num_steady_steps -= 1
         if len(decodes) > self._max_num_batched_tokens:
             decodes = decodes[: self._max_num_batched_tokens]
         schedule.decodes = decodes
