@@ -166,7 +166,7 @@ class Scheduler:
             # Over all rows, those that nobody has included, since that is faster than picking the others.
             is_ready = rows.num_tokens == rows.num_computed + 1
             is_ready &= rows.num_tokens < rows.end
-            num_filling = np.count_nonzero(rows.is_filling)
+            num_filling = int(np.count_nonzero(rows.is_filling))
             if num_filling:
                 is_ready &= ~rows.is_filling
             if np.count_nonzero(is_ready) < len(running):
