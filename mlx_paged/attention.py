@@ -1,15 +1,19 @@
-"""Attention of ragged queries over a paged KV cache: the public function and what a step's layers share."""
+"""Attention of ragged queries over a paged KV cache: the public function, what a step's layers share, and backends."""
 
+import os
+import warnings
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged import reference
+from mlx_paged import kernels, reference
+from mlx_paged.errors import EngineWarning
 
-BACKENDS = ("reference",)
+BACKENDS = ("metal", "reference")
+BACKEND_VARIABLE = "MLX_PAGED_BACKEND"
 
 
 class AttentionMetadata:
@@ -61,7 +65,8 @@ def paged_attention(
 
     scale: multiplies the scores. window: a query sees its own key and the window - 1 before it. softcap: scores become
     softcap * tanh(score / softcap). sinks: [num_heads], a logit that takes part in each softmax without a value.
-    backend: "reference", or None for the best one available.
+    backend: "metal", "reference", or None for what the environment variable MLX_PAGED_BACKEND says, otherwise the best
+    one available.
 
     Returns [num_tokens, num_heads, value_dim] in q's dtype; a sequence with context 0 is padding and gives zeros.
     Values in unused slots, NaN included, have no influence. Raises ValueError or TypeError for arguments that don't
@@ -74,9 +79,10 @@ def paged_attention(
         raise ValueError(f"softcap must be above 0, got {softcap}")
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks must have one value per query head, [{q.shape[1]}], got {list(sinks.shape)}")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is not available here; there is: {', '.join(BACKENDS)}")
-    return attend(q, k_cache, v_cache, metadata, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    q, k_cache, v_cache = map(mx.contiguous, (q, k_cache, v_cache))  # copies nothing that is
+    return attend(
+        q, k_cache, v_cache, metadata, scale=scale, window=window, softcap=softcap, sinks=sinks, backend=backend
+    )
 
 
 def attend(
@@ -89,11 +95,118 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: mx.array | None = None,
+    backend: str | None = None,
 ) -> mx.array:
-    """`paged_attention` without its checks, for callers whose metadata is right by construction."""
-    return reference.attend(
-        q, k_cache, v_cache, metadata, scale=scale, window=window, softcap=softcap, sinks=sinks
+    """`paged_attention` without its checks, for callers whose metadata is right by construction.
+
+    The caches must be contiguous, and the rows of q: nothing here makes them so.
+    """
+    arguments: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    if _chosen_backend(backend, q, k_cache, v_cache) == "metal":
+        return _attend_with_kernels(q, k_cache, v_cache, metadata, arguments)
+    return reference.attend(q, k_cache, v_cache, metadata, **arguments)
+
+
+def _chosen_backend(backend: str | None, q: mx.array, k_cache: mx.array, v_cache: mx.array) -> str:
+    """What the caller, the environment or the device asks for. Raises ValueError if that is not to be had."""
+    forced = backend or os.environ.get(BACKEND_VARIABLE)
+    has_metal = kernels.is_available()
+    available = BACKENDS if has_metal else ("reference",)
+    if forced and forced not in available:
+        origin = "" if backend else f" ({BACKEND_VARIABLE})"
+        raise ValueError(f"backend {forced!r}{origin} is not available here; there is: {', '.join(available)}")
+    if forced == "reference" or not has_metal:
+        return "reference"
+    reason = kernels.unsupported(q.dtype, q.shape[1], k_cache.shape, v_cache.shape[3])
+    if reason and forced:
+        raise ValueError(reason)
+    if reason:
+        _warn_once(f"{reason}; plain MLX operations take its place, more slowly")
+    return "reference" if reason else "metal"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, EngineWarning, stacklevel=4)
+
+
+class _Group(NamedTuple):
+    """The sequences of a step that one kernel computes. tokens: their rows in q."""
+
+    tokens: slice | mx.array
+    metadata: AttentionMetadata
+
+
+class _Groups(NamedTuple):
+    """A step's sequences, divided by kernel; order: each token's row in the groups' outputs, None if the same."""
+
+    decodes: _Group | None
+    prefills: _Group | None
+    order: mx.array | None
+
+
+def _attend_with_kernels(
+    q: mx.array, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, arguments: dict[str, Any]
+) -> mx.array:
+    """The Metal backend of `attend`: sequences with one query by the decode kernel, the others by the prefill's."""
+    groups: _Groups = metadata.derive("groups of kernels", lambda: _divide(metadata))
+    outputs = []
+    if groups.decodes is not None:
+        outputs.append(_decode(q[groups.decodes.tokens], k_cache, v_cache, groups.decodes.metadata, arguments))
+    if groups.prefills is not None:
+        outputs.append(_prefill(q[groups.prefills.tokens], k_cache, v_cache, groups.prefills.metadata, arguments))
+    if not outputs:
+        return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
+    result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+    return result if groups.order is None else result[groups.order]
+
+
+def _decode(
+    q: mx.array, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, arguments: dict[str, Any]
+) -> mx.array:
+    shape, window = kernels.shape_of(q, k_cache, v_cache), arguments["window"]
+    plan = metadata.derive(("decode", shape, window), lambda: kernels.plan_decode(metadata.context_lens, window, shape))
+    options = {name: arguments[name] for name in ("scale", "softcap", "sinks")}
+    return kernels.decode(q, k_cache, v_cache, metadata.block_tables, plan, **options)
+
+
+def _prefill(
+    q: mx.array, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, arguments: dict[str, Any]
+) -> mx.array:
+    shape, window = kernels.shape_of(q, k_cache, v_cache), arguments["window"]
+    plan = metadata.derive(
+        ("prefill", shape, window),
+        lambda: kernels.plan_prefill(metadata.context_lens, metadata.cu_seqlens_q, window, shape),
     )
+    return kernels.prefill(q, k_cache, v_cache, metadata.block_tables, plan, **arguments)
+
+
+def _divide(metadata: AttentionMetadata) -> _Groups:
+    """Which sequences go to which kernel."""
+    single = metadata.query_lens == 1
+    if single.all():
+        return _Groups(_Group(slice(None), metadata) if len(single) else None, None, None)
+    if not single.any():
+        return _Groups(None, _Group(slice(None), metadata), None)
+    starts = metadata.cu_seqlens_q
+    groups, all_tokens = [], []
+    for seqs in (np.flatnonzero(single), np.flatnonzero(~single)):
+        lengths = metadata.query_lens[seqs]
+        cu_seqlens_q = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        tokens = np.repeat(starts[seqs] - cu_seqlens_q[:-1], lengths) + np.arange(cu_seqlens_q[-1])
+        part = AttentionMetadata(metadata.block_tables[_index(seqs)], metadata.context_lens[seqs], cu_seqlens_q)
+        groups.append(_Group(_index(tokens), part))
+        all_tokens.append(tokens)
+    order = np.argsort(np.concatenate(all_tokens)).astype(np.int32)
+    in_order = (order == np.arange(len(order))).all()
+    return _Groups(groups[0], groups[1], None if in_order else mx.array(order))
+
+
+def _index(rows: np.ndarray) -> slice | mx.array:
+    """Picks `rows`, ascending numbers: without a copy where they are consecutive."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return mx.array(rows.astype(np.int32))
 
 
 def _checked_metadata(

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import itertools
-import os
-import random
 import tracemalloc
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from attention_cases import DTYPES, Case, check, points_of
 
 from mlx_paged import paged_attention, reference
 from mlx_paged.attention import AttentionMetadata, attend
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
 # (query length, context length) of each sequence of a batch
-BATCHES = {
-    "one decode": [(1, 54)],
-    "decodes of all lengths": [(1, n) for n in (1, 15, 16, 17, 54, 97, 1023)],
-    "similar decodes": [(1, 30 + n) for n in range(17)],
-    "one prompt": [(97, 97)],
-    "chunk of a prompt": [(33, 129)],
-    "several tokens each": [(4, 20), (3, 3), (7, 100)],
-    "mixed": [(1, 1024), (16, 16), (1, 17), (40, 200), (1, 1), (1, 97)],
-    "decodes and padding": [(1, 300), (1, 0), (1, 20)],
-    "padding": [(1, 0), (1, 33), (2, 0), (5, 9)],
+BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
+    "one decode": ((1, 54),),
+    "decodes of all lengths": tuple((1, n) for n in (1, 15, 16, 17, 54, 97, 1023)),
+    "similar decodes": tuple((1, 30 + n) for n in range(17)),
+    "one prompt": ((97, 97),),
+    "chunk of a prompt": ((33, 129),),
+    "several tokens each": ((4, 20), (3, 3), (7, 100)),
+    "mixed": ((1, 1024), (16, 16), (1, 17), (40, 200), (1, 1), (1, 97)),
+    "decodes and padding": ((1, 300), (1, 0), (1, 20)),
+    "padding": ((1, 0), (1, 33), (2, 0), (5, 9)),
 }
 GRID: dict[str, list[Any]] = {
-    "batch": list(BATCHES),
+    "lengths": list(BATCHES.values()),
     "heads": [(8, 8), (32, 8), (40, 40), (14, 2), (6, 1), (5, 1)],
     "head_dim": [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (64, 32)],
     "block_size": [1, 3, 8, 16, 32],
@@ -41,159 +38,21 @@ GRID: dict[str, list[Any]] = {
     "dtype": list(DTYPES),
     "consecutive": [False, True],
 }
-
-
-class Case(NamedTuple):
-    """A point of the grid; `heads` are (query, KV) heads, `head_dim` that of keys and of values."""
-
-    batch: str
-    heads: tuple[int, int]
-    head_dim: tuple[int, int]
-    block_size: int
-    window: int | None
-    softcap: float | None
-    sinks: bool
-    dtype: str
-    consecutive: bool
-
-
-def pairwise_cover(seed: int) -> list[Case]:
-    """Cases in which every two values of different dimensions of the grid meet."""
-    generator = random.Random(seed)
-    names = list(GRID)
-
-    def pairs_of(case: Case) -> set[tuple[int, Any, int, Any]]:
-        return {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(names)), 2)}
-
-    missing = {
-        (i, a, j, b)
-        for i, j in itertools.combinations(range(len(names)), 2)
-        for a in GRID[names[i]]
-        for b in GRID[names[j]]
-    }
-    cases = []
-    while missing:
-        i, a, j, b = min(missing, key=repr)
-        candidates = []
-        for _ in range(30):
-            values = [generator.choice(GRID[name]) for name in names]
-            values[i], values[j] = a, b
-            candidates.append(Case(*values))
-        best = max(candidates, key=lambda case: len(pairs_of(case) & missing))
-        missing -= pairs_of(best)
-        cases.append(best)
-    return cases
-
-
-def dense_attention(
-    q: np.ndarray,
-    k_cache: np.ndarray,
-    v_cache: np.ndarray,
-    tables: np.ndarray,
-    lengths: list[tuple[int, int]],
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: np.ndarray | None,
-) -> np.ndarray:
-    """Causal attention in float64, sequence by sequence and head by head."""
-    block_size = k_cache.shape[1]
-    out = np.zeros((*q.shape[:2], v_cache.shape[3]))
-    group = q.shape[1] // k_cache.shape[2]
-    token = 0
-    for table, (num_queries, context) in zip(tables, lengths, strict=True):
-        slots = [(table[p // block_size], p % block_size) for p in range(context)]
-        for query in range(num_queries if context else 0):
-            position = context - num_queries + query
-            first = 0 if window is None else max(0, position + 1 - window)
-            rows = slots[first : position + 1]
-            for head in range(q.shape[1]):
-                keys = np.array([k_cache[b, o, head // group] for b, o in rows])
-                values = np.array([v_cache[b, o, head // group] for b, o in rows])
-                scores = keys @ q[token + query, head] * scale
-                if softcap is not None:
-                    scores = softcap * np.tanh(scores / softcap)
-                sink = [] if sinks is None else [sinks[head]]
-                peak = max([*scores, *sink])
-                weights = np.exp(scores - peak)
-                out[token + query, head] = weights @ values / (weights.sum() + sum(np.exp(np.array(sink) - peak)))
-        token += num_queries
-    return out
-
-
-def run_case(case: Case, seed: int) -> None:
-    """Random arrays for a case, NaN in every slot that no token has, our result against the dense one."""
-    rng = np.random.default_rng(seed)
-    lengths = BATCHES[case.batch]
-    dtype = DTYPES[case.dtype]
-    num_heads, num_kv_heads = case.heads
-    blocks_of = [-(-context // case.block_size) for _, context in lengths]
-    num_blocks = sum(blocks_of) + 3
-    order = np.arange(num_blocks) if case.consecutive else rng.permutation(num_blocks)
-    tables = np.full((len(lengths), max(blocks_of) + 1), -1, np.int32)  # unused entries are not block ids
-    caches = [
-        np.full((num_blocks, case.block_size, num_kv_heads, dim), np.nan, np.float32) for dim in case.head_dim
-    ]
-    taken = 0
-    for i, (_, context) in enumerate(lengths):
-        tables[i, : blocks_of[i]] = order[taken : taken + blocks_of[i]]
-        taken += blocks_of[i]
-        for position in range(context):
-            for cache in caches:
-                slot = cache[tables[i, position // case.block_size], position % case.block_size]
-                slot[:] = rng.standard_normal(slot.shape)
-    num_tokens = sum(num_queries for num_queries, _ in lengths)
-    queries = rng.standard_normal((num_tokens, num_heads, case.head_dim[0])).astype(np.float32) * 2
-    sinks = rng.standard_normal(num_heads).astype(np.float32) * 2 if case.sinks else None
-    q, k_cache, v_cache = (mx.array(array).astype(dtype) for array in (queries, *caches))
-    scale = case.head_dim[0] ** -0.5
-    out = paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        mx.array(tables),
-        mx.array([context for _, context in lengths], mx.int32),
-        mx.array(np.cumsum([0] + [num_queries for num_queries, _ in lengths]).astype(np.int32)),
-        scale=scale,
-        window=case.window,
-        softcap=case.softcap,
-        sinks=None if sinks is None else mx.array(sinks).astype(dtype),
-    )
-    assert out.dtype == dtype
-    if sinks is not None:
-        sinks = np.array(mx.array(sinks).astype(dtype).astype(mx.float32))
-    exact = [np.array(array.astype(mx.float32)).astype(np.float64) for array in (q, k_cache, v_cache)]
-    expected = dense_attention(*exact, tables, lengths, scale, case.window, case.softcap, sinks)
-    assert_close(np.array(out.astype(mx.float32)), expected, case.dtype)
-
-
-def assert_close(out: np.ndarray, expected: np.ndarray, dtype: str) -> None:
-    """float32 within 2e-5; half types within 1.5e-2 + 1% of an element and 1e-3 (8e-3 bfloat16) of the whole."""
-    assert np.isfinite(out).all()
-    if dtype == "float32":
-        np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
-        return
-    np.testing.assert_allclose(out, expected, rtol=1e-2, atol=1.5e-2)
-    limit = {"float16": 1e-3, "bfloat16": 8e-3}[dtype]
-    assert np.linalg.norm(out - expected) <= limit * np.linalg.norm(expected)
-
-
-# MLX_PAGED_FULL_GRID=1 runs every combination (hours) instead of a cover of all pairs.
-FULL_GRID = [Case(*values) for values in itertools.product(*GRID.values())]
-CASES = FULL_GRID if os.environ.get("MLX_PAGED_FULL_GRID") else pairwise_cover(seed=0)
+CASES = [Case(*values) for values in points_of(GRID)]
 
 
 @pytest.mark.parametrize("part", range(8))
 def test_it_equals_dense_attention_over_the_grid(part: int) -> None:
     for number, case in enumerate(CASES[part::8]):
-        run_case(case, seed=number)
+        check(case, seed=number, backend="reference")
 
 
 @pytest.mark.parametrize("limit", [1, 20_000])
 def test_tiles_and_groups_bounded_by_memory_give_the_same_result(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_MAX_BYTES", limit)
     for batch, window, consecutive in itertools.product(("mixed", "similar decodes"), (None, 33), (False, True)):
-        run_case(Case(batch, (4, 2), (64, 64), 8, window, None, True, "float32", consecutive), seed=1)
+        case = Case(BATCHES[batch], (4, 2), (64, 64), 8, window, None, True, "float32", consecutive)
+        check(case, seed=1, backend="reference")
 
 
 @pytest.mark.parametrize("spread", [7, 200], ids=["similar", "different"])
@@ -208,6 +67,7 @@ def test_a_batch_of_decodes_builds_no_more_operations_than_a_few(spread: int, tm
             mx.array([25 + 37 * i % spread for i in range(batch_size)], mx.int32),
             mx.arange(batch_size + 1, dtype=mx.int32),
             scale=1.0,
+            backend="reference",
         )
         mx.export_to_dot(str(tmp_path / "graph.dot"), out)
         return (tmp_path / "graph.dot").read_text().count("shape=rectangle")
@@ -230,7 +90,7 @@ def test_long_contexts_cost_the_host_nothing_until_the_device_computes(window: i
     before = mx.get_active_memory()
     tracemalloc.start()
     try:
-        out = attend(q, k_cache, k_cache, metadata, scale=1.0, window=window)
+        out = attend(q, k_cache, k_cache, metadata, scale=1.0, window=window, backend="reference")
         _, host_peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -33,13 +33,23 @@ class Metal:
         """Changes options of the simulator, the fields of Config, for the rest of the test."""
         simulator.configure(**changes)
 
+    def compile_ahead(self, run: Callable[[], object]) -> None:
+        """Compiles what `run` launches, on all cores at once, without running it. A GPU has nothing to do here."""
+        if self.simulated:
+            simulator.compile_ahead(run)
+
+    @property
+    def reports(self) -> list[LaunchReport]:
+        """The reports of the test's launches so far."""
+        self.only_simulated("findings and traffic are reported")
+        return simulator.reports
+
     @property
     def report(self) -> LaunchReport:
         """The report of the latest launch."""
-        self.only_simulated("findings and traffic are reported")
-        if simulator.report is None:
+        if not self.reports:
             raise LookupError("no kernel was launched in this test")
-        return simulator.report
+        return self.reports[-1]
 
     def finds(self, pattern: str) -> AbstractContextManager[pytest.ExceptionInfo[SimulationError]]:
         """As pytest.raises: a kernel launched inside has findings whose text matches."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
 from .arguments import KernelArguments
-from .build import compile_kernel
+from .build import CompiledKernel, compile_kernel
 from .config import Config
 from .library import MAX_THREADS, KernelLibrary
 from .mlx_text import KernelText
@@ -23,23 +25,33 @@ _real_metal_kernel = mx.fast.metal_kernel
 
 
 class Simulator:
-    """The simulated GPU: how it runs kernels, and what came of the latest launch.
+    """The simulated GPU: how it runs kernels, and what came of the launches.
 
     There is one per process, `simulator`, because the code under test keeps the kernels it has made.
     """
 
     def __init__(self) -> None:
         self.config = Config()
-        #: The latest launch's, also of one that raised.
-        self.report: LaunchReport | None = None
+        #: Of every launch, also of those that raised.
+        self.reports: list[LaunchReport] = []
+        self.compilers: Executor | None = None
 
     def reset(self) -> None:
-        """Forgets options and report."""
-        self.config, self.report = Config(), None
+        """Forgets options and reports."""
+        self.config = Config()
+        self.reports.clear()
 
     def configure(self, **changes: Any) -> None:
         """Changes options, the fields of Config."""
         self.config = replace(self.config, **changes)
+
+    def compile_ahead(self, run: Callable[[], object]) -> None:
+        """Compiles the kernels that `run` launches, on all cores at once; there they return zeros."""
+        with ThreadPoolExecutor(os.cpu_count()) as self.compilers:
+            try:
+                run()
+            finally:
+                self.compilers = None
 
     def metal_kernel(self, *args: Any, **options: Any) -> MetalKernel:
         """Takes the arguments of ``mx.fast.metal_kernel``."""
@@ -78,6 +90,7 @@ class MetalKernel:
         )
         self._texts: dict[object, KernelText] = {}
         self._libraries: dict[object, KernelLibrary] = {}
+        self._compiling: set[object] = set()
 
     def __call__(
         self,
@@ -107,13 +120,17 @@ class MetalKernel:
         text = self._generate(arrays, output_shapes, output_dtypes, grid, threadgroup, template)
         if verbose:
             print(text.text)
+        if self._simulator.compilers:
+            self._compile_ahead(self._simulator.compilers, text, config.check)
+            return [mx.zeros(*output) for output in zip(output_shapes, output_dtypes, strict=True)]
         library = self._load(text, config.check)
         report = LaunchReport(
             self.name,
             findings=tuple(self._static_findings(library, threadgroup, config)),
             compile_seconds=library.compiled.compile_seconds,
         )
-        self._finish(report, config)
+        self._simulator.reports.append(report)
+        self._raise_findings(report, config)
         if math.prod(threadgroup) > MAX_THREADS:
             raise ValueError(f"{self.name}: more than {MAX_THREADS} threads cannot be simulated")
         arguments = KernelArguments(self, arrays, text.shape_arguments, config)
@@ -136,11 +153,12 @@ class MetalKernel:
             results = arguments.collect_outputs()
         finally:
             arguments.free()
-        self._finish(report, config)
+        self._simulator.reports[-1] = report
+        self._raise_findings(report, config)
         return results
 
-    def _finish(self, report: LaunchReport, config: Config) -> None:
-        self._simulator.report = report
+    @staticmethod
+    def _raise_findings(report: LaunchReport, config: Config) -> None:
         if report.findings and config.raise_on_findings:
             raise SimulationError(report)
 
@@ -172,9 +190,17 @@ class MetalKernel:
     def _load(self, text: KernelText, checked: bool) -> KernelLibrary:
         key = (text.function, text.text, checked)
         if key not in self._libraries:
-            compiled = compile_kernel(text.function, text.text, self.name, checked=checked, math_mode=text.math_mode)
-            self._libraries[key] = KernelLibrary(compiled)
+            self._libraries[key] = KernelLibrary(self._compile(text, checked))
         return self._libraries[key]
+
+    def _compile(self, text: KernelText, checked: bool) -> CompiledKernel:
+        return compile_kernel(text.function, text.text, self.name, checked=checked, math_mode=text.math_mode)
+
+    def _compile_ahead(self, compilers: Executor, text: KernelText, checked: bool) -> None:
+        key = (text.function, text.text, checked)
+        if key not in self._libraries and key not in self._compiling:
+            self._compiling.add(key)
+            compilers.submit(self._compile, text, checked)
 
     def _static_findings(
         self,

@@ -41,13 +41,14 @@ class Toolchain:
     linker: tuple[str, ...]
     version: str
 
-    def run(self, command: Sequence[str], arguments: Sequence[str | Path], purpose: str) -> None:
-        """Runs one of the commands; raises CompileError with its diagnostics if it fails."""
+    def run(self, command: Sequence[str], arguments: Sequence[str | Path], purpose: str) -> str:
+        """Runs one of the commands; returns its output, or raises CompileError with its diagnostics if it fails."""
         done = subprocess.run(
             [*command, *map(str, arguments)], capture_output=True, text=True, env=self.environment(), check=False
         )
         if done.returncode:
             raise CompileError(f"{purpose} failed:\n{done.stderr[-8000:]}")
+        return done.stdout
 
     @staticmethod
     def environment() -> dict[str, str]:

@@ -1,0 +1,57 @@
+// Elements of float16, bfloat16 or float32 kept as the 32-bit words that they are loaded in, and sums over lanes.
+// A word becomes floats where it is used, so that what waits in registers takes no more room than in memory.
+
+#define UNROLL _Pragma("clang loop unroll(full)")
+
+constant constexpr float LOWEST = -3e38f;  // stands for minus infinity, without its arithmetic
+
+template <typename T>
+struct Word {
+  static constant constexpr int COUNT = 2;  // elements per word
+  static float element(uint word, int i) { return float(as_type<vec<T, 2>>(word)[i]); }
+};
+
+template <>
+struct Word<float> {
+  static constant constexpr int COUNT = 1;
+  static float element(uint word, int i) { return as_type<float>(word); }
+};
+
+template <>
+struct Word<bfloat16_t> {
+  static constant constexpr int COUNT = 2;
+  static float element(uint word, int i) { return as_type<float>(i == 0 ? word << 16 : word & 0xffff0000u); }
+};
+
+// Loads N words, 1, 2 or 4, at once; `from` must be aligned to their size.
+template <int N>
+METAL_FUNC void load_words(const device uint* from, thread uint* to) {
+  static_assert(N == 1 || N == 2 || N == 4, "a load is of 4, 8 or 16 bytes");
+  if constexpr (N == 4) {
+    const uint4 words = *reinterpret_cast<const device uint4*>(from);
+    UNROLL for (int i = 0; i < N; i++) to[i] = words[i];
+  } else if constexpr (N == 2) {
+    const uint2 words = *reinterpret_cast<const device uint2*>(from);
+    UNROLL for (int i = 0; i < N; i++) to[i] = words[i];
+  } else {
+    to[0] = *from;
+  }
+}
+
+// Adds each of N values (a power of two) up over every `lanes` neighbouring lanes. Lane i is left with the sum of
+// value i % N: while more than one value is left, a lane passes on those that it does not keep, so that all
+// N take about as many shuffles as one.
+template <int N>
+METAL_FUNC float spread_sum(thread float* values, int lanes, int lane) {
+  UNROLL for (int half_n = N / 2; half_n > 0; half_n /= 2) {
+    const bool upper = lane & half_n;
+    UNROLL for (int i = 0; i < half_n; i++) {
+      const float kept = upper ? values[i + half_n] : values[i];
+      const float passed = upper ? values[i] : values[i + half_n];
+      values[i] = kept + simd_shuffle_xor(passed, half_n);
+    }
+  }
+  float sum = values[0];
+  UNROLL for (int offset = N; offset < lanes; offset *= 2) sum += simd_shuffle_xor(sum, offset);
+  return sum;
+}

@@ -1,0 +1,164 @@
+// Causal attention of several queries per sequence over the sequence's blocks: the body of a kernel; packed.h and
+// tiles.h come before it.
+//
+// The query heads that share a KV head are independent rows of the same products. So the rows of a sequence are its
+// pairs (query, head of the group), query by query, and a tile of TILE_ROWS rows reads K and V once for all of them.
+//
+// Inputs
+//   q             [num_tokens, num_heads, HEAD_DIM], T
+//   k_cache       [num_blocks, block_size, num_kv_heads, HEAD_DIM], T; block_size is a power of two
+//   v_cache       [num_blocks, block_size, num_kv_heads, VALUE_DIM], T
+//   block_tables  [num_seqs, max_blocks], int32
+//   work          [num_items or more, 8], int32: a sequence, its first token, its number of queries, the position of
+//                 the first of them in the context (negative: padding, gives zeros), the first row of a tile, which
+//                 part of the tile's keys, of how many, where the sequence's parts begin
+//   window        int32: how many keys a query sees, itself among them
+//   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
+//   sinks         [num_heads] with SINKS, otherwise anything
+//   The caches are contiguous; of q and block_tables the last dimension is. Rows of q lie at multiples of 16 bytes.
+// Outputs
+//   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the values; zeros without keys. Those of a query lie
+//                 side by side
+//   lse           [num_parts, num_heads], float: the base-2 logarithm of the sum of the keys' exponentials
+//   Where each query has one part, `out` is the result; otherwise paged_merge joins the parts of a query.
+//
+// Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items]
+// Threadgroup    TILE_ROWS / 8 simdgroups, which copy TILE_KEYS keys at a time into threadgroup memory, then as many
+//                values to the same place; all make equally many rounds
+// Simdgroup      8 rows, whose scores, softmax and output stay in its registers
+// Lane           two neighbouring columns of one row of every 8x8 matrix; 4 lanes hold a row
+//
+// Must move      per item and KV head: each key that a row of the tile sees in this part, HEAD_DIM + VALUE_DIM
+//                elements, once; q and out of the rows. So for a sequence at most ceil(num_queries * group / TILE_ROWS)
+//                times its K and V. Keys that no row sees are not read, nor are blocks that have no others.
+// Threadgroup memory   TILE_ROWS rows of HEAD_DIM elements, TILE_KEYS rows of the longer dimension, 16 bytes of padding
+//                per row, which keep columns of a tile in different memory banks
+//
+// The method: FlashAttention-2 (Dao 2023).
+
+constexpr float LOG2E = 1.44269504f;
+constexpr float HIDDEN = -FLT_MAX;   // the score of a key that a row does not see
+constexpr float NOTHING = -1e30f;    // the peak of a row that has seen no key: exp2(HIDDEN - NOTHING) is 0
+
+constexpr int THREADS = TILE_ROWS * 4;
+constexpr int PAD = 16 / sizeof(T);
+constexpr int Q_STRIDE = HEAD_DIM + PAD;
+constexpr int KV_STRIDE = (HEAD_DIM > VALUE_DIM ? HEAD_DIM : VALUE_DIM) + PAD;
+threadgroup uint4 q_memory[TILE_ROWS * Q_STRIDE * sizeof(T) / 16];
+threadgroup uint4 kv_memory[TILE_KEYS * KV_STRIDE * sizeof(T) / 16];
+threadgroup T* q_tile = reinterpret_cast<threadgroup T*>(q_memory);
+threadgroup T* kv_tile = reinterpret_cast<threadgroup T*>(kv_memory);
+
+// The item: where the sequence's queries lie, the tile's rows, and the keys of this part that the rows see.
+const int kv_head = threadgroup_position_in_grid.y;
+const int item = threadgroup_position_in_grid.z;
+const int sequence = work[8 * item];
+const int first_token = work[8 * item + 1];
+const int num_queries = work[8 * item + 2];
+const int first_position = work[8 * item + 3];
+const int first_row = work[8 * item + 4];
+const int part = work[8 * item + 5];
+const int num_parts = work[8 * item + 6];
+const int first_part = work[8 * item + 7];
+const int num_kv_heads = k_cache_shape[2];
+const int group = q_shape[1] / num_kv_heads;
+const int num_rows = min(TILE_ROWS, num_queries * group - first_row);
+const int first_key = max(0, first_position + first_row / group + 1 - window);
+const int last_key = first_position + (first_row + num_rows - 1) / group;
+const int rounds = (last_key - first_key) / (TILE_KEYS * num_parts) + 1;
+const int begin = first_key + part * rounds * TILE_KEYS;
+const int end = min(begin + rounds * TILE_KEYS, last_key + 1);
+auto table = block_tables + sequence * block_tables_strides[0];
+const int block_shift = metal::ctz(k_cache_shape[1]);  // a key's block is key >> block_shift
+
+// The lane: its row of the tile, and its columns of every 8x8 matrix.
+const int thread_index = thread_index_in_threadgroup;
+const int lane = thread_index_in_simdgroup;
+const int simdgroup_row = simdgroup_index_in_threadgroup * 8;
+const int matrix_row = (lane & 16) >> 2 | (lane & 6) >> 1;
+const int column = (lane & 8) >> 1 | (lane & 1) << 1;
+const int row = simdgroup_row + matrix_row;
+const int head = kv_head * group + (first_row + row) % group;
+const int query = (first_row + row) / group;
+const int position = first_position + query;
+
+constexpr int PIECES = HEAD_DIM / PAD;
+for (int i = thread_index; i < TILE_ROWS * PIECES; i += THREADS) {
+  const int tile_row = i / PIECES, d = i % PIECES * PAD;
+  uint4 piece = uint4(0);
+  if (tile_row < num_rows) {
+    const int token = first_token + (first_row + tile_row) / group;
+    const int q_head = kv_head * group + (first_row + tile_row) % group;
+    piece = *reinterpret_cast<const device uint4*>(q + token * q_strides[0] + q_head * q_strides[1] + d);
+  }
+  *reinterpret_cast<threadgroup uint4*>(q_tile + tile_row * Q_STRIDE + d) = piece;
+}
+
+// Online softmax: `total` is the sum of the weights, relative to exp2(peak).
+float2 output[VALUE_DIM / 8];
+UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) output[j] = float2(0);
+float peak = NOTHING;
+float total = 0;
+
+for (int key = begin; key < end; key += TILE_KEYS) {
+  const int num_keys = min(TILE_KEYS, end - key);
+  float2 scores[TILE_KEYS / 8];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  load_keys<T, HEAD_DIM, KV_STRIDE, TILE_KEYS, THREADS>(
+      kv_tile, k_cache, num_kv_heads, kv_head, table, block_shift, key, num_keys, thread_index);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup_row < num_rows) {
+    UNROLL for (int i = 0; i < TILE_KEYS / 8; i++) scores[i] = float2(0);
+    Products<T>::template add_scores<HEAD_DIM, TILE_KEYS, Q_STRIDE, KV_STRIDE>(
+        scores, q_tile + simdgroup_row * Q_STRIDE, kv_tile, matrix_row, column);
+    float tile_peak = peak;
+    UNROLL for (int i = 0; i < TILE_KEYS / 8; i++) {
+      UNROLL for (int c = 0; c < 2; c++) {
+        const int distance = position - (key + i * 8 + column + c);
+        const float score = scores[i][c] * scale;
+        const bool is_visible = distance >= 0 && distance < window;
+        scores[i][c] = is_visible ? (SOFTCAP ? cap * precise::tanh(score) : score) : HIDDEN;
+        tile_peak = max(tile_peak, scores[i][c]);
+      }
+    }
+    // The four lanes of a row differ in bits 0 and 3.
+    tile_peak = max(tile_peak, simd_shuffle_xor(tile_peak, 1));
+    tile_peak = max(tile_peak, simd_shuffle_xor(tile_peak, 8));
+    const float correction = fast::exp2(peak - tile_peak);
+    float sum = 0;
+    UNROLL for (int i = 0; i < TILE_KEYS / 8; i++) {
+      scores[i] = float2(fast::exp2(scores[i].x - tile_peak), fast::exp2(scores[i].y - tile_peak));
+      sum += scores[i].x + scores[i].y;
+    }
+    sum += simd_shuffle_xor(sum, 1);
+    sum += simd_shuffle_xor(sum, 8);
+    total = total * correction + sum;
+    peak = tile_peak;
+    UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) output[j] *= correction;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  load_keys<T, VALUE_DIM, KV_STRIDE, TILE_KEYS, THREADS>(
+      kv_tile, v_cache, num_kv_heads, kv_head, table, block_shift, key, num_keys, thread_index);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup_row < num_rows) {
+    Products<T>::template add_values<VALUE_DIM, TILE_KEYS, KV_STRIDE>(output, scores, kv_tile, matrix_row, column);
+  }
+}
+
+if (row < num_rows) {
+  if (SINKS && part == 0) {
+    const float sink = float(sinks[head]) * LOG2E;
+    const float highest = max(peak, sink);
+    const float correction = fast::exp2(peak - highest);
+    total = total * correction + fast::exp2(sink - highest);
+    peak = highest;
+    UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) output[j] *= correction;
+  }
+  const int64_t result = int64_t(first_part + query * num_parts + part) * q_shape[1] + head;
+  if (column == 0) lse[result] = total > 0 ? peak + log2(total) : LOWEST;
+  const float factor = total > 0 ? 1 / total : 0;
+  device T* to = out + result * VALUE_DIM + column;
+  UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) {
+    *reinterpret_cast<device vec<T, 2>*>(to + j * 8) = vec<T, 2>(T(output[j].x * factor), T(output[j].y * factor));
+  }
+}

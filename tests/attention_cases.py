@@ -1,0 +1,201 @@
+"""Attention over a paged cache as tests pose it: random cases, float64 results, how close is close enough."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from metalsim.fixture import Metal
+
+from mlx_paged import paged_attention
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+#: MLX_PAGED_LONG_TESTS=1 runs every point of the grids (days on a CPU) instead of a cover of all pairs.
+ALL_POINTS = bool(int(os.environ.get("MLX_PAGED_LONG_TESTS") or 0))
+
+
+class Case(NamedTuple):
+    """A point of a grid.
+
+    lengths: (queries, context) of each sequence; heads: (query, KV) heads; head_dim: that of keys and of values;
+    consecutive: whether a sequence's blocks lie side by side.
+    """
+
+    lengths: Sequence[tuple[int, int]]
+    heads: tuple[int, int] = (8, 2)
+    head_dim: tuple[int, int] = (64, 64)
+    block_size: int = 16
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    dtype: str = "float16"
+    consecutive: bool = False
+
+
+class Arrays(NamedTuple):
+    """Random arrays of a case, as `paged_attention` takes them; NaN in every slot that no token has."""
+
+    q: mx.array
+    k_cache: mx.array
+    v_cache: mx.array
+    block_tables: mx.array
+    context_lens: np.ndarray
+    cu_seqlens_q: np.ndarray
+    options: dict[str, Any]
+
+    def attend(self, **options: Any) -> mx.array:
+        """`paged_attention` of them."""
+        return paged_attention(*self[:6], **self.options, **options)
+
+
+def make_arrays(case: Case, seed: int = 0) -> Arrays:
+    """The arrays of a case. Entries of tables that name no block are -1, and so is at least one of each."""
+    rng = np.random.default_rng(seed)
+    dtype = DTYPES[case.dtype]
+    query_lens, context_lens = np.array(case.lengths, np.int32).T
+    num_heads, num_kv_heads = case.heads
+    blocks_of = -(-context_lens // case.block_size)
+    num_blocks = int(blocks_of.sum()) + 3
+    block_ids = np.arange(num_blocks) if case.consecutive else rng.permutation(num_blocks)
+    tables = np.full((len(blocks_of), max(8, int(blocks_of.max()) + 1)), -1, np.int32)
+    caches = [rng.standard_normal((num_blocks, case.block_size, num_kv_heads, dim)) for dim in case.head_dim]
+    unused = np.ones((num_blocks, case.block_size), bool)
+    for table, count, context in zip(tables, blocks_of, context_lens, strict=True):
+        table[:count], block_ids = block_ids[:count], block_ids[count:]
+        positions = np.arange(context)
+        unused[table[positions // case.block_size], positions % case.block_size] = False
+    for cache in caches:
+        cache[unused] = np.nan
+    queries = rng.standard_normal((query_lens.sum(), num_heads, case.head_dim[0])) * 2
+    q, k_cache, v_cache = (mx.array(array.astype(np.float32)).astype(dtype) for array in (queries, *caches))
+    sinks = mx.array(rng.standard_normal(num_heads).astype(np.float32) * 2).astype(dtype) if case.sinks else None
+    options = {"scale": case.head_dim[0] ** -0.5, "window": case.window, "softcap": case.softcap, "sinks": sinks}
+    cu_seqlens_q = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+    return Arrays(q, k_cache, v_cache, mx.array(tables), context_lens, cu_seqlens_q, options)
+
+
+def dense_attention(arrays: Arrays) -> np.ndarray:
+    """Causal attention in float64, query by query, with keys and values picked from the blocks one by one."""
+    q, k_cache, v_cache = map(exact, arrays[:3])
+    scale, window, softcap, sinks = arrays.options.values()
+    tables, block_size = np.array(arrays.block_tables), k_cache.shape[1]
+    group = q.shape[1] // k_cache.shape[2]
+    out = np.zeros((*q.shape[:2], v_cache.shape[3]))
+    for table, context, begin, end in zip(
+        tables, arrays.context_lens, arrays.cu_seqlens_q[:-1], arrays.cu_seqlens_q[1:], strict=True
+    ):
+        positions = np.arange(context)
+        blocks, offsets = table[positions // block_size], positions % block_size
+        keys, values = (np.repeat(cache[blocks, offsets], group, axis=1) for cache in (k_cache, v_cache))
+        for token in range(begin, end if context else begin):
+            last = context - end + token
+            first = 0 if window is None else max(0, last + 1 - window)
+            scores = np.einsum("khd,hd->hk", keys[first : last + 1], q[token]) * scale
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
+            if sinks is not None:  # a key whose value is zero
+                scores = np.concatenate([scores, exact(sinks)[:, None]], axis=1)
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            out[token] = np.einsum("hk,khd->hd", weights[:, : last + 1 - first], values[first : last + 1])
+    return out
+
+
+def exact(array: mx.array) -> np.ndarray:
+    """The values in float64."""
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def assert_close(out: mx.array, expected: np.ndarray) -> None:
+    """float32 within 2e-5; half types within 1.5e-2 + 1% of an element and 1e-3 (8e-3 bfloat16) of the whole."""
+    values = exact(out)
+    assert np.isfinite(values).all()
+    if out.dtype == mx.float32:
+        np.testing.assert_allclose(values, expected, rtol=0, atol=2e-5)
+        return
+    np.testing.assert_allclose(values, expected, rtol=1e-2, atol=1.5e-2)
+    limit = {mx.float16: 1e-3, mx.bfloat16: 8e-3}[out.dtype]
+    assert np.linalg.norm(values - expected) <= limit * np.linalg.norm(expected)
+
+
+def check(case: Case, seed: int = 0, backend: str | None = None) -> None:
+    """Our result for a case against the dense one."""
+    arrays = make_arrays(case, seed)
+    out = arrays.attend(backend=backend)
+    assert out.dtype == DTYPES[case.dtype]
+    assert_close(out, dense_attention(arrays))
+
+
+def pairwise_cover(grid: dict[str, list[Any]], seed: int = 0, reused: Sequence[str] = ()) -> list[tuple[Any, ...]]:
+    """Points in which every two values of different dimensions of the grid meet.
+
+    reused: dimensions whose combinations cost something each time they are new, as those that kernels are compiled for.
+    """
+    generator = random.Random(seed)
+    names = list(grid)
+    kept = [names.index(name) for name in reused]
+
+    def pairs_of(case: Sequence[Any]) -> set[tuple[int, Any, int, Any]]:
+        return {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(names)), 2)}
+
+    missing = {
+        (i, a, j, b)
+        for i, j in itertools.combinations(range(len(names)), 2)
+        for a in grid[names[i]]
+        for b in grid[names[j]]
+    }
+    cases: list[tuple[Any, ...]] = []
+    while missing:
+        i, a, j, b = min(missing, key=repr)
+        fitting = [case for case in cases if all(case[k] == v for k, v in ((i, a), (j, b)) if k in kept)]
+        candidates = []
+        for _ in range(30):
+            values = [generator.choice(grid[name]) for name in names]
+            if kept and fitting:
+                earlier = generator.choice(fitting)
+                for k in kept:
+                    values[k] = earlier[k]
+            values[i], values[j] = a, b
+            candidates.append(tuple(values))
+        best = max(candidates, key=lambda case: len(pairs_of(case) & missing))
+        missing -= pairs_of(best)
+        cases.append(best)
+    return cases
+
+
+def points_of(grid: dict[str, list[Any]], seed: int = 0, reused: Sequence[str] = ()) -> list[tuple[Any, ...]]:
+    """The points to run: a cover of all pairs, or all."""
+    return list(itertools.product(*grid.values())) if ALL_POINTS else pairwise_cover(grid, seed, reused)
+
+
+def check_points(
+    points: Sequence[tuple[Any, ...]], attend: Callable[[Arrays, Any], mx.array], metal: Metal, at_once: int = 14
+) -> None:
+    """Kernels against the dense result, with no findings. Points: the fields of a Case, the threads' order, `attend`'s.
+
+    at_once: so many points' kernels are compiled on all cores before they run.
+    """
+    for start in range(0, len(points), at_once):
+        chunk = points[start : start + at_once]
+        arrays = [make_arrays(Case(*values[:-2]), seed=start + number) for number, values in enumerate(chunk)]
+
+        def run(number: int, chunk: Any = chunk, arrays: Any = arrays) -> mx.array:
+            order, option = chunk[number][-2:]
+            metal.configure(order=order)
+            return attend(arrays[number], option)
+
+        metal.compile_ahead(lambda run=run, chunk=chunk: [run(number) for number in range(len(chunk))])
+        for number, values in enumerate(chunk):
+            out = run(number)
+            assert out.dtype == arrays[number].q.dtype
+            try:
+                assert_close(out, dense_attention(arrays[number]))
+            except AssertionError as error:
+                raise AssertionError(f"at {values}: {error}") from None
+    assert not metal.simulated or not any(report.findings for report in metal.reports)
