@@ -4,6 +4,9 @@
 // The query heads that share a KV head are independent rows of the same products. So the rows of a sequence are its
 // pairs (query, head of the group), query by query, and a tile of TILE_ROWS rows reads K and V once for all of them.
 //
+// With SHARED the queries are those of several sequences, `members`, and the keys are the first blocks that these share:
+// each query sees all of them.
+//
 // Inputs
 //   q             [num_tokens, num_heads, HEAD_DIM], T
 //   k_cache       [num_blocks, block_size, num_kv_heads, HEAD_DIM], T; block_size is a power of two
@@ -12,6 +15,9 @@
 //   work          [num_items or more, 8], int32: a sequence, its first token, its number of queries, the position of
 //                 the first of them in the context (negative: padding, gives zeros), the first row of a tile, which
 //                 part of the tile's keys, of how many, where the sequence's parts begin
+//                 With SHARED: one of the sequences, its place in `members`, how many members follow, the position of
+//                 the last key, and the rest likewise
+//   members       [num_members or more] with SHARED, int32: rows of q; otherwise anything
 //   window        int32: how many keys a query sees, itself among them
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
@@ -20,7 +26,7 @@
 //   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the values; zeros without keys. Those of a query lie
 //                 side by side
 //   lse           [num_parts, num_heads], float: the base-2 logarithm of the sum of the keys' exponentials
-//   Where each query has one part, `out` is the result; otherwise paged_merge joins the parts of a query.
+//   Where each query has one part, `out` is the result; otherwise, and with SHARED, paged_merge joins the parts.
 //
 // Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items]
 // Threadgroup    TILE_ROWS / 8 simdgroups, which copy TILE_KEYS keys at a time into threadgroup memory, then as many
@@ -63,8 +69,8 @@ const int first_part = work[8 * item + 7];
 const int num_kv_heads = k_cache_shape[2];
 const int group = q_shape[1] / num_kv_heads;
 const int num_rows = min(TILE_ROWS, num_queries * group - first_row);
-const int first_key = max(0, first_position + first_row / group + 1 - window);
-const int last_key = first_position + (first_row + num_rows - 1) / group;
+const int first_key = SHARED ? 0 : max(0, first_position + first_row / group + 1 - window);
+const int last_key = first_position + (SHARED ? 0 : (first_row + num_rows - 1) / group);
 const int rounds = (last_key - first_key) / (TILE_KEYS * num_parts) + 1;
 const int begin = first_key + part * rounds * TILE_KEYS;
 const int end = min(begin + rounds * TILE_KEYS, last_key + 1);
@@ -80,14 +86,15 @@ const int column = (lane & 8) >> 1 | (lane & 1) << 1;
 const int row = simdgroup_row + matrix_row;
 const int head = kv_head * group + (first_row + row) % group;
 const int query = (first_row + row) / group;
-const int position = first_position + query;
+const int position = first_position + (SHARED ? 0 : query);
 
 constexpr int PIECES = HEAD_DIM / PAD;
 for (int i = thread_index; i < TILE_ROWS * PIECES; i += THREADS) {
   const int tile_row = i / PIECES, d = i % PIECES * PAD;
   uint4 piece = uint4(0);
   if (tile_row < num_rows) {
-    const int token = first_token + (first_row + tile_row) / group;
+    int token = first_token + (first_row + tile_row) / group;
+    if constexpr (SHARED) token = members[token];
     const int q_head = kv_head * group + (first_row + tile_row) % group;
     piece = *reinterpret_cast<const device uint4*>(q + token * q_strides[0] + q_head * q_strides[1] + d);
   }

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -11,9 +11,11 @@ import numpy as np
 
 from mlx_paged import kernels, reference
 from mlx_paged.errors import EngineWarning
+from mlx_paged.shared_prefix import SharedPrefix, find_shared_prefixes
 
 BACKENDS = ("metal", "reference")
 BACKEND_VARIABLE = "MLX_PAGED_BACKEND"
+FindShared = Callable[[np.ndarray], list[SharedPrefix]]
 
 
 class AttentionMetadata:
@@ -22,13 +24,21 @@ class AttentionMetadata:
     block_tables: int32 [num_seqs, max_blocks], on the device and perhaps not computed yet: nothing here evaluates it.
     On the host: context_lens, int32 [num_seqs], tokens visible to a sequence's last query; cu_seqlens_q, int32
     [num_seqs + 1], the queries of sequence i are tokens cu_seqlens_q[i] to cu_seqlens_q[i + 1], the last ones of its
-    context. What backends derive from them is made once.
+    context. find_shared: given numbers of sequences with one query each, the prefixes that they share, whose members
+    are indices into these; None: nobody looks for any. What backends derive from all this is made once.
     """
 
-    def __init__(self, block_tables: mx.array, context_lens: np.ndarray, cu_seqlens_q: np.ndarray) -> None:
+    def __init__(
+        self,
+        block_tables: mx.array,
+        context_lens: np.ndarray,
+        cu_seqlens_q: np.ndarray,
+        find_shared: FindShared | None = None,
+    ) -> None:
         self.block_tables = block_tables
         self.context_lens = context_lens
         self.cu_seqlens_q = cu_seqlens_q
+        self.find_shared = find_shared
         self._derived: dict[Any, Any] = {}
 
     @cached_property
@@ -165,7 +175,13 @@ def _decode(
     q: mx.array, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, arguments: dict[str, Any]
 ) -> mx.array:
     shape, window = kernels.shape_of(q, k_cache, v_cache), arguments["window"]
-    plan = metadata.derive(("decode", shape, window), lambda: kernels.plan_decode(metadata.context_lens, window, shape))
+
+    def make_plan() -> kernels.DecodePlan:
+        contexts, find_shared = metadata.context_lens, metadata.find_shared
+        shared = find_shared(np.arange(len(contexts))) if find_shared is not None and window is None else []
+        return kernels.plan_decode(contexts, window, shape, shared)
+
+    plan = metadata.derive(("decode", shape, window), make_plan)
     options = {name: arguments[name] for name in ("scale", "softcap", "sinks")}
     return kernels.decode(q, k_cache, v_cache, metadata.block_tables, plan, **options)
 
@@ -194,12 +210,18 @@ def _divide(metadata: AttentionMetadata) -> _Groups:
         lengths = metadata.query_lens[seqs]
         cu_seqlens_q = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         tokens = np.repeat(starts[seqs] - cu_seqlens_q[:-1], lengths) + np.arange(cu_seqlens_q[-1])
-        part = AttentionMetadata(metadata.block_tables[_index(seqs)], metadata.context_lens[seqs], cu_seqlens_q)
+        find_shared = None if metadata.find_shared is None else partial(_find_among, metadata.find_shared, seqs)
+        tables, context_lens = metadata.block_tables[_index(seqs)], metadata.context_lens[seqs]
+        part = AttentionMetadata(tables, context_lens, cu_seqlens_q, find_shared)
         groups.append(_Group(_index(tokens), part))
         all_tokens.append(tokens)
     order = np.argsort(np.concatenate(all_tokens)).astype(np.int32)
     in_order = (order == np.arange(len(order))).all()
     return _Groups(groups[0], groups[1], None if in_order else mx.array(order))
+
+
+def _find_among(find_shared: FindShared, seqs: np.ndarray, some: np.ndarray) -> list[SharedPrefix]:
+    return find_shared(seqs[some])
 
 
 def _index(rows: np.ndarray) -> slice | mx.array:
@@ -257,4 +279,8 @@ def _checked_metadata(
     used = np.arange(tables.shape[1])[None, :] < -(-contexts // block_size)[:, None]
     if (bad := tables[used & ((tables < 0) | (tables >= num_blocks))]).size:
         raise ValueError(f"block_tables names block {bad[0]}; the cache has blocks 0 to {num_blocks - 1}")
-    return AttentionMetadata(mx.array(tables), contexts, starts)
+
+    def find_shared(seqs: np.ndarray) -> list[SharedPrefix]:
+        return find_shared_prefixes(tables[seqs], contexts[seqs], block_size)
+
+    return AttentionMetadata(mx.array(tables), contexts, starts, find_shared)

@@ -8,6 +8,7 @@ import numpy as np
 from mlx_paged.attention import AttentionMetadata
 from mlx_paged.rows import BlockTables, Rows
 from mlx_paged.scheduler import Schedule
+from mlx_paged.shared_prefix import SharedPrefix, find_shared_prefixes
 
 
 class GroupInputs(NamedTuple):
@@ -49,6 +50,7 @@ class BatchBuilder:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._tables = [_DeviceTables(tables) for tables in rows.tables]
+        self._sharing = _Sharing(rows, rows.tables[0])  # of the layers that keep the whole context
         self._last_rows = np.zeros(0, np.int64)
         self._last_device_rows = mx.array(self._last_rows)
         self._counts = np.arange(len(rows.sequences) + 1, dtype=np.int32)
@@ -81,12 +83,17 @@ class BatchBuilder:
                 self._last_device_rows = mx.array(seq_rows.astype(np.int32))
             self._last_rows = seq_rows
         num_columns = -(-int(context_lens[context_lens.argmax()]) // block_size)
-        groups = []
+
+        def find_shared(seqs: np.ndarray) -> list[SharedPrefix]:
+            return self._sharing.of(seq_rows[seqs], context_lens[seqs])
+
+        groups, first = [], self._tables[0]
         for tables in self._tables:
             host = tables.host
             block_ids = host.matrix[token_rows, positions // block_size] if chunks else host.last[decodes]
             used = tables.synced()[:, :num_columns][self._last_device_rows]
-            groups.append(GroupInputs(mx.array(block_ids), AttentionMetadata(used, context_lens, cu_seqlens_q)))
+            metadata = AttentionMetadata(used, context_lens, cu_seqlens_q, find_shared if tables is first else None)
+            groups.append(GroupInputs(mx.array(block_ids), metadata))
         logit_rows, wanted_rows = None, decodes
         if chunks:
             needs_logits = [chunk.needs_logits for chunk in chunks]
@@ -151,3 +158,28 @@ class _DeviceTables:
             self._entries = mx.put_along_axis(self._entries, indices, block_ids, axis=0)
             self.num_sent_entries += block_ids.size
         return self._entries.reshape(self.host.matrix.shape)
+
+
+class _Sharing:
+    """The prefixes that running sequences share, found again only when their blocks may have become others.
+
+    A decode adds blocks that nobody shares, so as long as no sequence comes or goes, and no table is rewritten, what
+    is shared stays the same.
+    """
+
+    def __init__(self, rows: Rows, tables: BlockTables) -> None:
+        self._rows = rows
+        self._tables = tables
+        self._found_for: tuple[int, int] | None = None
+        self._of_rows = np.zeros(0, np.int64)
+        self._prefixes: list[SharedPrefix] = []
+
+    def of(self, rows: np.ndarray, context_lens: np.ndarray) -> list[SharedPrefix]:
+        """The prefixes that sequences in these rows share; members are indices into `rows`."""
+        now = (self._rows.version, self._tables.num_rewrites)
+        if now != self._found_for or not np.array_equal(rows, self._of_rows):
+            num_columns = -(-int(context_lens.max(initial=0)) // self._rows.block_size)
+            used = self._tables.matrix[rows, :num_columns]
+            self._prefixes = find_shared_prefixes(used, context_lens, self._rows.block_size)
+            self._found_for, self._of_rows = now, rows
+        return self._prefixes

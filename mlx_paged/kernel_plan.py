@@ -4,10 +4,13 @@ Both kernels work on items: a threadgroup per item and KV head. An item is a par
 of a tile of queries (prefill), so that a few long contexts fill the device, too. What parts compute is then merged.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+
+from mlx_paged.shared_prefix import SharedPrefix
 
 MAX_PRIVATE_WORDS = 96
 MAX_THREADGROUP_BYTES = 32 << 10
@@ -109,13 +112,12 @@ def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:
     return max(step, equal_share // step * step, least)
 
 
-def decode_items(context_lens: np.ndarray, window: int | None, size: int) -> Items:
-    """Each sequence's context, or what `window` leaves of it, in parts of `size` keys; without keys one empty part.
+def decode_items(context_lens: np.ndarray, num_keys: np.ndarray, size: int) -> Items:
+    """The last `num_keys` keys of each sequence's context in parts of `size`; without keys one empty part.
 
     Columns: sequence, first key, past the last key, 1 if it is the sequence's first part.
     """
-    contexts = context_lens.astype(np.int64)
-    num_keys = contexts if window is None else np.minimum(contexts, window)
+    contexts, num_keys = context_lens.astype(np.int64), num_keys.astype(np.int64)
     num_parts = np.maximum(1, -(-num_keys // size))
     sequence = np.repeat(np.arange(len(contexts)), num_parts)
     part = _count_up(num_parts)
@@ -164,21 +166,63 @@ def prefill_items(
     (negative: the sequence is padding), the tile's first row, the part, the number of parts, where the sequence's
     parts begin. The parts of a query lie side by side.
     """
-    heads, tile = shape.heads_per_kv_head, tile_for(shape)
-    query_lens = np.diff(cu_seqlens_q)
-    num_tiles = -(-query_lens * heads // tile.rows)
-    num_keys = context_lens.astype(np.int64)
+    query_lens, num_keys = np.diff(cu_seqlens_q), context_lens.astype(np.int64)
     if window is not None:
-        num_keys = np.minimum(num_keys, window + tile.rows // heads)
+        num_keys = np.minimum(num_keys, window + tile_for(shape).rows // shape.heads_per_kv_head)
+    sequences = np.arange(len(query_lens))
+    return _tiles(
+        sequences, cu_seqlens_q[:-1], query_lens, context_lens - query_lens, num_keys, shape, num_cores
+    )
+
+
+def _tiles(
+    sequences: np.ndarray,
+    first_tokens: np.ndarray,
+    query_lens: np.ndarray,
+    first_positions: np.ndarray,
+    num_keys: np.ndarray,
+    shape: Shape,
+    num_cores: int,
+) -> Items:
+    """The items of paged_prefill, columns as `prefill_items` tells; each array has a value for each run of queries."""
+    heads, tile = shape.heads_per_kv_head, tile_for(shape)
+    num_tiles = -(-query_lens * heads // tile.rows)
     num_parts = parts_of_keys(num_tiles, num_keys, shape, num_cores)
     cu_parts = _cumulative(np.repeat(num_parts, query_lens))
+    first_parts = cu_parts[np.cumsum(query_lens) - query_lens]
     num_items = num_tiles * num_parts
-    sequence = np.repeat(np.arange(len(num_items)), num_items)
-    in_tile, part = np.divmod(_count_up(num_items), num_parts[sequence])
-    first_token = cu_seqlens_q[:-1]
-    of_sequence = (first_token, query_lens, context_lens - query_lens, num_parts, cu_parts[first_token])
-    first, queries, position, parts, first_part = (values[sequence] for values in of_sequence)
+    run = np.repeat(np.arange(len(num_items)), num_items)
+    in_tile, part = np.divmod(_count_up(num_items), num_parts[run])
+    of_run = (sequences, first_tokens, query_lens, first_positions, num_parts, first_parts)
+    sequence, first, queries, position, parts, first_part = (values[run] for values in of_run)
     return Items(_columns(sequence, first, queries, position, in_tile * tile.rows, part, parts, first_part), cu_parts)
+
+
+# ---- decode of sequences that share their first blocks ----
+
+
+class SharedItems(NamedTuple):
+    """Prefixes that several sequences share, each computed once for the queries of all its members.
+
+    items: of paged_prefill, which takes the members of a prefix for its queries; members: int32, those of all prefixes.
+    ranges: int32 [num_seqs, 2], the first and past the last of the parts of each sequence's prefix.
+    """
+
+    items: Items
+    members: np.ndarray
+    ranges: np.ndarray
+
+
+def shared_items(prefixes: Sequence[SharedPrefix], num_seqs: int, shape: Shape, num_cores: int) -> SharedItems:
+    """Each prefix as a run of queries, which all see all of its keys."""
+    counts = np.array([len(prefix.members) for prefix in prefixes])
+    lengths = np.array([prefix.num_tokens for prefix in prefixes])
+    members = np.concatenate([prefix.members for prefix in prefixes])
+    first = np.cumsum(counts) - counts
+    items = _tiles(members[first], first, counts, lengths - 1, lengths, shape, num_cores)
+    ranges = np.zeros((num_seqs, 2), np.int32)
+    ranges[members] = np.stack([items.cu_parts[:-1], items.cu_parts[1:]], axis=1)
+    return SharedItems(items, members.astype(np.int32), ranges)
 
 
 def _count_up(counts: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 
 from mlx_paged import kernel_plan
 from mlx_paged.kernel_plan import SCRATCH, SIMDGROUPS, Items, Shape, decode_layout, tile_for
+from mlx_paged.shared_prefix import SharedPrefix
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 BLOCK_SIZES = (8, 16, 32, 64)
@@ -76,20 +77,45 @@ def shape_of(q: mx.array, k_cache: mx.array, v_cache: mx.array) -> Shape:
 class Plan(NamedTuple):
     """A step's items on the device, the same for all layers of one shape and window: kernel_plan.Items tells.
 
-    work and cu_parts have at least 8 elements; cu_parts is None where nothing is split.
+    work and cu_parts have at least 8 elements; is_split: whether what cu_parts tells has to be merged.
     """
 
     work: mx.array
     num_items: int
     num_parts: int
-    cu_parts: mx.array | None
+    cu_parts: mx.array
+    is_split: bool
 
 
-def plan_decode(context_lens: np.ndarray, window: int | None, shape: Shape) -> Plan:
-    """The plan for one query per sequence. context_lens: int32 [num_seqs]."""
+class SharedPlan(NamedTuple):
+    """The items of shared prefixes on the device: kernel_plan.SharedItems tells."""
+
+    plan: Plan
+    members: mx.array
+    ranges: mx.array
+
+
+class DecodePlan(NamedTuple):
+    """The items of each sequence's own keys, and those of the keys that sequences share."""
+
+    own: Plan
+    shared: SharedPlan | None
+
+
+def plan_decode(
+    context_lens: np.ndarray, window: int | None, shape: Shape, prefixes: Sequence[SharedPrefix] = ()
+) -> DecodePlan:
+    """The plan for one query per sequence. context_lens: int32 [num_seqs]. prefixes: only without a window."""
     num_keys = context_lens if window is None else np.minimum(context_lens, window)
+    shared = None
+    if prefixes:
+        num_keys = context_lens.copy()
+        for prefix in prefixes:
+            num_keys[prefix.members] -= prefix.num_tokens
+        items, members, ranges = kernel_plan.shared_items(prefixes, len(context_lens), shape, num_cores())
+        shared = SharedPlan(put_on_device(items), _padded(members), _padded(ranges))
     size = kernel_plan.keys_per_item(num_keys, shape, num_cores())
-    return put_on_device(kernel_plan.decode_items(context_lens, window, size))
+    return DecodePlan(put_on_device(kernel_plan.decode_items(context_lens, num_keys, size)), shared)
 
 
 def plan_prefill(context_lens: np.ndarray, cu_seqlens_q: np.ndarray, window: int | None, shape: Shape) -> Plan:
@@ -99,8 +125,7 @@ def plan_prefill(context_lens: np.ndarray, cu_seqlens_q: np.ndarray, window: int
 
 def put_on_device(items: Items) -> Plan:
     """The items as the kernels take them."""
-    cu_parts = _padded(items.cu_parts) if items.is_split else None
-    return Plan(_padded(items.work), len(items.work), items.num_parts, cu_parts)
+    return Plan(_padded(items.work), len(items.work), items.num_parts, _padded(items.cu_parts), items.is_split)
 
 
 def decode(
@@ -108,7 +133,7 @@ def decode(
     k_cache: mx.array,
     v_cache: mx.array,
     block_tables: mx.array,
-    plan: Plan,
+    plan: DecodePlan,
     *,
     scale: float,
     softcap: float | None = None,
@@ -120,6 +145,8 @@ def decode(
     and of block_tables are contiguous, pools as a whole. Raises ValueError for arrays that have no kernel.
     """
     _check(q, k_cache, v_cache, block_tables, sinks)
+    if q.shape[0] == 0:
+        return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
     shape = shape_of(q, k_cache, v_cache)
     layout = decode_layout(shape)
     template = {
@@ -132,9 +159,14 @@ def decode(
         "SIMDGROUPS": SIMDGROUPS,
         "SCRATCH": SCRATCH,
     }
-    grid = (32 * SIMDGROUPS, shape.num_kv_heads, plan.num_items)
-    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables, "work": plan.work}
-    return _attend("paged_decode", inputs, plan, template, grid, 32 * SIMDGROUPS, scale, softcap, sinks)
+    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
+    logits = _Logits(scale, softcap, sinks)
+    parts = _attend("paged_decode", inputs, plan.own, template, 32 * SIMDGROUPS, logits)
+    if plan.shared is None:
+        return _merged(parts, plan.own, q.shape[0])
+    # A sink is one of a sequence's own keys.
+    shared = _attend_tiles(inputs, plan.shared.plan, logits._replace(sinks=None), None, plan.shared.members)
+    return _merge(parts, plan.own.cu_parts, q.shape[0], shared, plan.shared.ranges)
 
 
 def prefill(
@@ -154,63 +186,93 @@ def prefill(
     As `decode`, with the plan of `plan_prefill`.
     """
     _check(q, k_cache, v_cache, block_tables, sinks)
-    shape = shape_of(q, k_cache, v_cache)
-    tile = tile_for(shape)
-    threads = 4 * tile.rows
-    template = {"TILE_ROWS": tile.rows, "TILE_KEYS": tile.keys}
-    grid = (threads, shape.num_kv_heads, plan.num_items)
-    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables, "work": plan.work}
-    inputs["window"] = mx.array(_NO_WINDOW if window is None else min(window, _NO_WINDOW), mx.int32)
-    return _attend("paged_prefill", inputs, plan, template, grid, threads, scale, softcap, sinks)
+    if q.shape[0] == 0:
+        return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
+    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
+    return _merged(_attend_tiles(inputs, plan, _Logits(scale, softcap, sinks), window, None), plan, q.shape[0])
+
+
+class _Logits(NamedTuple):
+    """How scores become logits, and a logit without a key; as in `paged_attention`."""
+
+    scale: float
+    softcap: float | None
+    sinks: mx.array | None
+
+
+class _Parts(NamedTuple):
+    """What a kernel computed of parts of keys: out [num_parts, num_heads, value_dim] and lse [num_parts, num_heads]."""
+
+    out: mx.array
+    lse: mx.array
+
+
+def _attend_tiles(
+    inputs: dict[str, mx.array], plan: Plan, logits: _Logits, window: int | None, members: mx.array | None
+) -> _Parts:
+    """paged_prefill; members: the plan is one of shared prefixes, and these are its queries."""
+    tile = tile_for(shape_of(inputs["q"], inputs["k_cache"], inputs["v_cache"]))
+    inputs = inputs | {
+        "members": plan.work if members is None else members,
+        "window": mx.array(_NO_WINDOW if window is None else min(window, _NO_WINDOW), mx.int32),
+    }
+    template = {"TILE_ROWS": tile.rows, "TILE_KEYS": tile.keys, "SHARED": members is not None}
+    return _attend("paged_prefill", inputs, plan, template, 4 * tile.rows, logits)
 
 
 def _attend(
-    stem: str,
-    inputs: dict[str, mx.array],
-    plan: Plan,
-    template: dict[str, Any],
-    grid: tuple[int, int, int],
-    threads: int,
-    scale: float,
-    softcap: float | None,
-    sinks: mx.array | None,
-) -> mx.array:
-    """What both kernels have in common: scale, soft cap, sinks, outputs, merging. grid: in threads."""
+    stem: str, inputs: dict[str, mx.array], plan: Plan, template: dict[str, Any], threads: int, logits: _Logits
+) -> _Parts:
+    """What both kernels have in common: items, logits, outputs. threads: of a threadgroup, one per item and KV head."""
     q, v_cache = inputs["q"], inputs["v_cache"]
-    (num_rows, num_heads, head_dim), value_dim = q.shape, v_cache.shape[3]
-    if num_rows == 0:
-        return mx.zeros((0, num_heads, value_dim), q.dtype)
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads, value_dim = v_cache.shape[2:]
+    scale, softcap, sinks = logits
     inputs = inputs | {
+        "work": plan.work,
         "scale": mx.array(scale * _LOG2E if softcap is None else scale / softcap, mx.float32),
         "cap": mx.array(0 if softcap is None else softcap * _LOG2E, mx.float32),
         "sinks": q if sinks is None else sinks,
     }
     constants = {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "SOFTCAP": softcap is not None}
-    out, lse = _kernel(stem, inputs, ("out", "lse"))(
-        inputs=list(inputs.values()),
-        template=[("T", q.dtype), *constants.items(), ("SINKS", sinks is not None), *template.items()],
-        grid=grid,
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(plan.num_parts, num_heads, value_dim), (plan.num_parts, num_heads)],
-        output_dtypes=[q.dtype, mx.float32],
+    return _Parts(
+        *_kernel(stem, inputs, ("out", "lse"))(
+            inputs=list(inputs.values()),
+            template=[("T", q.dtype), *constants.items(), ("SINKS", sinks is not None), *template.items()],
+            grid=(threads, num_kv_heads, plan.num_items),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[(plan.num_parts, num_heads, value_dim), (plan.num_parts, num_heads)],
+            output_dtypes=[q.dtype, mx.float32],
+        )
     )
-    return out if plan.cu_parts is None else _merge(out, lse, plan.cu_parts, num_rows)
 
 
-def _merge(parts: mx.array, lse: mx.array, cu_parts: mx.array, num_rows: int) -> mx.array:
-    """The parts of each row of q joined: parts [num_parts, num_heads, value_dim] -> [num_rows, num_heads, value_dim].
+def _merged(parts: _Parts, plan: Plan, num_rows: int) -> mx.array:
+    """The parts of each row of q joined, [num_rows, num_heads, value_dim]: the rows' own where each has one."""
+    return _merge(parts, plan.cu_parts, num_rows) if plan.is_split else parts.out
 
-    lse: float32 [num_parts, num_heads].
-    """
-    _, num_heads, value_dim = parts.shape
-    inputs = {"parts": parts, "lse": lse, "cu_parts": cu_parts}
+
+def _merge(
+    parts: _Parts, cu_parts: mx.array, num_rows: int, shared: _Parts | None = None, ranges: mx.array | None = None
+) -> mx.array:
+    """paged_merge. shared, ranges: the parts of shared prefixes, and which of them belong to each row."""
+    num_heads, value_dim = parts.out.shape[1:]
+    more = parts if shared is None else shared
+    inputs = {
+        "parts": parts.out,
+        "lse": parts.lse,
+        "cu_parts": cu_parts,
+        "shared_parts": more.out,
+        "shared_lse": more.lse,
+        "ranges": cu_parts if ranges is None else ranges,
+    }
     (out,) = _kernel("paged_merge", inputs, ("out",))(
         inputs=list(inputs.values()),
-        template=[("T", parts.dtype), ("VALUE_DIM", value_dim)],
+        template=[("T", parts.out.dtype), ("VALUE_DIM", value_dim), ("SHARED", shared is not None)],
         grid=(32, num_heads, num_rows),
         threadgroup=(32, int(np.gcd(num_heads, SIMDGROUPS)), 1),
         output_shapes=[(num_rows, num_heads, value_dim)],
-        output_dtypes=[parts.dtype],
+        output_dtypes=[parts.out.dtype],
     )
     return out
 

@@ -18,12 +18,14 @@ _NUM_RECENT = 128
 class BlockTables:
     """Block tables of one cache group, int32 [num_rows, max_blocks], and which entries have changed.
 
-    last: the last block of each row, which is where the next token of a decode goes.
+    last: the last block of each row, which is where the next token of a decode goes. num_rewrites: how often a table
+    became another in other ways than by growing at its end.
     """
 
     def __init__(self, num_rows: int, max_blocks: int) -> None:
         self.matrix = np.zeros((num_rows, max_blocks), np.int32)
         self.last = np.zeros(num_rows, np.int32)
+        self.num_rewrites = 0
         self._entries = self.matrix.reshape(-1)
         self._changed: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -35,6 +37,7 @@ class BlockTables:
 
     def set_tail(self, row: int, start: int, block_ids: SequenceOf[int]) -> None:
         """The entries of a row from `start` on are `block_ids` now."""
+        self.num_rewrites += 1
         if len(block_ids):
             self.last[row] = block_ids[-1]
             first = row * self.matrix.shape[1] + start

@@ -24,7 +24,8 @@ class Case(NamedTuple):
     """A point of a grid.
 
     lengths: (queries, context) of each sequence; heads: (query, KV) heads; head_dim: that of keys and of values;
-    consecutive: whether a sequence's blocks lie side by side.
+    consecutive: whether a sequence's blocks lie side by side; shared: (sequences, blocks), the first blocks of these
+    sequences are those of the first one.
     """
 
     lengths: Sequence[tuple[int, int]]
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     sinks: bool = False
     dtype: str = "float16"
     consecutive: bool = False
+    shared: Sequence[tuple[Sequence[int], int]] = ()
 
 
 class Arrays(NamedTuple):
@@ -66,8 +68,11 @@ def make_arrays(case: Case, seed: int = 0) -> Arrays:
     tables = np.full((len(blocks_of), max(8, int(blocks_of.max()) + 1)), -1, np.int32)
     caches = [rng.standard_normal((num_blocks, case.block_size, num_kv_heads, dim)) for dim in case.head_dim]
     unused = np.ones((num_blocks, case.block_size), bool)
-    for table, count, context in zip(tables, blocks_of, context_lens, strict=True):
+    for table, count in zip(tables, blocks_of, strict=True):
         table[:count], block_ids = block_ids[:count], block_ids[count:]
+    for members, count in case.shared:
+        tables[members, :count] = tables[members[0], :count]
+    for table, context in zip(tables, context_lens, strict=True):
         positions = np.arange(context)
         unused[table[positions // case.block_size], positions % case.block_size] = False
     for cache in caches:

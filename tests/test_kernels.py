@@ -95,8 +95,9 @@ def test_no_queries_need_no_kernel(call: Callable[..., mx.array], device: FakeDe
 
 
 def test_a_context_in_several_parts_is_merged(device: FakeDevice) -> None:
-    plan = kernels.put_on_device(kernel_plan.decode_items(np.array([20, 5, 0], np.int32), None, 8))
-    assert call_decode(plan=plan).shape == (3, 4, 24)
+    contexts = np.array([20, 5, 0], np.int32)
+    plan = kernels.put_on_device(kernel_plan.decode_items(contexts, contexts, 8))
+    assert call_decode(plan=kernels.DecodePlan(plan, None)).shape == (3, 4, 24)
     assert [name.split("_")[1] for name, _ in device.calls] == ["decode", "merge"]
     assert device.calls[0][1]["output_shapes"] == [(5, 4, 24), (5, 4)]
 

@@ -1,0 +1,62 @@
+"""Which sequences of a batch share their first blocks, so that attention can read those once for all of them.
+
+Beams share the blocks of their prompt, samples too, and so do requests with a common system prompt.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LEAST_KEYS_SAVED = 512  # that are not read again: fewer are not worth another launch and the merging of its results
+
+
+class SharedPrefix(NamedTuple):
+    """The first `num_tokens` tokens of `members`, numbers of sequences in ascending order, lie in the same blocks."""
+
+    members: np.ndarray
+    num_tokens: int
+
+    @property
+    def num_saved(self) -> int:
+        """Keys that are not read again."""
+        return (len(self.members) - 1) * self.num_tokens
+
+
+def find_shared_prefixes(tables: np.ndarray, context_lens: np.ndarray, block_size: int) -> list[SharedPrefix]:
+    """Groups of sequences, each sequence in one of them at most, that together save the most reads.
+
+    tables: int [num_seqs, max_blocks]; context_lens: int [num_seqs]. Of a sequence only whole blocks count, and its
+    last token stays its own.
+    """
+    num_whole = np.maximum(context_lens - 1, 0) // block_size
+
+    def best(members: np.ndarray, first: int) -> list[SharedPrefix]:
+        """Of members whose first `first` blocks are the same."""
+        if len(members) < 2:
+            return []
+        entries = tables[members, first : int(num_whole[members].min())]
+        same = (entries == entries[0]).all(axis=0)
+        length = first + (len(same) if same.all() else int(same.argmin()))
+        is_longer = num_whole[members] > length
+        pool, of_pool, groups = [members[~is_longer]], list[SharedPrefix](), list[SharedPrefix]()
+        if is_longer.any():
+            longer = members[is_longer]
+            following = tables[longer, length]
+            for block in np.unique(following):
+                branch = longer[following == block]
+                of_branch = best(branch, length)
+                if _num_saved(of_branch) > len(branch) * length * block_size:  # more than they save among the others
+                    groups += of_branch
+                else:
+                    pool.append(branch)
+                    of_pool += of_branch
+        trunk = SharedPrefix(np.sort(np.concatenate(pool)), length * block_size)
+        return groups + (of_pool if _num_saved(of_pool) > trunk.num_saved else [trunk])
+
+    groups = best(np.arange(len(tables)), 0)
+    return [group for group in groups if group.num_saved >= LEAST_KEYS_SAVED]
+
+
+def _num_saved(groups: Sequence[SharedPrefix]) -> int:
+    return sum(group.num_saved for group in groups)
