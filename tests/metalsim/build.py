@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cache import cache_directory, digest, publish
-from .ir import expose_threadgroup_memory, number_checks
+from .ir import expose_threadgroup_memory, keep_loops, number_checks
 from .lint import DUMP, LintFinding, find_generic_pointers
 from .swizzles import swizzle_header
 from .toolchain import CompileError, find_toolchain, machine_flags
@@ -232,7 +232,7 @@ def _build_kernel(work: Path, translation: Translation, variant: _Variant) -> No
     except CompileError as error:
         raise CompileError(source_map.translate(str(error))) from None
     text, variables = expose_threadgroup_memory(plain.read_text())
-    plain.write_text(text)
+    plain.write_text(keep_loops(text) if variant.checked else text)
     back = [*machine_flags(), "-fPIC", "-w", "-x", "ir"]
     purpose = f"generating code for {source_map.kernel}"
     toolchain.run(toolchain.clang, [*variant.optimisation(), *back, "-S", "-emit-llvm", plain, "-o", final], purpose)
