@@ -190,7 +190,7 @@ MISTAKES: dict[str, tuple[Mistake, Setting]] = {
     "no barrier before teams are added": (Mistake(BARRIER, "", 4), SMALL),
     "no barrier after teams are added": (Mistake(BARRIER, "", 5), WIDE),
     "a merge that forgets the first parts": (Mistake("total += simd_sum", "total = simd_sum"), MANY_PARTS),
-    "a merge of equal weights": (Mistake("- peak) : 0.0f", "* 0.0f) : 0.0f"), SMALL),
+    "a merge of equal weights": (Mistake("exp2(log_total - peak)", "exp2(log_total * 0.0f)"), SMALL),
 }
 
 
