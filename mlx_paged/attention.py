@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
@@ -112,13 +112,19 @@ def attend(
     The caches must be contiguous, and the rows of q: nothing here makes them so.
     """
     arguments: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-    if _chosen_backend(backend, q, k_cache, v_cache) == "metal":
+    asked = (backend, q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3])
+    if metadata.derive(asked, lambda: _chosen_backend(*asked)) == "metal":
         return _attend_with_kernels(q, k_cache, v_cache, metadata, arguments)
     return reference.attend(q, k_cache, v_cache, metadata, **arguments)
 
 
-def _chosen_backend(backend: str | None, q: mx.array, k_cache: mx.array, v_cache: mx.array) -> str:
-    """What the caller, the environment or the device asks for. Raises ValueError if that is not to be had."""
+def _chosen_backend(
+    backend: str | None, dtype: mx.Dtype, num_heads: int, block_shape: Sequence[int], value_dim: int
+) -> str:
+    """What the caller, the environment or the device asks for. Raises ValueError if that is not to be had.
+
+    block_shape: block_size, num_kv_heads, head_dim.
+    """
     forced = backend or os.environ.get(BACKEND_VARIABLE)
     has_metal = kernels.is_available()
     available = BACKENDS if has_metal else ("reference",)
@@ -127,7 +133,7 @@ def _chosen_backend(backend: str | None, q: mx.array, k_cache: mx.array, v_cache
         raise ValueError(f"backend {forced!r}{origin} is not available here; there is: {', '.join(available)}")
     if forced == "reference" or not has_metal:
         return "reference"
-    reason = kernels.unsupported(q.dtype, q.shape[1], k_cache.shape, v_cache.shape[3])
+    reason = kernels.unsupported(dtype, num_heads, block_shape, value_dim)
     if reason and forced:
         raise ValueError(reason)
     if reason:

@@ -41,9 +41,9 @@ def is_available() -> bool:
     return mx.metal.is_available() and not on_cpu_by_choice
 
 
-def unsupported(dtype: mx.Dtype, num_heads: int, k_shape: Sequence[int], value_dim: int) -> str | None:
-    """Why no kernel takes arrays like these, or None if one does. k_shape: that of k_cache."""
-    _, block_size, num_kv_heads, head_dim = k_shape
+def unsupported(dtype: mx.Dtype, num_heads: int, block_shape: Sequence[int], value_dim: int) -> str | None:
+    """Why no kernel takes arrays like these, or None if one does. block_shape: block_size, num_kv_heads, head_dim."""
+    block_size, num_kv_heads, head_dim = block_shape
     if dtype not in DTYPES:
         return f"no Metal kernel for dtype {dtype}: float16, bfloat16 and float32 have one"
     if block_size not in BLOCK_SIZES:
@@ -279,7 +279,7 @@ def _merge(
 
 def _check(q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.array, sinks: mx.array | None) -> None:
     """Raise ValueError for arrays that do not fit together or that no kernel takes."""
-    if reason := unsupported(q.dtype, q.shape[1], k_cache.shape, v_cache.shape[3]):
+    if reason := unsupported(q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3]):
         raise ValueError(reason)
     if not (q.dtype == k_cache.dtype == v_cache.dtype and block_tables.dtype == mx.int32):
         raise ValueError(
