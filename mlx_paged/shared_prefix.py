@@ -32,31 +32,48 @@ def find_shared_prefixes(tables: np.ndarray, context_lens: np.ndarray, block_siz
     num_whole = np.maximum(context_lens - 1, 0) // block_size
 
     def best(members: np.ndarray, first: int) -> list[SharedPrefix]:
-        """Of members whose first `first` blocks are the same."""
-        if len(members) < 2:
-            return []
-        entries = tables[members, first : int(num_whole[members].min())]
-        same = (entries == entries[0]).all(axis=0)
-        length = first + (len(same) if same.all() else int(same.argmin()))
+        """Of two members or more, whose first `first` blocks are the same."""
+        length = _num_same(tables, members, first, int(num_whole[members].min()))
         is_longer = num_whole[members] > length
-        pool, of_pool, groups = [members[~is_longer]], list[SharedPrefix](), list[SharedPrefix]()
-        if is_longer.any():
-            longer = members[is_longer]
-            following = tables[longer, length]
-            for block in np.unique(following):
-                branch = longer[following == block]
-                of_branch = best(branch, length)
-                if _num_saved(of_branch) > len(branch) * length * block_size:  # more than they save among the others
-                    groups += of_branch
-                else:
-                    pool.append(branch)
-                    of_pool += of_branch
+        longer = members[is_longer]
+        branches, loners = _equal(longer, tables[longer, length]) if len(longer) else ([], longer)
+        pool, of_pool, groups = [members[~is_longer], loners], list[SharedPrefix](), list[SharedPrefix]()
+        for branch in branches:
+            of_branch = best(branch, length)
+            if _num_saved(of_branch) > len(branch) * length * block_size:  # more than they save among the others
+                groups += of_branch
+            else:
+                pool.append(branch)
+                of_pool += of_branch
         trunk = SharedPrefix(np.sort(np.concatenate(pool)), length * block_size)
         return groups + (of_pool if _num_saved(of_pool) > trunk.num_saved else [trunk])
 
-    groups = best(np.arange(len(tables)), 0)
+    groups = best(np.arange(len(tables)), 0) if len(tables) > 1 else []
     return [group for group in groups if group.num_saved >= LEAST_KEYS_SAVED]
 
 
 def _num_saved(groups: Sequence[SharedPrefix]) -> int:
     return sum(group.num_saved for group in groups)
+
+
+def _num_same(tables: np.ndarray, members: np.ndarray, first: int, last: int) -> int:
+    """How many entries are the same in the tables of all members, of which `first` are, and `last` is the most."""
+    step = 1  # most tables have nothing in common
+    while first < last:
+        entries = tables[members, first : min(last, first + step)]
+        same = (entries == entries[0]).all(axis=0)
+        if not same.all():
+            return first + int(same.argmin())
+        first, step = first + entries.shape[1], 4 * step
+    return last
+
+
+def _equal(members: np.ndarray, values: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """The members that have a value together, for each value of several; and those that have one alone."""
+    order = np.argsort(values, kind="stable")
+    ranked = values[order]
+    begins = np.concatenate([[0], np.flatnonzero(ranked[1:] != ranked[:-1]) + 1])
+    counts = np.diff(begins, append=len(members))
+    members = members[order]
+    several = zip(begins[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True)
+    return [members[begin : begin + count] for begin, count in several], members[begins[counts == 1]]
