@@ -38,8 +38,8 @@ def markdown(part: Part, rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(script: str, purpose: str, parts: Sequence[Part], **versions: str) -> None:
-    """The command line of the benchmark `script`. versions: of what its numbers depend on beside MLX."""
+def main(script: str, purpose: str, parts: Sequence[Part], **details: Any) -> None:
+    """The command line of the benchmark `script`. details: what its numbers depend on beside MLX, such as versions."""
     parser = argparse.ArgumentParser(description=purpose.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: only to see it run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw numbers")
@@ -56,7 +56,7 @@ def main(script: str, purpose: str, parts: Sequence[Part], **versions: str) -> N
         "device": str(mx.default_device()),
         "cpu_count": os.cpu_count(),
         "python": platform.python_version(),
-        **versions,
+        **details,
         "mlx": mx.__version__,
         "preloaded": Path(os.environ.get("LD_PRELOAD", "")).name,
         "command": " ".join([f"python benchmarks/{script}", *sys.argv[1:]]),
@@ -74,5 +74,5 @@ def main(script: str, purpose: str, parts: Sequence[Part], **versions: str) -> N
         for row in rows:
             table.add_row(*cells(part, row))
         console.print(table, "")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        if options.json:  # after each part, so that what was measured outlives a later part's failure
+            options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")

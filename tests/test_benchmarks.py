@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
+from metalsim.fixture import Metal
 
+from mlx_paged import kernels, paged_attention
 from mlx_paged.allocator import POLICIES
+from mlx_paged.attention import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,6 +35,15 @@ def run_benchmark(*arguments: str | Path, script: str = "memory.py") -> str:
         capture_output=True,
         text=True,
     ).stdout
+
+
+def import_benchmark(name: str) -> Any:
+    """The module of a benchmark."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +99,7 @@ def test_a_quick_run_writes_what_it_prints(quick: tuple[str, dict[str, Any]]) ->
 
 
 def test_what_is_simulated_is_the_same_in_every_run(quick: tuple[str, dict[str, Any]]) -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import memory
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    memory = import_benchmark("memory")
     for name in ("waste", "savings"):
         assert getattr(memory, name)(quick=True) == quick[1]["results"][name]
 
@@ -159,3 +171,230 @@ def test_the_committed_results_of_the_hosts_work_are_of_a_full_run() -> None:
     assert list(sums) == [1000, 10_000, 100_000]
     assert max(sums.values()) <= 2 * min(sums.values())
     assert {row["sequences"] for row in content["results"]["graph_building"]} == {32, 256}
+
+
+# -- attention ---------------------------------------------------------------------------------------------------
+
+
+def check_attention(content: dict[str, Any]) -> None:
+    """Fails unless a file of results is complete, all results agreed, and rates and shares follow from the times."""
+    machine, results = content["machine"], content["results"]
+    assert machine["device_info"] and machine["os"] and machine["memory_bytes"] > 0
+    assert machine["command"].startswith("python benchmarks/attention.py")
+    assert list(results) == ["limits", "decode", "prefill", "block_order", "shared_prefix"]
+    limits = {(row["what"], row["dtype"]): row["rate"] for row in results["limits"]}
+    assert all(rate > 0 for rate in limits.values())
+    copy = limits["copy", "float32"]
+    for part in list(results)[1:]:
+        for row in results[part]:
+            assert row.keys() == results[part][0].keys()
+            assert row["agrees"] == "yes" and 0 < row["error"] < 8e-3
+            assert row["backend"] in BACKENDS
+            assert all(math.isfinite(value) and value > 0 for key, value in row.items() if key.endswith("_us"))
+    for row in results["decode"]:
+        num_kv_heads, size = int(row["heads"].split("/")[1]), 4 if row["dtype"] == "float32" else 2
+        kv_bytes = 2 * row["batch"] * row["context"] * num_kv_heads * row["head_dim"] * size
+        q_bytes = row["batch"] * int(row["heads"].split("/")[0]) * row["head_dim"] * size
+        assert row["compulsory_bytes"] == kv_bytes + 2 * q_bytes
+        assert row["gb_per_s"] == pytest.approx(row["compulsory_bytes"] / row["paged_us"] / 1e3)
+        assert row["of_copy"] == pytest.approx(row["gb_per_s"] / copy)
+        assert row["contiguous_of_copy"] / row["of_copy"] == pytest.approx(row["paged_us"] / row["contiguous_us"])
+    for row in results["prefill"]:
+        num_heads = int(row["heads"].split("/")[0])
+        pairs = sum(row["prior"] + number + 1 for number in range(row["chunk"]))
+        assert row["flops"] == 2 * 2 * num_heads * row["head_dim"] * pairs
+        assert row["tflop_per_s"] == pytest.approx(row["flops"] / row["paged_us"] / 1e6)
+        assert row["of_matmul"] == pytest.approx(row["tflop_per_s"] / limits["matmul", row["dtype"]])
+    for row in results["block_order"]:
+        assert row["ratio"] == pytest.approx(row["scattered_us"] / row["consecutive_us"])
+    for row in results["shared_prefix"]:
+        assert row["speedup"] == pytest.approx(row["separate_us"] / row["shared_us"])
+        num_kv_heads, size = int(row["heads"].split("/")[1]), 4 if row["dtype"] == "float32" else 2
+        distinct = row["prefix"] + row["batch"] * row["own"]
+        q_bytes = row["batch"] * int(row["heads"].split("/")[0]) * row["head_dim"] * size
+        assert row["compulsory_bytes"] == 2 * distinct * num_kv_heads * row["head_dim"] * size + 2 * q_bytes
+
+
+def test_a_quick_run_of_attention_writes_what_it_prints(tmp_path: Path) -> None:
+    file = tmp_path / "attention.json"
+    printed = run_benchmark("--quick", "--json", file, script="attention.py")
+    content = json.loads(file.read_text())
+    check_attention(content)
+    for row in content["results"]["decode"]:
+        assert f"{row['paged_us']:,.0f}" in printed and f"{row['gb_per_s']:,.1f}" in printed
+    assert {row["dtype"] for row in content["results"]["decode"]} <= {"float32", "float16", "bfloat16"}
+
+
+def test_the_committed_results_of_attention_are_of_a_full_run() -> None:
+    content = json.loads((RESULTS / "attention-linux-cpu.json").read_text())
+    check_attention(content)
+    assert "--quick" not in content["machine"]["command"]
+    assert content["machine"]["device"] == "Device(cpu, 0)"
+    decodes = content["results"]["decode"]
+    assert {(row["batch"], row["context"]) for row in decodes} == {(1, 1024), (1, 4096), (8, 1024), (8, 4096)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "verdict"),
+    [
+        (lambda out: out * 1.001, "NOT paged"),
+        (lambda out: mx.roll(out, 1, axis=1), "NOT paged"),  # another head's
+        (lambda out: mx.where(mx.arange(out.shape[0])[:, None, None] == 2, mx.nan, out), "NOT paged"),
+        (lambda out: out, "yes"),
+    ],
+)
+def test_a_wrong_result_is_reported_beside_its_time(
+    wrong: Callable[[mx.array], mx.array], verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = import_benchmark("attention")
+    attend = benchmark.attend
+    monkeypatch.setattr(benchmark, "attend", lambda *arguments, **options: wrong(attend(*arguments, **options)))
+    heads = benchmark.Heads(6, 2, 32, mx.float32)
+    row = benchmark.compare(benchmark.Case(heads, 3, 37), benchmark.with_dense, quick=True)
+    assert row["agrees"] == verdict
+    assert row["paged_us"] > 0 and row["contiguous_error"] < 2e-5
+
+
+def test_block_tables_of_a_case_share_the_prefix_and_nothing_else() -> None:
+    case = import_benchmark("attention").Case(None, batch=3, context=85, prefix=32)
+    consecutive, scattered, shared = case.tables().values()
+    assert consecutive.ravel().tolist() == list(range(3 * 6))
+    assert sorted(scattered.ravel()) == list(range(3 * 6)) and scattered.tolist() != consecutive.tolist()
+    assert (shared[:, :2] == scattered[0, :2]).all() and (shared[:, 2:] == scattered[:, 2:]).all()
+    assert case.distinct_tokens() == 32 + 3 * 53
+
+
+def test_each_call_of_a_chain_takes_the_results_of_the_one_before_and_the_next_layer() -> None:
+    benchmark = import_benchmark("attention")
+    calls = []
+
+    def call(queries: mx.array, layer: int) -> mx.array:
+        calls.append((queries, layer))
+        return queries + 1
+
+    assert benchmark.seconds_of_call(benchmark.Contender(mx.zeros(1), call, num_layers=3), num_calls=5) > 0
+    assert [(queries.item(), layer) for queries, layer in calls] == [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1)]
+
+
+@pytest.mark.parametrize("num_queries", [1, 5])
+def test_kernels_are_what_is_timed_where_there_is_a_metal_device(num_queries: int, metal: Metal) -> None:
+    benchmark = import_benchmark("attention")
+    case = benchmark.Case(benchmark.Heads(6, 2, 64, mx.float16), 2, 37, num_queries=num_queries)
+    row = benchmark.compare(case, benchmark.with_dense, quick=True)
+    assert row["backend"] == "metal" and row["agrees"] == "yes"
+    name = "paged_decode" if num_queries == 1 else "paged_prefill"
+    assert all(report.kernel.startswith(name) for report in metal.reports[:-1])
+    assert len(metal.reports) > 3 * 2  # more than one chain of calls
+
+
+def test_shapes_that_memory_does_not_hold_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = import_benchmark("attention")
+    case = benchmark.Case(benchmark.Heads(32, 8, 128, mx.float16), 4, 1000)
+    kv_bytes = 4 * 1000 * 8 * 128 * 2 * 2
+    monkeypatch.setattr(benchmark, "device_limit", lambda: (10 * kv_bytes, "RAM"))
+    assert case.num_layers() == 1
+    monkeypatch.setattr(benchmark, "device_limit", lambda: (6 * kv_bytes, "RAM"))
+    assert case.num_layers() == 0
+    assert benchmark.compare(case, benchmark.with_dense, quick=True) is None
+    assert "left out for want of memory: 32/8 x 128, batch 4, 1 of 1,000 tokens" in capsys.readouterr().err
+
+
+# -- what the kernels move ---------------------------------------------------------------------------------------
+
+
+def check_traffic(content: dict[str, Any]) -> None:
+    """Fails unless a file of results is complete and each number is within what the kernels promise."""
+    machine, results = content["machine"], content["results"]
+    assert machine["command"].startswith("python benchmarks/kernel_traffic.py")
+    assert list(results) == ["decode", "blocks_and_windows", "shared", "prefill", "bounds"]
+    for rows in results.values():
+        assert all(row.keys() == rows[0].keys() for row in rows)
+    for row in results["decode"] + results["blocks_and_windows"]:
+        assert row["distinct"] == 1
+        assert 1 <= row["read"] <= 1.01 and 1 <= row["lines"] <= 1.05
+        assert row["private_words"] <= 96
+    for row in results["decode"] + results["prefill"]:
+        assert row["threadgroup_memory"] <= 32 << 10
+        num_kv_heads = int(row["heads"].split("/")[1])
+        assert row["threadgroups"] % num_kv_heads == 0
+    for row in results["prefill"]:
+        assert row["distinct"] == 1
+        assert 1 <= row["read"] <= row["tiles"]
+        assert row["of_tiles"] == pytest.approx(1, abs=0.01)
+    for row in results["shared"]:
+        assert 1 <= row["read"] < row["separate"] <= row["sequences"]
+        assert row["lines"] <= 1.05 * row["read"]
+    for row in results["bounds"]:
+        kv_bytes = 2 * 32768 * 8 * 128 * 2
+        assert row["batch_1_32768"] * 1e-6 * row["bandwidth"] * 1e9 == pytest.approx(kv_bytes)
+        assert row["batch_8_4096"] == pytest.approx(row["batch_1_32768"])
+
+
+needs_the_simulator = pytest.mark.skipif(sys.platform != "linux", reason="the simulator runs on Linux")
+
+
+@needs_the_simulator
+def test_a_quick_run_of_the_kernels_traffic_writes_what_it_prints(tmp_path: Path) -> None:
+    file = tmp_path / "traffic.json"
+    printed = run_benchmark("--quick", "--json", file, script="kernel_traffic.py")
+    content = json.loads(file.read_text())
+    check_traffic(content)
+    assert "A BOUND, NOT A MEASUREMENT" in printed
+    for row in content["results"]["prefill"]:
+        assert f"{row['flops_per_byte']:.1f}" in printed and f"{row['threadgroup_memory']:,}" in printed
+
+
+@needs_the_simulator
+def test_one_kv_head_stands_for_all() -> None:
+    benchmark = import_benchmark("kernel_traffic")
+    heads, batch, context = benchmark.Heads(6, 3, 64), 2, 700
+    row = benchmark.count_decode(heads, batch, context)
+    q = mx.random.normal((batch, 6, 64), mx.float16)
+    pool = mx.random.normal((2 * 44, 16, 3, 64), mx.float16)
+    tables = np.random.default_rng(0).permutation(2 * 44).astype(np.int32).reshape(2, 44)
+    lengths = np.full(batch, context, np.int32), np.arange(batch + 1, dtype=np.int32)
+    decode, merge = benchmark.launches(
+        lambda: paged_attention(q, pool, pool + 0, tables, *lengths, scale=1.0, backend="metal")
+    )
+    kv_bytes = 2 * batch * context * 3 * 64 * 2
+    caches = [decode.traffic.buffers[name] for name in ("k_cache", "v_cache")]
+    partial = [decode.traffic.buffers[name].bytes_written for name in ("out", "lse")]
+    partial += [merge.traffic.buffers[name].bytes_read for name in ("parts", "lse")]
+    assert row["kv_bytes"] == kv_bytes
+    assert row["threadgroups"] == decode.traffic.threadgroups > 2 * 3
+    assert row["read"] * kv_bytes == sum(cache.bytes_read for cache in caches)
+    assert row["lines"] * kv_bytes == 128 * sum(cache.lines_read for cache in caches)
+    assert row["partial"] * kv_bytes == pytest.approx(sum(partial))
+    assert row["barriers"] * batch * context * 3 == pytest.approx(decode.traffic.barriers)
+    assert row["simdgroup_functions"] * batch * context * 3 == pytest.approx(decode.traffic.collectives)
+
+
+@needs_the_simulator
+def test_the_committed_results_of_the_kernels_traffic_are_those_of_these_kernels() -> None:
+    content = json.loads((RESULTS / "kernel-traffic.json").read_text())
+    check_traffic(content)
+    assert "--quick" not in content["machine"]["command"]
+    benchmark = import_benchmark("kernel_traffic")
+    results = content["results"]
+    assert max(row["partial"] for row in results["decode"] if row["heads"] != "64/4") <= 0.02
+    assert all(row["read"] + row["partial"] <= 1.1 for row in results["shared"] if row["sequences"] == 4)
+    for row in results["decode"]:
+        (heads,) = (heads for heads in benchmark.ALL_HEADS if heads.as_columns().items() <= row.items())
+        plan = kernels.plan_decode(np.full(row["batch"], row["context"], np.int32), None, heads.shape)
+        assert row["threadgroups"] == plan.own.num_items * heads.num_kv_heads, "run the benchmark again"
+    assert benchmark.count_decode(benchmark.LLAMA_8B, 1, 4096) == results["decode"][0], "run the benchmark again"
+    assert benchmark.count_prefill(benchmark.LLAMA_8B, 4, 4092) in results["prefill"], "run the benchmark again"
+    assert benchmark.bounds(quick=False) == results["bounds"]
+
+
+def test_the_tables_of_the_kernels_page_are_those_of_the_committed_results() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    content = json.loads((RESULTS / "kernel-traffic.json").read_text())
+    printed = run_benchmark("--markdown", RESULTS / "kernel-traffic.json", script="kernel_traffic.py")
+    tables = [part for part in printed.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 5
+    for table in tables:
+        assert table in page
+    assert content["machine"]["command"] in page

@@ -1,0 +1,329 @@
+"""What the Metal kernels read, write and wait for, counted by the simulator: no Mac needed, and no time measured.
+
+    python benchmarks/kernel_traffic.py [--quick] [--json FILE]     count, print tables, write the raw numbers
+    python benchmarks/kernel_traffic.py --markdown FILE             the tables of such a file, as in docs/kernels.md
+
+Run from a checkout on Linux: tests/metalsim runs the kernels thread by thread and counts what each load and store asks
+for. It has no cache, so these are upper bounds of what memory delivers. The same command gives the same numbers again.
+The kernels are divided among threadgroups as for a GPU of 40 cores, since there is none to ask.
+
+Float16. One KV head is run, with the query heads that share it, of a step that is divided as for all of them; what is
+a total is multiplied by their number, since the others do the same to other data (a test compares). Prefills take the
+simulator longer than decodes, so their chunks are a few hundred tokens, where a model's are thousands. The bounds are
+arithmetic on published bandwidths: nothing here was measured on a chip.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+import report
+from report import Part, Row
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from metalsim import simulator
+from metalsim.report import LINE_BYTES, LaunchReport
+
+from mlx_paged import kernels, paged_attention
+from mlx_paged.kernel_plan import Shape, decode_layout, tile_for
+
+DTYPE = mx.float16
+BANDWIDTHS = {  # GB/s, as Apple publishes them
+    "M1": 68,
+    "M1 Pro": 200,
+    "M1 Max": 400,
+    "M1 Ultra": 800,
+    "M3 Ultra": 819,
+    "M4": 120,
+    "M4 Pro": 273,
+    "M4 Max": 546,
+    "M5": 153,
+    "M5 Pro": 307,
+    "M5 Max": 614,
+}
+
+
+class Heads(NamedTuple):
+    """Query heads, KV heads, and the size of each."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim, self.head_dim, DTYPE.size)
+
+    def kv_bytes(self, num_keys: int) -> int:
+        """K and V of so many keys, all KV heads together."""
+        return 2 * num_keys * self.num_kv_heads * self.head_dim * DTYPE.size
+
+    def as_columns(self) -> Row:
+        return {"heads": f"{self.num_heads}/{self.num_kv_heads}", "head_dim": self.head_dim}
+
+
+LLAMA_8B = Heads(32, 8, 128)
+ALL_HEADS = (  # 4, 7, 1, 5, 7 and 16 query heads to a KV head
+    LLAMA_8B,
+    Heads(14, 2, 64),
+    Heads(32, 32, 128),
+    Heads(40, 8, 128),
+    Heads(28, 4, 128),
+    Heads(64, 4, 128),
+)
+TINY = Heads(6, 2, 64)  # for --quick
+
+
+class Arrays(NamedTuple):
+    """The arguments of a kernel for one KV head; the blocks of a sequence are scattered."""
+
+    q: mx.array
+    k_cache: mx.array
+    v_cache: mx.array
+    block_tables: mx.array
+
+
+def make_arrays(heads: Heads, batch: int, context: int, num_queries: int, block_size: int) -> Arrays:
+    per_sequence = -(-context // block_size)
+    block_ids = np.random.default_rng(0).permutation(batch * per_sequence).astype(np.int32)
+    group, head_dim = heads.shape.heads_per_kv_head, heads.head_dim
+    q = mx.random.normal((batch * num_queries, group, head_dim), DTYPE)
+    k_cache, v_cache = (mx.random.normal((len(block_ids), block_size, 1, head_dim), DTYPE) for _ in range(2))
+    return Arrays(q, k_cache, v_cache, mx.array(block_ids.reshape(batch, per_sequence)))
+
+
+def launches(run: Callable[[], Any]) -> list[LaunchReport]:
+    """The reports of the kernels that `run` launches. Raises SimulationError if anything is wrong with one."""
+    simulator.reset()
+    with (
+        patch.object(mx.fast, "metal_kernel", simulator.metal_kernel),
+        patch.object(mx.metal, "is_available", lambda: True),
+    ):
+        run()
+    return list(simulator.reports)
+
+
+def counts(reports: list[LaunchReport], heads: Heads, kv_bytes: int, num_keys: int) -> Row:
+    """What the launches of one KV head moved. kv_bytes, num_keys: the compulsory ones of all KV heads, and of one.
+
+    read and lines: bytes of K and V asked for, and 128-byte lines, over the compulsory ones. partial: bytes of partial
+    results written and read again, over those of K and V. Barriers and simdgroup functions are those of all
+    threadgroups and simdgroups, for each key.
+    """
+    main, merges = reports[0].traffic, [merge.traffic for merge in reports[1:]]
+    assert main is not None
+    of_one_head = kv_bytes // heads.num_kv_heads
+    caches = [main.buffers[name] for name in ("k_cache", "v_cache")]
+    written = sum(main.buffers[name].bytes_written for name in ("out", "lse")) if merges else 0
+    read_again = sum(merge.buffers[name].bytes_read for merge in merges if merge for name in ("parts", "lse"))
+    return {
+        "threadgroups": main.threadgroups * heads.num_kv_heads,
+        "kv_bytes": kv_bytes,
+        "distinct": sum(cache.distinct_bytes_read for cache in caches) / of_one_head,
+        "read": sum(cache.bytes_read for cache in caches) / of_one_head,
+        "lines": sum(cache.lines_read for cache in caches) * LINE_BYTES / of_one_head,
+        "partial": (written + read_again) / of_one_head,
+        "barriers": main.barriers / num_keys,
+        "simdgroup_functions": main.collectives / num_keys,
+        "threadgroup_memory": main.threadgroup_memory,
+    }
+
+
+# -- decode ------------------------------------------------------------------------------------------------------
+
+
+def count_decode(heads: Heads, batch: int, context: int, block_size: int = 16, window: int | None = None) -> Row:
+    arrays = make_arrays(heads, batch, context, 1, block_size)
+    plan = kernels.plan_decode(np.full(batch, context, np.int32), window, heads.shape)
+    num_keys = batch * (context if window is None else min(window, context))
+    reports = launches(lambda: kernels.decode(*arrays, plan, scale=heads.head_dim**-0.5))
+    row = {**heads.as_columns(), "batch": batch, "context": context}
+    row |= counts(reports, heads, heads.kv_bytes(num_keys), num_keys)
+    return row | {"private_words": decode_layout(heads.shape).private_words}
+
+
+def decode(quick: bool) -> list[Row]:
+    """One query for each sequence."""
+    if quick:
+        return [count_decode(TINY, batch, context) for batch, context in ((1, 700), (3, 41))]
+    sizes = {heads: [(1, 4096), (1, 32768), (8, 4096)] for heads in ALL_HEADS}
+    for heads in ALL_HEADS[:2]:  # it takes 10 seconds and more
+        sizes[heads].append((8, 32768))
+    return [count_decode(heads, *size) for heads in ALL_HEADS for size in sizes[heads]]
+
+
+def blocks_and_windows(quick: bool) -> list[Row]:
+    """Decode by block size, and with a window that begins within a block."""
+    heads, context, window = (TINY, 300, 70) if quick else (LLAMA_8B, 4096, 1001)
+    return [
+        {"block_size": block_size, "visible": width or context}
+        | count_decode(heads, 1, context, block_size=block_size, window=width)
+        for block_size in (8, 16, 64)
+        for width in (None, window)
+    ]
+
+
+def count_shared(heads: Heads, batch: int, prefix: int, own: int) -> Row:
+    """Decode by `paged_attention` of sequences whose contexts begin with the same blocks; all heads."""
+    context, num_heads, head_dim = prefix + own, heads.num_heads, heads.head_dim
+    num_common, num_own = prefix // 16, -(-own // 16)
+    block_tables = np.zeros((batch, num_common + num_own), np.int32)
+    block_tables[:, :num_common] = np.arange(num_common)
+    block_tables[:, num_common:] = num_common + np.arange(batch * num_own).reshape(batch, num_own)
+    q = mx.random.normal((batch, num_heads, head_dim), DTYPE)
+    pool = (num_common + batch * num_own, 16, heads.num_kv_heads, head_dim)
+    k_cache, v_cache = (mx.random.normal(pool, DTYPE) for _ in range(2))
+    lengths = np.full(batch, context, np.int32), np.arange(batch + 1, dtype=np.int32)
+    scale = head_dim**-0.5
+    reports = launches(
+        lambda: paged_attention(q, k_cache, v_cache, block_tables, *lengths, scale=scale, backend="metal")
+    )
+    traffic = [report.traffic for report in reports if report.traffic is not None]
+    caches = [each.buffers[name] for each in traffic for name in ("k_cache", "v_cache") if name in each.buffers]
+    partial = [each.buffers[name].bytes_written for each in traffic[:-1] for name in ("out", "lse")]
+    partial += [traffic[-1].buffers[name].bytes_read for name in ("parts", "lse", "shared_parts", "shared_lse")]
+    kv_bytes = heads.kv_bytes(prefix + batch * own)
+    return {
+        **heads.as_columns(),
+        "sequences": batch,
+        "prefix": prefix,
+        "own": own,
+        "threadgroups": sum(each.threadgroups for each in traffic[:-1]),
+        "kv_bytes": kv_bytes,
+        "separate": heads.kv_bytes(batch * context) / kv_bytes,
+        "read": sum(cache.bytes_read for cache in caches) / kv_bytes,
+        "lines": sum(cache.lines_read for cache in caches) * LINE_BYTES / kv_bytes,
+        "partial": sum(partial) / kv_bytes,
+    }
+
+
+def shared(quick: bool) -> list[Row]:
+    """Beams with one prompt; requests with one system prompt, whose queries make several tiles."""
+    if quick:
+        return [count_shared(TINY, 3, 512, 9)]
+    return [
+        count_shared(LLAMA_8B, 4, 4096, 64),
+        count_shared(Heads(14, 2, 64), 4, 4096, 64),
+        count_shared(LLAMA_8B, 16, 1024, 64),
+    ]
+
+
+# -- prefill -----------------------------------------------------------------------------------------------------
+
+
+def count_prefill(heads: Heads, chunk: int, prior: int) -> Row:
+    context, group, tile = chunk + prior, heads.shape.heads_per_kv_head, tile_for(heads.shape)
+    arrays = make_arrays(heads, 1, context, chunk, block_size=16)
+    plan = kernels.plan_prefill(
+        np.array([context], np.int32), np.array([0, chunk], np.int32), window=None, shape=heads.shape
+    )
+    reports = launches(lambda: kernels.prefill(*arrays, plan, scale=heads.head_dim**-0.5))
+    last_rows = np.minimum(np.arange(tile.rows, chunk * group + tile.rows, tile.rows), chunk * group) - 1
+    seen_by_tiles = heads.kv_bytes(int((prior + last_rows // group + 1).sum()))
+    counted = counts(reports, heads, heads.kv_bytes(context), context)
+    flops = 4 * heads.num_heads * heads.head_dim * sum(range(prior + 1, context + 1))
+    bytes_read = counted["read"] * counted["kv_bytes"]
+    counted["partial"] /= counted["read"]
+    row = {**heads.as_columns(), "chunk": chunk, "prior": prior, "tile": f"{tile.rows} x {tile.keys}"}
+    row |= {"tiles": len(last_rows), "of_tiles": bytes_read / seen_by_tiles, "flops_per_byte": flops / bytes_read}
+    return row | counted
+
+
+def prefill(quick: bool) -> list[Row]:
+    """A chunk of one prompt, alone and after others; a few tokens, as when they are verified."""
+    if quick:
+        return [count_prefill(TINY, chunk, prior) for chunk, prior in ((21, 0), (3, 50))]
+    sizes = [(512, 0), (128, 896), (4, 4092)]
+    return [count_prefill(heads, *size) for heads in (*ALL_HEADS[:2], Heads(16, 8, 256)) for size in sizes]
+
+
+# -- bounds ------------------------------------------------------------------------------------------------------
+
+
+def bounds(quick: bool) -> list[Row]:
+    """Microseconds that reading K and V of one layer once takes at a chip's published bandwidth."""
+    sizes = {f"batch_{batch}_{context}": batch * context for batch in (1, 8) for context in (4096, 32768)}
+    return [
+        {"chip": chip, "bandwidth": bandwidth}
+        | {size: LLAMA_8B.kv_bytes(num_keys) / bandwidth / 1e3 for size, num_keys in sizes.items()}
+        for chip, bandwidth in BANDWIDTHS.items()
+    ]
+
+
+# -- tables ------------------------------------------------------------------------------------------------------
+
+
+_HEADS = {"heads": ("heads", ""), "head_dim": ("dim", "")}
+_READ = {"read": ("bytes read", ".3f"), "lines": ("lines", ".3f")}
+_THREADGROUPS = {"threadgroups": ("threadgroups", ",")}
+_PARTIAL = {"partial": ("partial results", ".1%")}
+_MEETINGS = {
+    "barriers": ("barriers / key", ".3f"),
+    "simdgroup_functions": ("simdgroup functions / key", ".1f"),
+    "threadgroup_memory": ("threadgroup memory", ","),
+}
+PARTS = (
+    Part(
+        decode,
+        "decode: bytes and 128-byte lines of K and V over the compulsory ones, partial results as a share of them",
+        _HEADS
+        | {"batch": ("batch", ""), "context": ("context", ",")}
+        | _THREADGROUPS
+        | _READ
+        | _PARTIAL
+        | _MEETINGS
+        | {"private_words": ("words per thread", "")},
+    ),
+    Part(
+        blocks_and_windows,
+        "decode by block size and window (a query sees `visible` tokens), batch 1",
+        {"block_size": ("block size", ""), "context": ("context", ","), "visible": ("visible", ",")}
+        | _THREADGROUPS
+        | _READ
+        | _PARTIAL,
+    ),
+    Part(
+        shared,
+        "decode of sequences with a common prefix, over the bytes of their distinct tokens; separate: each on its own",
+        _HEADS
+        | {"sequences": ("sequences", ""), "prefix": ("prefix", ","), "own": ("own", ",")}
+        | _THREADGROUPS
+        | {"separate": ("separate", ".2f")}
+        | _READ
+        | _PARTIAL,
+    ),
+    Part(
+        prefill,
+        "prefill: a chunk after `prior` tokens; K and V over the compulsory ones, and over what the tiles see, partial "
+        "results as a share of K and V read",
+        _HEADS
+        | {"chunk": ("chunk", ""), "prior": ("prior", ",")}
+        | {"tile": ("rows x keys", ""), "tiles": ("tiles", "")}
+        | _THREADGROUPS
+        | {"read": ("bytes read", ".2f"), "of_tiles": ("of what tiles see", ".3f"), "lines": ("lines", ".2f")}
+        | _PARTIAL
+        | {"flops_per_byte": ("FLOP / byte", ".1f")}
+        | _MEETINGS,
+    ),
+    Part(
+        bounds,
+        "A BOUND, NOT A MEASUREMENT: us to read K and V of one layer once, if a chip's whole published bandwidth went "
+        "into it; batch x context, 32/8 heads of 128, float16",
+        {"chip": ("chip", ""), "bandwidth": ("GB/s", "")}
+        | {
+            f"batch_{batch}_{context}": (f"{batch} x {context:,}", ",.0f")
+            for batch in (1, 8)
+            for context in (4096, 32768)
+        },
+    ),
+)
+
+
+if __name__ == "__main__":
+    report.main("kernel_traffic.py", __doc__, PARTS, numpy=np.__version__)
