@@ -20,12 +20,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_paged.shared_prefix import SharedPrefix
+
 if TYPE_CHECKING:
     from mlx_paged.attention import AttentionMetadata
 
 _MAX_BYTES = 128 << 20
 _PARTS = np.array([1, 2, 4, 8, 16])  # of the longest context: the choice of chunk sizes
 _CHUNK_COST = 32  # what a further chunk costs, in keys
+_LEAST_SAVED = 4096  # keys that are not read again, for a prefix to be computed once for all that share it
+_MOST_SHARED = 4  # prefixes of a step that are
 
 
 class _Merge(NamedTuple):
@@ -42,6 +46,14 @@ class _Decodes(NamedTuple):
     rows: mx.array  # int32 [num_chunks, num_kv_heads, chunk_size]: the keys' rows in the cache as [-1, dim]
     bias: mx.array  # [num_chunks or 1, 1, 1, chunk_size or 1]: -inf for keys that the chunk does not have, otherwise 0
     merge: _Merge | None  # None: one chunk each
+    shared: list[_SharedKeys]  # whose results, member by member, are chunks that follow those
+
+
+class _SharedKeys(NamedTuple):
+    """Keys that several decodes share."""
+
+    tokens: mx.array  # int32 [num_members]: the rows of their queries in q
+    rows: mx.array  # int32 [num_kv_heads, num_keys]: the keys' rows in the cache as [-1, dim]
 
 
 class _Prompts(NamedTuple):
@@ -68,6 +80,13 @@ class _Shape(NamedTuple):
     window: int | None
 
 
+class _Rows(NamedTuple):
+    """The caches as [-1, dim]."""
+
+    k: mx.array
+    v: mx.array
+
+
 def attend(
     q: mx.array,
     k_cache: mx.array,
@@ -84,12 +103,11 @@ def attend(
     num_heads, value_dim = q.shape[1], v_cache.shape[3]
     shape = _Shape(block_size, num_kv_heads, num_heads, key_dim + value_dim, window)
     plan = metadata.derive(shape, lambda: _plan(metadata, shape))
-    k_rows, v_rows = k_cache.flatten(0, 2), v_cache.flatten(0, 2)
+    caches = _Rows(k_cache.flatten(0, 2), v_cache.flatten(0, 2))
     outputs = []
     for group in plan.groups:
-        keys, values = k_rows[group.rows], v_rows[group.rows]
         compute = _decode if isinstance(group, _Decodes) else _prefill
-        outputs.append(compute(q, keys, values, group, scale, softcap, sinks))
+        outputs.append(compute(q, caches, group, scale, softcap, sinks))
     if plan.num_padding or not outputs:
         outputs.append(mx.zeros((plan.num_padding, num_heads, value_dim), q.dtype))
     result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
@@ -97,31 +115,54 @@ def attend(
 
 
 def _decode(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    group: _Decodes,
-    scale: float,
-    softcap: float | None,
-    sinks: mx.array | None,
+    q: mx.array, caches: _Rows, group: _Decodes, scale: float, softcap: float | None, sinks: mx.array | None
 ) -> mx.array:
-    """q [num_tokens, heads, dim], k and v [num_chunks, kv_heads, chunk_size, dim] -> [num_seqs, heads, value_dim]."""
+    """q [num_tokens, num_heads, dim] -> [num_seqs, num_heads, value_dim]."""
     num_heads, dim = q.shape[1:]
-    num_kv_heads = k.shape[1]
+    num_kv_heads = group.rows.shape[1]
     queries = q if group.tokens is None else q[group.tokens]
     queries = queries.astype(mx.float32).reshape(-1, num_kv_heads, num_heads // num_kv_heads, dim)
-    keys = k.astype(mx.float32).swapaxes(-1, -2)
-    if softcap is None:
-        scores = mx.addmm(group.bias, queries, keys, alpha=scale)
-    else:
-        scores = mx.tanh((queries * (scale / softcap)) @ keys) * softcap + group.bias
+    scores = _scores(queries, caches.k[group.rows], group.bias, scale, softcap)
     weights = mx.softmax(scores, axis=-1)
-    out = weights @ v.astype(mx.float32)
+    out = weights @ caches.v[group.rows].astype(mx.float32)
     if group.merge is not None or sinks is not None:
-        # The log of the sum of exp(scores), with no second pass of exp.
-        log_total = scores.max(axis=-1, keepdims=True) - mx.log(weights.max(axis=-1, keepdims=True))
+        log_total = _log_total(scores, weights)
+        if group.shared:
+            parts = [_attend_shared(q, caches, shared, scale, softcap) for shared in group.shared]
+            out = mx.concatenate([out, *(out for out, _ in parts)])
+            log_total = mx.concatenate([log_total, *(total for _, total in parts)])
         out = _merged(out, log_total, group.merge, sinks)
-    return out.reshape(-1, num_heads, v.shape[3]).astype(q.dtype)
+    return out.reshape(-1, num_heads, caches.v.shape[1]).astype(q.dtype)
+
+
+def _attend_shared(
+    q: mx.array, caches: _Rows, shared: _SharedKeys, scale: float, softcap: float | None
+) -> tuple[mx.array, mx.array]:
+    """The results over shared keys and the logs of their totals, both [num_members, kv_heads, heads / kv_heads, -1].
+
+    All members' queries of a KV head are rows of one product.
+    """
+    num_kv_heads, num_members = shared.rows.shape[0], shared.tokens.shape[0]
+    queries = q[shared.tokens].astype(mx.float32).reshape(num_members, num_kv_heads, -1, q.shape[2])
+    queries = queries.swapaxes(0, 1).flatten(1, 2)
+    scores = _scores(queries, caches.k[shared.rows], mx.zeros((1, 1, 1)), scale, softcap)
+    weights = mx.softmax(scores, axis=-1)
+    results = weights @ caches.v[shared.rows].astype(mx.float32), _log_total(scores, weights)
+    out, log_total = (array.reshape(num_kv_heads, num_members, -1, array.shape[2]) for array in results)
+    return out.swapaxes(0, 1), log_total.swapaxes(0, 1)
+
+
+def _scores(queries: mx.array, keys: mx.array, bias: mx.array, scale: float, softcap: float | None) -> mx.array:
+    """[..., rows, keys]; queries: float32 [..., rows, dim], keys: [..., keys, dim]."""
+    keys = keys.astype(mx.float32).swapaxes(-1, -2)
+    if softcap is None:
+        return mx.addmm(bias, queries, keys, alpha=scale)
+    return mx.tanh((queries * (scale / softcap)) @ keys) * softcap + bias
+
+
+def _log_total(scores: mx.array, weights: mx.array) -> mx.array:
+    """The log of the sum of exp(scores), [..., 1], with no second pass of exp."""
+    return scores.max(axis=-1, keepdims=True) - mx.log(weights.max(axis=-1, keepdims=True))
 
 
 def _merged(out: mx.array, log_total: mx.array, merge: _Merge | None, sinks: mx.array | None) -> mx.array:
@@ -142,20 +183,15 @@ def _merged(out: mx.array, log_total: mx.array, merge: _Merge | None, sinks: mx.
 
 
 def _prefill(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    group: _Prompts,
-    scale: float,
-    softcap: float | None,
-    sinks: mx.array | None,
+    q: mx.array, caches: _Rows, group: _Prompts, scale: float, softcap: float | None, sinks: mx.array | None
 ) -> mx.array:
-    """q [num_tokens, heads, dim], k and v [num_seqs, kv_heads, keys, dim] -> [num_seqs * queries, heads, value_dim]."""
+    """q [num_tokens, num_heads, dim] -> [num_seqs * num_queries, num_heads, value_dim]."""
     # On a CPU float32 is both the precise and the fast arithmetic.
     dtype = mx.float32 if mx.default_device() == mx.cpu else q.dtype
     queries = q[group.tokens].astype(dtype).transpose(0, 2, 1, 3)
     sinks = None if sinks is None else sinks.astype(dtype)
-    out = _softmax_attention(queries, k.astype(dtype), v.astype(dtype), group.visible, scale, softcap, sinks)
+    k, v = (cache[group.rows].astype(dtype) for cache in caches)
+    out = _softmax_attention(queries, k, v, group.visible, scale, softcap, sinks)
     return out.transpose(0, 2, 1, 3).flatten(0, 1).astype(q.dtype)
 
 
@@ -195,9 +231,13 @@ def _plan(metadata: AttentionMetadata, shape: _Shape) -> _Plan:
         if not all_decode:
             seqs = np.flatnonzero((lengths == num_queries) & (contexts > 0))
         num_keys = contexts if shape.window is None else np.minimum(contexts, num_queries + shape.window - 1)
+        prefixes = []
+        if num_queries == 1 and shape.window is None and metadata.find_shared is not None:
+            prefixes = _worth_sharing(metadata.find_shared(seqs))
+            num_keys = _without(prefixes, seqs, num_keys)
         for members in _similar_lengths(seqs, num_keys, max_keys, int(_PARTS[-1]) if num_queries == 1 else 2):
             if num_queries == 1:
-                groups.append(_decodes(metadata, shape, members, num_keys[members]))
+                groups.append(_decodes(metadata, shape, members, num_keys[members], _among(prefixes, seqs, members)))
                 if len(members) == len(lengths):  # the common case
                     return _Plan(groups, None, 0)
                 runs.append(starts[members, None] + [0, 0])
@@ -216,12 +256,35 @@ def _plan(metadata: AttentionMetadata, shape: _Shape) -> _Plan:
     return _Plan(groups, mx.array(np.argsort(np.concatenate(tokens)).astype(np.int32)), num_padding)
 
 
-def _decodes(metadata: AttentionMetadata, shape: _Shape, seqs: np.ndarray, num_keys: np.ndarray) -> _Decodes:
-    """The queries of decodes, each of which sees the last `num_keys` tokens of its sequence."""
+def _worth_sharing(prefixes: list[SharedPrefix]) -> list[SharedPrefix]:
+    """Those that are computed apart: each costs some twenty operations in each layer."""
+    by_size = sorted(prefixes, key=lambda prefix: prefix.num_saved, reverse=True)
+    return [prefix for prefix in by_size[:_MOST_SHARED] if prefix.num_saved >= _LEAST_SAVED]
+
+
+def _without(prefixes: list[SharedPrefix], seqs: np.ndarray, num_keys: np.ndarray) -> np.ndarray:
+    """num_keys, less those that are computed apart. Members of prefixes are indices into `seqs`."""
+    own = num_keys.copy() if prefixes else num_keys
+    for prefix in prefixes:
+        own[seqs[prefix.members]] -= prefix.num_tokens
+    return own
+
+
+def _among(prefixes: list[SharedPrefix], seqs: np.ndarray, some: np.ndarray) -> list[SharedPrefix]:
+    """The prefixes with their members among `some` of the `seqs`, as indices into `some`."""
+    found = [SharedPrefix(np.flatnonzero(np.isin(some, seqs[each.members])), each.num_tokens) for each in prefixes]
+    return [prefix for prefix in found if len(prefix.members)]
+
+
+def _decodes(
+    metadata: AttentionMetadata, shape: _Shape, seqs: np.ndarray, num_keys: np.ndarray, prefixes: list[SharedPrefix]
+) -> _Decodes:
+    """The queries of decodes, each of which sees the last `num_keys` tokens of its sequence, and the prefixes."""
     chunk_size, num_chunks = _chunks(num_keys)
     end = metadata.context_lens[seqs]
     begin, merge = end - num_keys, None
-    if np.count_nonzero(num_chunks > 1):
+    first_tokens, all_seqs = metadata.cu_seqlens_q[seqs], seqs
+    if np.count_nonzero(num_chunks > 1) or prefixes:
         ends = num_chunks.cumsum()
         starts = ends - num_chunks
         chunks, absent = _spans(starts, ends, int(num_chunks[num_chunks.argmax()]))
@@ -232,7 +295,39 @@ def _decodes(metadata: AttentionMetadata, shape: _Shape, seqs: np.ndarray, num_k
     rows = _rows(metadata, shape, _column(seqs), positions)
     tokens = metadata.cu_seqlens_q[seqs]
     in_order = len(tokens) == metadata.cu_seqlens_q[-1] and (tokens == np.arange(len(tokens))).all()
-    return _Decodes(None if in_order else mx.array(tokens), rows, bias[:, None, None], merge)
+    shared: list[_SharedKeys] = []
+    if merge is not None and prefixes:
+        shared, merge = _shared_keys(metadata, shape, all_seqs, first_tokens, prefixes, merge, len(tokens))
+    return _Decodes(None if in_order else mx.array(tokens), rows, bias[:, None, None], merge, shared)
+
+
+def _shared_keys(
+    metadata: AttentionMetadata,
+    shape: _Shape,
+    seqs: np.ndarray,
+    first_tokens: np.ndarray,
+    prefixes: list[SharedPrefix],
+    merge: _Merge,
+    num_chunks: int,
+) -> tuple[list[_SharedKeys], _Merge]:
+    """The keys of prefixes, in pieces of bounded size, and `merge` with their results, which follow `num_chunks`."""
+    shared, columns = [], []
+    for prefix in prefixes:
+        per_key = 4 * (len(prefix.members) * shape.num_heads + shape.num_kv_heads * shape.dims)
+        size = max(1, _MAX_BYTES // per_key)
+        for begin in range(0, prefix.num_tokens, size):
+            positions = mx.arange(begin, min(begin + size, prefix.num_tokens), dtype=mx.int32)[None]
+            rows = _rows(metadata, shape, _column(seqs[prefix.members[:1]]), positions)[0]
+            shared.append(_SharedKeys(mx.array(first_tokens[prefix.members]), rows))
+            column = np.full(len(seqs), -1)
+            column[prefix.members] = num_chunks + np.arange(len(prefix.members))
+            columns.append(column)
+            num_chunks += len(prefix.members)
+    more = np.stack(columns, axis=1)
+    absent = np.where(more < 0, -np.float32(np.inf), np.float32(0))[:, :, None, None, None]
+    chunks = mx.concatenate([merge.chunks, mx.array(np.maximum(more, 0).astype(np.int32))], axis=1)
+    bias = mx.broadcast_to(merge.bias, (*merge.chunks.shape, 1, 1, 1))
+    return shared, _Merge(chunks, mx.concatenate([bias, mx.array(absent)], axis=1))
 
 
 def _chunks(num_keys: np.ndarray) -> tuple[int, np.ndarray]:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from attention_cases import DTYPES, Case, check, points_of
 
-from mlx_paged import paged_attention, reference
+from mlx_paged import paged_attention, reference, shared_prefix
 from mlx_paged.attention import AttentionMetadata, attend
+from mlx_paged.shared_prefix import SharedPrefix
 
 # (query length, context length) of each sequence of a batch
 BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -161,3 +162,37 @@ def test_no_tokens_give_an_empty_result() -> None:
         cu_seqlens_q=mx.zeros(1, mx.int32),
     )
     assert paged_attention(**empty).shape == (0, 4, 16)
+
+
+SHARING = (
+    Case(((1, 70), (1, 81), (1, 66), (1, 34), (1, 0), (1, 47), (1, 40)), shared=(((0, 1, 2), 4), ((5, 6), 2))),
+    Case(((1, 65), (1, 65)), heads=(7, 1), shared=(((0, 1), 4),), sinks=True),
+    Case(((1, 33), (9, 40), (1, 700), (1, 34), (1, 2000), (1, 49)), shared=(((0, 2, 3, 5), 2),), softcap=30.0),
+    Case(((1, 100), (1, 130), (1, 101)), shared=(((0, 1, 2), 6),), window=64),
+)
+
+
+@pytest.mark.parametrize("max_bytes", [1 << 27, 20_000])
+@pytest.mark.parametrize("case", SHARING, ids=range(len(SHARING)))
+def test_prefixes_that_are_computed_once_for_all_change_no_result(
+    case: Case, max_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_prefix, "LEAST_KEYS_SAVED", 1)
+    monkeypatch.setattr(reference, "_LEAST_SAVED", 1)
+    monkeypatch.setattr(reference, "_MAX_BYTES", max_bytes)
+    computed = []
+    original = reference._attend_shared
+
+    def counted(*arguments: Any) -> Any:
+        computed.append(arguments[2])
+        return original(*arguments)
+
+    monkeypatch.setattr(reference, "_attend_shared", counted)
+    check(case._replace(dtype="float32"), backend="reference")
+    assert bool(computed) == (case.window is None)
+
+
+def test_only_the_prefixes_that_save_the_most_are_computed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes = [SharedPrefix(np.arange(2), tokens) for tokens in (4096, 9000, 4095, 8000, 7000, 6000)]
+    assert [prefix.num_tokens for prefix in reference._worth_sharing(prefixes)] == [9000, 8000, 7000, 6000]
+    assert reference._worth_sharing(prefixes[2:3]) == []
