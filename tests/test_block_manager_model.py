@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mlx_paged import BlockManager, OutOfBlocks
 from mlx_paged.allocator import POLICIES
 from mlx_paged.block_manager import NO_BLOCK
+from mlx_paged.prefix_cache import PrefixNode
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
 SALTS = st.sampled_from([None, None, None, "a"])
@@ -49,8 +50,8 @@ class Tier:
     def save(self, block_id: int, digest: bytes) -> None:
         self.kept[digest] = self.contents[block_id].copy()
 
-    def load(self, digest: bytes, block_id: int) -> None:
-        self.contents[block_id] = self.kept[digest]
+    def load(self, node: PrefixNode, block_id: int) -> None:
+        self.contents[block_id] = self.kept[node.digest]
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
@@ -182,6 +183,22 @@ class BlockManagerMachine(RuleBasedStateMachine):
         del self.sequences[seq_id]
         with pytest.raises(KeyError):
             self.manager.free(seq_id)
+
+    @precondition(lambda self: self.sequences)
+    @rule(pick=PICK, more=TOKENS)
+    def give_way_and_come_back(self, pick: int, more: list[int]) -> None:
+        """As a preempted sequence does: others take all blocks meanwhile, so what it had is in the second tier."""
+        self.compute(pick, 1.0, "whole")
+        sequence = self.sequences[self.pick(pick)]
+        self.free(pick, will_return=True)
+        num_free = self.manager.num_free_blocks
+        if num_free:
+            self.allocate([2] * (num_free * self.manager.block_size), "others")
+            self.free(len(self.sequences) - 1)
+        num_before = len(self.sequences)
+        self.allocate(sequence.tokens + more[:2], sequence.salt)
+        if len(self.sequences) > num_before:
+            self.compute(num_before, 0.0, "whole")
 
     @rule(pick=PICK)
     def the_tier_forgets_a_block(self, pick: int) -> None:
