@@ -4,16 +4,18 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged import kernels, reference
+from mlx_paged import cuda_kernels, kernels, reference
 from mlx_paged.errors import EngineWarning
 from mlx_paged.shared_prefix import SharedPrefix, find_shared_prefixes
 
-BACKENDS = ("metal", "reference")
+KERNELS = {"metal": kernels, "cuda": cuda_kernels}  # modules with the same functions
+BACKENDS = (*KERNELS, "reference")
 BACKEND_VARIABLE = "MLX_PAGED_BACKEND"
 FindShared = Callable[[np.ndarray], list[SharedPrefix]]
 
@@ -75,8 +77,8 @@ def paged_attention(
 
     scale: multiplies the scores. window: a query sees its own key and the window - 1 before it. softcap: scores become
     softcap * tanh(score / softcap). sinks: [num_heads], a logit that takes part in each softmax without a value.
-    backend: "metal", "reference", or None for what the environment variable MLX_PAGED_BACKEND says, otherwise the best
-    one available.
+    backend: "metal", "cuda", "reference", or None for what the environment variable MLX_PAGED_BACKEND says, otherwise
+    the best one available.
 
     Returns [num_tokens, num_heads, value_dim] in q's dtype; a sequence with context 0 is padding and gives zeros.
     Values in unused slots, NaN included, have no influence. Raises ValueError or TypeError for arguments that don't
@@ -113,8 +115,8 @@ def attend(
     """
     arguments: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
     asked = (backend, q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3])
-    if metadata.derive(asked, lambda: _chosen_backend(*asked)) == "metal":
-        return _attend_with_kernels(q, k_cache, v_cache, metadata, arguments)
+    if module := KERNELS.get(metadata.derive(asked, lambda: _chosen_backend(*asked))):
+        return _attend_with_kernels(module, q, k_cache, v_cache, metadata, arguments)
     return reference.attend(q, k_cache, v_cache, metadata, **arguments)
 
 
@@ -126,19 +128,19 @@ def _chosen_backend(
     block_shape: block_size, num_kv_heads, head_dim.
     """
     forced = backend or os.environ.get(BACKEND_VARIABLE)
-    has_metal = kernels.is_available()
-    available = BACKENDS if has_metal else ("reference",)
+    available = [name for name, module in KERNELS.items() if module.is_available()] + ["reference"]
     if forced and forced not in available:
         origin = "" if backend else f" ({BACKEND_VARIABLE})"
         raise ValueError(f"backend {forced!r}{origin} is not available here; there is: {', '.join(available)}")
-    if forced == "reference" or not has_metal:
-        return "reference"
-    reason = kernels.unsupported(dtype, num_heads, block_shape, value_dim)
+    name = forced or available[0]
+    if name == "reference":
+        return name
+    reason = KERNELS[name].unsupported(dtype, num_heads, block_shape, value_dim)
     if reason and forced:
         raise ValueError(reason)
     if reason:
         _warn_once(f"{reason}; plain MLX operations take its place, more slowly")
-    return "reference" if reason else "metal"
+    return "reference" if reason else name
 
 
 @cache
@@ -162,15 +164,22 @@ class _Groups(NamedTuple):
 
 
 def _attend_with_kernels(
-    q: mx.array, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, arguments: dict[str, Any]
+    module: ModuleType,
+    q: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    metadata: AttentionMetadata,
+    arguments: dict[str, Any],
 ) -> mx.array:
-    """The Metal backend of `attend`: sequences with one query by the decode kernel, the others by the prefill's."""
+    """A GPU's backend of `attend`: sequences with one query by the decode kernel, the others by the prefill's."""
     groups: _Groups = metadata.derive("groups of kernels", lambda: _divide(metadata))
     outputs = []
     if groups.decodes is not None:
-        outputs.append(_decode(q[groups.decodes.tokens], k_cache, v_cache, groups.decodes.metadata, arguments))
+        rows = q[groups.decodes.tokens]
+        outputs.append(_decode(module, rows, k_cache, v_cache, groups.decodes.metadata, arguments))
     if groups.prefills is not None:
-        outputs.append(_prefill(q[groups.prefills.tokens], k_cache, v_cache, groups.prefills.metadata, arguments))
+        rows = q[groups.prefills.tokens]
+        outputs.append(_prefill(module, rows, k_cache, v_cache, groups.prefills.metadata, arguments))
     if not outputs:
         return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
     result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
@@ -178,29 +187,39 @@ def _attend_with_kernels(
 
 
 def _decode(
-    q: mx.array, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, arguments: dict[str, Any]
+    module: ModuleType,
+    q: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    metadata: AttentionMetadata,
+    arguments: dict[str, Any],
 ) -> mx.array:
     shape, window = kernels.shape_of(q, k_cache, v_cache), arguments["window"]
 
     def make_plan() -> kernels.DecodePlan:
         contexts, find_shared = metadata.context_lens, metadata.find_shared
         shared = find_shared(np.arange(len(contexts))) if find_shared is not None and window is None else []
-        return kernels.plan_decode(contexts, window, shape, shared)
+        return module.plan_decode(contexts, window, shape, shared)
 
     plan = metadata.derive(("decode", shape, window), make_plan)
     options = {name: arguments[name] for name in ("scale", "softcap", "sinks")}
-    return kernels.decode(q, k_cache, v_cache, metadata.block_tables, plan, **options)
+    return module.decode(q, k_cache, v_cache, metadata.block_tables, plan, **options)
 
 
 def _prefill(
-    q: mx.array, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, arguments: dict[str, Any]
+    module: ModuleType,
+    q: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    metadata: AttentionMetadata,
+    arguments: dict[str, Any],
 ) -> mx.array:
     shape, window = kernels.shape_of(q, k_cache, v_cache), arguments["window"]
     plan = metadata.derive(
         ("prefill", shape, window),
-        lambda: kernels.plan_prefill(metadata.context_lens, metadata.cu_seqlens_q, window, shape),
+        lambda: module.plan_prefill(metadata.context_lens, metadata.cu_seqlens_q, window, shape),
     )
-    return kernels.prefill(q, k_cache, v_cache, metadata.block_tables, plan, **arguments)
+    return module.prefill(q, k_cache, v_cache, metadata.block_tables, plan, **arguments)
 
 
 def _divide(metadata: AttentionMetadata) -> _Groups:

@@ -145,20 +145,27 @@ def tile_for(shape: Shape) -> Tile:
     return Tile(rows, next(keys for keys in (32, 16, 8) if keys * (longer + pad) <= room))
 
 
-def parts_of_keys(num_tiles: np.ndarray, num_keys: np.ndarray, shape: Shape, num_cores: int) -> np.ndarray:
+def parts_of_keys(
+    num_tiles: np.ndarray, num_keys: np.ndarray, shape: Shape, num_cores: int, tile: Tile | None = None
+) -> np.ndarray:
     """[num_seqs]: into how many parts the keys of a sequence's tiles are split.
 
     One, unless there are fewer than 8 threadgroups to a core or a tile has more than twice an equal share of the keys.
     num_tiles, num_keys: [num_seqs], of a sequence. A part has enough keys for the merging of parts to move at most a
-    sixteenth of the bytes of K and V.
+    sixteenth of the bytes of K and V. tile: None is `tile_for(shape)`, here and below.
     """
     equal_share = int((num_tiles * num_keys).sum()) * shape.num_kv_heads // (8 * num_cores)
-    size = max(_LEAST_KEYS_PER_ROW * tile_for(shape).rows, equal_share)
+    size = max(_LEAST_KEYS_PER_ROW * (tile or tile_for(shape)).rows, equal_share)
     return np.where((num_tiles > 0) & (num_keys > 2 * size), -(-num_keys // size), 1)
 
 
 def prefill_items(
-    context_lens: np.ndarray, cu_seqlens_q: np.ndarray, window: int | None, shape: Shape, num_cores: int
+    context_lens: np.ndarray,
+    cu_seqlens_q: np.ndarray,
+    window: int | None,
+    shape: Shape,
+    num_cores: int,
+    tile: Tile | None = None,
 ) -> Items:
     """Tiles of each sequence's rows, of which a query has one per query head of a KV head; and parts of their keys.
 
@@ -166,13 +173,12 @@ def prefill_items(
     (negative: the sequence is padding), the tile's first row, the part, the number of parts, where the sequence's
     parts begin. The parts of a query lie side by side.
     """
-    query_lens, num_keys = np.diff(cu_seqlens_q), context_lens.astype(np.int64)
+    query_lens, num_keys, tile = np.diff(cu_seqlens_q), context_lens.astype(np.int64), tile or tile_for(shape)
     if window is not None:
-        num_keys = np.minimum(num_keys, window + tile_for(shape).rows // shape.heads_per_kv_head)
+        num_keys = np.minimum(num_keys, window + tile.rows // shape.heads_per_kv_head)
     sequences = np.arange(len(query_lens))
-    return _tiles(
-        sequences, cu_seqlens_q[:-1], query_lens, context_lens - query_lens, num_keys, shape, num_cores
-    )
+    first_positions = context_lens - query_lens
+    return _tiles(sequences, cu_seqlens_q[:-1], query_lens, first_positions, num_keys, shape, num_cores, tile)
 
 
 def _tiles(
@@ -183,11 +189,11 @@ def _tiles(
     num_keys: np.ndarray,
     shape: Shape,
     num_cores: int,
+    tile: Tile,
 ) -> Items:
     """The items of paged_prefill, columns as `prefill_items` tells; each array has a value for each run of queries."""
-    heads, tile = shape.heads_per_kv_head, tile_for(shape)
-    num_tiles = -(-query_lens * heads // tile.rows)
-    num_parts = parts_of_keys(num_tiles, num_keys, shape, num_cores)
+    num_tiles = -(-query_lens * shape.heads_per_kv_head // tile.rows)
+    num_parts = parts_of_keys(num_tiles, num_keys, shape, num_cores, tile)
     cu_parts = _cumulative(np.repeat(num_parts, query_lens))
     first_parts = cu_parts[np.cumsum(query_lens) - query_lens]
     num_items = num_tiles * num_parts
@@ -213,13 +219,15 @@ class SharedItems(NamedTuple):
     ranges: np.ndarray
 
 
-def shared_items(prefixes: Sequence[SharedPrefix], num_seqs: int, shape: Shape, num_cores: int) -> SharedItems:
+def shared_items(
+    prefixes: Sequence[SharedPrefix], num_seqs: int, shape: Shape, num_cores: int, tile: Tile | None = None
+) -> SharedItems:
     """Each prefix as a run of queries, which all see all of its keys."""
     counts = np.array([len(prefix.members) for prefix in prefixes])
     lengths = np.array([prefix.num_tokens for prefix in prefixes])
     members = np.concatenate([prefix.members for prefix in prefixes])
     first = np.cumsum(counts) - counts
-    items = _tiles(members[first], first, counts, lengths - 1, lengths, shape, num_cores)
+    items = _tiles(members[first], first, counts, lengths - 1, lengths, shape, num_cores, tile or tile_for(shape))
     ranges = np.zeros((num_seqs, 2), np.int32)
     ranges[members] = np.stack([items.cu_parts[:-1], items.cu_parts[1:]], axis=1)
     return SharedItems(items, members.astype(np.int32), ranges)

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged import kernel_plan
-from mlx_paged.kernel_plan import SCRATCH, SIMDGROUPS, Items, Shape, decode_layout, tile_for
+from mlx_paged.kernel_plan import SCRATCH, SIMDGROUPS, Items, Shape, Tile, decode_layout, tile_for
 from mlx_paged.shared_prefix import SharedPrefix
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -102,25 +102,47 @@ class DecodePlan(NamedTuple):
     shared: SharedPlan | None
 
 
+class Division(NamedTuple):
+    """What a plan depends on beside shapes and lengths: the device's cores, and the tile of its prefill kernel."""
+
+    num_cores: int
+    tile: Tile
+
+
 def plan_decode(
-    context_lens: np.ndarray, window: int | None, shape: Shape, prefixes: Sequence[SharedPrefix] = ()
+    context_lens: np.ndarray,
+    window: int | None,
+    shape: Shape,
+    prefixes: Sequence[SharedPrefix] = (),
+    division: Division | None = None,
 ) -> DecodePlan:
-    """The plan for one query per sequence. context_lens: int32 [num_seqs]. prefixes: only without a window."""
+    """The plan for one query per sequence.
+
+    context_lens: int32 [num_seqs]. prefixes: only without a window. division: None is the one for Metal.
+    """
+    cores, tile = division or Division(num_cores(), tile_for(shape))
     num_keys = context_lens if window is None else np.minimum(context_lens, window)
     shared = None
     if prefixes:
         num_keys = context_lens.copy()
         for prefix in prefixes:
             num_keys[prefix.members] -= prefix.num_tokens
-        items, members, ranges = kernel_plan.shared_items(prefixes, len(context_lens), shape, num_cores())
+        items, members, ranges = kernel_plan.shared_items(prefixes, len(context_lens), shape, cores, tile)
         shared = SharedPlan(put_on_device(items), _padded(members), _padded(ranges))
-    size = kernel_plan.keys_per_item(num_keys, shape, num_cores())
+    size = kernel_plan.keys_per_item(num_keys, shape, cores)
     return DecodePlan(put_on_device(kernel_plan.decode_items(context_lens, num_keys, size)), shared)
 
 
-def plan_prefill(context_lens: np.ndarray, cu_seqlens_q: np.ndarray, window: int | None, shape: Shape) -> Plan:
+def plan_prefill(
+    context_lens: np.ndarray,
+    cu_seqlens_q: np.ndarray,
+    window: int | None,
+    shape: Shape,
+    division: Division | None = None,
+) -> Plan:
     """The plan for any number of queries per sequence. context_lens: int32 [num_seqs], cu_seqlens_q: [num_seqs + 1]."""
-    return put_on_device(kernel_plan.prefill_items(context_lens, cu_seqlens_q, window, shape, num_cores()))
+    cores, tile = division or Division(num_cores(), tile_for(shape))
+    return put_on_device(kernel_plan.prefill_items(context_lens, cu_seqlens_q, window, shape, cores, tile))
 
 
 def put_on_device(items: Items) -> Plan:
@@ -144,7 +166,7 @@ def decode(
     The other arguments are those of `paged_attention`; contexts and window are in the plan of `plan_decode`. Rows of q
     and of block_tables are contiguous, pools as a whole. Raises ValueError for arrays that have no kernel.
     """
-    _check(q, k_cache, v_cache, block_tables, sinks)
+    check(q, k_cache, v_cache, block_tables, sinks)
     if q.shape[0] == 0:
         return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
     shape = shape_of(q, k_cache, v_cache)
@@ -160,7 +182,7 @@ def decode(
         "SCRATCH": SCRATCH,
     }
     inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
-    logits = _Logits(scale, softcap, sinks)
+    logits = Logits(scale, softcap, sinks)
     parts = _attend("paged_decode", inputs, plan.own, template, 32 * SIMDGROUPS, logits)
     if plan.shared is None:
         return _merged(parts, plan.own, q.shape[0])
@@ -185,14 +207,14 @@ def prefill(
 
     As `decode`, with the plan of `plan_prefill`.
     """
-    _check(q, k_cache, v_cache, block_tables, sinks)
+    check(q, k_cache, v_cache, block_tables, sinks)
     if q.shape[0] == 0:
         return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
     inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
-    return _merged(_attend_tiles(inputs, plan, _Logits(scale, softcap, sinks), window, None), plan, q.shape[0])
+    return _merged(_attend_tiles(inputs, plan, Logits(scale, softcap, sinks), window, None), plan, q.shape[0])
 
 
-class _Logits(NamedTuple):
+class Logits(NamedTuple):
     """How scores become logits, and a logit without a key; as in `paged_attention`."""
 
     scale: float
@@ -200,7 +222,7 @@ class _Logits(NamedTuple):
     sinks: mx.array | None
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """What a kernel computed of parts of keys: out [num_parts, num_heads, value_dim] and lse [num_parts, num_heads]."""
 
     out: mx.array
@@ -208,8 +230,8 @@ class _Parts(NamedTuple):
 
 
 def _attend_tiles(
-    inputs: dict[str, mx.array], plan: Plan, logits: _Logits, window: int | None, members: mx.array | None
-) -> _Parts:
+    inputs: dict[str, mx.array], plan: Plan, logits: Logits, window: int | None, members: mx.array | None
+) -> Parts:
     """paged_prefill; members: the plan is one of shared prefixes, and these are its queries."""
     tile = tile_for(shape_of(inputs["q"], inputs["k_cache"], inputs["v_cache"]))
     inputs = inputs | {
@@ -221,8 +243,8 @@ def _attend_tiles(
 
 
 def _attend(
-    stem: str, inputs: dict[str, mx.array], plan: Plan, template: dict[str, Any], threads: int, logits: _Logits
-) -> _Parts:
+    stem: str, inputs: dict[str, mx.array], plan: Plan, template: dict[str, Any], threads: int, logits: Logits
+) -> Parts:
     """What both kernels have in common: items, logits, outputs. threads: of a threadgroup, one per item and KV head."""
     q, v_cache = inputs["q"], inputs["v_cache"]
     num_heads, head_dim = q.shape[1:]
@@ -235,7 +257,7 @@ def _attend(
         "sinks": q if sinks is None else sinks,
     }
     constants = {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "SOFTCAP": softcap is not None}
-    return _Parts(
+    return Parts(
         *_kernel(stem, inputs, ("out", "lse"))(
             inputs=list(inputs.values()),
             template=[("T", q.dtype), *constants.items(), ("SINKS", sinks is not None), *template.items()],
@@ -247,13 +269,13 @@ def _attend(
     )
 
 
-def _merged(parts: _Parts, plan: Plan, num_rows: int) -> mx.array:
+def _merged(parts: Parts, plan: Plan, num_rows: int) -> mx.array:
     """The parts of each row of q joined, [num_rows, num_heads, value_dim]: the rows' own where each has one."""
     return _merge(parts, plan.cu_parts, num_rows) if plan.is_split else parts.out
 
 
 def _merge(
-    parts: _Parts, cu_parts: mx.array, num_rows: int, shared: _Parts | None = None, ranges: mx.array | None = None
+    parts: Parts, cu_parts: mx.array, num_rows: int, shared: Parts | None = None, ranges: mx.array | None = None
 ) -> mx.array:
     """paged_merge. shared, ranges: the parts of shared prefixes, and which of them belong to each row."""
     num_heads, value_dim = parts.out.shape[1:]
@@ -277,7 +299,7 @@ def _merge(
     return out
 
 
-def _check(q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.array, sinks: mx.array | None) -> None:
+def check(q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.array, sinks: mx.array | None) -> None:
     """Raise ValueError for arrays that do not fit together or that no kernel takes."""
     if reason := unsupported(q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3]):
         raise ValueError(reason)

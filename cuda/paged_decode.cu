@@ -1,0 +1,180 @@
+// Attention of one new token per sequence over the sequence's blocks: the body of a kernel; intrinsics.cuh and
+// tiles.cuh come before it.
+//
+// Inputs
+//   q             [num_seqs, num_heads, HEAD_DIM], T
+//   k_cache       [num_blocks, block_size, num_kv_heads, HEAD_DIM], T; block_size is a power of two
+//   v_cache       [num_blocks, block_size, num_kv_heads, VALUE_DIM], T
+//   block_tables  [num_seqs, max_blocks], int32
+//   work          [num_items or more, 4], int32: a sequence, a first and a past the last key, 1 if these are its first
+//   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
+//   sinks         [num_heads] with SINKS, otherwise anything
+//   The caches are contiguous; of q and block_tables the last dimension is. Rows of q lie at multiples of 16 bytes.
+// Outputs
+//   out           [num_items, num_heads, VALUE_DIM], T: the mean of the item's values; zeros without keys or a sink
+//   lse           [num_items, num_heads], float: the base-2 logarithm of the sum of its keys' exponentials
+//   Where a sequence has one item each, `out` is the result; otherwise paged_merge joins the items of a sequence.
+//
+// Grid           blocks of one (item, KV head) each: [num_items, num_kv_heads]
+// Block          WARPS warps, which take every WARPS-th tile of TILE_KEYS keys of the item and have nothing to do with
+//                each other until their results are merged
+// Warp           the scores of a tile's keys, then their values, for all HEADS query heads of the KV head, which are
+//                the first of 16 rows. STAGES tiles are in shared memory: one is computed, the others are under way
+// Lane           key i of a tile: where it lies; a sixteen-byte piece of two or more rows at a time when they are
+//                copied; of the products see tiles.cuh
+//
+// Must move      per sequence, KV head and visible key HEAD_DIM + VALUE_DIM elements, each once, whatever HEADS is; a
+//                block id per key; per item HEADS * HEAD_DIM elements of q and HEADS * (VALUE_DIM + a float) out. Keys
+//                outside begin .. end are not read, nor are blocks that have no others.
+// Shared memory  16 rows of q; for each warp STAGES times TILE_KEYS rows of K and of V, whose place the merge reuses
+//
+// Online softmax: Milakov and Gimelshein 2018; the split over the context: Flash-Decoding (Dao et al. 2023).
+
+constexpr float LOG2E = 1.44269504f;
+constexpr int KEY_PIECES = row_elements<T, HEAD_DIM> / Element<T>::IN_PIECE;
+constexpr int VALUE_PIECES = row_elements<T, VALUE_DIM> / Element<T>::IN_PIECE;
+constexpr int KEY_STRIDE = row_stride<T, HEAD_DIM>;
+constexpr int VALUE_STRIDE = row_stride<T, VALUE_DIM>;
+constexpr int STAGE = TILE_KEYS * (KEY_STRIDE + VALUE_STRIDE);  // elements
+constexpr int ROWS_OF_LANE = HEADS > 8 ? 2 : 1;                 // rows 8 to 15 may all be padding
+static_assert(HEADS <= 16 && TILE_KEYS % 16 == 0 && 32 % TILE_KEYS == 0, "a warp has 16 rows, its lanes the keys");
+
+const int thread = threadIdx.x;
+const int lane = thread % 32;
+const int warp = thread / 32;
+const int kv_head = blockIdx.y;
+const int item = blockIdx.x;
+const int sequence = work[4 * item];
+const int begin = work[4 * item + 1];
+const int end = work[4 * item + 2];
+const bool is_first = work[4 * item + 3] == 1;
+const int num_kv_heads = k_cache_shape[2];
+const int num_heads = num_kv_heads * HEADS;
+const int num_tiles = (end - begin + TILE_KEYS - 1) / TILE_KEYS;
+const int block_size = k_cache_shape[1];
+const int block_shift = __ffs(block_size) - 1;  // a key's block is key >> block_shift
+const int* table = block_tables + sequence * block_tables_strides[0];
+const float logit_scale = *scale, logit_cap = *cap;
+
+extern __shared__ uint4 shared_memory[];
+T* queries = reinterpret_cast<T*>(shared_memory);
+T* stages = queries + 16 * KEY_STRIDE;
+T* own_stages = stages + warp * STAGES * STAGE;
+
+// ---- the queries ----
+for (int i = thread; i < 16 * KEY_PIECES; i += WARPS * 32) {
+  const int row = i / KEY_PIECES;
+  const T* from = q + sequence * q_strides[0] + (kv_head * HEADS + min(row, HEADS - 1)) * q_strides[1];
+  copy_piece<T, HEAD_DIM>(queries + row * KEY_STRIDE, from, i % KEY_PIECES, row < HEADS);
+}
+end_copy_group();
+wait_for_copies<0>();
+__syncthreads();
+
+// ---- this warp's tiles ----
+const auto slot_in = [&](int tile) {  // where the key of this lane's number lies, -1 past the last
+  const int key = begin + tile * TILE_KEYS + lane % TILE_KEYS;
+  return key < end ? table[key >> block_shift] << block_shift | (key & (block_size - 1)) : -1;
+};
+int slot = slot_in(warp);  // of the tile that is copied next
+const auto begin_copies = [&](int tile, int stage) {
+  if (tile < num_tiles) {
+    T* keys = own_stages + stage * STAGE;
+#pragma unroll 8
+    for (int i = 0; i < TILE_KEYS * KEY_PIECES / 32; i++) {
+      const int row = (i * 32 + lane) / KEY_PIECES, piece = (i * 32 + lane) % KEY_PIECES;
+      const int from = shuffle(slot, row);
+      const T* key = k_cache + (size_t(max(from, 0)) * num_kv_heads + kv_head) * HEAD_DIM;
+      copy_piece<T, HEAD_DIM>(keys + row * KEY_STRIDE, key, piece, from >= 0);
+    }
+    T* values = keys + TILE_KEYS * KEY_STRIDE;
+#pragma unroll 8
+    for (int i = 0; i < TILE_KEYS * VALUE_PIECES / 32; i++) {
+      const int row = (i * 32 + lane) / VALUE_PIECES, piece = (i * 32 + lane) % VALUE_PIECES;
+      const int from = shuffle(slot, row);
+      const T* value = v_cache + (size_t(max(from, 0)) * num_kv_heads + kv_head) * VALUE_DIM;
+      copy_piece<T, VALUE_DIM>(values + row * VALUE_STRIDE, value, piece, from >= 0);
+    }
+    slot = slot_in(tile + WARPS);
+  }
+  end_copy_group();
+};
+
+Fragment output[1][VALUE_DIM / 8] = {};
+Softmax softmax;
+if constexpr (SINKS) {
+  if (is_first && warp == 0) {
+    UNROLL for (int r = 0; r < ROWS_OF_LANE; r++) {
+      const int head = kv_head * HEADS + min(lane / 4 + 8 * r, HEADS - 1);
+      softmax.peak[r] = float(sinks[head]) * LOG2E;
+      softmax.total[r] = lane % 4 == 0 ? 1.0f : 0.0f;
+    }
+  }
+}
+
+UNROLL for (int i = 0; i < STAGES - 1; i++) begin_copies(warp + i * WARPS, i);
+int stage = 0;
+for (int tile = warp; tile < num_tiles; tile += WARPS) {
+  __syncwarp();
+  begin_copies(tile + (STAGES - 1) * WARPS, (stage + STAGES - 1) % STAGES);
+  wait_for_copies<STAGES - 1>();
+  __syncwarp();
+  const T* keys = own_stages + stage * STAGE;
+
+  // scores
+  Fragment scores[1][TILE_KEYS / 8] = {};
+  Products<T>::template add_scores<HEAD_DIM, TILE_KEYS>(scores, queries, keys, lane);
+  UNROLL for (int i = 0; i < TILE_KEYS / 8; i++) {
+    UNROLL for (int c = 0; c < 2 * ROWS_OF_LANE; c++) {
+      float logit = scores[0][i][c] * logit_scale;
+      if constexpr (SOFTCAP) logit = logit_cap * tanhf(logit);
+      scores[0][i][c] = begin + tile * TILE_KEYS + i * 8 + lane % 4 * 2 + c % 2 < end ? logit : LOWEST;
+    }
+  }
+
+  // weights, each exponential once
+  softmax.weigh<ROWS_OF_LANE>(scores[0], output[0]);
+
+  // values
+  Products<T>::template add_values<VALUE_DIM, TILE_KEYS>(output, scores, keys + TILE_KEYS * KEY_STRIDE, lane);
+  stage = (stage + 1) % STAGES;
+}
+
+// ---- the merge of the warps, as a transpose through shared memory ----
+float* parts = reinterpret_cast<float*>(stages);
+float* peaks = parts + WARPS * HEADS * VALUE_DIM;
+float* totals = peaks + WARPS * 16;
+wait_for_copies<0>();
+__syncthreads();
+UNROLL for (int r = 0; r < ROWS_OF_LANE; r++) {
+  const float total = softmax.sum(r);
+  if (lane % 4 == 0) {
+    peaks[warp * 16 + lane / 4 + 8 * r] = softmax.peak[r];
+    totals[warp * 16 + lane / 4 + 8 * r] = total;
+  }
+}
+__syncthreads();
+UNROLL for (int r = 0; r < ROWS_OF_LANE; r++) {
+  const int row = lane / 4 + 8 * r;
+  float all_peak = LOWEST;
+  float all_total = 0.0f;
+  UNROLL for (int w = 0; w < WARPS; w++) all_peak = fmaxf(all_peak, peaks[w * 16 + row]);
+  UNROLL for (int w = 0; w < WARPS; w++) all_total += totals[w * 16 + row] * fast_exp2(peaks[w * 16 + row] - all_peak);
+  const float share = all_total > 0.0f ? fast_exp2(softmax.peak[r] - all_peak) / all_total : 0.0f;
+  if (row < HEADS) {
+    if (warp == 0 && lane % 4 == 0) {
+      lse[size_t(item) * num_heads + kv_head * HEADS + row] = all_total > 0.0f ? all_peak + log2f(all_total) : LOWEST;
+    }
+    float* part = parts + (row * WARPS + warp) * VALUE_DIM + lane % 4 * 2;
+    UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) {
+      store_pair(part + j * 8, output[0][j][2 * r] * share, output[0][j][2 * r + 1] * share);
+    }
+  }
+}
+__syncthreads();
+for (int i = thread; i < HEADS * VALUE_DIM; i += WARPS * 32) {
+  const float* part = parts + i / VALUE_DIM * WARPS * VALUE_DIM + i % VALUE_DIM;
+  float sum = 0.0f;
+  UNROLL for (int w = 0; w < WARPS; w++) sum += part[w * VALUE_DIM];
+  out[(size_t(item) * num_heads + kv_head * HEADS) * VALUE_DIM + i] = T(sum);
+}

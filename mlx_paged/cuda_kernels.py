@@ -1,0 +1,303 @@
+"""The CUDA kernels: the twins of the Metal ones, with the same calls.
+
+A kernel is made at its first use, by `mx.fast.cuda_kernel` as it is found then, so that a simulator can take its place.
+MLX compiles it for the card that is there, once for each set of template arguments and dtypes.
+
+As with Metal no input is ever copied to make it contiguous. Written for Ampere (sm_80) and newer.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_paged import kernels
+from mlx_paged.kernel_plan import Shape, Tile
+from mlx_paged.kernels import DecodePlan, Division, Logits, Parts, Plan, shape_of
+from mlx_paged.shared_prefix import SharedPrefix
+
+_AMPERE = 8  # the first with the instructions of intrinsics.cuh
+_LOG2E = 1.4426950408889634
+_NO_WINDOW = 1 << 30
+_MAX_SHARED_BYTES = 96 << 10  # of a block, which every card since Ampere has
+_ROWS = 16  # that a warp computes at once with its matrix instructions
+_WARPS_OF_MERGE = 8
+_HEADERS = ("intrinsics.cuh", "tiles.cuh")
+
+
+def is_available() -> bool:
+    """Whether CUDA kernels run here: there is a new enough device, and work was not put on the CPU instead of it."""
+    on_cpu_by_choice = mx.is_available(mx.gpu) and mx.default_device() == mx.cpu
+    if not mx.cuda.is_available() or on_cpu_by_choice:
+        return False
+    return int(mx.device_info().get("compute_capability_major", _AMPERE)) >= _AMPERE
+
+
+def unsupported(dtype: mx.Dtype, num_heads: int, block_shape: Sequence[int], value_dim: int) -> str | None:
+    """Why no kernel takes arrays like these, or None if one does. block_shape: block_size, num_kv_heads, head_dim."""
+    reason = kernels.unsupported(dtype, num_heads, block_shape, value_dim)
+    return reason and reason.replace("Metal", "CUDA")
+
+
+@cache
+def num_multiprocessors() -> int:
+    """Of the card: MLX does not tell, so the number that cards of the architecture commonly have."""
+    architecture = str(mx.device_info().get("architecture", ""))
+    common = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_103": 148, "sm_120": 170}
+    return common.get(architecture, 128)
+
+
+# ---- how the work is divided ----
+
+
+class DecodeLayout(NamedTuple):
+    """What a block of paged_decode consists of; see there."""
+
+    warps: int
+    stages: int
+    tile_keys: int
+    shared_bytes: int
+
+
+@cache
+def decode_layout(shape: Shape) -> DecodeLayout:
+    """As many stages, then warps, as shared memory has room for: what is under way hides the memory's latency."""
+    tile_keys = 16
+    query_bytes = _ROWS * _row_bytes(shape.head_dim, shape.element_size)
+    stage_bytes = tile_keys * sum(_row_bytes(dim, shape.element_size) for dim in (shape.head_dim, shape.value_dim))
+    for warps, stages in ((4, 3), (4, 2), (2, 2), (2, 1)):
+        merge_bytes = 4 * warps * (shape.heads_per_kv_head * shape.value_dim + 2 * _ROWS)
+        shared_bytes = query_bytes + max(warps * stages * stage_bytes, merge_bytes)
+        if shared_bytes <= _MAX_SHARED_BYTES:
+            return DecodeLayout(warps, stages, tile_keys, shared_bytes)
+    raise AssertionError(f"no layout for {shape}")
+
+
+class PrefillLayout(NamedTuple):
+    """What a block of paged_prefill computes; see there."""
+
+    tile: Tile
+    matrices: int
+    shared_bytes: int
+
+
+@cache
+def prefill_layout(shape: Shape) -> PrefillLayout:
+    """The largest tiles whose scores and output a thread's 255 registers hold: benchmarks/cuda_registers.py."""
+    is_half, longer = shape.element_size == 2, max(shape.head_dim, shape.value_dim)
+    if longer <= 128:
+        tile, matrices = (Tile(128, 64 if longer <= 96 else 48), 2) if is_half else (Tile(64, 32), 1)
+    else:
+        tile, matrices = Tile(64, 32) if is_half else Tile(32, 16), 1
+    key_bytes, value_bytes = (_row_bytes(dim, shape.element_size) for dim in (shape.head_dim, shape.value_dim))
+    return PrefillLayout(tile, matrices, tile.rows * key_bytes + tile.keys * (key_bytes + value_bytes))
+
+
+def _row_bytes(dim: int, element_size: int) -> int:
+    """From a row to the next in shared memory: row_stride of tiles.cuh."""
+    elements = -(-dim // 16) * 16 if element_size == 2 else dim
+    return elements * element_size + 16
+
+
+def plan_decode(
+    context_lens: np.ndarray, window: int | None, shape: Shape, prefixes: Sequence[SharedPrefix] = ()
+) -> DecodePlan:
+    """As `kernels.plan_decode`."""
+    return kernels.plan_decode(context_lens, window, shape, prefixes, _division(shape))
+
+
+def plan_prefill(context_lens: np.ndarray, cu_seqlens_q: np.ndarray, window: int | None, shape: Shape) -> Plan:
+    """As `kernels.plan_prefill`."""
+    return kernels.plan_prefill(context_lens, cu_seqlens_q, window, shape, _division(shape))
+
+
+def _division(shape: Shape) -> Division:
+    """Eight blocks to a "core" are two to a multiprocessor: as many as it holds at once, each of 4 warps."""
+    return Division(num_multiprocessors() // 4, prefill_layout(shape).tile)
+
+
+# ---- calls ----
+
+
+def decode(
+    q: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    block_tables: mx.array,
+    plan: DecodePlan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention of one query per sequence: q [num_seqs, num_heads, head_dim] -> [num_seqs, num_heads, value_dim].
+
+    As `kernels.decode`, with the plan of `plan_decode` here.
+    """
+    _check(q, k_cache, v_cache, block_tables, sinks)
+    if q.shape[0] == 0:
+        return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
+    shape = shape_of(q, k_cache, v_cache)
+    layout = decode_layout(shape)
+    template = {
+        "HEADS": shape.heads_per_kv_head,
+        "WARPS": layout.warps,
+        "STAGES": layout.stages,
+        "TILE_KEYS": layout.tile_keys,
+    }
+    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
+    logits = Logits(scale, softcap, sinks)
+    launch = _Launch("paged_decode", 32 * layout.warps, layout.shared_bytes, template)
+    parts = _attend(launch, inputs, plan.own, logits)
+    if plan.shared is None:
+        return _merged(parts, plan.own, q.shape[0])
+    # A sink is one of a sequence's own keys.
+    shared = _attend_tiles(inputs, plan.shared.plan, logits._replace(sinks=None), None, plan.shared.members)
+    return _merge(parts, plan.own.cu_parts, q.shape[0], shared, plan.shared.ranges)
+
+
+def prefill(
+    q: mx.array,
+    k_cache: mx.array,
+    v_cache: mx.array,
+    block_tables: mx.array,
+    plan: Plan,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention of any number of queries per sequence: q [num_tokens, num_heads, head_dim] -> the same of value_dim.
+
+    As `decode`, with the plan of `plan_prefill`.
+    """
+    _check(q, k_cache, v_cache, block_tables, sinks)
+    if q.shape[0] == 0:
+        return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
+    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
+    return _merged(_attend_tiles(inputs, plan, Logits(scale, softcap, sinks), window, None), plan, q.shape[0])
+
+
+class _Launch(NamedTuple):
+    """Which kernel, how many threads to a block, how much shared memory, and template arguments of its own."""
+
+    stem: str
+    threads: int
+    shared_bytes: int
+    template: dict[str, int]
+
+
+def _attend_tiles(
+    inputs: dict[str, mx.array], plan: Plan, logits: Logits, window: int | None, members: mx.array | None
+) -> Parts:
+    """paged_prefill; members: the plan is one of shared prefixes, and these are its queries."""
+    layout = prefill_layout(shape_of(inputs["q"], inputs["k_cache"], inputs["v_cache"]))
+    inputs = inputs | {
+        "members": plan.work if members is None else members,
+        "window": _scalar(_NO_WINDOW if window is None else min(window, _NO_WINDOW), mx.int32),
+    }
+    template = {"TILE_ROWS": layout.tile.rows, "TILE_KEYS": layout.tile.keys, "MATRICES": layout.matrices}
+    template["SHARED"] = members is not None
+    threads = 2 * layout.tile.rows // layout.matrices
+    return _attend(_Launch("paged_prefill", threads, layout.shared_bytes, template), inputs, plan, logits)
+
+
+def _attend(launch: _Launch, inputs: dict[str, mx.array], plan: Plan, logits: Logits) -> Parts:
+    """What both kernels have in common: items, logits, outputs; a block per item and KV head."""
+    q, v_cache = inputs["q"], inputs["v_cache"]
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads, value_dim = v_cache.shape[2:]
+    scale, softcap, sinks = logits
+    inputs = inputs | {
+        "work": plan.work,
+        "scale": _scalar(scale * _LOG2E if softcap is None else scale / softcap, mx.float32),
+        "cap": _scalar(0 if softcap is None else softcap * _LOG2E, mx.float32),
+        "sinks": q if sinks is None else sinks,
+    }
+    constants = {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "SOFTCAP": softcap is not None}
+    return Parts(
+        *_kernel(launch.stem, tuple(inputs), ("out", "lse"), launch.shared_bytes)(
+            inputs=list(inputs.values()),
+            template=[("T", q.dtype), *constants.items(), ("SINKS", sinks is not None), *launch.template.items()],
+            grid=(launch.threads * plan.num_items, num_kv_heads, 1),
+            threadgroup=(launch.threads, 1, 1),
+            output_shapes=[(plan.num_parts, num_heads, value_dim), (plan.num_parts, num_heads)],
+            output_dtypes=[q.dtype, mx.float32],
+        )
+    )
+
+
+def _merged(parts: Parts, plan: Plan, num_rows: int) -> mx.array:
+    """The parts of each row of q joined, [num_rows, num_heads, value_dim]: the rows' own where each has one."""
+    return _merge(parts, plan.cu_parts, num_rows) if plan.is_split else parts.out
+
+
+def _merge(
+    parts: Parts, cu_parts: mx.array, num_rows: int, shared: Parts | None = None, ranges: mx.array | None = None
+) -> mx.array:
+    """paged_merge. shared, ranges: the parts of shared prefixes, and which of them belong to each row."""
+    num_heads, value_dim = parts.out.shape[1:]
+    more = parts if shared is None else shared
+    inputs = {
+        "parts": parts.out,
+        "lse": parts.lse,
+        "cu_parts": cu_parts,
+        "shared_parts": more.out,
+        "shared_lse": more.lse,
+        "ranges": cu_parts if ranges is None else ranges,
+    }
+    (out,) = _kernel("paged_merge", tuple(inputs), ("out",), 0)(
+        inputs=list(inputs.values()),
+        template=[("T", parts.out.dtype), ("VALUE_DIM", value_dim), ("SHARED", shared is not None)],
+        grid=(32 * num_rows, num_heads, 1),
+        threadgroup=(32, int(np.gcd(num_heads, _WARPS_OF_MERGE)), 1),
+        output_shapes=[(num_rows, num_heads, value_dim)],
+        output_dtypes=[parts.out.dtype],
+    )
+    return out
+
+
+@cache
+def _scalar(value: float, dtype: mx.Dtype) -> mx.array:
+    """A number for a kernel, which must be in memory; the layers of a model share it."""
+    return mx.array(value, dtype)
+
+
+def _check(q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.array, sinks: mx.array | None) -> None:
+    """Raise ValueError for arrays that do not fit together or that no kernel takes."""
+    if reason := unsupported(q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3]):
+        raise ValueError(reason)
+    kernels.check(q, k_cache, v_cache, block_tables, sinks)
+
+
+def _kernel(
+    stem: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_bytes: int
+) -> Callable[..., list[mx.array]]:
+    """The kernel cuda/{stem}.cu with so much shared memory."""
+    if not mx.cuda.is_available():
+        raise RuntimeError("CUDA kernels need a CUDA device, and there is none here")
+    return _make(mx.fast.cuda_kernel, stem, inputs, outputs, shared_bytes)
+
+
+@cache
+def _make(
+    cuda_kernel: Callable[..., Any], stem: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_bytes: int
+) -> Callable[..., list[mx.array]]:
+    return cuda_kernel(
+        name=stem,
+        input_names=list(inputs),
+        output_names=list(outputs),
+        header="\n".join(map(read_source, _HEADERS)),
+        source=read_source(f"{stem}.cu"),
+        ensure_row_contiguous=False,
+        shared_memory=shared_bytes,
+    )
+
+
+def read_source(file: str) -> str:
+    """The text of a file in cuda/."""
+    return files("mlx_paged.cuda").joinpath(file).read_text()
