@@ -33,7 +33,7 @@ from report import Part, Row
 
 from mlx_paged import LLM, SamplingParams, cuda_kernels
 from mlx_paged.attention import AttentionMetadata, attend
-from mlx_paged.kernels import Parts
+from mlx_paged.kernel_calls import prepare_merge
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,8 +116,8 @@ def wrapper(quick: bool) -> list[Row]:
         try:
             decode, prefill = (make_step(1, 9, queries, (4, 1), 64, mx.float16) for queries in (1, 2))
             mx.eval(decode.attend(backend="cuda"), prefill.attend(backend="cuda"))
-            parts = Parts(mx.zeros((4, 8, 64), mx.float16), mx.zeros((4, 8)))
-            mx.eval(cuda_kernels._merge(parts, mx.zeros(8, mx.int32), 2))
+            merge = prepare_merge(cuda_kernels.CUDA, mx.float16, (2, 8), 64, mx.zeros(8, mx.int32))
+            mx.eval(merge([mx.zeros((4, 8, 64), mx.float16), mx.zeros((4, 8))]))
         finally:
             os.dup2(saved, 1)
             os.close(saved)

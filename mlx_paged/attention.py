@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_paged import cuda_kernels, kernels, reference
 from mlx_paged.errors import EngineWarning
+from mlx_paged.kernel_calls import DecodePlan, shape_of
 from mlx_paged.shared_prefix import SharedPrefix, find_shared_prefixes
 
 KERNELS = {"metal": kernels, "cuda": cuda_kernels}  # modules with the same functions
@@ -194,9 +195,9 @@ def _decode(
     metadata: AttentionMetadata,
     arguments: dict[str, Any],
 ) -> mx.array:
-    shape, window = kernels.shape_of(q, k_cache, v_cache), arguments["window"]
+    shape, window = shape_of(q, k_cache, v_cache), arguments["window"]
 
-    def make_plan() -> kernels.DecodePlan:
+    def make_plan() -> DecodePlan:
         contexts, find_shared = metadata.context_lens, metadata.find_shared
         shared = find_shared(np.arange(len(contexts))) if find_shared is not None and window is None else []
         return module.plan_decode(contexts, window, shape, shared)
@@ -214,7 +215,7 @@ def _prefill(
     metadata: AttentionMetadata,
     arguments: dict[str, Any],
 ) -> mx.array:
-    shape, window = kernels.shape_of(q, k_cache, v_cache), arguments["window"]
+    shape, window = shape_of(q, k_cache, v_cache), arguments["window"]
     plan = metadata.derive(
         ("prefill", shape, window),
         lambda: module.plan_prefill(metadata.context_lens, metadata.cu_seqlens_q, window, shape),

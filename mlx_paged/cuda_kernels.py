@@ -14,17 +14,15 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged import kernels
+from mlx_paged import kernel_calls, kernels
+from mlx_paged.kernel_calls import DecodePlan, Gpu, Kernel, Launch, Logits, Plan
 from mlx_paged.kernel_plan import Shape, Tile
-from mlx_paged.kernels import DecodePlan, Division, Logits, Parts, Plan, shape_of
+from mlx_paged.kernels import Division
 from mlx_paged.shared_prefix import SharedPrefix
 
 _AMPERE = 8  # the first with the instructions of intrinsics.cuh
-_LOG2E = 1.4426950408889634
-_NO_WINDOW = 1 << 30
 _MAX_SHARED_BYTES = 96 << 10  # of a block, which every card since Ampere has
 _ROWS = 16  # that a warp computes at once with its matrix instructions
-_WARPS_OF_MERGE = 8
 _HEADERS = ("intrinsics.cuh", "tiles.cuh")
 
 
@@ -137,26 +135,7 @@ def decode(
 
     As `kernels.decode`, with the plan of `plan_decode` here.
     """
-    _check(q, k_cache, v_cache, block_tables, sinks)
-    if q.shape[0] == 0:
-        return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
-    shape = shape_of(q, k_cache, v_cache)
-    layout = decode_layout(shape)
-    template = {
-        "HEADS": shape.heads_per_kv_head,
-        "WARPS": layout.warps,
-        "STAGES": layout.stages,
-        "TILE_KEYS": layout.tile_keys,
-    }
-    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
-    logits = Logits(scale, softcap, sinks)
-    launch = _Launch("paged_decode", 32 * layout.warps, layout.shared_bytes, template)
-    parts = _attend(launch, inputs, plan.own, logits)
-    if plan.shared is None:
-        return _merged(parts, plan.own, q.shape[0])
-    # A sink is one of a sequence's own keys.
-    shared = _attend_tiles(inputs, plan.shared.plan, logits._replace(sinks=None), None, plan.shared.members)
-    return _merge(parts, plan.own.cu_parts, q.shape[0], shared, plan.shared.ranges)
+    return kernel_calls.decode(CUDA, q, k_cache, v_cache, block_tables, plan, Logits(scale, softcap), sinks)
 
 
 def prefill(
@@ -175,96 +154,25 @@ def prefill(
 
     As `decode`, with the plan of `plan_prefill`.
     """
-    _check(q, k_cache, v_cache, block_tables, sinks)
-    if q.shape[0] == 0:
-        return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
-    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
-    return _merged(_attend_tiles(inputs, plan, Logits(scale, softcap, sinks), window, None), plan, q.shape[0])
+    logits = Logits(scale, softcap)
+    return kernel_calls.prefill(CUDA, q, k_cache, v_cache, block_tables, plan, logits, window, sinks)
 
 
-class _Launch(NamedTuple):
-    """Which kernel, how many threads to a block, how much shared memory, and template arguments of its own."""
-
-    stem: str
-    threads: int
-    shared_bytes: int
-    template: dict[str, int]
-
-
-def _attend_tiles(
-    inputs: dict[str, mx.array], plan: Plan, logits: Logits, window: int | None, members: mx.array | None
-) -> Parts:
-    """paged_prefill; members: the plan is one of shared prefixes, and these are its queries."""
-    layout = prefill_layout(shape_of(inputs["q"], inputs["k_cache"], inputs["v_cache"]))
-    inputs = inputs | {
-        "members": plan.work if members is None else members,
-        "window": _scalar(_NO_WINDOW if window is None else min(window, _NO_WINDOW), mx.int32),
+def _launch_decode(shape: Shape) -> Launch:
+    layout = decode_layout(shape)
+    template = {
+        "HEADS": shape.heads_per_kv_head,
+        "WARPS": layout.warps,
+        "STAGES": layout.stages,
+        "TILE_KEYS": layout.tile_keys,
     }
+    return Launch("paged_decode", 32 * layout.warps, template, layout.shared_bytes)
+
+
+def _launch_tiles(shape: Shape) -> Launch:
+    layout = prefill_layout(shape)
     template = {"TILE_ROWS": layout.tile.rows, "TILE_KEYS": layout.tile.keys, "MATRICES": layout.matrices}
-    template["SHARED"] = members is not None
-    threads = 2 * layout.tile.rows // layout.matrices
-    return _attend(_Launch("paged_prefill", threads, layout.shared_bytes, template), inputs, plan, logits)
-
-
-def _attend(launch: _Launch, inputs: dict[str, mx.array], plan: Plan, logits: Logits) -> Parts:
-    """What both kernels have in common: items, logits, outputs; a block per item and KV head."""
-    q, v_cache = inputs["q"], inputs["v_cache"]
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads, value_dim = v_cache.shape[2:]
-    scale, softcap, sinks = logits
-    inputs = inputs | {
-        "work": plan.work,
-        "scale": _scalar(scale * _LOG2E if softcap is None else scale / softcap, mx.float32),
-        "cap": _scalar(0 if softcap is None else softcap * _LOG2E, mx.float32),
-        "sinks": q if sinks is None else sinks,
-    }
-    constants = {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "SOFTCAP": softcap is not None}
-    return Parts(
-        *_kernel(launch.stem, tuple(inputs), ("out", "lse"), launch.shared_bytes)(
-            inputs=list(inputs.values()),
-            template=[("T", q.dtype), *constants.items(), ("SINKS", sinks is not None), *launch.template.items()],
-            grid=(launch.threads * plan.num_items, num_kv_heads, 1),
-            threadgroup=(launch.threads, 1, 1),
-            output_shapes=[(plan.num_parts, num_heads, value_dim), (plan.num_parts, num_heads)],
-            output_dtypes=[q.dtype, mx.float32],
-        )
-    )
-
-
-def _merged(parts: Parts, plan: Plan, num_rows: int) -> mx.array:
-    """The parts of each row of q joined, [num_rows, num_heads, value_dim]: the rows' own where each has one."""
-    return _merge(parts, plan.cu_parts, num_rows) if plan.is_split else parts.out
-
-
-def _merge(
-    parts: Parts, cu_parts: mx.array, num_rows: int, shared: Parts | None = None, ranges: mx.array | None = None
-) -> mx.array:
-    """paged_merge. shared, ranges: the parts of shared prefixes, and which of them belong to each row."""
-    num_heads, value_dim = parts.out.shape[1:]
-    more = parts if shared is None else shared
-    inputs = {
-        "parts": parts.out,
-        "lse": parts.lse,
-        "cu_parts": cu_parts,
-        "shared_parts": more.out,
-        "shared_lse": more.lse,
-        "ranges": cu_parts if ranges is None else ranges,
-    }
-    (out,) = _kernel("paged_merge", tuple(inputs), ("out",), 0)(
-        inputs=list(inputs.values()),
-        template=[("T", parts.out.dtype), ("VALUE_DIM", value_dim), ("SHARED", shared is not None)],
-        grid=(32 * num_rows, num_heads, 1),
-        threadgroup=(32, int(np.gcd(num_heads, _WARPS_OF_MERGE)), 1),
-        output_shapes=[(num_rows, num_heads, value_dim)],
-        output_dtypes=[parts.out.dtype],
-    )
-    return out
-
-
-@cache
-def _scalar(value: float, dtype: mx.Dtype) -> mx.array:
-    """A number for a kernel, which must be in memory; the layers of a model share it."""
-    return mx.array(value, dtype)
+    return Launch("paged_prefill", 2 * layout.tile.rows // layout.matrices, template, layout.shared_bytes)
 
 
 def _check(q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.array, sinks: mx.array | None) -> None:
@@ -274,19 +182,17 @@ def _check(q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.a
     kernels.check(q, k_cache, v_cache, block_tables, sinks)
 
 
-def _kernel(
-    stem: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_bytes: int
-) -> Callable[..., list[mx.array]]:
+def _kernel(stem: str, inputs: dict[str, mx.array], outputs: tuple[str, ...], shared_bytes: int) -> Kernel:
     """The kernel cuda/{stem}.cu with so much shared memory."""
     if not mx.cuda.is_available():
         raise RuntimeError("CUDA kernels need a CUDA device, and there is none here")
-    return _make(mx.fast.cuda_kernel, stem, inputs, outputs, shared_bytes)
+    return _make(mx.fast.cuda_kernel, stem, tuple(inputs), outputs, shared_bytes)
 
 
 @cache
 def _make(
     cuda_kernel: Callable[..., Any], stem: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_bytes: int
-) -> Callable[..., list[mx.array]]:
+) -> Kernel:
     return cuda_kernel(
         name=stem,
         input_names=list(inputs),
@@ -301,3 +207,6 @@ def _make(
 def read_source(file: str) -> str:
     """The text of a file in cuda/."""
     return files("mlx_paged.cuda").joinpath(file).read_text()
+
+
+CUDA = Gpu(_kernel, _launch_decode, _launch_tiles, _check, is_flat=True)

@@ -16,8 +16,20 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged import kernel_plan
-from mlx_paged.kernel_plan import SCRATCH, SIMDGROUPS, Items, Shape, Tile, decode_layout, tile_for
+from mlx_paged import kernel_calls, kernel_plan
+from mlx_paged.kernel_calls import (
+    SMALL,
+    DecodePlan,
+    Gpu,
+    Kernel,
+    Launch,
+    Logits,
+    Plan,
+    SharedPlan,
+    padded,
+    put_on_device,
+)
+from mlx_paged.kernel_plan import SCRATCH, SIMDGROUPS, Shape, Tile, decode_layout, tile_for
 from mlx_paged.shared_prefix import SharedPrefix
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -25,9 +37,6 @@ BLOCK_SIZES = (8, 16, 32, 64)
 MAX_HEAD_DIM = 256
 MAX_HEADS_PER_KV_HEAD = 16
 
-_LOG2E = 1.4426950408889634
-_NO_WINDOW = 1 << 30
-_SMALL = 8  # an input with fewer elements is another kind of argument to a kernel
 _HEADERS = {
     "paged_decode": ("packed.h",),
     "paged_prefill": ("packed.h", "tiles.h"),
@@ -68,40 +77,6 @@ def num_cores() -> int:
     return {"p": 6, "g": 20, "s": 40, "c": 40, "d": 80}.get(architecture[-1], 40)
 
 
-def shape_of(q: mx.array, k_cache: mx.array, v_cache: mx.array) -> Shape:
-    """What a plan for these arrays depends on."""
-    num_kv_heads, head_dim = k_cache.shape[2:]
-    return Shape(num_kv_heads, q.shape[1] // num_kv_heads, head_dim, v_cache.shape[3], q.dtype.size)
-
-
-class Plan(NamedTuple):
-    """A step's items on the device, the same for all layers of one shape and window: kernel_plan.Items tells.
-
-    work and cu_parts have at least 8 elements; is_split: whether what cu_parts tells has to be merged.
-    """
-
-    work: mx.array
-    num_items: int
-    num_parts: int
-    cu_parts: mx.array
-    is_split: bool
-
-
-class SharedPlan(NamedTuple):
-    """The items of shared prefixes on the device: kernel_plan.SharedItems tells."""
-
-    plan: Plan
-    members: mx.array
-    ranges: mx.array
-
-
-class DecodePlan(NamedTuple):
-    """The items of each sequence's own keys, and those of the keys that sequences share."""
-
-    own: Plan
-    shared: SharedPlan | None
-
-
 class Division(NamedTuple):
     """What a plan depends on beside shapes and lengths: the device's cores, and the tile of its prefill kernel."""
 
@@ -128,7 +103,7 @@ def plan_decode(
         for prefix in prefixes:
             num_keys[prefix.members] -= prefix.num_tokens
         items, members, ranges = kernel_plan.shared_items(prefixes, len(context_lens), shape, cores, tile)
-        shared = SharedPlan(put_on_device(items), _padded(members), _padded(ranges))
+        shared = SharedPlan(put_on_device(items), padded(members), padded(ranges))
     size = kernel_plan.keys_per_item(num_keys, shape, cores)
     return DecodePlan(put_on_device(kernel_plan.decode_items(context_lens, num_keys, size)), shared)
 
@@ -143,11 +118,6 @@ def plan_prefill(
     """The plan for any number of queries per sequence. context_lens: int32 [num_seqs], cu_seqlens_q: [num_seqs + 1]."""
     cores, tile = division or Division(num_cores(), tile_for(shape))
     return put_on_device(kernel_plan.prefill_items(context_lens, cu_seqlens_q, window, shape, cores, tile))
-
-
-def put_on_device(items: Items) -> Plan:
-    """The items as the kernels take them."""
-    return Plan(_padded(items.work), len(items.work), items.num_parts, _padded(items.cu_parts), items.is_split)
 
 
 def decode(
@@ -166,29 +136,7 @@ def decode(
     The other arguments are those of `paged_attention`; contexts and window are in the plan of `plan_decode`. Rows of q
     and of block_tables are contiguous, pools as a whole. Raises ValueError for arrays that have no kernel.
     """
-    check(q, k_cache, v_cache, block_tables, sinks)
-    if q.shape[0] == 0:
-        return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
-    shape = shape_of(q, k_cache, v_cache)
-    layout = decode_layout(shape)
-    template = {
-        "HEADS": shape.heads_per_kv_head,
-        "LANES": layout.lanes,
-        "PARTS": layout.parts,
-        "WIDTH": layout.width,
-        "BATCH": layout.batch,
-        "QUERY_IN_REGISTERS": layout.query_in_registers,
-        "SIMDGROUPS": SIMDGROUPS,
-        "SCRATCH": SCRATCH,
-    }
-    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
-    logits = Logits(scale, softcap, sinks)
-    parts = _attend("paged_decode", inputs, plan.own, template, 32 * SIMDGROUPS, logits)
-    if plan.shared is None:
-        return _merged(parts, plan.own, q.shape[0])
-    # A sink is one of a sequence's own keys.
-    shared = _attend_tiles(inputs, plan.shared.plan, logits._replace(sinks=None), None, plan.shared.members)
-    return _merge(parts, plan.own.cu_parts, q.shape[0], shared, plan.shared.ranges)
+    return kernel_calls.decode(METAL, q, k_cache, v_cache, block_tables, plan, Logits(scale, softcap), sinks)
 
 
 def prefill(
@@ -207,96 +155,28 @@ def prefill(
 
     As `decode`, with the plan of `plan_prefill`.
     """
-    check(q, k_cache, v_cache, block_tables, sinks)
-    if q.shape[0] == 0:
-        return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
-    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
-    return _merged(_attend_tiles(inputs, plan, Logits(scale, softcap, sinks), window, None), plan, q.shape[0])
+    logits = Logits(scale, softcap)
+    return kernel_calls.prefill(METAL, q, k_cache, v_cache, block_tables, plan, logits, window, sinks)
 
 
-class Logits(NamedTuple):
-    """How scores become logits, and a logit without a key; as in `paged_attention`."""
-
-    scale: float
-    softcap: float | None
-    sinks: mx.array | None
-
-
-class Parts(NamedTuple):
-    """What a kernel computed of parts of keys: out [num_parts, num_heads, value_dim] and lse [num_parts, num_heads]."""
-
-    out: mx.array
-    lse: mx.array
-
-
-def _attend_tiles(
-    inputs: dict[str, mx.array], plan: Plan, logits: Logits, window: int | None, members: mx.array | None
-) -> Parts:
-    """paged_prefill; members: the plan is one of shared prefixes, and these are its queries."""
-    tile = tile_for(shape_of(inputs["q"], inputs["k_cache"], inputs["v_cache"]))
-    inputs = inputs | {
-        "members": plan.work if members is None else members,
-        "window": mx.array(_NO_WINDOW if window is None else min(window, _NO_WINDOW), mx.int32),
+def _launch_decode(shape: Shape) -> Launch:
+    layout = decode_layout(shape)
+    template = {
+        "HEADS": shape.heads_per_kv_head,
+        "LANES": layout.lanes,
+        "PARTS": layout.parts,
+        "WIDTH": layout.width,
+        "BATCH": layout.batch,
+        "QUERY_IN_REGISTERS": layout.query_in_registers,
+        "SIMDGROUPS": SIMDGROUPS,
+        "SCRATCH": SCRATCH,
     }
-    template = {"TILE_ROWS": tile.rows, "TILE_KEYS": tile.keys, "SHARED": members is not None}
-    return _attend("paged_prefill", inputs, plan, template, 4 * tile.rows, logits)
+    return Launch("paged_decode", 32 * SIMDGROUPS, template)
 
 
-def _attend(
-    stem: str, inputs: dict[str, mx.array], plan: Plan, template: dict[str, Any], threads: int, logits: Logits
-) -> Parts:
-    """What both kernels have in common: items, logits, outputs. threads: of a threadgroup, one per item and KV head."""
-    q, v_cache = inputs["q"], inputs["v_cache"]
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads, value_dim = v_cache.shape[2:]
-    scale, softcap, sinks = logits
-    inputs = inputs | {
-        "work": plan.work,
-        "scale": mx.array(scale * _LOG2E if softcap is None else scale / softcap, mx.float32),
-        "cap": mx.array(0 if softcap is None else softcap * _LOG2E, mx.float32),
-        "sinks": q if sinks is None else sinks,
-    }
-    constants = {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "SOFTCAP": softcap is not None}
-    return Parts(
-        *_kernel(stem, inputs, ("out", "lse"))(
-            inputs=list(inputs.values()),
-            template=[("T", q.dtype), *constants.items(), ("SINKS", sinks is not None), *template.items()],
-            grid=(threads, num_kv_heads, plan.num_items),
-            threadgroup=(threads, 1, 1),
-            output_shapes=[(plan.num_parts, num_heads, value_dim), (plan.num_parts, num_heads)],
-            output_dtypes=[q.dtype, mx.float32],
-        )
-    )
-
-
-def _merged(parts: Parts, plan: Plan, num_rows: int) -> mx.array:
-    """The parts of each row of q joined, [num_rows, num_heads, value_dim]: the rows' own where each has one."""
-    return _merge(parts, plan.cu_parts, num_rows) if plan.is_split else parts.out
-
-
-def _merge(
-    parts: Parts, cu_parts: mx.array, num_rows: int, shared: Parts | None = None, ranges: mx.array | None = None
-) -> mx.array:
-    """paged_merge. shared, ranges: the parts of shared prefixes, and which of them belong to each row."""
-    num_heads, value_dim = parts.out.shape[1:]
-    more = parts if shared is None else shared
-    inputs = {
-        "parts": parts.out,
-        "lse": parts.lse,
-        "cu_parts": cu_parts,
-        "shared_parts": more.out,
-        "shared_lse": more.lse,
-        "ranges": cu_parts if ranges is None else ranges,
-    }
-    (out,) = _kernel("paged_merge", inputs, ("out",))(
-        inputs=list(inputs.values()),
-        template=[("T", parts.out.dtype), ("VALUE_DIM", value_dim), ("SHARED", shared is not None)],
-        grid=(32, num_heads, num_rows),
-        threadgroup=(32, int(np.gcd(num_heads, SIMDGROUPS)), 1),
-        output_shapes=[(num_rows, num_heads, value_dim)],
-        output_dtypes=[parts.out.dtype],
-    )
-    return out
+def _launch_tiles(shape: Shape) -> Launch:
+    tile = tile_for(shape)
+    return Launch("paged_prefill", 4 * tile.rows, {"TILE_ROWS": tile.rows, "TILE_KEYS": tile.keys})
 
 
 def check(q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.array, sinks: mx.array | None) -> None:
@@ -314,11 +194,11 @@ def check(q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.ar
         raise ValueError(f"sinks must have one value per query head, [{q.shape[1]}], got {sinks.shape}")
 
 
-def _kernel(stem: str, inputs: dict[str, mx.array], outputs: tuple[str, ...]) -> Callable[..., list[mx.array]]:
+def _kernel(stem: str, inputs: dict[str, mx.array], outputs: tuple[str, ...], _shared_bytes: int) -> Kernel:
     """The kernel metal/{stem}.metal for arrays like `inputs`."""
     if not mx.metal.is_available():
         raise RuntimeError("Metal kernels need a Metal device, and there is none here")
-    name = f"{stem}_" + "".join(str(int(array.size < _SMALL)) for array in inputs.values())
+    name = f"{stem}_" + "".join(str(int(array.size < SMALL)) for array in inputs.values())
     if "sinks" in inputs:
         name += f"_{str(inputs['sinks'].dtype).removeprefix('mlx.core.')}"
     return _make(mx.fast.metal_kernel, name, stem, tuple(inputs), outputs)
@@ -327,7 +207,7 @@ def _kernel(stem: str, inputs: dict[str, mx.array], outputs: tuple[str, ...]) ->
 @cache
 def _make(
     metal_kernel: Callable[..., Any], name: str, stem: str, inputs: tuple[str, ...], outputs: tuple[str, ...]
-) -> Callable[..., list[mx.array]]:
+) -> Kernel:
     folder = files("mlx_paged.metal")
     header = "\n".join(folder.joinpath(file).read_text() for file in _HEADERS[stem])
     return metal_kernel(
@@ -340,7 +220,4 @@ def _make(
     )
 
 
-def _padded(values: np.ndarray) -> mx.array:
-    """int32 on the device, with zeros for rows until there are 8 elements: the text of a kernel depends on that."""
-    missing = max(0, -(-_SMALL // max(1, values[:1].size)) - len(values))
-    return mx.array(np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)))
+METAL = Gpu(_kernel, _launch_decode, _launch_tiles, check, is_flat=False)

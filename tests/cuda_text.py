@@ -16,8 +16,8 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged import cuda_kernels
-from mlx_paged.kernels import Parts, shape_of
+from mlx_paged import cuda_kernels, kernel_calls
+from mlx_paged.kernel_calls import shape_of
 from mlx_paged.shared_prefix import SharedPrefix
 
 _TYPES = {
@@ -138,8 +138,8 @@ def record(
 
 def record_merge(dtype: mx.Dtype, value_dim: int, is_shared: bool = False) -> Call:
     """The call of the merge kernel; is_shared: with parts of shared prefixes."""
-    parts, numbers = Parts(mx.zeros((4, 8, value_dim), dtype), mx.zeros((4, 8))), mx.zeros(8, mx.int32)
-    more = (parts, numbers.reshape(4, 2)) if is_shared else ()
+    parts, numbers = [mx.zeros((4, 8, value_dim), dtype), mx.zeros((4, 8))], mx.zeros(8, mx.int32)
+    ranges = numbers.reshape(4, 2) if is_shared else None
     with recorded_calls() as calls:
-        cuda_kernels._merge(parts, numbers, 2, *more)
+        kernel_calls.prepare_merge(cuda_kernels.CUDA, dtype, (2, 8), value_dim, numbers, ranges)(parts)
     return calls[0]

@@ -18,7 +18,8 @@ from conftest import VOCAB_SIZE
 from cudasim import Cuda
 from cudasim.fixture import cuda as cuda
 
-from mlx_paged import LLM, SamplingParams, attention, cuda_kernels, kernel_plan, kernels, shared_prefix
+from mlx_paged import LLM, SamplingParams, attention, cuda_kernels, kernel_plan, shared_prefix
+from mlx_paged.kernel_calls import shape_of
 from mlx_paged.kernel_plan import Shape
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -122,7 +123,7 @@ def strided(arrays: Any) -> tuple[mx.array, mx.array, mx.array, mx.array]:
 @pytest.mark.parametrize("lengths", [decodes(40, 0, 33), [(7, 30), (2, 20)]])
 def test_rows_of_queries_and_tables_may_have_any_stride(lengths: Any, cuda: Cuda) -> None:
     arrays = make_arrays(Case(lengths, heads=(6, 2), dtype="float32"))
-    shape, scale = kernels.shape_of(*arrays[:3]), arrays.options["scale"]
+    shape, scale = shape_of(*arrays[:3]), arrays.options["scale"]
     if len(lengths) == 3:
         out = cuda_kernels.decode(
             *strided(arrays), cuda_kernels.plan_decode(arrays.context_lens, None, shape), scale=scale
@@ -198,7 +199,7 @@ def test_each_tile_of_a_prefill_reads_the_keys_that_its_rows_see_once(window: in
     case = Case([(70, 70), (40, 90), (2, 40)], head_dim=(128, 64), window=window)
     arrays = make_arrays(case)
     arrays.attend(backend="cuda")
-    rows, num_keys = cuda_kernels.prefill_layout(kernels.shape_of(*arrays[:3])).tile.rows, 0
+    rows, num_keys = cuda_kernels.prefill_layout(shape_of(*arrays[:3])).tile.rows, 0
     for num_queries, context in case.lengths:
         for first_row in range(0, num_queries * 4, rows):
             first, last = (
@@ -323,7 +324,7 @@ def test_without_a_device_the_wrapper_says_so() -> None:
     if mx.cuda.is_available():
         pytest.skip("there is one")
     arrays = make_arrays(Case(decodes(9)))
-    plan = cuda_kernels.plan_decode(arrays.context_lens, None, kernels.shape_of(*arrays[:3]))
+    plan = cuda_kernels.plan_decode(arrays.context_lens, None, shape_of(*arrays[:3]))
     with pytest.raises(RuntimeError, match="CUDA device"):
         cuda_kernels.decode(*arrays[:4], plan, scale=1.0)
 

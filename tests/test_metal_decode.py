@@ -23,6 +23,7 @@ from metalsim.fixture import Metal
 from planted import Mistake, plant
 
 from mlx_paged import attention, kernel_plan, kernels
+from mlx_paged.kernel_calls import shape_of
 from mlx_paged.kernel_plan import DecodeLayout, Shape
 
 
@@ -102,7 +103,7 @@ def test_blocks_outside_the_window_are_never_read(metal: Metal) -> None:
 def test_rows_of_queries_and_tables_may_have_any_stride(metal: Metal) -> None:
     arrays = make_arrays(Case(decodes(40, 0, 33), heads=(6, 2), dtype="float32"))
     metadata = attention.AttentionMetadata(arrays.block_tables, arrays.context_lens, arrays.cu_seqlens_q)
-    plan = kernels.plan_decode(metadata.context_lens, None, kernels.shape_of(*arrays[:3]))
+    plan = kernels.plan_decode(metadata.context_lens, None, shape_of(*arrays[:3]))
     q = mx.concatenate([arrays.q + 1, arrays.q, arrays.q - 1], axis=2)[:, :, 64:128]
     tables = mx.concatenate([arrays.block_tables] * 3, axis=1)[:, 8:16]
     out = kernels.decode(q, arrays.k_cache, arrays.v_cache, tables, plan, scale=arrays.options["scale"])

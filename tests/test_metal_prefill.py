@@ -24,6 +24,7 @@ from metalsim.fixture import Metal
 from planted import Mistake, plant
 
 from mlx_paged import kernel_plan, kernels
+from mlx_paged.kernel_calls import shape_of
 from mlx_paged.kernel_plan import tile_for
 
 GRID: dict[str, list[Any]] = {
@@ -55,7 +56,7 @@ LONG = PROMPT._replace(lengths=((3, 197),))
 def prefill(arrays: Arrays) -> mx.array:
     """The prefill kernel's result, also for sequences with one query, which `paged_attention` gives to the other."""
     options = arrays.options
-    shape = kernels.shape_of(*arrays[:3])
+    shape = shape_of(*arrays[:3])
     plan = kernels.plan_prefill(arrays.context_lens, arrays.cu_seqlens_q, options["window"], shape)
     return kernels.prefill(*arrays[:4], plan, **options)
 
@@ -86,7 +87,7 @@ def test_the_order_of_threads_does_not_matter(dtype: str, metal: Metal) -> None:
 
 def keys_of_tiles(arrays: Arrays, lengths: Sequence[tuple[int, int]], window: int | None) -> list[list[int]]:
     """For each sequence and tile, how many keys the tile's rows see."""
-    shape = kernels.shape_of(*arrays[:3])
+    shape = shape_of(*arrays[:3])
     rows, group = tile_for(shape).rows, shape.heads_per_kv_head
     seen = []
     for num_queries, context in lengths:
