@@ -14,7 +14,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -26,6 +27,7 @@ from mlx_paged.cli_options import (
     engine_options,
     flag,
     model_option,
+    profile_option,
     prompt_options,
     report_options,
     sampling_options,
@@ -130,6 +132,7 @@ def cli() -> None:
 @flag("--json", "as_json", help="One JSON object per prompt and line.")
 @whole("--logprobs", help="With --json: the N best tokens and their log-probabilities.")
 @engine_options
+@profile_option
 @report_options
 def generate(
     prompts: tuple[str, ...],
@@ -140,6 +143,7 @@ def generate(
     raw: bool,
     json_schema: Path | None,
     as_json: bool,
+    profile: Path | None,
     verbose: bool,
     quiet: bool,
     **settings: Any,
@@ -157,9 +161,8 @@ def generate(
     params, engine = split_settings(settings, SamplingParams)
     texts = read_prompts(prompts, more_prompts, files)
     terminal = Terminal(verbose=verbose, quiet=quiet)
-    return cli_generate.run(
-        texts, lambda: load(model, engine, terminal), params, system=system, raw=raw, as_json=as_json, terminal=terminal
-    )
+    with profiled(lambda more: load(model, engine | more, terminal), profile, terminal) as load_model:
+        return cli_generate.run(texts, load_model, params, system=system, raw=raw, as_json=as_json, terminal=terminal)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
@@ -173,6 +176,7 @@ def generate(
 @whole("--num-return", "num_return_sequences", help="Hypotheses shown, best first. Default: all of the beam width.")
 @flag("--json", "as_json", help="One JSON object per prompt and line.")
 @engine_options
+@profile_option
 @report_options
 def beam_search(
     prompts: tuple[str, ...],
@@ -183,6 +187,7 @@ def beam_search(
     raw: bool,
     early_stopping: str,
     as_json: bool,
+    profile: Path | None,
     verbose: bool,
     quiet: bool,
     **settings: Any,
@@ -197,9 +202,10 @@ def beam_search(
     params, engine = split_settings(settings, BeamSearchParams)
     texts = read_prompts(prompts, more_prompts, files)
     terminal = Terminal(verbose=verbose, quiet=quiet)
-    return cli_beam_search.run(
-        texts, lambda: load(model, engine, terminal), params, system=system, raw=raw, as_json=as_json, terminal=terminal
-    )
+    with profiled(lambda more: load(model, engine | more, terminal), profile, terminal) as load_model:
+        return cli_beam_search.run(
+            texts, load_model, params, system=system, raw=raw, as_json=as_json, terminal=terminal
+        )
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
@@ -285,6 +291,34 @@ def load(model: str | None, engine: dict[str, Any], terminal: Terminal) -> LLM:
         terminal.progress("")
     terminal.note(llm.describe_memory())
     return llm
+
+
+@contextmanager
+def profiled(
+    load: Callable[[dict[str, Any]], LLM], file: Path | None, terminal: Terminal
+) -> Iterator[Callable[[], LLM]]:
+    """The function that loads a model; what the model has done is written to a file at the end, if there is one.
+
+    load: takes further settings of the engine. Whether the file can be written is found out at once.
+    """
+    loaded: list[LLM] = []
+
+    def load_profiled() -> LLM:
+        loaded.append(load({} if file is None else {"profile": True}))
+        return loaded[0]
+
+    if file is not None:
+        try:
+            file.open("a").close()
+        except OSError as error:
+            raise click.UsageError(f"--profile: {error.strerror}: {file}") from None
+    try:
+        yield load_profiled
+    finally:
+        if file is not None and loaded and (profile := loaded[0].profile) is not None:
+            if not terminal.quiet:
+                terminal.say(profile.table())
+            profile.write(file)
 
 
 def _leave(*_: object) -> NoReturn:

@@ -88,3 +88,7 @@ report_options: Option = options(
     flag("-v", "--verbose", help="Timing and memory on stderr, tracebacks of failures."),
     flag("-q", "--quiet", help="Nothing on stderr but failures."),
 )
+profile_option: Option = text(
+    "--profile", metavar="FILE", type=click.Path(path_type=Path),
+    help="Where each step's time goes: a table on stderr, and a trace for Chrome or Perfetto in this file.",
+)  # fmt: skip

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from mlx_paged.detokenizer import TextStream
 from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, RequestOutput
+from mlx_paged.profile import NoProfile, Profile
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.sequence import Request, Sequence
 
@@ -18,9 +19,10 @@ class Stop(NamedTuple):
 class Completer:
     """Follows sequences token by token where that is asked for, and else makes up for it at their end."""
 
-    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], profile: Profile | NoProfile) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
+        self._profile = profile
 
     def start(self, sequence: Sequence) -> None:
         """Give a sequence what its request asks for beside tokens, at its state."""
@@ -122,11 +124,12 @@ class Completer:
         if sequence.text_stream is None:
             return None
         first = len(sequence.request.prompt_token_ids)
-        for token_id in sequence.token_ids[first + sequence.num_read : first + end]:
-            sequence.num_read += 1
-            stopped_by = sequence.text_stream.add(token_id)
-            if stopped_by is not None:
-                return str(stopped_by)
+        with self._profile.part("detokenise"):
+            for token_id in sequence.token_ids[first + sequence.num_read : first + end]:
+                sequence.num_read += 1
+                stopped_by = sequence.text_stream.add(token_id)
+                if stopped_by is not None:
+                    return str(stopped_by)
         return None
 
     # -- outputs ------------------------------------------------------------------------------------------------
@@ -186,9 +189,10 @@ class Completer:
     def _text_of(self, token_ids: list[int]) -> str:
         if self._tokenizer is None:
             return ""
-        text_stream = TextStream(self._tokenizer.detokenizer, ())
-        for token_id in token_ids:
-            if token_id not in self._eos_token_ids:
-                text_stream.add(token_id)
-        text_stream.finish()
-        return text_stream.text
+        with self._profile.part("detokenise"):
+            text_stream = TextStream(self._tokenizer.detokenizer, ())
+            for token_id in token_ids:
+                if token_id not in self._eos_token_ids:
+                    text_stream.add(token_id)
+            text_stream.finish()
+            return text_stream.text

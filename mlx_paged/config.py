@@ -57,6 +57,7 @@ class EngineConfig:
     max_staging: most bytes that copying blocks may hold beside the pool.
     pipelining: while a step runs on the device, the next one is built and submitted ("submit"), only built ("build"),
     or neither ("off"); "auto" tries at start whether submitting is safe here, which means that it copies no pool.
+    profile: keep where each step's time goes, for `LLM.profile`.
     """
 
     block_size: int = 16
@@ -74,6 +75,7 @@ class EngineConfig:
     check_invariants: bool = False
     max_staging: int | str = "64MB"
     pipelining: str = "auto"
+    profile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_size", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):

@@ -30,6 +30,7 @@ from mlx_paged.config import EngineConfig
 from mlx_paged.live_requests import LiveRequests
 from mlx_paged.model_runner import ModelRunner
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.profile import NoProfile, Profile
 from mlx_paged.requests import RequestMaker
 from mlx_paged.rows import Rows
 from mlx_paged.sampler import SampledTokens, Sampler, stream_id
@@ -74,6 +75,7 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self.profile = Profile() if config.profile else NoProfile()
         self._runner = runner
         stores = open_stores(config.swap_space, config.prefix_cache_dir, runner.fingerprint)
         self.cache_groups = CacheGroups.make(
@@ -94,7 +96,7 @@ class Engine:
         self._sampler = Sampler(config.max_num_seqs, runner.vocab_size)
         num_blocks = self.block_manager.num_blocks
         self._maker = RequestMaker(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
-        self._completer = Completer(tokenizer, self._maker.eos_token_ids)
+        self._completer = Completer(tokenizer, self._maker.eos_token_ids, self.profile)
         self._live = LiveRequests(self.cache_groups, self._rows, self._scheduler, self._mover, self._completer)
         self._arrived: deque[Request] = deque()
         self._to_abort: deque[int] = deque()
@@ -179,17 +181,8 @@ class Engine:
         "error"; the others go on. After a KeyboardInterrupt everything can go on.
         """
         with self._alone():
-            started, model_time = time.perf_counter(), self._model_time
-            try:
-                self._take_in()
-                self._advance()
-                if self.config.check_invariants:
-                    self._scheduler.settle_all()
-                    self.cache_groups.check()
-            except BaseException as error:
-                if not self._start_over(error):
-                    raise
-            self._host_time += time.perf_counter() - started - (self._model_time - model_time)
+            with self.profile.step():
+                self._advance_or_start_over()
             outputs, self._live.outputs = self._live.outputs, []
             return outputs
 
@@ -250,13 +243,33 @@ class Engine:
                 self._live.end(request_or_none, Stop("abort"))
                 self._live.outputs.pop()
 
+    def _advance_or_start_over(self) -> None:
+        """Make a step; if it breaks off, leave an engine that can go on. Raises what is not an error of the step."""
+        started, model_time = time.perf_counter(), self._model_time
+        try:
+            self._take_in()
+            self._advance()
+            if self.config.check_invariants:
+                self._scheduler.settle_all()
+                self.cache_groups.check()
+        except BaseException as error:
+            if not self._start_over(error):
+                raise
+        self._host_time += time.perf_counter() - started - (self._model_time - model_time)
+
     def _advance(self) -> None:
         """Give the device the next step, and take in the one before it."""
-        schedule = self._scheduler.schedule(may_preempt=self._under_way is None)
+        part = self.profile.part
+        with part("schedule"):
+            schedule = self._scheduler.schedule(may_preempt=self._under_way is None)
         if schedule is None:  # a decode needs blocks, and it is not known yet whose to take
             self._collect()
-            schedule = self._scheduler.schedule()
+            with part("schedule"):
+                schedule = self._scheduler.schedule()
             assert schedule is not None
+        self.profile.describe(
+            num_tokens=schedule.num_tokens, num_decodes=len(schedule.decodes), num_chunks=len(schedule.chunks)
+        )
         self._seat_new_rows()
         started = time.perf_counter()
         if not schedule.num_tokens:
@@ -265,20 +278,26 @@ class Engine:
             self._collect()
             return
         step = self._begin(schedule)
-        if not self._mover.run():
+        with part("move"):
+            is_whole = self._mover.run()
+        if not is_whole:
             self._at_work.remove(step)
             self._scheduler.fail(schedule)
             return
-        self._build(step)
+        with part("build"):
+            self._build(step)
         if self._runner.may_submit_early:
-            mx.async_eval(step.logits)
+            with part("submit"):
+                mx.async_eval(step.logits)
         before, self._under_way = self._under_way, None
         values = self._wait(before)
         if not self._runner.may_submit_early:
-            mx.async_eval(step.logits)
+            with part("submit"):
+                mx.async_eval(step.logits)
         if before is not None:
             self._receive(before, values)
-        self._draw(step)
+        with part("sample"):
+            self._draw(step)
         self._under_way = step
         self._num_steps += 1
         if self.config.pipelining == "off" or step.beams or schedule.is_short:
@@ -349,7 +368,8 @@ class Engine:
             step.candidates = beam_candidates(step.logits[mx.array(beams)], count)
         told = [array for array in (*(step.sampled or ()), *(step.candidates or ())) if array is not None]
         step.results = told or [step.logits]
-        mx.async_eval(step.results)
+        with self.profile.part("submit"):
+            mx.async_eval(step.results)
         self._model_time += time.perf_counter() - started
 
     def _masks(self, drawn: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -375,10 +395,11 @@ class Engine:
         if step is None:
             return []
         started = time.perf_counter()
-        values = [np.array(array) for array in step.results] if step.sampled or step.candidates else []
-        if not (values and self._runner.may_submit_early):
-            mx.eval(step.results)
-            mx.synchronize()  # nothing reads the pool any more: the next step may write it in place
+        with self.profile.part("wait"):
+            values = [np.array(array) for array in step.results] if step.sampled or step.candidates else []
+            if not (values and self._runner.may_submit_early):
+                mx.eval(step.results)
+                mx.synchronize()  # nothing reads the pool any more: the next step may write it in place
         self._model_time += time.perf_counter() - started
         self._at_work.remove(step)
         return values
@@ -391,11 +412,12 @@ class Engine:
 
     def _receive(self, step: _Step, values: list[np.ndarray]) -> None:
         """Give the sequences of a step what it tells."""
-        if step.drawn is not None:
-            self._live.take_tokens(step.drawn, step.drawn_version, values[:-2] if step.beams else values)
-        if step.beams:
-            self._live.take_candidates(step.beams, *values[-2:])
-            self._seat_new_rows()
+        with self.profile.part("tokens"):
+            if step.drawn is not None:
+                self._live.take_tokens(step.drawn, step.drawn_version, values[:-2] if step.beams else values)
+            if step.beams:
+                self._live.take_candidates(step.beams, *values[-2:])
+                self._seat_new_rows()
 
     def _seat_new_rows(self) -> None:
         """Tell who keeps things by rows about the sequences that have got one."""

@@ -14,6 +14,7 @@ from mlx_paged.model_runner import ModelRunner
 from mlx_paged.models import loading
 from mlx_paged.models.patch import patch_model
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.profile import Profile
 from mlx_paged.progress import ProgressBar
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 from mlx_paged.sequence import Request
@@ -196,6 +197,12 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counters of the engine and the state of its block pool."""
         return self.engine.stats()
+
+    @property
+    def profile(self) -> Profile | None:
+        """Where the time of steps went, if `profile=True` was given: its `table()`, and `write(path)` for a trace."""
+        profile = self.engine.profile
+        return profile if isinstance(profile, Profile) else None
 
     def describe_memory(self) -> str:
         """One line on how the device's memory is divided."""

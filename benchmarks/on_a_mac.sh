@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# What has to be seen on a Mac, in one go: tests on the device, the attention benchmark, a model at work.
+#
+#   bash benchmarks/on_a_mac.sh                 everything, into mlx-paged-on-a-mac.json: the file to send back
+#   bash benchmarks/on_a_mac.sh --quick         small sizes and few tests, to see it run
+#
+# --output FILE    another file
+# --python FILE    an environment that has the project already; otherwise one is made, .venv-on-a-mac
+# --anywhere       on another machine too: what it reports is then no Mac's
+#
+# A step that fails is reported and does not keep the others from running. Exit codes: 0, 1 (a step failed), 2 (bad
+# usage, or no Mac). Needs Python 3.11 or newer, 2 GB of disk and the network, for the packages; no model is downloaded.
+# This script has not been run on a Mac yet.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+output=mlx-paged-on-a-mac.json python='' quick='' anywhere=''
+while [ $# -gt 0 ]; do
+    case $1 in
+        --quick) quick=yes ;;
+        --anywhere) anywhere=yes ;;
+        --output | --python)
+            [ $# -ge 2 ] || { echo "on_a_mac.sh: $1 needs a file" >&2; exit 2; }
+            [ "$1" = --output ] && output=$2 || python=$2
+            shift
+            ;;
+        *) echo "on_a_mac.sh: there is no option $1 (the first lines of the script name them)" >&2; exit 2 ;;
+    esac
+    shift
+done
+if [ -z "$anywhere" ] && [ "$(uname -sm)" != "Darwin arm64" ]; then
+    echo "on_a_mac.sh: this is $(uname -sm), not a Mac with Apple silicon (--anywhere runs it all the same)" >&2
+    exit 2
+fi
+{ : >"$output"; } 2>/dev/null || { echo "on_a_mac.sh: $output can't be written" >&2; exit 2; }
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+
+failed='' order=()
+step() {  # step NAME COMMAND...: runs it; its output, exit code and seconds go into the report
+    local name=$1 began=$SECONDS code
+    shift
+    printf '\n==> %s: %s\n' "$name" "$*"
+    "$@" 2>&1 | tee "$work/$name.log"
+    code=${PIPESTATUS[0]}
+    printf '%s\n%s\n%s\n' "$*" "$code" "$((SECONDS - began))" >"$work/$name.step"
+    order+=("$name")
+    [ "$code" -eq 0 ] || failed="$failed $name"
+    return "$code"
+}
+
+if [ -z "$python" ]; then
+    step venv python3 -m venv .venv-on-a-mac
+    python=.venv-on-a-mac/bin/python
+    step install "$python" -m pip install --quiet -e '.[cpu,test]'
+fi
+run() {  # run NAME ARGUMENTS...: a step in the environment
+    local name=$1
+    shift
+    step "$name" "$python" "$@"
+}
+
+tests=(tests/test_metal_*.py tests/test_kernels.py tests/test_attention.py tests/test_parity.py tests/test_kv_cache.py)
+tests+=(tests/test_memory_flat.py tests/test_pipelining.py tests/test_demo.py)
+sizes=()
+bench=(-p 512 -g 128 -b 1,8,32 -n 5)
+if [ -n "$quick" ]; then
+    tests=(tests/test_kv_cache.py)
+    sizes=(--quick)
+    bench=(-p 16 -g 8 -b 1,2 -n 1)
+fi
+
+run device -c 'import json, mlx.core as mx; print(json.dumps(mx.device_info(), default=str))'
+run tests -m pytest -rs "${tests[@]}"
+run generate -m mlx_paged generate --verbose --profile "$work/trace.json" "Tell me a story." "Write a story about Tom."
+if [ -f benchmarks/attention.py ]; then
+    run attention benchmarks/attention.py "${sizes[@]+"${sizes[@]}"}" --json "$work/attention.json"
+fi
+if "$python" -m mlx_paged bench --help >/dev/null 2>&1; then
+    run bench -m mlx_paged bench "${bench[@]}" -o json
+fi
+
+"$python" - "$work" "$output" "${order[@]}" <<'END' || exit 1
+import json
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def said_by(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def json_or_none(path: Path):
+    """What a file holds, from the first line on that begins like JSON."""
+    try:
+        text = path.read_text()
+        return json.JSONDecoder().raw_decode(text, re.search(r"^[\[{]", text, re.MULTILINE).start())[0]
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+work, output, *names = sys.argv[1:]
+steps = []
+for name in names:
+    command, exit_code, seconds = (Path(work) / f"{name}.step").read_text().splitlines()
+    log = (Path(work) / f"{name}.log").read_text(errors="replace")
+    steps.append(
+        {"name": name, "command": command, "exit_code": int(exit_code), "seconds": int(seconds), "output": log[-20000:]}
+    )
+report = {
+    "machine": {
+        "platform": platform.platform(),
+        "chip": said_by("sysctl", "-n", "machdep.cpu.brand_string"),
+        "memory_bytes": said_by("sysctl", "-n", "hw.memsize"),
+        "macos": platform.mac_ver()[0] or None,
+        "commit": said_by("git", "rev-parse", "HEAD"),
+        "python": platform.python_version(),
+        "device": json_or_none(Path(work) / "device.log"),
+    }
+    | {package: of(package) for package in ("mlx", "mlx-lm", "numpy")},
+    "steps": steps,
+    "attention": json_or_none(Path(work) / "attention.json"),
+    "bench": json_or_none(Path(work) / "bench.log"),
+    "profile": json_or_none(Path(work) / "trace.json"),
+}
+Path(output).write_text(json.dumps(report, indent=1) + "\n")
+END
+
+echo
+if [ -n "$failed" ]; then
+    echo "failed:$failed; $output says how, please send it back"
+    exit 1
+fi
+echo "all done; please send back $output"

@@ -1,0 +1,14 @@
+"""Builds the API reference from docstrings: python docs/api.py [FOLDER]. Needs pip install '.[docs]'."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pdoc
+
+MODULES = ("mlx_paged", "mlx_paged.outputs", "mlx_paged.engine", "mlx_paged.profile", "mlx_paged.block_picture")
+
+warnings.simplefilter("error")  # a name that can't be resolved, a docstring that can't be read
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/api")
+pdoc.pdoc(*MODULES, output_directory=folder)
+print(f"open {folder / 'index.html'}")
