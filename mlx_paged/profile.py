@@ -39,7 +39,7 @@ class _Event(NamedTuple):
 
 
 class NoProfile:
-    """Where no profile is wanted: nothing is looked at, and a part costs two empty calls."""
+    """Where no profile is wanted: nothing is looked at, and a part is three empty calls."""
 
     def step(self) -> "NoProfile":
         return self
