@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +11,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 from rich.console import Console
-from rich.table import Table
 
-Row = dict[str, Any]
+from mlx_paged.bench_report import Columns, Row, describe_machine, markdown, terminal_table
 
 
 class Part(NamedTuple):
@@ -23,19 +20,7 @@ class Part(NamedTuple):
 
     run: Callable[[bool], list[Row]]
     title: str
-    columns: dict[str, tuple[str, str]]
-
-
-def cells(part: Part, row: Row) -> list[str]:
-    return [format(row[key], spec) for key, (_, spec) in part.columns.items()]
-
-
-def markdown(part: Part, rows: list[Row]) -> str:
-    """A part's table in Markdown, numbers to the right."""
-    headings = [heading for heading, _ in part.columns.values()]
-    rules = ["---:" if isinstance(rows[0][key], int | float) else "---" for key in part.columns]
-    lines = [headings, rules, *(cells(part, row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    columns: Columns
 
 
 def main(script: str, purpose: str, parts: Sequence[Part], **details: Any) -> None:
@@ -49,18 +34,10 @@ def main(script: str, purpose: str, parts: Sequence[Part], **details: Any) -> No
     if options.markdown:
         results = json.loads(options.markdown.read_text())["results"]
         for part in parts:
-            print(f"{part.title}:\n\n{markdown(part, results[part.run.__name__])}\n")
+            if part.run.__name__ in results:
+                print(f"{part.title}:\n\n{markdown(part.columns, results[part.run.__name__])}\n")
         return
-    machine = {
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": str(mx.default_device()),
-        "cpu_count": os.cpu_count(),
-        "python": platform.python_version(),
-        **details,
-        "mlx": mx.__version__,
-        "preloaded": Path(os.environ.get("LD_PRELOAD", "")).name,
-        "command": " ".join([f"python benchmarks/{script}", *sys.argv[1:]]),
-    }
+    machine = describe_machine(" ".join([f"python benchmarks/{script}", *sys.argv[1:]]), **details)
     console = Console(highlight=False)
     results = {}
     for part in parts:
@@ -68,11 +45,6 @@ def main(script: str, purpose: str, parts: Sequence[Part], **details: Any) -> No
             continue
         mx.random.seed(0)
         rows = results[part.run.__name__] = part.run(options.quick)
-        table = Table(title=part.title, title_justify="left", box=None)
-        for key, (heading, _) in part.columns.items():
-            table.add_column(heading, justify="right" if isinstance(rows[0][key], int | float) else "left")
-        for row in rows:
-            table.add_row(*cells(part, row))
-        console.print(table, "")
+        console.print(terminal_table(part.title, part.columns, rows), "")
         if options.json:  # after each part, so that what was measured outlives a later part's failure
             options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")

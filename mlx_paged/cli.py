@@ -7,6 +7,7 @@ is imported until a model is loaded, so that --help answers at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -20,15 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from mlx_paged import __version__, cli_batch, cli_beam_search, cli_chat, cli_generate, cli_inspect
+from mlx_paged import __version__, cli_batch, cli_beam_search, cli_bench, cli_chat, cli_generate, cli_inspect
 from mlx_paged.cli_options import (
+    bench_options,
     decimal,
     engine_options,
     flag,
     model_option,
     profile_option,
     prompt_options,
+    random_weights_option,
     report_options,
     sampling_options,
     system_option,
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from mlx_paged.llm import LLM
 
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)
+Made = TypeVar("Made")
 
 _FLAGS = {
     field.name: "--" + field.name.replace("_", "-")
@@ -75,6 +80,12 @@ class EngineCommand(click.Command):
                 hint = "" if terminal.verbose else "; run with --verbose for the traceback"
                 terminal.failure(f"unexpected {type(error).__name__}: {error}{hint}")
             return 1
+
+
+class EngineSubgroup(EngineCommand, click.Group):
+    """A command that has commands of its own beside what it does itself."""
+
+    command_class = EngineCommand
 
 
 class EngineGroup(click.Group):
@@ -242,6 +253,60 @@ def inspect(verbose: bool, quiet: bool, **settings: Any) -> int:
     return cli_inspect.run(**settings)
 
 
+@cli.group(cls=EngineSubgroup, invoke_without_command=True, epilog=_ALIASES_EPILOG)
+@model_option
+@random_weights_option
+@whole("-p", "num_prompt", default=512, help="Tokens of a prompt; 0: none are measured. Default: 512.")
+@whole("-g", "num_output", default=128, help="Tokens that are decoded; 0: none are measured. Default: 128.")
+@text("-b", "batches", metavar="N,N,...", default="1", help="Batch sizes. Default: 1.")
+@bench_options
+@engine_options
+@report_options
+@click.pass_context
+def bench(
+    ctx: click.Context, model: str | None, shape: str | None, verbose: bool, quiet: bool, **settings: Any
+) -> int | None:
+    """Measure a model's speed: tokens per second of prompts (pp) and of decoding (tg), by batch size.
+
+    Sequences decode from one token on. `mlx-paged bench compare` runs workloads, here and in mlx-lm.
+    """
+    if ctx.invoked_subcommand is not None:
+        given = [param for param in ctx.params if ctx.get_parameter_source(param) is not ParameterSource.DEFAULT]
+        if given:
+            raise click.UsageError(f"options of {ctx.invoked_subcommand} come after its name")
+        return None
+    _check_one_model(model, shape)
+    engine = engine_settings(settings)
+    terminal = Terminal(verbose=verbose, quiet=quiet)
+    return cli_bench.run(
+        model, shape, engine, functools.partial(while_loading, terminal), terminal=terminal, **settings
+    )
+
+
+@bench.command(epilog=_ALIASES_EPILOG)
+@model_option
+@random_weights_option
+@text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32.")
+@text("-w", "--workloads", "names", metavar="W1,W2,...", help="Default: all of them.")
+@whole("--scale", default=1, help="Divide numbers of tokens by this, to try it out. Default: 1.")
+@bench_options
+@report_options
+def compare(
+    model: str | None, shape: str | None, dtype: str | None, verbose: bool, quiet: bool, **settings: Any
+) -> int:
+    """Run workloads in this engine and in mlx-lm's BatchGenerator: the same weights, in the same process.
+
+    W1 equal lengths, W2 mixed ones, W3 a fixed budget of memory, W4 a shared prefix, W5 several samples and beams, W6
+    long contexts, W7 more requests than fit, W8 block sizes. Medians; the systems take turns to be first.
+    """
+    _check_one_model(model, shape)
+    engine_settings({"dtype": dtype, "no_prefix_caching": False})
+    terminal = Terminal(verbose=verbose, quiet=quiet)
+    return cli_bench.compare(
+        model, shape, dtype, functools.partial(while_loading, terminal), terminal=terminal, **settings
+    )
+
+
 def read_prompts(prompts: Sequence[str], more_prompts: Sequence[str], files: Sequence[Path]) -> list[str]:
     """The prompts of arguments, options and files, or what is piped in; none at all is bad usage."""
     texts = [_stdin_text() if prompt == "-" else prompt for prompt in (*prompts, *more_prompts)]
@@ -255,14 +320,28 @@ def read_prompts(prompts: Sequence[str], more_prompts: Sequence[str], files: Seq
 
 def split_settings(settings: dict[str, Any], kind: type[Params]) -> tuple[Params, dict[str, Any]]:
     """The request's parameters and the engine's settings among a command's options; out of range is bad usage."""
+    engine = engine_settings(settings)
+    with _in_terms_of_options():
+        return kind(**settings), engine
+
+
+def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Takes the engine's settings from a command's options; out of range is bad usage."""
     names = {field.name for field in dataclasses.fields(EngineConfig)} - {"seed"}  # --seed is the request's
     engine = {name: settings.pop(name) for name in names & settings.keys()}
     engine = {name: value for name, value in engine.items() if value is not None}
     if settings.pop("no_prefix_caching"):
         engine["prefix_caching"] = False
-    try:
+    with _in_terms_of_options():
         EngineConfig(**engine)
-        return kind(**settings), engine
+    return engine
+
+
+@contextmanager
+def _in_terms_of_options() -> Iterator[None]:
+    """A value out of range is bad usage, of the option that has its name."""
+    try:
+        yield
     except ValueError as error:
         message = re.sub(r"^n\b|\b[a-z]+(_[a-z]+)+\b|^\w+\b", lambda name: _FLAGS.get(name[0], name[0]), str(error))
         raise click.UsageError(message) from None
@@ -270,6 +349,19 @@ def split_settings(settings: dict[str, Any], kind: type[Params]) -> tuple[Params
 
 def load(model: str | None, engine: dict[str, Any], terminal: Terminal) -> LLM:
     """The model, with a note on what its KV cache takes."""
+
+    def start() -> LLM:
+        from mlx_paged import LLM
+
+        return LLM(model, **engine)
+
+    llm = while_loading(terminal, start)
+    terminal.note(llm.describe_memory())
+    return llm
+
+
+def while_loading(terminal: Terminal, start: Callable[[], Made]) -> Made:
+    """What `start` returns, which loads a model: warnings are set up, and Ctrl-C ends the process at once."""
     if not terminal.verbose:  # other libraries' warnings
         warnings.simplefilter("ignore")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -283,14 +375,10 @@ def load(model: str | None, engine: dict[str, Any], terminal: Terminal) -> LLM:
     if previous is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     try:
-        from mlx_paged import LLM
-
-        llm = LLM(model, **engine)
+        return start()
     finally:
         signal.signal(signal.SIGINT, previous)
         terminal.progress("")
-    terminal.note(llm.describe_memory())
-    return llm
 
 
 @contextmanager
@@ -325,6 +413,11 @@ def _leave(*_: object) -> NoReturn:
     """End the process at once: after a KeyboardInterrupt a download's threads would first finish their files."""
     os.write(2, b"\n")
     os._exit(cli_batch.INTERRUPTED)
+
+
+def _check_one_model(model: str | None, shape: str | None) -> None:
+    if model is not None and shape is not None:
+        raise click.UsageError(f"give --model {model} or --random-weights {shape}, not both")
 
 
 def _check_system(system: str | None, raw: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mlx_paged.block_manager import BlockManager
+from mlx_paged.cli_options import parse_numbers
 from mlx_paged.config import DTYPES, format_memory, parse_memory
 
 _DEFAULT_CONTEXT, _DEFAULT_CONCURRENCY = 8192, 16
@@ -21,7 +22,8 @@ _MOST = 1_000_000  # requests compared, or tokens drawn: beyond that nobody read
 
 def run(*, name: str | None, model: str | None, blocks: bool, svg: str | None, **settings: Any) -> int:
     """Checks the options and does what they ask for; returns the exit code. Raises click.UsageError."""
-    lengths = _parse_lengths(settings.pop("lengths"))
+    given = settings.pop("lengths")
+    lengths = None if given is None else parse_numbers("--lengths", given)
     for option in ("context", "concurrency", "block_size"):
         if settings[option] is not None and settings[option] < 1:
             raise click.UsageError(f"--{option.replace('_', '-')} must be at least 1, got {settings[option]}")
@@ -109,19 +111,6 @@ def analyse(
     else:
         sys.stdout.write(_as_text(report))
     return 0
-
-
-def _parse_lengths(text: str | None) -> list[int] | None:
-    """ "100,2000" -> [100, 2000]. Raises click.UsageError."""
-    if text is None:
-        return None
-    try:
-        lengths = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.UsageError(f"--lengths are whole numbers with commas between them, got {text!r}") from None
-    if min(lengths) < 1:
-        raise click.UsageError(f"--lengths must be at least 1, got {min(lengths)}")
-    return lengths
 
 
 def _as_text(report: dict[str, Any]) -> str:

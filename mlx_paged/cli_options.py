@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from mlx_paged import cli_batch
+from mlx_paged.bench_report import FORMATS
 from mlx_paged.config import ALLOCATORS, DTYPES
+from mlx_paged.random_models import SHAPES
 
 Option = Callable[[Any], Any]
 
@@ -33,6 +35,17 @@ def whole(*names: str, help: str, default: int | None = None) -> Option:
 def decimal(*names: str, help: str, default: float) -> Option:
     """An option that is a number."""
     return click.option(*names, type=float, metavar="X", default=default, help=help)
+
+
+def parse_numbers(name: str, value: str) -> list[int]:
+    """ "100,2000" -> [100, 2000]. name: of the option. Raises click.UsageError, also for numbers below 1."""
+    try:
+        numbers = [int(part) for part in value.split(",")]
+    except ValueError:
+        raise click.UsageError(f"{name} are whole numbers with commas between them, got {value!r}") from None
+    if min(numbers) < 1:
+        raise click.UsageError(f"{name} must be at least 1, got {min(numbers)}")
+    return numbers
 
 
 def text(*names: str, help: str, **kwargs: Any) -> Option:
@@ -84,6 +97,18 @@ sampling_options: Option = options(
     whole("--seed", help="Makes random sampling repeatable."),
     flag("--ignore-eos", help="Run on past the model's end token."),
 )
+random_weights_option: Option = click.option(
+    "--random-weights",
+    "shape",
+    type=click.Choice(list(SHAPES)),
+    help="Random weights of this shape instead of a model.",
+)
+bench_options: Option = options(
+    whole("-n", "--repetitions", default=5, help="Times that each is measured. Default: 5."),
+    click.option("-o", "--output", type=click.Choice(FORMATS), default="table", help="Default: table."),
+    text("--save", metavar="FILE", type=click.Path(dir_okay=False, writable=True, path_type=Path),
+         help="Write the JSON there too."),
+)  # fmt: skip
 report_options: Option = options(
     flag("-v", "--verbose", help="Timing and memory on stderr, tracebacks of failures."),
     flag("-q", "--quiet", help="Nothing on stderr but failures."),

@@ -194,6 +194,11 @@ class LLM:
         except TemplateError as error:
             raise ValueError(f"the model's chat template does not take this conversation: {error}") from error
 
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model chooses among: their ids are below."""
+        return self._runner.vocab_size
+
     def stats(self) -> EngineStats:
         """Counters of the engine and the state of its block pool."""
         return self.engine.stats()

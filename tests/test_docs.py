@@ -43,6 +43,7 @@ NOT_RUN = {
     "python benchmarks/kernel_traffic.py --json": MINUTES,
     "python benchmarks/cuda_registers.py": MINUTES,
     "python benchmarks/on_a_gpu.py": "needs an NVIDIA card",
+    "mlx-paged bench": "takes minutes; test_cli_bench.py runs it at a small size",
     "bash benchmarks/on_a_mac.sh": "needs a Mac, and takes minutes; test_on_a_mac.py tries its parts",
     "python docs/api.py": "needs the extra docs; test_api_reference.py runs it where that is installed",
     "mlx-paged generate --model qwen3-4b": "is for a Mac, whose memory it half fills",

@@ -482,6 +482,24 @@ def test_counters_of_a_running_request_say_what_it_holds(make_engine: MakeEngine
     assert engine.stats().model_time_s > 0 < engine.stats().host_time_s
 
 
+@pytest.mark.parametrize("pipelining", ["submit", "build", "off"])
+def test_submitting_a_step_is_the_models_time_and_not_the_hosts(
+    pipelining: str, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, now, submit = make_engine(pipelining=pipelining), [0.0], mx.async_eval
+
+    def slow(*arrays: object) -> None:
+        now[0] += 1.0
+        submit(*arrays)
+
+    monkeypatch.setattr("mlx_paged.engine.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(mx, "async_eval", slow)
+    complete(engine, [1] * 9, GREEDY)
+    stats = engine.stats()
+    assert (stats.host_time_s, stats.model_time_s) == (0.0, now[0])
+    assert now[0] >= stats.num_steps
+
+
 def test_the_second_identical_prompt_is_found_but_for_its_last_tokens(make_engine: MakeEngine) -> None:
     engine = make_engine()
     first = complete(engine, list(range(18)), GREEDY)

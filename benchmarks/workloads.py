@@ -1,0 +1,44 @@
+"""Requests of many kinds, W1 to W8, in this engine and in mlx-lm's BatchGenerator: speed, latency, memory.
+
+    python benchmarks/workloads.py [--quick] [--only W2] [--json FILE]     measure, print tables, write raw numbers
+    python benchmarks/workloads.py --markdown FILE                         the tables of such a file
+
+What the workloads are is in mlx_paged/workloads.py, how they are measured in mlx_paged/compare.py. Here they run with
+21 million random weights in float32; `mlx-paged bench compare` runs them with any model. On a CPU of a machine that
+does other work too, only the ratios tell something, and those by CPU time more than those by the clock.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import mlx_lm
+import report
+from report import Part, Row
+
+from mlx_paged.compare import COLUMNS, compare
+from mlx_paged.models.loading import LoadedModel, load
+from mlx_paged.random_models import make_random_model
+from mlx_paged.workloads import WORKLOADS, Workload
+
+QUICK_SCALE, REPETITIONS = 32, 3
+
+
+@cache
+def model(quick: bool) -> LoadedModel:
+    """Random weights; in a quick run the demo model, which is much smaller."""
+    return load(None, "float32") if quick else make_random_model("qwen2-20m", "float32")
+
+
+def part(workload: Workload) -> Part:
+    def run(quick: bool) -> list[Row]:
+        cases = workload.cases(QUICK_SCALE if quick else 1)
+        return [row for case in cases for row in compare(case, model(quick), 1 if quick else REPETITIONS)]
+
+    run.__name__ = workload.name
+    return Part(run, f"{workload.name}, {workload.about}", COLUMNS)
+
+
+if __name__ == "__main__":
+    parts = [part(workload) for workload in WORKLOADS.values()]
+    report.main("workloads.py", __doc__, parts, mlx_lm=mlx_lm.__version__)
