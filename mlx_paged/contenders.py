@@ -125,7 +125,11 @@ class PagedContender:
             stats = engine.stats()
             taken = stats.num_blocks - stats.num_free_blocks
             peak = max(peak, taken)
-            memory.look(taken * stats.block_size, stats.kv_tokens)
+            room, row = taken * stats.block_size, self.system.row
+            lengths = [manager.num_tokens(seq_id) for seq_id in manager.seq_ids]
+            if row is not None and lengths:
+                room = len(lengths) * row(lengths)
+            memory.look(room, stats.kv_tokens)
 
         self._serve(tasks, look)
         if "num_kv_blocks" not in self.system.config:

@@ -49,13 +49,15 @@ class Length(NamedTuple):
 class Paged:
     """This engine. config: of its EngineConfig; without `num_kv_blocks` its pool is what the case takes at its peak.
 
-    one_by_one: samples of a prompt are requests of their own. scattered: free blocks are in random order.
+    one_by_one: samples of a prompt are requests of their own. scattered: free blocks are in random order. row: it
+    stands for an engine without blocks, which has room for so many tokens in each row, given the lengths of all.
     """
 
     name: str = "mlx-paged"
     config: dict[str, Any] = field(default_factory=dict)
     one_by_one: bool = False
     scattered: bool = False
+    row: Callable[[Sequence[int]], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,17 @@ def fixed_budget(scale: int) -> Iterator[Case]:
     padded = most_at_once(lengths, budget)
     blocks = {"num_kv_blocks": budget // BLOCK_SIZE, "block_size": BLOCK_SIZE}
     systems: list[System] = [
-        Paged(f"{most:,} tokens reserved", blocks | {"max_num_seqs": budget // most}),
-        Paged("padded to the longest", blocks | {"max_num_seqs": padded}),
+        Paged(f"{most:,} tokens reserved", blocks | {"max_num_seqs": budget // most}, row=lambda _: most),
+        Paged("padded to the longest", blocks | {"max_num_seqs": padded}, row=_padded_row),
         MlxLm("mlx-lm", padded),
         Paged("mlx-paged", blocks | {"max_num_seqs": 4 * AT_ONCE}),
     ]
     yield Case("W3", f"room for {budget:,} tokens", lengths, systems)
+
+
+def _padded_row(lengths: Sequence[int]) -> int:
+    """The tokens that mlx-lm's batch gives each row."""
+    return -(-max(lengths) // _GROWTH) * _GROWTH
 
 
 def most_at_once(lengths: Sequence[Length], budget: int) -> int:
@@ -184,8 +191,8 @@ def padded_peak(lengths: Sequence[Length], at_once: int) -> int:
             length = waiting.pop()
             heapq.heappush(running, (step + length.output, length, step))
         step = running[0][0]
-        longest = max(length.prompt + step - started for _, length, started in running)
-        peak = max(peak, len(running) * -(-longest // _GROWTH) * _GROWTH)
+        row = _padded_row([length.prompt + step - started for _, length, started in running])
+        peak = max(peak, len(running) * row)
         heapq.heappop(running)
     return peak
 

@@ -101,3 +101,12 @@ def test_the_overloaded_pool_holds_any_request_but_not_all_of_those_that_run() -
     (case,) = cases("W7")
     room = next(s.config["num_kv_blocks"] for s in case.systems if isinstance(s, Paged) and "num_kv_blocks" in s.config)
     assert case.longest <= 16 * room < sum(sorted(map(sum, case.lengths))[-AT_ONCE:])
+
+
+def test_engines_without_blocks_are_charged_for_the_rows_that_they_would_reserve() -> None:
+    (case,) = cases("W3")
+    rows = {system.name: system.row for system in case.systems if isinstance(system, Paged)}
+    reserved, padded, blocks = rows.values()
+    assert reserved is not None and reserved([1, 700]) == 2048
+    assert padded is not None and padded([1, 700]) == 768
+    assert blocks is None
