@@ -45,6 +45,15 @@ class Length(NamedTuple):
     output: int
 
 
+class ReservedRow(NamedTuple):
+    """Room for the longest request that could come, in each row."""
+
+    num_tokens: int
+
+    def __call__(self, lengths: Sequence[int]) -> int:
+        return self.num_tokens
+
+
 @dataclass(frozen=True)
 class Paged:
     """This engine. config: of its EngineConfig; without `num_kv_blocks` its pool is what the case takes at its peak.
@@ -163,7 +172,7 @@ def fixed_budget(scale: int) -> Iterator[Case]:
     padded = most_at_once(lengths, budget)
     blocks = {"num_kv_blocks": budget // BLOCK_SIZE, "block_size": BLOCK_SIZE}
     systems: list[System] = [
-        Paged(f"{most:,} tokens reserved", blocks | {"max_num_seqs": budget // most}, row=lambda _: most),
+        Paged(f"{most:,} tokens reserved", blocks | {"max_num_seqs": budget // most}, row=ReservedRow(most)),
         Paged("padded to the longest", blocks | {"max_num_seqs": padded}, row=_padded_row),
         MlxLm("mlx-lm", padded),
         Paged("mlx-paged", blocks | {"max_num_seqs": 4 * AT_ONCE}),
