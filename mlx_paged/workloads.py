@@ -45,7 +45,8 @@ class Length(NamedTuple):
     output: int
 
 
-class ReservedRow(NamedTuple):
+@dataclass(frozen=True)
+class ReservedRow:
     """Room for the longest request that could come, in each row."""
 
     num_tokens: int
