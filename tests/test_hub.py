@@ -169,6 +169,8 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 
     with serve(Hub({})) as gone:
         pass
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", gone.url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert f"not downloaded yet and {gone.url} can't be reached" in message("org/tiny")
