@@ -13,6 +13,7 @@ import numpy as np
 from mlx_paged import cuda_kernels, kernels, reference
 from mlx_paged.errors import EngineWarning
 from mlx_paged.kernel_calls import DecodePlan, shape_of
+from mlx_paged.kernel_plan import Shape
 from mlx_paged.shared_prefix import SharedPrefix, find_shared_prefixes
 
 KERNELS = {"metal": kernels, "cuda": cuda_kernels}  # modules with the same functions
@@ -174,53 +175,29 @@ def _attend_with_kernels(
 ) -> mx.array:
     """A GPU's backend of `attend`: sequences with one query by the decode kernel, the others by the prefill's."""
     groups: _Groups = metadata.derive("groups of kernels", lambda: _divide(metadata))
+    shape, window = shape_of(q, k_cache, v_cache), arguments["window"]
     outputs = []
     if groups.decodes is not None:
-        rows = q[groups.decodes.tokens]
-        outputs.append(_decode(module, rows, k_cache, v_cache, groups.decodes.metadata, arguments))
+        tokens, part = groups.decodes
+        plan = part.derive(("decode", shape, window), lambda: _plan_decode(module, part, shape, window))
+        options = {name: arguments[name] for name in ("scale", "softcap", "sinks")}  # a window is in the plan
+        outputs.append(module.decode(q[tokens], k_cache, v_cache, part.block_tables, plan, **options))
     if groups.prefills is not None:
-        rows = q[groups.prefills.tokens]
-        outputs.append(_prefill(module, rows, k_cache, v_cache, groups.prefills.metadata, arguments))
+        tokens, prompts = groups.prefills
+        lengths = prompts.context_lens, prompts.cu_seqlens_q
+        plan = prompts.derive(("prefill", shape, window), lambda: module.plan_prefill(*lengths, window, shape))
+        outputs.append(module.prefill(q[tokens], k_cache, v_cache, prompts.block_tables, plan, **arguments))
     if not outputs:
         return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
     result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
     return result if groups.order is None else result[groups.order]
 
 
-def _decode(
-    module: ModuleType,
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    metadata: AttentionMetadata,
-    arguments: dict[str, Any],
-) -> mx.array:
-    shape, window = shape_of(q, k_cache, v_cache), arguments["window"]
-
-    def make_plan() -> DecodePlan:
-        contexts, find_shared = metadata.context_lens, metadata.find_shared
-        shared = find_shared(np.arange(len(contexts))) if find_shared is not None and window is None else []
-        return module.plan_decode(contexts, window, shape, shared)
-
-    plan = metadata.derive(("decode", shape, window), make_plan)
-    options = {name: arguments[name] for name in ("scale", "softcap", "sinks")}
-    return module.decode(q, k_cache, v_cache, metadata.block_tables, plan, **options)
-
-
-def _prefill(
-    module: ModuleType,
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    metadata: AttentionMetadata,
-    arguments: dict[str, Any],
-) -> mx.array:
-    shape, window = shape_of(q, k_cache, v_cache), arguments["window"]
-    plan = metadata.derive(
-        ("prefill", shape, window),
-        lambda: module.plan_prefill(metadata.context_lens, metadata.cu_seqlens_q, window, shape),
-    )
-    return module.prefill(q, k_cache, v_cache, metadata.block_tables, plan, **arguments)
+def _plan_decode(module: ModuleType, metadata: AttentionMetadata, shape: Shape, window: int | None) -> DecodePlan:
+    contexts, find_shared = metadata.context_lens, metadata.find_shared
+    shared = find_shared(np.arange(len(contexts))) if find_shared is not None and window is None else []
+    plan: DecodePlan = module.plan_decode(contexts, window, shape, shared)
+    return plan
 
 
 def _divide(metadata: AttentionMetadata) -> _Groups:

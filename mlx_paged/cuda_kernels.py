@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged import kernel_calls, kernels
-from mlx_paged.kernel_calls import DecodePlan, Gpu, Kernel, Launch, Logits, Plan
+from mlx_paged import kernels
+from mlx_paged.kernel_calls import DecodePlan, Gpu, Kernel, Launch, Plan
 from mlx_paged.kernel_plan import Shape, Tile
 from mlx_paged.kernels import Division
 from mlx_paged.shared_prefix import SharedPrefix
@@ -120,44 +120,6 @@ def _division(shape: Shape) -> Division:
 # ---- calls ----
 
 
-def decode(
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    block_tables: mx.array,
-    plan: DecodePlan,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Attention of one query per sequence: q [num_seqs, num_heads, head_dim] -> [num_seqs, num_heads, value_dim].
-
-    As `kernels.decode`, with the plan of `plan_decode` here.
-    """
-    return kernel_calls.decode(CUDA, q, k_cache, v_cache, block_tables, plan, Logits(scale, softcap), sinks)
-
-
-def prefill(
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    block_tables: mx.array,
-    plan: Plan,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Attention of any number of queries per sequence: q [num_tokens, num_heads, head_dim] -> the same of value_dim.
-
-    As `decode`, with the plan of `plan_prefill`.
-    """
-    logits = Logits(scale, softcap)
-    return kernel_calls.prefill(CUDA, q, k_cache, v_cache, block_tables, plan, logits, window, sinks)
-
-
 def _launch_decode(shape: Shape) -> Launch:
     layout = decode_layout(shape)
     template = {
@@ -210,3 +172,4 @@ def read_source(file: str) -> str:
 
 
 CUDA = Gpu(_kernel, _launch_decode, _launch_tiles, _check, is_flat=True)
+decode, prefill = CUDA.decode, CUDA.prefill

@@ -6,6 +6,7 @@ step's graph should not cost more on the host than what the kernels take the pla
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -20,6 +21,8 @@ SMALL = 8  # a Metal kernel takes an input with fewer elements in another way: p
 
 Kernel = Callable[..., list[mx.array]]
 Call = Callable[[mx.array, mx.array, mx.array, mx.array, mx.array | None], mx.array]
+Parts = list[mx.array]  # of keys: means [num_parts, num_heads, value_dim], logs of sums [num_parts, num_heads]
+PartsCall = Callable[..., Parts]
 
 
 class Launch(NamedTuple):
@@ -29,25 +32,6 @@ class Launch(NamedTuple):
     threads: int
     template: dict[str, Any]
     shared_bytes: int = 0
-
-
-class Gpu(NamedTuple):
-    """What a kind of GPU brings.
-
-    kernel: makes the kernel of a stem for inputs like those given by name, with names of outputs and bytes of shared
-    memory. decode, tiles: how paged_decode and paged_prefill are launched for a shape. check: raises ValueError for
-    arrays that no kernel takes. is_flat: items lie along the grid's first dimension, not the last.
-    """
-
-    kernel: Callable[[str, dict[str, mx.array], tuple[str, ...], int], Kernel]
-    decode: Callable[[Shape], Launch]
-    tiles: Callable[[Shape], Launch]
-    check: Callable[[mx.array, mx.array, mx.array, mx.array, mx.array | None], None]
-    is_flat: bool
-
-    def grid(self, threads: int, second: int, items: int) -> tuple[int, int, int]:
-        """In threads."""
-        return (threads * items, second, 1) if self.is_flat else (threads, second, items)
 
 
 def shape_of(q: mx.array, k_cache: mx.array, v_cache: mx.array) -> Shape:
@@ -106,95 +90,104 @@ class Logits(NamedTuple):
     softcap: float | None
 
 
-def decode(
-    gpu: Gpu,
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    block_tables: mx.array,
-    plan: DecodePlan,
-    logits: Logits,
-    sinks: mx.array | None,
-) -> mx.array:
-    """One query per sequence: q [num_seqs, num_heads, head_dim] -> [num_seqs, num_heads, value_dim]."""
-    key = (logits, q.dtype, None if sinks is None else sinks.dtype)
-    call = plan.calls.get(key)
-    if call is None:
-        gpu.check(q, k_cache, v_cache, block_tables, sinks)
-        call = plan.calls[key] = _prepare_decode(gpu, q, k_cache, v_cache, block_tables, plan, logits, sinks)
-    return call(q, k_cache, v_cache, block_tables, sinks)
+class Gpu(NamedTuple):
+    """What a kind of GPU brings, and the calls of its kernels.
 
+    kernel: makes the kernel of a stem for inputs like those given by name, with names of outputs and bytes of shared
+    memory. launch_decode, launch_tiles: how paged_decode and paged_prefill are launched for a shape. check: raises
+    ValueError for arrays that no kernel takes. is_flat: items lie along the grid's first dimension, not the last.
+    """
 
-def prefill(
-    gpu: Gpu,
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    block_tables: mx.array,
-    plan: Plan,
-    logits: Logits,
-    window: int | None,
-    sinks: mx.array | None,
-) -> mx.array:
-    """Any number of queries per sequence: q [num_tokens, num_heads, head_dim] -> the same of value_dim."""
-    key = (logits, window, q.dtype, None if sinks is None else sinks.dtype)
-    call = plan.calls.get(key)
-    if call is None:
-        gpu.check(q, k_cache, v_cache, block_tables, sinks)
-        call = plan.calls[key] = _prepare_prefill(gpu, q, k_cache, v_cache, block_tables, plan, logits, window, sinks)
-    return call(q, k_cache, v_cache, block_tables, sinks)
+    kernel: Callable[[str, dict[str, mx.array], tuple[str, ...], int], Kernel]
+    launch_decode: Callable[[Shape], Launch]
+    launch_tiles: Callable[[Shape], Launch]
+    check: Callable[[mx.array, mx.array, mx.array, mx.array, mx.array | None], None]
+    is_flat: bool
+
+    def grid(self, threads: int, second: int, items: int) -> tuple[int, int, int]:
+        """In threads."""
+        return (threads * items, second, 1) if self.is_flat else (threads, second, items)
+
+    def decode(
+        self,
+        q: mx.array,
+        k_cache: mx.array,
+        v_cache: mx.array,
+        block_tables: mx.array,
+        plan: DecodePlan,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attention of one query per sequence: q [num_seqs, num_heads, head_dim] -> [num_seqs, num_heads, value_dim].
+
+        The other arguments are those of `paged_attention`; contexts and window are in the plan. Rows of q and of
+        block_tables are contiguous, pools as a whole. Raises ValueError for arrays that have no kernel.
+        """
+        arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
+        logits = Logits(scale, softcap)
+        prepare = partial(_prepare_decode, self, arrays, plan, logits, sinks)
+        return self._call(plan.calls, arrays, logits, None, sinks, prepare)
+
+    def prefill(
+        self,
+        q: mx.array,
+        k_cache: mx.array,
+        v_cache: mx.array,
+        block_tables: mx.array,
+        plan: Plan,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attention of any number of queries per sequence; otherwise as `decode`.
+
+        q [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads, value_dim].
+        """
+        arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
+        logits = Logits(scale, softcap)
+
+        def prepare() -> Call:
+            return _merged(self, _prepare_tiles(self, arrays, plan, logits, window, sinks, None), plan, q, v_cache)
+
+        return self._call(plan.calls, arrays, logits, window, sinks, prepare)
+
+    def _call(
+        self,
+        calls: dict[Any, Call],
+        arrays: dict[str, mx.array],
+        logits: Logits,
+        window: int | None,
+        sinks: mx.array | None,
+        prepare: Callable[[], Call],
+    ) -> mx.array:
+        """Calls what `prepare` returns, which is made, and the arrays checked, for the first of the layers alike."""
+        q, k_cache, v_cache, block_tables = arrays.values()
+        key = (logits, window, q.dtype, None if sinks is None else sinks.dtype)
+        if key not in calls:
+            self.check(q, k_cache, v_cache, block_tables, sinks)
+            calls[key] = prepare() if q.shape[0] else _nothing
+        return calls[key](q, k_cache, v_cache, block_tables, sinks)
 
 
 def _prepare_decode(
-    gpu: Gpu,
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    block_tables: mx.array,
-    plan: DecodePlan,
-    logits: Logits,
-    sinks: mx.array | None,
+    gpu: Gpu, arrays: dict[str, mx.array], plan: DecodePlan, logits: Logits, sinks: mx.array | None
 ) -> Call:
-    if q.shape[0] == 0:
-        return _nothing
-    arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
-    launch = gpu.decode(shape_of(q, k_cache, v_cache))
-    own = _prepare(gpu, launch, arrays, {}, plan.own, logits, sinks)
+    q, k_cache, v_cache, _ = arrays.values()
+    own = _prepare(gpu, gpu.launch_decode(shape_of(q, k_cache, v_cache)), arrays, {}, plan.own, logits, sinks)
     if plan.shared is None:
         return _merged(gpu, own, plan.own, q, v_cache)
     # A sink is one of a sequence's own keys.
     shared = _prepare_tiles(gpu, arrays, plan.shared.plan, logits, None, None, plan.shared.members)
     merge = prepare_merge(gpu, q.dtype, q.shape[:2], v_cache.shape[3], plan.own.cu_parts, plan.shared.ranges)
-
-    def call(*arrays: mx.array | None) -> mx.array:
-        return merge(own(*arrays), shared(*arrays[:4], None))
-
-    return call
-
-
-def _prepare_prefill(
-    gpu: Gpu,
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    block_tables: mx.array,
-    plan: Plan,
-    logits: Logits,
-    window: int | None,
-    sinks: mx.array | None,
-) -> Call:
-    if q.shape[0] == 0:
-        return _nothing
-    arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
-    return _merged(gpu, _prepare_tiles(gpu, arrays, plan, logits, window, sinks, None), plan, q, v_cache)
+    return lambda *arrays: merge(own(*arrays), shared(*arrays[:4], None))
 
 
 def _nothing(q: mx.array, _k: mx.array, v_cache: mx.array, *_: mx.array | None) -> mx.array:
     return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
-
-
-Parts = list[mx.array]  # of keys: means [num_parts, num_heads, value_dim], logs of sums [num_parts, num_heads]
-PartsCall = Callable[..., Parts]
 
 
 def _merged(gpu: Gpu, parts: PartsCall, plan: Plan, q: mx.array, v_cache: mx.array) -> Call:
@@ -215,7 +208,7 @@ def _prepare_tiles(
     members: mx.array | None,
 ) -> PartsCall:
     """paged_prefill; members: the plan is one of shared prefixes, and these are its queries."""
-    launch = gpu.tiles(shape_of(arrays["q"], arrays["k_cache"], arrays["v_cache"]))
+    launch = gpu.launch_tiles(shape_of(arrays["q"], arrays["k_cache"], arrays["v_cache"]))
     launch = launch._replace(template=launch.template | {"SHARED": members is not None})
     constants = {
         "members": plan.work if members is None else members,

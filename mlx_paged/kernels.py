@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged import kernel_calls, kernel_plan
+from mlx_paged import kernel_plan
 from mlx_paged.kernel_calls import (
     SMALL,
     DecodePlan,
     Gpu,
     Kernel,
     Launch,
-    Logits,
     Plan,
     SharedPlan,
     padded,
@@ -120,45 +119,6 @@ def plan_prefill(
     return put_on_device(kernel_plan.prefill_items(context_lens, cu_seqlens_q, window, shape, cores, tile))
 
 
-def decode(
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    block_tables: mx.array,
-    plan: DecodePlan,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Attention of one query per sequence: q [num_seqs, num_heads, head_dim] -> [num_seqs, num_heads, value_dim].
-
-    The other arguments are those of `paged_attention`; contexts and window are in the plan of `plan_decode`. Rows of q
-    and of block_tables are contiguous, pools as a whole. Raises ValueError for arrays that have no kernel.
-    """
-    return kernel_calls.decode(METAL, q, k_cache, v_cache, block_tables, plan, Logits(scale, softcap), sinks)
-
-
-def prefill(
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    block_tables: mx.array,
-    plan: Plan,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Attention of any number of queries per sequence: q [num_tokens, num_heads, head_dim] -> the same of value_dim.
-
-    As `decode`, with the plan of `plan_prefill`.
-    """
-    logits = Logits(scale, softcap)
-    return kernel_calls.prefill(METAL, q, k_cache, v_cache, block_tables, plan, logits, window, sinks)
-
-
 def _launch_decode(shape: Shape) -> Launch:
     layout = decode_layout(shape)
     template = {
@@ -221,3 +181,4 @@ def _make(
 
 
 METAL = Gpu(_kernel, _launch_decode, _launch_tiles, check, is_flat=False)
+decode, prefill = METAL.decode, METAL.prefill

@@ -281,23 +281,23 @@ def _decodes(
 ) -> _Decodes:
     """The queries of decodes, each of which sees the last `num_keys` tokens of its sequence, and the prefixes."""
     chunk_size, num_chunks = _chunks(num_keys)
-    end = metadata.context_lens[seqs]
+    end, owners = metadata.context_lens[seqs], seqs
     begin, merge = end - num_keys, None
-    first_tokens, all_seqs = metadata.cu_seqlens_q[seqs], seqs
+    shared: list[_SharedKeys] = []
     if np.count_nonzero(num_chunks > 1) or prefixes:
         ends = num_chunks.cumsum()
         starts = ends - num_chunks
         chunks, absent = _spans(starts, ends, int(num_chunks[num_chunks.argmax()]))
         merge = _Merge(chunks, absent[:, :, None, None, None])
         owner = np.arange(len(seqs)).repeat(num_chunks)  # of each chunk, its sequence
-        begin, end, seqs = begin[owner] + (np.arange(len(owner)) - starts[owner]) * chunk_size, end[owner], seqs[owner]
+        begin = begin[owner] + (np.arange(len(owner)) - starts[owner]) * chunk_size
+        end, owners = end[owner], seqs[owner]
+        if prefixes:
+            shared, merge = _shared_keys(metadata, shape, seqs, prefixes, merge, len(owner))
     positions, bias = _spans(begin, end, chunk_size)
-    rows = _rows(metadata, shape, _column(seqs), positions)
-    tokens = metadata.cu_seqlens_q[seqs]
+    rows = _rows(metadata, shape, _column(owners), positions)
+    tokens = metadata.cu_seqlens_q[owners]
     in_order = len(tokens) == metadata.cu_seqlens_q[-1] and (tokens == np.arange(len(tokens))).all()
-    shared: list[_SharedKeys] = []
-    if merge is not None and prefixes:
-        shared, merge = _shared_keys(metadata, shape, all_seqs, first_tokens, prefixes, merge, len(tokens))
     return _Decodes(None if in_order else mx.array(tokens), rows, bias[:, None, None], merge, shared)
 
 
@@ -305,7 +305,6 @@ def _shared_keys(
     metadata: AttentionMetadata,
     shape: _Shape,
     seqs: np.ndarray,
-    first_tokens: np.ndarray,
     prefixes: list[SharedPrefix],
     merge: _Merge,
     num_chunks: int,
@@ -318,7 +317,7 @@ def _shared_keys(
         for begin in range(0, prefix.num_tokens, size):
             positions = mx.arange(begin, min(begin + size, prefix.num_tokens), dtype=mx.int32)[None]
             rows = _rows(metadata, shape, _column(seqs[prefix.members[:1]]), positions)[0]
-            shared.append(_SharedKeys(mx.array(first_tokens[prefix.members]), rows))
+            shared.append(_SharedKeys(mx.array(metadata.cu_seqlens_q[seqs[prefix.members]]), rows))
             column = np.full(len(seqs), -1)
             column[prefix.members] = num_chunks + np.arange(len(prefix.members))
             columns.append(column)
