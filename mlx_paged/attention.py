@@ -1,5 +1,7 @@
 """Attention of ragged queries over a paged KV cache: the public function, what a step's layers share, and backends."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -48,6 +50,11 @@ class AttentionMetadata:
     @cached_property
     def query_lens(self) -> np.ndarray:
         return self.cu_seqlens_q[1:] - self.cu_seqlens_q[:-1]
+
+    def pick(self, seqs: np.ndarray, context_lens: np.ndarray, cu_seqlens_q: np.ndarray) -> AttentionMetadata:
+        """Of the sequences numbered `seqs`, ascending, other queries, or the same."""
+        find_shared = None if self.find_shared is None else partial(_find_among, self.find_shared, seqs)
+        return AttentionMetadata(self.block_tables[_index(seqs)], context_lens, cu_seqlens_q, find_shared)
 
     def derive(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, made at the first call with `key`."""
@@ -213,10 +220,7 @@ def _divide(metadata: AttentionMetadata) -> _Groups:
         lengths = metadata.query_lens[seqs]
         cu_seqlens_q = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         tokens = np.repeat(starts[seqs] - cu_seqlens_q[:-1], lengths) + np.arange(cu_seqlens_q[-1])
-        find_shared = None if metadata.find_shared is None else partial(_find_among, metadata.find_shared, seqs)
-        tables, context_lens = metadata.block_tables[_index(seqs)], metadata.context_lens[seqs]
-        part = AttentionMetadata(tables, context_lens, cu_seqlens_q, find_shared)
-        groups.append(_Group(_index(tokens), part))
+        groups.append(_Group(_index(tokens), metadata.pick(seqs, metadata.context_lens[seqs], cu_seqlens_q)))
         all_tokens.append(tokens)
     order = np.argsort(np.concatenate(all_tokens)).astype(np.int32)
     in_order = (order == np.arange(len(order))).all()

@@ -1,5 +1,7 @@
 """From a schedule to arrays: token ids, positions, slots and block tables of one step."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -23,6 +25,8 @@ class StepInputs(NamedTuple):
 
     token_ids, positions, block_offsets: int32 [num_tokens]. logit_rows: int32 [num_rows], the tokens after which a
     next one is chosen; None: all of them. If the step only computes parts of prompts, its last token alone.
+    of_logit_rows: those tokens as a step of their own, in which each is the only query of a sequence; None if
+    logit_rows is.
     """
 
     token_ids: mx.array
@@ -30,6 +34,7 @@ class StepInputs(NamedTuple):
     block_offsets: mx.array
     logit_rows: mx.array | None
     groups: list[GroupInputs]
+    of_logit_rows: StepInputs | None = None
 
 
 class Drawn(NamedTuple):
@@ -38,6 +43,17 @@ class Drawn(NamedTuple):
     rows: np.ndarray
     version: int
     token_ids: mx.array
+
+
+def pick_tokens(inputs: StepInputs, tokens: np.ndarray, seqs: np.ndarray) -> StepInputs:
+    """The step with logits for `tokens` alone, which belong to the sequences numbered `seqs`, both ascending."""
+    rows, cu_seqlens_q = mx.array(tokens.astype(np.int32)), np.arange(len(tokens) + 1, dtype=np.int32)
+    groups = []
+    for block_ids, metadata in inputs.groups:
+        context_lens = metadata.context_lens[seqs] - (metadata.cu_seqlens_q[1:][seqs] - 1 - tokens)
+        groups.append(GroupInputs(block_ids[rows], metadata.pick(seqs, context_lens, cu_seqlens_q)))
+    picked = StepInputs(inputs.token_ids[rows], inputs.positions[rows], inputs.block_offsets[rows], None, groups)
+    return inputs._replace(logit_rows=rows, of_logit_rows=picked)
 
 
 class BatchBuilder:
@@ -94,23 +110,14 @@ class BatchBuilder:
             used = tables.synced()[:, :num_columns][self._last_device_rows]
             metadata = AttentionMetadata(used, context_lens, cu_seqlens_q, find_shared if tables is first else None)
             groups.append(GroupInputs(mx.array(block_ids), metadata))
-        logit_rows, wanted_rows = None, decodes
-        if chunks:
-            needs_logits = [chunk.needs_logits for chunk in chunks]
-            last_tokens = cu_seqlens_q[1:] - 1
-            wanted = np.concatenate([np.ones(len(decodes), bool), needs_logits])
-            wanted_rows = seq_rows[wanted]
-            if len(wanted_rows) == 0:
-                wanted = np.arange(len(wanted)) == len(wanted) - 1  # a step needs a result that can be waited for
-            logit_rows = mx.array(last_tokens[wanted])
-        inputs = StepInputs(
-            self._token_ids(schedule, drawn),
-            mx.array(positions),
-            mx.array(offsets),
-            logit_rows,
-            groups,
-        )
-        return inputs, wanted_rows
+        inputs = StepInputs(self._token_ids(schedule, drawn), mx.array(positions), mx.array(offsets), None, groups)
+        if not chunks:
+            return inputs, decodes
+        wanted = np.flatnonzero([*[True] * len(decodes), *[chunk.needs_logits for chunk in chunks]])
+        wanted_rows = seq_rows[wanted]
+        if len(wanted) == 0:
+            wanted = np.array([len(seq_rows) - 1])  # a step needs a result that can be waited for
+        return pick_tokens(inputs, cu_seqlens_q[1:][wanted] - 1, wanted), wanted_rows
 
     def _counts_to(self, end: int) -> np.ndarray:
         """int32: 0 .. end - 1."""

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention import AttentionMetadata
-from mlx_paged.batch import GroupInputs, StepInputs
+from mlx_paged.batch import GroupInputs, StepInputs, pick_tokens
 from mlx_paged.config import EngineConfig
 from mlx_paged.kv_cache import PagedKVCache
 from mlx_paged.models.patch import PatchedModel
@@ -91,10 +91,10 @@ def _one_sequence(model: PatchedModel, config: EngineConfig, num_tokens: int, nu
         mx.zeros(num_tokens, mx.int32),
         mx.array(positions),
         mx.array(positions % config.block_size),
-        mx.arange(num_tokens - num_rows, num_tokens, dtype=mx.int32),
+        None,
         [group] * len(model.groups),
     )
-    return inputs, num_blocks
+    return pick_tokens(inputs, positions[num_tokens - num_rows :], np.zeros(num_rows, np.int64)), num_blocks
 
 
 def _cache(model: PatchedModel, config: EngineConfig, num_blocks: int) -> PagedKVCache:

@@ -3,7 +3,11 @@
 A model is fed packed tokens, [num_tokens, 1], with the position of each as `cache.offset`, so its own code applies
 projections and rope token by token. `PagedLayerCache` takes the place of mlx-lm's cache: it writes K and V into
 their slots and hands the model opaque objects, which only the attention function in `_dispatch` understands. A model
-that touches K, V or the mask in between fails at load, in `probe`, instead of computing something wrong.
+that touches K, V or the mask in between fails at load, in `_probe`, instead of computing something wrong.
+
+In a step that computes parts of prompts few tokens need logits. Of the others the last layer has to store K and V, and
+that is all: its code runs twice, for what it stores of all tokens and for what it returns of those few. The rest of
+both is never used, so MLX never computes it.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ SEAM: dict[Callable[..., Any], list[str]] = {
 _ATTENTION = "scaled_dot_product_attention"
 _INNER_NAMES = ("model", "transformer", "backbone", "decoder")
 _NUM_PROBE_TOKENS = 11  # unlike any number of heads, so that code which mixes up axes can't pass by chance
+_PROBE_ROWS = [4, 8, 10]  # those that need logits; several, so that they are not broadcast by chance
 
 
 class PagedMask(NamedTuple):
@@ -59,16 +64,29 @@ class PagedLayerCache:
     def __init__(self, kv_cache: PagedKVCache, layer: int, step: StepInputs, group: int, window: int | None) -> None:
         self._kv_cache = kv_cache
         self._layer = layer
+        self._group = group
         self._inputs = step.groups[group]
         self._window = window
         self.step = step
         self.offset = step.positions
+        self.stores = self.attends = True
+        self.of_logit_rows: PagedLayerCache | None = None  # of a last layer that returns only what needs logits
+
+    def divide(self) -> None:
+        """Where not all tokens need logits, have the layer called once for all tokens and once for those that do."""
+        if self.step.of_logit_rows is not None:
+            self.of_logit_rows = self._for_step(self.step.of_logit_rows)
+            self.of_logit_rows.stores = False
+
+    def _for_step(self, step: StepInputs) -> PagedLayerCache:
+        return PagedLayerCache(self._kv_cache, self._layer, step, self._group, self._window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         """Write keys and values, [num_tokens, num_kv_heads, 1, dim], into their tokens' slots."""
-        self._kv_cache.write(
-            self._layer, self._inputs.block_ids, self.step.block_offsets, keys.squeeze(2), values.squeeze(2)
-        )
+        if self.stores:
+            self._kv_cache.write(
+                self._layer, self._inputs.block_ids, self.step.block_offsets, keys.squeeze(2), values.squeeze(2)
+            )
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
@@ -85,6 +103,8 @@ class PagedLayerCache:
         if mask is not None and mask.window is not None:
             window = mask.window if window is None else min(window, mask.window)
         keys, values = self._kv_cache.keys[self._layer], self._kv_cache.values[self._layer]
+        if not self.attends:
+            return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
         out = attend(
             queries.squeeze(2).astype(keys.dtype),
             keys,
@@ -104,12 +124,17 @@ class _ProbeLayerCache(PagedLayerCache):
         self.step = step
         self.offset = step.positions
         self._window = window
+        self.stores = self.attends = True
+        self.of_logit_rows = None
         self.shape: LayerShape | None = None
+
+    def _for_step(self, step: StepInputs) -> PagedLayerCache:
+        return _ProbeLayerCache(step, self._window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         for array in (keys, values):
-            _expect_shape(array, (_NUM_PROBE_TOKENS, self.shape.num_kv_heads, 1))
+            _expect_shape(array, (self._num_tokens, self.shape.num_kv_heads, 1))
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
@@ -119,17 +144,22 @@ class _ProbeLayerCache(PagedLayerCache):
 
     def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
         assert self.shape is not None
-        _expect_shape(queries, (_NUM_PROBE_TOKENS, queries.shape[1], 1, self.shape.key_dim))
+        _expect_shape(queries, (self._num_tokens, queries.shape[1], 1, self.shape.key_dim))
         if mask and mask.window and self._window and mask.window > self._window:
             raise ValueError(f"a layer attends to {mask.window} tokens and its cache keeps {self._window}")
         return mx.zeros((*queries.shape[:3], self.shape.value_dim), queries.dtype)
+
+    @property
+    def _num_tokens(self) -> int:
+        return self.step.token_ids.shape[0]
 
 
 class PatchedModel(NamedTuple):
     """A model that can run on a paged cache, and what is known about it.
 
     layers: one shape per cache the model makes, None where nothing is stored; windows: likewise the most keys that
-    its cache kind keeps, None for all.
+    its cache kind keeps, None for all. picks_rows: it returns only the rows that need logits; divides: its last layer
+    does.
     """
 
     model: nn.Module
@@ -137,6 +167,7 @@ class PatchedModel(NamedTuple):
     windows: list[int | None]
     vocab_size: int
     picks_rows: bool
+    divides: bool
 
     @property
     def groups(self) -> list[int | None]:
@@ -157,6 +188,8 @@ class PatchedModel(NamedTuple):
         for shape, window in zip(self.layers, self.windows, strict=True):
             caches.append(PagedLayerCache(kv_cache, stored, step, groups[window], window))
             stored += shape is not None
+        if self.divides:
+            caches[-1].divide()
         logits = self.model(step.token_ids[:, None], cache=caches)
         if not self.picks_rows and step.logit_rows is not None:
             logits = logits[step.logit_rows]
@@ -176,6 +209,9 @@ def patch_model(model: nn.Module) -> PatchedModel:
     inner = _inner_model(model)
     if inner is not None:
         _pick_rows(type(inner))
+    layers = getattr(model, "layers", None)
+    if layers:
+        _divide_calls(type(layers[-1]))
     return _probe(model, name, windows)
 
 
@@ -237,35 +273,79 @@ def _pick_rows(cls: type) -> None:
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = original(self, *args, **kwargs)
-        step = _step_of([*args, *kwargs.values()])
-        return hidden if step is None or step.logit_rows is None else hidden[step.logit_rows]
+        cache = _last_cache([*args, *kwargs.values()])
+        if cache is None or cache.of_logit_rows is not None or cache.step.logit_rows is None:
+            return hidden
+        return hidden[cache.step.logit_rows]
 
     call.picks_rows = True  # type: ignore[attr-defined]
     cls.__call__ = call  # type: ignore[method-assign]
 
 
-def _step_of(arguments: Sequence[Any]) -> StepInputs | None:
+def _last_cache(arguments: Sequence[Any]) -> PagedLayerCache | None:
+    """That of the last layer, if a list of paged caches is among a model's arguments."""
     for argument in arguments:
-        if isinstance(argument, list) and argument and isinstance(argument[0], PagedLayerCache):
-            return argument[0].step
+        if isinstance(argument, list) and argument and isinstance(argument[-1], PagedLayerCache):
+            return argument[-1]
     return None
 
 
+def _divide_calls(cls: type) -> None:
+    """Let a layer of type `cls` run twice if its cache asks for that: to store, then for what needs logits."""
+    original: Callable[..., Any] = cls.__call__
+    if hasattr(original, "divides"):
+        return
+
+    @functools.wraps(original)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        cache = next((each for each in (*args, *kwargs.values()) if isinstance(each, PagedLayerCache)), None)
+        if cache is None or cache.of_logit_rows is None:
+            return original(self, *args, **kwargs)
+        cache.attends = False
+        original(self, *args, **kwargs)
+        per_token = (cache.step.token_ids.shape[0], 1)
+
+        def of_logit_rows(argument: Any) -> Any:
+            if isinstance(argument, mx.array) and argument.shape[:2] == per_token:
+                return argument[cache.step.logit_rows]
+            return cache.of_logit_rows if argument is cache else argument
+
+        kwargs = {name: of_logit_rows(argument) for name, argument in kwargs.items()}
+        return original(self, *map(of_logit_rows, args), **kwargs)
+
+    call.divides = True  # type: ignore[attr-defined]
+    cls.__call__ = call  # type: ignore[method-assign]
+
+
 def _probe(model: nn.Module, name: str, windows: list[int | None]) -> PatchedModel:
-    """Build, without running it, the graph of a step, and see what each layer stores."""
-    tokens = mx.arange(_NUM_PROBE_TOKENS, dtype=mx.int32)
-    step = StepInputs(tokens, tokens, tokens, tokens[-1:], [])
-    caches = [_ProbeLayerCache(step, window) for window in windows]
+    """Build, without running it, the graph of a step, and see what each layer stores and what the last one returns."""
     try:
-        logits = model(tokens[:, None], cache=caches)
-        num_rows = logits.shape[0]
-        _expect_shape(logits, (1 if num_rows == 1 else _NUM_PROBE_TOKENS, 1, logits.shape[-1]))
+        return _probe_step(model, windows, divides=True)
+    except Exception:  # the last layer takes more than its tokens, or other layers need what it returns
+        pass
+    try:
+        return _probe_step(model, windows, divides=False)
     except Exception as error:  # whatever a model's code does to an opaque object
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
             f"model family {name!r} can't be paged: its code handles keys, values, masks or positions itself ({reason})"
         ) from error
-    return PatchedModel(model, [cache.shape for cache in caches], windows, logits.shape[-1], picks_rows=num_rows == 1)
+
+
+def _probe_step(model: nn.Module, windows: list[int | None], divides: bool) -> PatchedModel:
+    """Raises any error if the model's code does not take what it is given for what it is."""
+    tokens, rows = mx.arange(_NUM_PROBE_TOKENS, dtype=mx.int32), mx.array(_PROBE_ROWS, mx.int32)
+    of_rows = StepInputs(rows, rows, rows, None, [])
+    step = StepInputs(tokens, tokens, tokens, rows, [], of_rows)
+    caches = [_ProbeLayerCache(step, window) for window in windows]
+    if divides:
+        caches[-1].divide()
+    logits = model(tokens[:, None], cache=caches)
+    picks_rows = logits.shape[0] == len(_PROBE_ROWS)
+    _expect_shape(logits, (len(_PROBE_ROWS) if picks_rows or divides else _NUM_PROBE_TOKENS, 1, logits.shape[-1]))
+    return PatchedModel(
+        model, [cache.shape for cache in caches], windows, logits.shape[-1], picks_rows=picks_rows, divides=divides
+    )
 
 
 def _expect_shape(array: mx.array, expected: tuple[int, ...]) -> None:
