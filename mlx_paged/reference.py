@@ -11,6 +11,10 @@ K and V are gathered a row of one head at a time, straight into the order that t
 gathering whole blocks and then transposing takes five times as long. Positions past a sequence's context read its
 last token again, so that what unused slots hold, NaN included, is never read. Where the rows are is computed on the
 device, once per step: the host handles a few numbers per sequence, whatever the contexts.
+
+On a CPU decodes over float32 keys gather values alone: MLX's `gather_mm` multiplies queries with keys where they lie. A
+block is a matrix [block_size, num_kv_heads * dim], so a query goes in with zeros in the place of the other heads. That
+multiplies num_kv_heads times as often and still is faster: memory is what this waits for.
 """
 
 from __future__ import annotations
@@ -47,6 +51,16 @@ class _Decodes(NamedTuple):
     bias: mx.array  # [num_chunks or 1, 1, 1, chunk_size or 1]: -inf for keys that the chunk does not have, otherwise 0
     merge: _Merge | None  # None: one chunk each
     shared: list[_SharedKeys]  # whose results, member by member, are chunks that follow those
+    blocks: _Blocks | None  # None: keys are gathered
+
+
+class _Blocks(NamedTuple):
+    """Pairs of chunks and blocks of keys."""
+
+    chunks: mx.array  # uint32 [num_chunks, blocks_per_chunk]: the number of the chunk
+    block_ids: mx.array  # likewise; another block of the sequence in the place of one that the chunk does not have
+    visible: mx.array  # bool [num_chunks, 1, 1, chunk_size]: which keys are the chunk's
+    own_head: mx.array  # [num_kv_heads, 1, num_kv_heads, 1]: 1 for a head with itself, otherwise 0
 
 
 class _SharedKeys(NamedTuple):
@@ -78,6 +92,7 @@ class _Shape(NamedTuple):
     num_heads: int
     dims: int  # of a key and a value together
     window: int | None
+    reads_blocks: bool  # decodes read keys where they lie
 
 
 class _Rows(NamedTuple):
@@ -101,7 +116,8 @@ def attend(
     """The reference backend of `paged_attention`; shapes as there."""
     _, block_size, num_kv_heads, key_dim = k_cache.shape
     num_heads, value_dim = q.shape[1], v_cache.shape[3]
-    shape = _Shape(block_size, num_kv_heads, num_heads, key_dim + value_dim, window)
+    reads_blocks = mx.default_device() == mx.cpu and k_cache.dtype == mx.float32 and window is None
+    shape = _Shape(block_size, num_kv_heads, num_heads, key_dim + value_dim, window, reads_blocks)
     plan = metadata.derive(shape, lambda: _plan(metadata, shape))
     caches = _Rows(k_cache.flatten(0, 2), v_cache.flatten(0, 2))
     outputs = []
@@ -122,7 +138,10 @@ def _decode(
     num_kv_heads = group.rows.shape[1]
     queries = q if group.tokens is None else q[group.tokens]
     queries = queries.astype(mx.float32).reshape(-1, num_kv_heads, num_heads // num_kv_heads, dim)
-    scores = _scores(queries, caches.k[group.rows], group.bias, scale, softcap)
+    if group.blocks is None:
+        scores = _scores(queries, caches.k[group.rows], group.bias, scale, softcap)
+    else:
+        scores = _scores_in_blocks(queries, caches.k, group.blocks, scale, softcap)
     weights = mx.softmax(scores, axis=-1)
     out = weights @ caches.v[group.rows].astype(mx.float32)
     if group.merge is not None or sinks is not None:
@@ -158,6 +177,25 @@ def _scores(queries: mx.array, keys: mx.array, bias: mx.array, scale: float, sof
     if softcap is None:
         return mx.addmm(bias, queries, keys, alpha=scale)
     return mx.tanh((queries * (scale / softcap)) @ keys) * softcap + bias
+
+
+def _scores_in_blocks(
+    queries: mx.array, keys: mx.array, blocks: _Blocks, scale: float, softcap: float | None
+) -> mx.array:
+    """queries [num_chunks, kv_heads, heads / kv_heads, dim] -> [num_chunks, kv_heads, heads / kv_heads, chunk_size].
+
+    Where a chunk has no key anything may have been read, NaN included, and the score is -inf.
+    """
+    num_chunks, num_kv_heads, num_grouped, dim = queries.shape
+    chunk_size, num_blocks = blocks.visible.shape[3], blocks.chunks.shape[1]
+    own_head = blocks.own_head * (scale if softcap is None else scale / softcap)
+    spread = (mx.expand_dims(queries, 3) * own_head).reshape(num_chunks, -1, num_kv_heads * dim)
+    keys = keys.reshape(-1, chunk_size // num_blocks, num_kv_heads * dim).swapaxes(1, 2)
+    scores = mx.gather_mm(spread, keys, blocks.chunks, blocks.block_ids)
+    scores = scores.swapaxes(1, 2).reshape(num_chunks, num_kv_heads, num_grouped, chunk_size)
+    if softcap is not None:
+        scores = mx.tanh(scores) * softcap
+    return mx.where(blocks.visible, scores, -mx.inf)
 
 
 def _log_total(scores: mx.array, weights: mx.array) -> mx.array:
@@ -280,7 +318,7 @@ def _decodes(
     metadata: AttentionMetadata, shape: _Shape, seqs: np.ndarray, num_keys: np.ndarray, prefixes: list[SharedPrefix]
 ) -> _Decodes:
     """The queries of decodes, each of which sees the last `num_keys` tokens of its sequence, and the prefixes."""
-    chunk_size, num_chunks = _chunks(num_keys)
+    chunk_size, num_chunks = _chunks(num_keys, shape.block_size if shape.reads_blocks else 1)
     end, owners = metadata.context_lens[seqs], seqs
     begin, merge = end - num_keys, None
     shared: list[_SharedKeys] = []
@@ -298,7 +336,15 @@ def _decodes(
     rows = _rows(metadata, shape, _column(owners), positions)
     tokens = metadata.cu_seqlens_q[owners]
     in_order = len(tokens) == metadata.cu_seqlens_q[-1] and (tokens == np.arange(len(tokens))).all()
-    return _Decodes(None if in_order else mx.array(tokens), rows, bias[:, None, None], merge, shared)
+    blocks = None
+    if shape.reads_blocks:
+        first_keys = positions[:, :: shape.block_size]  # of each block; or the sequence's last one
+        block_ids = metadata.block_tables[_column(owners), first_keys // shape.block_size].astype(mx.uint32)
+        chunks = mx.broadcast_to(mx.arange(len(owners), dtype=mx.uint32)[:, None], block_ids.shape)
+        visible = mx.broadcast_to(bias == 0, positions.shape)[:, None, None]
+        own_head = mx.eye(shape.num_kv_heads)[:, None, :, None]
+        blocks = _Blocks(mx.contiguous(chunks), block_ids, visible, own_head)
+    return _Decodes(None if in_order else mx.array(tokens), rows, bias[:, None, None], merge, shared, blocks)
 
 
 def _shared_keys(
@@ -329,12 +375,12 @@ def _shared_keys(
     return shared, _Merge(chunks, mx.concatenate([bias, mx.array(absent)], axis=1))
 
 
-def _chunks(num_keys: np.ndarray) -> tuple[int, np.ndarray]:
-    """The size of chunks with the least work, since small ones leave few places empty but each costs something.
+def _chunks(num_keys: np.ndarray, unit: int) -> tuple[int, np.ndarray]:
+    """The size of chunks, a multiple of `unit`, and the number of chunks of each sequence.
 
-    And the number of chunks of each sequence.
+    It is the one with the least work: small ones leave few places empty, but each costs something.
     """
-    sizes = np.ceil(num_keys[num_keys.argmax()] / _PARTS)
+    sizes = np.ceil(num_keys[num_keys.argmax()] / (_PARTS * unit)) * unit
     num_chunks = np.ceil(num_keys[:, None] / sizes)  # exact: the numbers are far below 2**52
     best = (np.add.reduce(num_chunks) * (sizes + _CHUNK_COST)).argmin()
     return int(sizes[best]), num_chunks[:, best].astype(np.int64)
