@@ -45,6 +45,7 @@ class AttentionMetadata:
         self.context_lens = context_lens
         self.cu_seqlens_q = cu_seqlens_q
         self.find_shared = find_shared
+        self.backends: set[str] = set()  # that computed it
         self._derived: dict[Any, Any] = {}
 
     @cached_property
@@ -124,7 +125,9 @@ def attend(
     """
     arguments: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
     asked = (backend, q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3])
-    if module := KERNELS.get(metadata.derive(asked, lambda: _chosen_backend(*asked))):
+    name = metadata.derive(asked, lambda: _chosen_backend(*asked))
+    metadata.backends.add(name)
+    if module := KERNELS.get(name):
         return _attend_with_kernels(module, q, k_cache, v_cache, metadata, arguments)
     return reference.attend(q, k_cache, v_cache, metadata, **arguments)
 

@@ -209,6 +209,11 @@ class LLM:
         profile = self.engine.profile
         return profile if isinstance(profile, Profile) else None
 
+    @property
+    def attention_backends(self) -> list[str]:
+        """Which backends of `paged_attention` have computed attention so far: "metal", "cuda", "reference"."""
+        return sorted(self._runner.backends)
+
     def describe_memory(self) -> str:
         """One line on how the device's memory is divided."""
         return str(self._runner.plan)

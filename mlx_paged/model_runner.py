@@ -29,6 +29,7 @@ class ModelRunner:
         self._group_of_layer = [group for _, group in model.stored_layers]
         num_blocks = [self.plan.num_blocks[group] for group in self._group_of_layer]
         self.may_submit_early = may_submit_early(model, config)
+        self.backends: set[str] = set()  # of attention, those that steps have used
         self._kv_cache = PagedKVCache(layers, num_blocks, config.block_size, parse_memory(config.max_staging))
 
     @property
@@ -41,7 +42,11 @@ class ModelRunner:
 
     def run(self, inputs: StepInputs) -> mx.array:
         """The logits of the step's rows, [num_rows, vocab_size], not evaluated yet; K and V are written with them."""
-        return self._model(self._kv_cache, inputs)
+        logits = self._model(self._kv_cache, inputs)
+        for step in (inputs, inputs.of_logit_rows):
+            for group in [] if step is None else step.groups:
+                self.backends |= group.metadata.backends
+        return logits
 
     def reset(self) -> None:
         """After an error, of which the pools may be part: new ones."""

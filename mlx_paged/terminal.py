@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mlx_paged.llm import LLM
     from mlx_paged.outputs import BeamSearchOutput, RequestOutput
 
+_BACKENDS = {"metal": "Metal kernels", "cuda": "CUDA kernels", "reference": "plain MLX operations"}
+
 
 class Terminal:
     """The two streams of a command.
@@ -87,6 +89,7 @@ class Tally:
     def __init__(self) -> None:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.samples = 0
         self.used_blocks = self.num_blocks = 0
+        self.backends: list[str] = []
         self.waste = 0.0
         self._scheduled: list[float] = []
         self._first_token: list[float] = []
@@ -124,6 +127,7 @@ class Tally:
         if used >= self.used_blocks:
             self.used_blocks, self.waste = used, stats.kv_waste
         self.num_blocks = stats.num_blocks
+        self.backends = llm.attention_backends
 
     def lines(self) -> list[str]:
         prompt = f"prompt {self.prompt_tokens} tokens"
@@ -145,6 +149,7 @@ class Tally:
             f"{prompt}; {generation}{memory}",
             *filter(None, [", ".join(latency)]),
             f"blocks {self.used_blocks}/{self.num_blocks}, waste {self.waste:.1%}",
+            f"attention: {', '.join(map(_BACKENDS.__getitem__, self.backends))}",
         ]
 
 

@@ -32,6 +32,7 @@ class StubLLM:
 
     context = 400  # tokens, prompt and answer together
     has_chat_template = True
+    attention_backends = ("cuda",)
     before_step: Callable[["StubLLM"], None] | None = None
 
     def __init__(self, model: str | None, **settings: Any) -> None:
@@ -396,9 +397,9 @@ def test_verbose_tells_of_memory_speed_and_blocks(run: Run) -> None:
     result = run("generate", "--raw", "--verbose", "Hi", "there")
     assert result.exit_code == 0
     assert result.stderr.splitlines()[0] == "KV cache: 8 blocks of 4 tokens"
-    assert result.stderr.splitlines()[-1] == "blocks 2/8, waste 25.0%"
+    assert result.stderr.splitlines()[-2:] == ["blocks 2/8, waste 25.0%", "attention: CUDA kernels"]
     assert "prompt 7 tokens" in result.stderr and "generation 17 tokens, 1.5 tokens/s" in result.stderr
-    assert result.stderr.splitlines()[-2] == "first token 3.00 s, 1388.9 ms per token, mean of 2 prompts"
+    assert result.stderr.splitlines()[-3] == "first token 3.00 s, 1388.9 ms per token, mean of 2 prompts"
     assert "KV cache" not in result.stdout
 
 
@@ -590,6 +591,7 @@ def test_a_batch_with_an_empty_prompt_answers_the_others_as_json() -> None:
     lines = result.stderr.splitlines()
     assert "mlx-paged: prompt 2: the prompt is empty" in lines
     assert any(re.fullmatch(r"blocks [1-9]\d*/[1-9]\d*, waste \d+\.\d%", line) for line in lines)
+    assert lines[-1] == "attention: plain MLX operations"
 
 
 def test_several_prompts_give_what_each_gives_alone() -> None:

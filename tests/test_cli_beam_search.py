@@ -139,7 +139,8 @@ def test_ctrl_c_exits_130(run: Run) -> None:
 def test_verbose_tells_of_time_and_blocks(run: Run) -> None:
     lines = run("beam-search", "--raw", "-v", "Hi").stderr.splitlines()
     assert lines[1].startswith("prompt 2 tokens") and "generation 36 tokens, 4.0 tokens/s" in lines[1]
-    assert lines[2:] == ["first token 3.00 s, 1000.0 ms per token", "blocks 2/8, waste 25.0%"]
+    assert lines[2:4] == ["first token 3.00 s, 1000.0 ms per token", "blocks 2/8, waste 25.0%"]
+    assert lines[4:] == ["attention: CUDA kernels"]
 
 
 # From here on the bundled model.

@@ -14,14 +14,18 @@ import re
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple
 
 import pytest
 from hub_stub import Hub, serve
 
 from mlx_paged import BlockManager
+from mlx_paged.analysis import typical_lengths
 from mlx_paged.models.aliases import ALIASES
 from mlx_paged.models.hub import DEMO_FOLDER
 
@@ -266,6 +270,144 @@ def test_the_table_of_parts_in_the_engine_page_is_that_of_the_profile() -> None:
     page = (ROOT / "docs" / "engine.md").read_text()
     section = page.split("## Where the time of a step goes")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE) == list(PARTS)
+
+
+# -- the picture of reserved and used memory -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reserved_and_used(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The picture that its script draws, and what it prints."""
+    file = tmp_path_factory.mktemp("picture") / "reserved_and_used.svg"
+    script = ROOT / "docs" / "reserved_and_used.py"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, script, file]
+    return file, subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_picture_of_reserved_and_used_memory_is_what_its_script_draws(reserved_and_used: tuple[Path, str]) -> None:
+    assert reserved_and_used[0].read_bytes() == (ROOT / "docs" / "images" / "reserved_and_used.svg").read_bytes()
+
+
+def test_rows_of_the_picture_are_as_wide_as_what_requests_take_and_use(reserved_and_used: tuple[Path, str]) -> None:
+    file, printed = reserved_and_used
+    elements = list(ElementTree.parse(file).getroot())
+    rows = [element for element in elements if element.get("height") == "11"]
+    words = [element.text or "" for element in elements if element.tag.endswith("text")]
+    lengths = typical_lengths(8, 2048)
+    assert len(set(lengths)) == 8 and max(lengths) < 2048
+    in_a_row = {  # tokens; an engine without blocks has as many in each row
+        "2,048 tokens reserved for each": [2048] * 8,
+        "padded, as in mlx-lm's batch": [(max(lengths) + 255) // 256 * 256] * 8,
+        "blocks of 16": [length + (-length) % 16 for length in lengths],
+    }
+    assert len(rows) == 3 * 16 and len(words) == 9 and len(printed.splitlines()) == 3
+    for panel, (title, taken) in enumerate(in_a_row.items()):
+        outlines, filled = rows[16 * panel :: 2][:8], rows[16 * panel + 1 :: 2][:8]
+        for rectangles, tokens in ((outlines, taken), (filled, lengths)):
+            assert [float(row.get("width", 0)) for row in rectangles] == pytest.approx(
+                [240 * count / 2048 for count in tokens], abs=0.01
+            )
+            assert [row.get("y") for row in rectangles] == [row.get("y") for row in outlines]
+            assert {row.get("x") for row in rectangles} == {outlines[0].get("x")}
+        share = f"{1 - sum(lengths) / sum(taken):.1%} empty"
+        room = f"room for {sum(taken):,} tokens"
+        assert words[3 * panel : 3 * panel + 3] == [title, room, f"{sum(lengths):,} in use, {share}"]
+        assert printed.splitlines()[panel] == f"{title}: {room}, {share}"
+
+
+# -- the design page -----------------------------------------------------------------------------------------------
+
+DESIGN = ROOT / "docs" / "design.md"
+DOTTED = r"[a-z_]+(?:\.[A-Za-z_]\w*)+"
+
+
+def look_up(name: str) -> Any:
+    """What `module.Name.attribute` in the package is; None for a field of a dataclass without a value."""
+    parts = name.split(".")
+    depth = 2 if parts[0] == "models" else 1
+    found: Any = import_module(".".join(["mlx_paged", *parts[:depth]]))
+    for part in parts[depth:]:
+        found = None if part in getattr(found, "__dataclass_fields__", ()) else getattr(found, part)
+    return found
+
+
+def calls_of_the_diagram() -> list[tuple[str, str | None]]:
+    """The names in the diagram of the design page, top to bottom, each with the one that it is indented under."""
+    (diagram,) = [text for _, _, text in _blocks(DESIGN) if text.startswith("any thread")]
+    calls: list[tuple[str, str | None]] = []
+    around: list[tuple[int, str | None]] = []
+    for line in filter(None, diagram.splitlines()):
+        match = re.match(rf"( *)(?:.*each call of )?({DOTTED})", line)
+        indent, name = (len(match[1]), match[2]) if match else (0, None)
+        while around and around[-1][0] >= indent:
+            around.pop()
+        if name is not None:
+            calls.append((name, around[-1][1] if around else None))
+        around.append((indent, name))
+    return calls
+
+
+def test_names_on_the_design_page_exist() -> None:
+    names = [name for name in re.findall(r"`([^`\n]+)`", _prose(DESIGN)) if re.fullmatch(DOTTED, name)]
+    assert len(names) > 70
+    for name in [*names, *(name for name, _ in calls_of_the_diagram())]:
+        look_up(name)
+    tables = _prose(DESIGN).split("## Names in courses and papers")[1]
+    rows = re.findall(r"^\| (?!there|---)(.*) \| (.*) \| ?(.*)\|$", tables, flags=re.MULTILINE)
+    assert len(rows) > 50
+    for there, here, where in rows:
+        assert re.fullmatch(rf"`{DOTTED}`(, `{DOTTED}`)* ", where) or here == "not here", there
+
+
+def test_calls_come_in_the_order_of_the_design_page_and_inside_what_they_are_indented_under() -> None:
+    from mlx_paged import LLM, BeamSearchParams, SamplingParams
+
+    diagram = calls_of_the_diagram()
+    assert len(diagram) > 20
+    name_of_code = {look_up(name).__code__: name for name, _ in diagram}
+    inside: list[str | None] = [None]
+    steps: list[list[tuple[str, str | None]]] = [[]]  # each from what is added before it
+
+    def record(frame: FrameType, event: str, _: object) -> None:
+        name = name_of_code.get(frame.f_code)
+        if name is not None and event == "call":
+            steps[-1].append((name, inside[-1]))
+            inside.append(name)
+        elif name is not None and event == "return":
+            inside.pop()
+
+    engine = LLM(num_kv_blocks=64, pipelining="off").engine
+    later = [("Tom has a dog.", BeamSearchParams(beam_width=2, max_tokens=9)), ("Mia", SamplingParams(max_tokens=3))]
+    sys.setprofile(record)
+    try:
+        engine.add_request("Tell me a story.", SamplingParams(max_tokens=40, stop=["no such word"]))
+        while engine.has_unfinished():
+            engine.step()
+            steps.append([])
+            if later:
+                engine.add_request(*later.pop())
+    finally:
+        sys.setprofile(None)
+    happened = {call for step in steps for call in step}
+    assert set(diagram) <= happened
+    for step in steps:
+        first = {call: index for index, call in reversed(list(enumerate(step)))}
+        places = [first[call] for call in diagram if call in first]
+        assert places == sorted(places), step
+
+
+def test_the_parts_of_a_step_come_in_the_order_of_the_design_page(tmp_path: Path) -> None:
+    from mlx_paged import LLM, SamplingParams
+
+    section = DESIGN.read_text().split("## The order of a step")[1].split("\n## ")[0]
+    llm = LLM(num_kv_blocks=64, pipelining="submit", profile=True)
+    llm.generate("Tell me a story.", SamplingParams(max_tokens=9))
+    assert llm.profile is not None
+    llm.profile.write(tmp_path / "trace.json")
+    events = [event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    steps = " ".join(events).split("step ")
+    assert " ".join(re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)) == steps[5].strip()
 
 
 def test_settings_that_the_pages_give_engines_exist() -> None:

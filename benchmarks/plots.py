@@ -1,0 +1,152 @@
+"""Pictures of what the benchmarks have measured: SVG files for the docs, from the raw numbers.
+
+    python benchmarks/plots.py [RESULTS] [IMAGES]       by default benchmarks/results and docs/images
+
+Of each workloads-MACHINE.json and concurrency-MACHINE.json there is in the first folder: waste by system, throughput by
+concurrency, and memory over time. A title names the machine that its file names. Needs the extra `plots`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+ROOT = Path(__file__).parent.parent
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart.
+ORANGE, BLUE, GREEN, GREY = "#e69f00", "#56b4e9", "#009e73", "#9aa4b1"
+PANEL, INK = "#191e25", "#e8e8e8"  # a ground of its own, so that a page may be light or dark
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mlx-paged",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],  # the first comes with matplotlib: one layout everywhere
+    "font.size": 11,
+    "figure.facecolor": PANEL,
+    "figure.constrained_layout.use": True,
+    "axes.facecolor": PANEL,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#3a434f",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "path.simplify": False,
+}
+
+
+def waste(axes: Axes, rows: list[Row]) -> str:
+    """Rows of W3: how much of the memory that requests take holds no token, by system."""
+    names = [row["system"] for row in rows][::-1]
+    shares = [100 * row["kv_waste"] for row in rows][::-1]
+    colors = [BLUE if name == "mlx-paged" else ORANGE for name in names]
+    bars = axes.barh(names, shares, color=colors, height=0.6)
+    axes.bar_label(bars, [f"{share:.1f}%" for share in shares], padding=4)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of the memory taken for K and V that holds no token, %")
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    return "Waste: memory that the requests of W3 take and do not use"
+
+
+def throughput(axes: Axes, rows: list[Row]) -> str:
+    """Rows of concurrency.py: tokens per second of each system, by the requests that it serves at once."""
+    styles = {"mlx-paged": (BLUE, "o", "-"), "mlx-lm": (ORANGE, "s", "--")}
+    for system, (color, marker, line) in styles.items():
+        own = [row for row in rows if row["system"] == system]
+        counts, speeds = [row["most"] for row in own], [row["tokens_per_s"] for row in own]
+        axes.plot(counts, speeds, color=color, marker=marker, linestyle=line, label=system, gid=f"line-{system}")
+    counts = sorted({row["most"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("requests at once")
+    axes.set_ylabel("output tokens per second")
+    axes.legend()
+    return "Throughput by concurrency: 32 requests, so many at a time"
+
+
+def memory_over_time(axes: Axes, rows: list[Row]) -> str:
+    """Rows of concurrency.py: what the running requests use, and what different ways to hold them take."""
+    steps = [row["step"] for row in rows]
+    series = {
+        "reserved": (f"{rows[0]['reserved'] // rows[0]['requests']:,} tokens reserved for each", ORANGE, ":"),
+        "padded": ("padded to the longest", GREEN, "--"),
+        "blocks": ("blocks", BLUE, "-"),
+    }
+    for key, (label, color, line) in series.items():
+        axes.plot(steps, [row[key] for row in rows], color=color, linestyle=line, label=label, gid=f"line-{key}")
+    used = [row["used"] for row in rows]
+    axes.fill_between(steps, used, color=BLUE, alpha=0.35, linewidth=0, label="of them in use")
+    axes.axhline(rows[0]["pool"], color=GREY, linewidth=1)
+    axes.annotate(f"the pool: {rows[0]['pool']:,}", (steps[-1], rows[0]["pool"]), ha="right", va="bottom")
+    axes.set_xlim(0, steps[-1])
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("room for K and V, tokens")
+    axes.legend()
+    return "What the requests of W3 take while they are served"
+
+
+Plot = Callable[[Axes, list[Row]], str]
+PLOTS: dict[str, list[tuple[str, str, Plot]]] = {  # file -> of its parts: part, picture, how it is drawn
+    "workloads": [("W3", "waste", waste)],
+    "concurrency": [
+        ("throughput", "throughput", throughput),
+        ("memory_over_time", "memory-over-time", memory_over_time),
+    ],
+}
+
+
+def machine_of(content: Row) -> str:
+    """The machine of a file of results, in a few words."""
+    machine = content["machine"]
+    kind = "CPU" if "cpu" in machine["device"] else "GPU"
+    return f"{machine['platform']}, {machine['cpu_count']} cores, MLX {machine['mlx']} on the {kind}"
+
+
+def draw(plot: Plot, rows: list[Row], machine: str, path: Path) -> None:
+    """Write one picture; the same rows give the same bytes with one version of matplotlib."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.6 if plot is waste else 3.6))  # inches
+        axes = figure.subplots()
+        axes.set_title(f"{plot(axes, rows)}\n{machine}")
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": "benchmarks/plots.py"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", nargs="?", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("images", nargs="?", type=Path, default=ROOT / "docs" / "images")
+    folders = parser.parse_args()
+    for source, plots in PLOTS.items():
+        for file in sorted(folders.results.glob(f"{source}-*.json")):
+            content = json.loads(file.read_text())
+            for part, picture, plot in plots:
+                if part in content["results"]:
+                    path = folders.images / f"{picture}-{file.stem.removeprefix(f'{source}-')}.svg"
+                    draw(plot, content["results"][part], machine_of(content), path)
+                    print(path)
+
+
+if __name__ == "__main__":
+    main()
