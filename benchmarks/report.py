@@ -29,7 +29,8 @@ def main(script: str, purpose: str, parts: Sequence[Part], **details: Any) -> No
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: only to see it run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw numbers")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="only print the tables of such a file")
-    parser.add_argument("--only", choices=[part.run.__name__ for part in parts], help="measure one part")
+    names = [part.run.__name__ for part in parts]
+    parser.add_argument("--only", choices=names, help="measure one part; others that FILE has stay in it")
     options = parser.parse_args()
     if options.markdown:
         results = json.loads(options.markdown.read_text())["results"]
@@ -37,14 +38,31 @@ def main(script: str, purpose: str, parts: Sequence[Part], **details: Any) -> No
             if part.run.__name__ in results:
                 print(f"{part.title}:\n\n{markdown(part.columns, results[part.run.__name__])}\n")
         return
-    machine = describe_machine(" ".join([f"python benchmarks/{script}", *sys.argv[1:]]), **details)
+    arguments = sys.argv[1:]
+    if options.only:  # what repeats one part repeats it with the others too
+        at = arguments.index("--only") if "--only" in arguments else arguments.index(f"--only={options.only}")
+        del arguments[at : at + 1 + (arguments[at] == "--only")]
+    machine = describe_machine(" ".join([f"python benchmarks/{script}", *arguments]), **details)
     console = Console(highlight=False)
-    results = {}
+    results = _results_to_keep(options.json, machine) if options.only else {}
     for part in parts:
         if options.only not in (None, part.run.__name__):
             continue
         mx.random.seed(0)
         rows = results[part.run.__name__] = part.run(options.quick)
         console.print(terminal_table(part.title, part.columns, rows), "")
+        results = {name: results[name] for name in names if name in results}
         if options.json:  # after each part, so that what was measured outlives a later part's failure
             options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+def _results_to_keep(file: Path | None, machine: dict[str, Any]) -> dict[str, list[Row]]:
+    """What a file of results has so far; ends the program if that is from another machine or another version."""
+    if file is None or not file.exists():
+        return {}
+    content = json.loads(file.read_text())
+    if content["machine"] != machine:
+        differing = [name for name in machine if machine[name] != content["machine"].get(name)]
+        sys.exit(f"{file} has results of another {', '.join(differing)}: give another file, or measure all parts")
+    kept: dict[str, list[Row]] = content["results"]
+    return kept

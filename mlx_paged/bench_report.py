@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Columns = dict[str, tuple[str, str]]  # key in a row -> heading and format
 
+_THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")  # what tells a BLAS how many threads to use
 FORMATS = ("table", "json", "csv", "md")
 
 
@@ -33,6 +34,7 @@ def describe_machine(command: str, **details: Any) -> dict[str, Any]:
         **details,
         "mlx": version("mlx"),
         "preloaded": Path(os.environ.get("LD_PRELOAD", "")).name,
+        **{name: os.environ[name] for name in _THREADS if name in os.environ},
         "command": command,
     }
 

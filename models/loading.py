@@ -48,7 +48,7 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
 
 
 def check_device() -> None:
-    """Raise ModelError if MLX was built for NVIDIA's cards and finds none: then it computes nothing, on a CPU neither."""
+    """Raise ModelError if MLX was built for NVIDIA's cards and finds none: then it computes nothing at all."""
     if mx.cuda.is_available() and mx.device_count(mx.gpu) == 0:
         raise ModelError(
             "MLX's CUDA backend finds no GPU: there is none, or its driver is too old for CUDA 13 (nvidia-smi shows "

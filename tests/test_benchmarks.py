@@ -26,6 +26,7 @@ from mlx_paged.workloads import WORKLOADS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+THREADS = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}  # told where they are set
 
 
 def run_benchmark(*arguments: str | Path, script: str = "memory.py") -> str:
@@ -57,6 +58,20 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
     return printed, json.loads(file.read_text())
 
 
+def test_parts_that_are_measured_one_by_one_come_together_in_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "memory.json"
+    for part in ("savings", "waste"):
+        run_benchmark("--quick", "--only", part, "--json", file)
+    content = json.loads(file.read_text())
+    assert list(content["results"]) == ["waste", "savings"]  # in the order of a whole run, whose command this names
+    assert content["machine"]["command"] == f"python benchmarks/memory.py --quick --json {file}"
+    file.write_text(json.dumps(content | {"machine": content["machine"] | {"cpu_count": 999}}))
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run_benchmark("--quick", "--only=savings", "--json", file)
+    assert "another cpu_count" in error.value.stderr
+    assert json.loads(file.read_text())["results"] == content["results"]
+
+
 def committed() -> dict[str, Any]:
     return json.loads((RESULTS / "memory-linux-cpu.json").read_text())
 
@@ -64,7 +79,7 @@ def committed() -> dict[str, Any]:
 def check(content: dict[str, Any]) -> None:
     """Fails unless a file of results is complete and each number is one that could be."""
     machine, results = content["machine"], content["results"]
-    assert set(machine) == {"platform", "device", "cpu_count", "python", "mlx", "preloaded", "command"}
+    assert set(machine) - THREADS == {"platform", "device", "cpu_count", "python", "mlx", "preloaded", "command"}
     assert machine["command"].startswith("python benchmarks/memory.py")
     assert list(results) == ["operations", "waste", "savings", "prefix_cost", "fragmentation"]
     for rows in results.values():
@@ -131,7 +146,7 @@ def test_the_tables_in_the_docs_are_those_of_the_committed_results() -> None:
 def check_host_work(content: dict[str, Any]) -> None:
     """Fails unless a file of results is complete and each number is one that could be."""
     machine, results = content["machine"], content["results"]
-    assert set(machine) == {"platform", "device", "cpu_count", "python", "numpy", "mlx", "preloaded", "command"}
+    assert set(machine) - THREADS == {"platform", "device", "cpu_count", "python", "numpy", "mlx", "preloaded", "command"}
     assert machine["command"].startswith("python benchmarks/host_overhead.py")
     assert list(results) == ["calibration", "host_work", "detokenising", "graph_building", "end_to_end"]
     for rows in results.values():
