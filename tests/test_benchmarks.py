@@ -146,7 +146,8 @@ def test_the_tables_in_the_docs_are_those_of_the_committed_results() -> None:
 def check_host_work(content: dict[str, Any]) -> None:
     """Fails unless a file of results is complete and each number is one that could be."""
     machine, results = content["machine"], content["results"]
-    assert set(machine) - THREADS == {"platform", "device", "cpu_count", "python", "numpy", "mlx", "preloaded", "command"}
+    keys = {"platform", "device", "cpu_count", "python", "numpy", "mlx", "preloaded", "command"}
+    assert set(machine) - THREADS == keys
     assert machine["command"].startswith("python benchmarks/host_overhead.py")
     assert list(results) == ["calibration", "host_work", "detokenising", "graph_building", "end_to_end"]
     for rows in results.values():
