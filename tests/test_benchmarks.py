@@ -535,3 +535,37 @@ def test_the_committed_pictures_are_those_of_the_committed_results(tmp_path: Pat
         assert words(tmp_path / name) == words(IMAGES / name)
         for line in next((lines[kind] for kind in lines if name.startswith(kind)), ()):
             assert points(tmp_path / name, line) == pytest.approx(points(IMAGES / name, line), abs=1e-3)
+
+
+def test_the_tables_of_the_benchmarks_page_are_those_of_the_committed_results() -> None:
+    results = RESULTS / "workloads-linux-cpu.json"
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    tables = page.split(f"<!-- tables of benchmarks/results/{results.name} -->\n")[1].split("<!-- end -->")[0]
+    assert tables.strip() == run_benchmark("--markdown", results, script="workloads.py").strip()
+    rows = [row for part in json.loads(results.read_text())["results"].values() for row in part]
+    assert all(row["tokens_per_s"] > 0 and row["requests"] * row["output_tokens"] > 0 for row in rows)
+
+
+def table_against_mlx_lm(results: dict[str, Any]) -> str:
+    """Of the README: of each case the engine's best way to serve it, against mlx-lm's."""
+    lines = [
+        "| | mlx-lm, tokens/s | mlx-paged | | mlx-lm, MB of K and V | mlx-paged |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, rows in results.items():
+        for case in dict.fromkeys(row["case"] for row in rows):
+            own = [row for row in rows if row["case"] == case]
+            if own[0]["system"].startswith("mlx-lm") and own[-1]["system"].startswith("mlx-paged"):
+                first, last = own[0], own[-1]
+                speeds = f"{first['tokens_per_s']:,.0f} | {last['tokens_per_s']:,.0f} | {last['speedup']:.2f}x"
+                memory = f"{first['kv_peak_mb']:,.0f} | {last['kv_peak_mb']:,.0f}"
+                lines.append(f"| {name}, {WORKLOADS[name].about}: {case} | {speeds} | {memory} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
+    name = "workloads-linux-cpu.json"
+    results = json.loads((RESULTS / name).read_text())["results"]
+    page = (ROOT / "README.md").read_text()
+    table = page.split(f"<!-- table of benchmarks/results/{name} -->\n")[1].split("<!-- end -->")[0]
+    assert table.strip() == table_against_mlx_lm(results)
