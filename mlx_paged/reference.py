@@ -14,7 +14,7 @@ device, once per step: the host handles a few numbers per sequence, whatever the
 
 On a CPU decodes over float32 keys gather values alone: MLX's `gather_mm` multiplies queries with keys where they lie. A
 block is a matrix [block_size, num_kv_heads * dim], so a query goes in with zeros in the place of the other heads. That
-multiplies num_kv_heads times as often and still is faster: memory is what this waits for.
+multiplies num_kv_heads times as often and still is faster, up to 8 of them: memory is what this waits for.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _MAX_BYTES = 128 << 20
 _PARTS = np.array([1, 2, 4, 8, 16])  # of the longest context: the choice of chunk sizes
 _CHUNK_COST = 32  # what a further chunk costs, in keys
+_MOST_HEADS_AT_ONCE = 8  # KV heads, for products with whole blocks to be faster than copies
 _LEAST_SAVED = 4096  # keys that are not read again, for a prefix to be computed once for all that share it
 _MOST_SHARED = 4  # prefixes of a step that are
 
@@ -116,7 +117,8 @@ def attend(
     """The reference backend of `paged_attention`; shapes as there."""
     _, block_size, num_kv_heads, key_dim = k_cache.shape
     num_heads, value_dim = q.shape[1], v_cache.shape[3]
-    reads_blocks = mx.default_device() == mx.cpu and k_cache.dtype == mx.float32 and window is None
+    few_heads = num_kv_heads <= _MOST_HEADS_AT_ONCE
+    reads_blocks = few_heads and mx.default_device() == mx.cpu and k_cache.dtype == mx.float32 and window is None
     shape = _Shape(block_size, num_kv_heads, num_heads, key_dim + value_dim, window, reads_blocks)
     plan = metadata.derive(shape, lambda: _plan(metadata, shape))
     caches = _Rows(k_cache.flatten(0, 2), v_cache.flatten(0, 2))

@@ -56,6 +56,26 @@ def test_tiles_and_groups_bounded_by_memory_give_the_same_result(limit: int, mon
         check(case, seed=1, backend="reference")
 
 
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="on a GPU keys are gathered")
+@pytest.mark.parametrize(
+    "heads, window, dtype, expected",
+    [
+        ((8, 8), None, "float32", True),
+        ((14, 2), None, "float32", True),
+        ((16, 16), None, "float32", False),
+        ((8, 2), 33, "float32", False),
+        ((8, 2), None, "bfloat16", False),
+    ],
+)
+def test_keys_are_read_where_they_lie_where_that_is_faster(
+    heads: tuple[int, int], window: int | None, dtype: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = reference._scores_in_blocks, []
+    monkeypatch.setattr(reference, "_scores_in_blocks", lambda *args: calls.append(args) or original(*args))
+    check(Case(BATCHES["mixed"], heads, (64, 64), 16, window, None, True, dtype, False), seed=3, backend="reference")
+    assert bool(calls) == expected
+
+
 @pytest.mark.parametrize("spread", [7, 200], ids=["similar", "different"])
 def test_a_batch_of_decodes_builds_no_more_operations_than_a_few(spread: int, tmp_path: Path) -> None:
     def num_operations(batch_size: int) -> int:
