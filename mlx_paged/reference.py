@@ -93,7 +93,13 @@ class _Shape(NamedTuple):
     num_heads: int
     dims: int  # of a key and a value together
     window: int | None
-    reads_blocks: bool  # decodes read keys where they lie
+    dtype: mx.Dtype  # of the caches
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether decodes read keys where they lie."""
+        whole = self.window is None and self.num_kv_heads <= _MOST_HEADS_AT_ONCE
+        return whole and self.dtype == mx.float32 and mx.default_device() == mx.cpu
 
 
 class _Rows(NamedTuple):
@@ -117,9 +123,7 @@ def attend(
     """The reference backend of `paged_attention`; shapes as there."""
     _, block_size, num_kv_heads, key_dim = k_cache.shape
     num_heads, value_dim = q.shape[1], v_cache.shape[3]
-    few_heads = num_kv_heads <= _MOST_HEADS_AT_ONCE
-    reads_blocks = few_heads and mx.default_device() == mx.cpu and k_cache.dtype == mx.float32 and window is None
-    shape = _Shape(block_size, num_kv_heads, num_heads, key_dim + value_dim, window, reads_blocks)
+    shape = _Shape(block_size, num_kv_heads, num_heads, key_dim + value_dim, window, k_cache.dtype)
     plan = metadata.derive(shape, lambda: _plan(metadata, shape))
     caches = _Rows(k_cache.flatten(0, 2), v_cache.flatten(0, 2))
     outputs = []

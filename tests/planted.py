@@ -18,20 +18,23 @@ class Mistake(NamedTuple):
     occurrence: int = 0
 
 
+def with_mistake(text: str, old: str, new: str, occurrence: int) -> str:
+    """The text with one occurrence of `old` replaced; as it was if it does not have so many."""
+    pieces = text.split(old)
+    if len(pieces) > occurrence + 1:
+        before, after = pieces[occurrence : occurrence + 2]
+        pieces[occurrence : occurrence + 2] = [before + new + after]
+    return old.join(pieces)
+
+
 def plant(mistake: Mistake, metal: Metal, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Make kernels with the mistake from here on; returns the names of those that have it, as they are made."""
     metal.only_simulated("wrong kernels are run")
     planted = []
 
     def metal_kernel(*, name: str, source: str, header: str, **arguments: Any) -> Any:
-        texts = []
-        for text in (source, header):
-            pieces = text.split(mistake.old)
-            if len(pieces) > mistake.occurrence + 1:
-                before, after = pieces[mistake.occurrence : mistake.occurrence + 2]
-                pieces[mistake.occurrence : mistake.occurrence + 2] = [before + mistake.new + after]
-                planted.append(name)
-            texts.append(mistake.old.join(pieces))
+        texts = [with_mistake(text, mistake.old, mistake.new, mistake.occurrence) for text in (source, header)]
+        planted.extend(name for before, after in zip((source, header), texts, strict=True) if before != after)
         return simulator.metal_kernel(name=name, source=texts[0], header=texts[1], **arguments)
 
     monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)

@@ -17,6 +17,7 @@ from attention_cases import DTYPES, Case, assert_close, check, dense_attention, 
 from conftest import VOCAB_SIZE
 from cudasim import Cuda
 from cudasim.fixture import cuda as cuda
+from planted import with_mistake
 
 from mlx_paged import LLM, SamplingParams, attention, cuda_kernels, kernel_plan, shared_prefix
 from mlx_paged.kernel_calls import shape_of
@@ -300,15 +301,11 @@ def test_a_planted_mistake_is_noticed(name: str, cuda: Cuda, monkeypatch: pytest
     stem = "paged_decode" if mistake.case.lengths[0][0] == 1 and not mistake.case.shared else "paged_prefill"
 
     def make_with_mistake(*, name: str, source: str, header: str, **arguments: Any) -> Any:
-        changed = []
-        for text in (source, header):
-            pieces = text.split(mistake.old)
-            if name in (stem, "paged_merge") and len(pieces) > mistake.occurrence + 1:
-                before, after = pieces[mistake.occurrence : mistake.occurrence + 2]
-                pieces[mistake.occurrence : mistake.occurrence + 2] = [before + mistake.new + after]
-                planted.append(name)
-            changed.append(mistake.old.join(pieces))
-        return cuda.cuda_kernel(name=name, source=changed[0], header=changed[1], **arguments)
+        texts = [source, header]
+        if name in (stem, "paged_merge"):
+            texts = [with_mistake(text, mistake.old, mistake.new, mistake.occurrence) for text in texts]
+            planted.extend(name for before, after in zip((source, header), texts, strict=True) if before != after)
+        return cuda.cuda_kernel(name=name, source=texts[0], header=texts[1], **arguments)
 
     monkeypatch.setattr(mx.fast, "cuda_kernel", make_with_mistake)
     split(monkeypatch, mistake.part_size)
