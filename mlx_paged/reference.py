@@ -14,11 +14,15 @@ device, once per step: the host handles a few numbers per sequence, whatever the
 
 On a CPU decodes over float32 keys gather values alone: MLX's `gather_mm` multiplies queries with keys where they lie. A
 block is a matrix [block_size, num_kv_heads * dim], so a query goes in with zeros in the place of the other heads. That
-multiplies num_kv_heads times as often and still is faster, up to 8 of them: memory is what this waits for.
+multiplies num_kv_heads times as often and still is faster, up to 8 of them: memory is what this waits for. And as MLX
+computes a stream of operations on one core, half of the chunks go into a second stream, which the first then waits for:
+what follows there, such as the next write, cannot overtake it.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -33,6 +37,7 @@ _MAX_BYTES = 128 << 20
 _PARTS = np.array([1, 2, 4, 8, 16])  # of the longest context: the choice of chunk sizes
 _CHUNK_COST = 32  # what a further chunk costs, in keys
 _MOST_HEADS_AT_ONCE = 8  # KV heads, for products with whole blocks to be faster than copies
+_LEAST_FOR_TWO_STREAMS = 1024  # keys of chunks, for a second stream to be faster
 _LEAST_SAVED = 4096  # keys that are not read again, for a prefix to be computed once for all that share it
 _MOST_SHARED = 4  # prefixes of a step that are
 
@@ -48,10 +53,19 @@ class _Decodes(NamedTuple):
     """Sequences with one query each, their keys cut into chunks of one size."""
 
     tokens: mx.array | None  # int32 [num_chunks]: the row in q of each chunk's query, None if its own number
-    rows: mx.array  # int32 [num_chunks, num_kv_heads, chunk_size]: the keys' rows in the cache as [-1, dim]
-    bias: mx.array  # [num_chunks or 1, 1, 1, chunk_size or 1]: -inf for keys that the chunk does not have, otherwise 0
+    num_kv_heads: int
+    parts: list[_Chunks]  # computed at the same time, if there are several
     merge: _Merge | None  # None: one chunk each
     shared: list[_SharedKeys]  # whose results, member by member, are chunks that follow those
+
+
+class _Chunks(NamedTuple):
+    """Some of the chunks."""
+
+    span: slice  # which
+    stream: mx.ThreadLocalStream | None  # None: the current one
+    rows: mx.array  # int32 [num_chunks, num_kv_heads, chunk_size]: the keys' rows in the cache as [-1, dim]
+    bias: mx.array  # [num_chunks or 1, 1, 1, chunk_size or 1]: -inf for keys that the chunk does not have, otherwise 0
     blocks: _Blocks | None  # None: keys are gathered
 
 
@@ -141,23 +155,33 @@ def _decode(
 ) -> mx.array:
     """q [num_tokens, num_heads, dim] -> [num_seqs, num_heads, value_dim]."""
     num_heads, dim = q.shape[1:]
-    num_kv_heads = group.rows.shape[1]
     queries = q if group.tokens is None else q[group.tokens]
-    queries = queries.astype(mx.float32).reshape(-1, num_kv_heads, num_heads // num_kv_heads, dim)
-    if group.blocks is None:
-        scores = _scores(queries, caches.k[group.rows], group.bias, scale, softcap)
-    else:
-        scores = _scores_in_blocks(queries, caches.k, group.blocks, scale, softcap)
-    weights = mx.softmax(scores, axis=-1)
-    out = weights @ caches.v[group.rows].astype(mx.float32)
+    queries = queries.astype(mx.float32).reshape(-1, group.num_kv_heads, num_heads // group.num_kv_heads, dim)
+    results = [_attend_chunks(queries, caches, chunks, scale, softcap) for chunks in group.parts]
+    out, log_total = results[0]
+    if len(results) > 1:
+        out, log_total = (mx.concatenate(list(halves)) for halves in zip(*results, strict=True))
     if group.merge is not None or sinks is not None:
-        log_total = _log_total(scores, weights)
         if group.shared:
             parts = [_attend_shared(q, caches, shared, scale, softcap) for shared in group.shared]
             out = mx.concatenate([out, *(out for out, _ in parts)])
             log_total = mx.concatenate([log_total, *(total for _, total in parts)])
         out = _merged(out, log_total, group.merge, sinks)
     return out.reshape(-1, num_heads, caches.v.shape[1]).astype(q.dtype)
+
+
+def _attend_chunks(
+    queries: mx.array, caches: _Rows, chunks: _Chunks, scale: float, softcap: float | None
+) -> tuple[mx.array, mx.array]:
+    """The results over chunks and the logs of their totals, both [num_chunks, kv_heads, heads / kv_heads, -1]."""
+    with nullcontext() if chunks.stream is None else mx.stream(chunks.stream):
+        queries = queries[chunks.span]
+        if chunks.blocks is None:
+            scores = _scores(queries, caches.k[chunks.rows], chunks.bias, scale, softcap)
+        else:
+            scores = _scores_in_blocks(queries, caches.k, chunks.blocks, scale, softcap)
+        weights = mx.softmax(scores, axis=-1)
+        return weights @ caches.v[chunks.rows].astype(mx.float32), _log_total(scores, weights)
 
 
 def _attend_shared(
@@ -342,15 +366,38 @@ def _decodes(
     rows = _rows(metadata, shape, _column(owners), positions)
     tokens = metadata.cu_seqlens_q[owners]
     in_order = len(tokens) == metadata.cu_seqlens_q[-1] and (tokens == np.arange(len(tokens))).all()
-    blocks = None
+    bias = bias[:, None, None]
+    all_chunks = _Chunks(slice(None), None, rows, bias, None)
     if shape.reads_blocks:
         first_keys = positions[:, :: shape.block_size]  # of each block; or the sequence's last one
         block_ids = metadata.block_tables[_column(owners), first_keys // shape.block_size].astype(mx.uint32)
-        chunks = mx.broadcast_to(mx.arange(len(owners), dtype=mx.uint32)[:, None], block_ids.shape)
-        visible = mx.broadcast_to(bias == 0, positions.shape)[:, None, None]
+        numbers = mx.broadcast_to(mx.arange(len(owners), dtype=mx.uint32)[:, None], block_ids.shape)
+        visible = mx.broadcast_to(bias == 0, (len(owners), 1, 1, chunk_size))
         own_head = mx.eye(shape.num_kv_heads)[:, None, :, None]
-        blocks = _Blocks(mx.contiguous(chunks), block_ids, visible, own_head)
-    return _Decodes(None if in_order else mx.array(tokens), rows, bias[:, None, None], merge, shared, blocks)
+        all_chunks = all_chunks._replace(blocks=_Blocks(mx.contiguous(numbers), block_ids, visible, own_head))
+    parts = [all_chunks]
+    if mx.default_device() == mx.cpu and len(owners) > 1 and len(owners) * chunk_size >= _LEAST_FOR_TWO_STREAMS:
+        parts = _halves(all_chunks, len(owners) // 2)
+    return _Decodes(None if in_order else mx.array(tokens), shape.num_kv_heads, parts, merge, shared)
+
+
+def _halves(chunks: _Chunks, middle: int) -> list[_Chunks]:
+    """The first `middle` chunks, and the others in a second stream."""
+    halves = []
+    for span, stream in ((slice(middle), None), (slice(middle, None), _second_stream())):
+        bias = chunks.bias if len(chunks.bias) == 1 else chunks.bias[span]
+        blocks = chunks.blocks
+        if blocks is not None:
+            numbers = blocks.chunks[: len(chunks.rows[span])]
+            blocks = _Blocks(numbers, blocks.block_ids[span], blocks.visible[span], blocks.own_head)
+        halves.append(_Chunks(span, stream, chunks.rows[span], bias, blocks))
+    return halves
+
+
+@cache
+def _second_stream() -> mx.ThreadLocalStream:
+    """Of each thread its own, as MLX's default streams are."""
+    return mx.new_thread_local_stream(mx.cpu)
 
 
 def _shared_keys(

@@ -421,7 +421,7 @@ def test_what_is_asked_while_it_closes_is_answered_or_refused_but_never_left_wai
             closing = asyncio.create_task(llm.aclose())
             while not closing.done():
                 tasks.append(asyncio.create_task(collect(llm.generate([1, 2, 3], GREEDY))))
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
             results = await asyncio.gather(*tasks, return_exceptions=True)
             assert all(isinstance(result, list | RuntimeError) for result in results)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,30 @@ def test_keys_are_read_where_they_lie_where_that_is_faster(
     assert bool(calls) == expected
 
 
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_decodes_in_two_streams_are_those_in_one(
+    dtype: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second, calls = reference._second_stream, []
+    monkeypatch.setattr(reference, "_second_stream", lambda: calls.append(1) or second())
+    case = Case(BATCHES["mixed"], (14, 2), (64, 64), 16, window, None, True, dtype, False)
+    monkeypatch.setattr(reference, "_LEAST_FOR_TWO_STREAMS", 10**9)
+    check(case, seed=4, backend="reference")
+    assert not calls
+    monkeypatch.setattr(reference, "_LEAST_FOR_TWO_STREAMS", 1)
+    with ThreadPoolExecutor(1) as other_thread:  # MLX's streams belong to threads
+        for thread in (other_thread.submit, lambda function, *args, **kw: function(*args, **kw)):
+            thread(check, case, seed=4, backend="reference")
+    assert calls
+
+
 @pytest.mark.parametrize("spread", [7, 200], ids=["similar", "different"])
-def test_a_batch_of_decodes_builds_no_more_operations_than_a_few(spread: int, tmp_path: Path) -> None:
+def test_a_batch_of_decodes_builds_no_more_operations_than_a_few(
+    spread: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_LEAST_FOR_TWO_STREAMS", 1)
+
     def num_operations(batch_size: int) -> int:
         k_cache = mx.zeros((28 * batch_size, 8, 2, 32))
         out = paged_attention(
