@@ -3,10 +3,10 @@
     python benchmarks/concurrency.py [--quick] [--only throughput] [--json FILE]   measure, print, write raw numbers
     python benchmarks/concurrency.py --markdown FILE                               the tables of such a file
 
-`throughput` serves the same requests by this engine and by mlx-lm's BatchGenerator, 1, 2, 4 ... at a time, with 21
-million random weights in float32; how it is measured is in mlx_paged/compare.py. `memory_over_time` is counted, not
-timed: the tokens that an engine has in its blocks while it serves the requests of workload W3, and what other ways to
-hold the same sequences would take. benchmarks/plots.py draws both.
+`throughput` serves requests by this engine and by mlx-lm's BatchGenerator, 1, 2, 4 ... at a time and twice as many in
+all, with 21 million random weights in float32; how it is measured is in mlx_paged/compare.py. `memory_over_time` is
+counted, not timed: the tokens that an engine has in its blocks while it serves the requests of workload W3, and what
+other ways to hold the same sequences would take. benchmarks/plots.py draws both.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LOOK_EVERY = 16  # steps, so that a full run has a hundred rows or so
 
 
 def throughput(quick: bool) -> list[Row]:
-    """Thirty-two requests of mixed lengths, in a quick run eight, all there from the start."""
-    scale, repetitions = (QUICK_SCALE, 1) if quick else (1, REPETITIONS)
-    lengths = mixed_lengths(8 if quick else max(AT_ONCE), scale)
+    """Requests of mixed lengths, with means of 80 tokens in and 169 out, all there from the start."""
+    scale, repetitions = (QUICK_SCALE, 1) if quick else (2, REPETITIONS)
     rows = []
     for most in AT_ONCE[::3] if quick else AT_ONCE:
+        lengths = mixed_lengths(2 * most, scale)
         systems: list[System] = [MlxLm(at_once=most), paged(max_num_seqs=most)]
         case = Case("concurrency", f"{most} at once", lengths, systems)
         rows += [{"most": most} | row for row in compare(case, model(quick), repetitions)]
@@ -90,7 +90,7 @@ MEMORY_COLUMNS = {
 
 if __name__ == "__main__":
     parts = [
-        Part(throughput, "Throughput, 32 requests served so many at a time", THROUGHPUT_COLUMNS),
+        Part(throughput, "Throughput, so many requests at a time of twice as many", THROUGHPUT_COLUMNS),
         Part(memory_over_time, "Memory while the requests of W3 are served, in tokens", MEMORY_COLUMNS),
     ]
     report.main("concurrency.py", __doc__, parts, mlx_lm=mlx_lm.__version__)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from rich.console import Console
 
-from mlx_paged.bench_report import Columns, Row, describe_machine, markdown, terminal_table
+from mlx_paged.bench_report import Columns, Row, as_text, describe_machine, markdown, terminal_table
 
 
 class Part(NamedTuple):
@@ -43,14 +42,13 @@ def main(script: str, purpose: str, parts: Sequence[Part], **details: Any) -> No
         at = arguments.index("--only") if "--only" in arguments else arguments.index(f"--only={options.only}")
         del arguments[at : at + 1 + (arguments[at] == "--only")]
     machine = describe_machine(" ".join([f"python benchmarks/{script}", *arguments]), **details)
-    console = Console(highlight=False)
     results = _results_to_keep(options.json, machine) if options.only else {}
     for part in parts:
         if options.only not in (None, part.run.__name__):
             continue
         mx.random.seed(0)
         rows = results[part.run.__name__] = part.run(options.quick)
-        console.print(terminal_table(part.title, part.columns, rows), "")
+        print(as_text(terminal_table(part.title, part.columns, rows)), flush=True)
         results = {name: results[name] for name in names if name in results}
         if options.json:  # after each part, so that what was measured outlives a later part's failure
             options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")

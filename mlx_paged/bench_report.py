@@ -63,6 +63,18 @@ def terminal_table(title: str, columns: Columns, rows: Sequence[Row]) -> Table:
     return table
 
 
+def as_text(table: Table) -> str:
+    """A table as it is to be printed: a row is a line, if need be wider than the terminal, and nothing is cut off."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console(highlight=False)
+    console.width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
 def render(
     output: str,
     tables: Mapping[str, tuple[str, Columns]],
@@ -86,10 +98,6 @@ def render(
     if output == "md":
         parts = [f"{title}:\n\n{markdown(columns, results[part])}\n" for part, (title, columns) in tables.items()]
         return "\n".join(parts)
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    with console.capture() as captured:
-        for number, (part, (title, columns)) in enumerate(tables.items()):
-            console.print(*[""] * (number > 0), terminal_table(title, columns, results[part]))
-    return captured.get()
+    return "\n".join(
+        as_text(terminal_table(title, columns, results[part])) for part, (title, columns) in tables.items()
+    )

@@ -16,6 +16,7 @@ import pytest
 from test_benchmarks import run_benchmark
 
 from mlx_paged import random_models
+from mlx_paged.bench_report import as_text, terminal_table
 from mlx_paged.cli import cli
 from mlx_paged.workloads import WORKLOADS
 
@@ -127,7 +128,7 @@ def test_bad_usage_is_told_in_one_line(args: list[str], words: str) -> None:
     ("args", "words"),
     [
         (["-p", "3000"], "3001 tokens are more than the 2048 the model was made for"),
-        (["compare", "-w", "W6"], "W6 (4,096 in) takes 4,160 tokens of context, and the model was made for 2,048"),
+        (["compare", "-w", "W6"], "W6 (4 x 4,096 in) takes 4,160 tokens of context, and the model was made for 2,048"),
         (["--model", "/no/such/folder"], "/no/such/folder"),
         (["--num-kv-blocks", "2", "-p", "100", "-g", "0"], "100"),
     ],
@@ -208,6 +209,15 @@ def test_compare_runs_chosen_workloads_with_any_model() -> None:
     assert set(report["machine"]) - THREADS == MACHINE
     assert list(report["results"]) == ["W1", "W8"]
     check_comparison(report["results"])
+
+
+def test_a_table_that_is_wider_than_the_terminal_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    words = [f"unabbreviated{i}" for i in range(20)]
+    columns = {word: (word, "") for word in words}
+    table = as_text(terminal_table("title", columns, [{word: f"value of {word}" for word in words}]))
+    assert table.split() == ["title", *words, *" ".join(f"value of {word}" for word in words).split()]
+    assert len(table.splitlines()) == 3
 
 
 def test_compare_prints_a_table_for_each_workload_in_markdown() -> None:
