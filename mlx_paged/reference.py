@@ -21,12 +21,15 @@ what follows there, such as the next write, cannot overtake it.
 
 from __future__ import annotations
 
+import math
+import platform
 from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from numpy.polynomial import Chebyshev, Polynomial
 
 from mlx_paged.shared_prefix import SharedPrefix
 
@@ -38,8 +41,12 @@ _PARTS = np.array([1, 2, 4, 8, 16])  # of the longest context: the choice of chu
 _CHUNK_COST = 32  # what a further chunk costs, in keys
 _MOST_HEADS_AT_ONCE = 8  # KV heads, for products with whole blocks to be faster than copies
 _LEAST_FOR_TWO_STREAMS = 1024  # keys of chunks, for a second stream to be faster
+_CACHED_BYTES = 2 << 20  # of scores: on a CPU a prompt is computed in tiles that stay in its cache
+_LEAST_TILE = 16  # queries
 _LEAST_SAVED = 4096  # keys that are not read again, for a prefix to be computed once for all that share it
 _MOST_SHARED = 4  # prefixes of a step that are
+_LOG2_E = 1 / math.log(2)
+_EXP2 = Chebyshev.interpolate(np.exp2, 5, domain=[-1, 0]).convert(kind=Polynomial).coef.tolist()  # error below 1e-7
 
 
 class _Merge(NamedTuple):
@@ -180,8 +187,8 @@ def _attend_chunks(
             scores = _scores(queries, caches.k[chunks.rows], chunks.bias, scale, softcap)
         else:
             scores = _scores_in_blocks(queries, caches.k, chunks.blocks, scale, softcap)
-        weights = mx.softmax(scores, axis=-1)
-        return weights @ caches.v[chunks.rows].astype(mx.float32), _log_total(scores, weights)
+        weights, log_total = _softmax(scores)
+        return weights @ caches.v[chunks.rows].astype(mx.float32), log_total
 
 
 def _attend_shared(
@@ -195,8 +202,8 @@ def _attend_shared(
     queries = q[shared.tokens].astype(mx.float32).reshape(num_members, num_kv_heads, -1, q.shape[2])
     queries = queries.swapaxes(0, 1).flatten(1, 2)
     scores = _scores(queries, caches.k[shared.rows], mx.zeros((1, 1, 1)), scale, softcap)
-    weights = mx.softmax(scores, axis=-1)
-    results = weights @ caches.v[shared.rows].astype(mx.float32), _log_total(scores, weights)
+    weights, log_total = _softmax(scores)
+    results = weights @ caches.v[shared.rows].astype(mx.float32), log_total
     out, log_total = (array.reshape(num_kv_heads, num_members, -1, array.shape[2]) for array in results)
     return out.swapaxes(0, 1), log_total.swapaxes(0, 1)
 
@@ -228,9 +235,34 @@ def _scores_in_blocks(
     return mx.where(blocks.visible, scores, -mx.inf)
 
 
-def _log_total(scores: mx.array, weights: mx.array) -> mx.array:
-    """The log of the sum of exp(scores), [..., 1], with no second pass of exp."""
-    return scores.max(axis=-1, keepdims=True) - mx.log(weights.max(axis=-1, keepdims=True))
+def _softmax(scores: mx.array) -> tuple[mx.array, mx.array]:
+    """Over the last axis, and the logs of the sums of exp(scores), [..., 1]; float32."""
+    top = scores.max(axis=-1, keepdims=True)
+    if _exp_is_slow():
+        weights = _exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        return weights / total, top + mx.log(total)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    return weights, top - mx.log(weights.max(axis=-1, keepdims=True))  # no second pass of exp
+
+
+def _exp_is_slow() -> bool:
+    """Where MLX computes exponentials one by one: on x86 twenty nanoseconds each, where those of `_exp` take seven."""
+    return mx.default_device() == mx.cpu and platform.machine() in ("x86_64", "AMD64")
+
+
+def _exp(x: mx.array) -> mx.array:
+    """exp(x) for x <= 0, as 2**(n + f) with f in (-1, 0]: by its exponent and a polynomial.
+
+    It is never less than 2**-100, 8e-31, so that no product of it is denormal: those take ten times as long.
+    """
+    x = mx.maximum(x * _LOG2_E, -100)
+    n = x.astype(mx.int32)
+    f = x - n
+    power = _EXP2[-1]
+    for coefficient in _EXP2[-2::-1]:
+        power = power * f + coefficient
+    return power * ((n + 127) << 23).view(mx.float32)
 
 
 def _merged(out: mx.array, log_total: mx.array, merge: _Merge | None, sinks: mx.array | None) -> mx.array:
@@ -259,7 +291,10 @@ def _prefill(
     queries = q[group.tokens].astype(dtype).transpose(0, 2, 1, 3)
     sinks = None if sinks is None else sinks.astype(dtype)
     k, v = (cache[group.rows].astype(dtype) for cache in caches)
-    out = _softmax_attention(queries, k, v, group.visible, scale, softcap, sinks)
+    if softcap is None and not _exp_is_slow():
+        out = mx.fast.scaled_dot_product_attention(queries, k, v, scale=scale, mask=group.visible, sinks=sinks)
+    else:
+        out = _softmax_attention(queries, k, v, group.visible, scale, softcap, sinks)
     return out.transpose(0, 2, 1, 3).flatten(0, 1).astype(q.dtype)
 
 
@@ -273,18 +308,18 @@ def _softmax_attention(
     sinks: mx.array | None,
 ) -> mx.array:
     """q [batch, heads, queries, dim], k and v [batch, kv_heads, keys, dim], visible [batch, 1, queries, keys]."""
-    if softcap is None:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=visible, sinks=sinks)
     batch, heads, queries, dim = q.shape
-    groups = heads // k.shape[1]
-    q = q.reshape(batch, -1, groups, queries, dim)
-    scores = (q * scale) @ k[:, :, None].swapaxes(-1, -2)
-    scores = mx.where(visible[:, :, None], mx.tanh(scores / softcap) * softcap, -mx.inf)
+    num_kv_heads, keys = k.shape[1:3]
+    q = (q * (scale if softcap is None else scale / softcap)).reshape(batch, num_kv_heads, -1, dim)
+    scores = (q @ k.swapaxes(-1, -2)).astype(mx.float32).reshape(batch, heads, queries, keys)
+    if softcap is not None:
+        scores = mx.tanh(scores) * softcap
+    scores = mx.where(visible, scores, -mx.inf)
     if sinks is not None:
-        sink_column = mx.broadcast_to(sinks.reshape(1, -1, groups, 1, 1), (*scores.shape[:-1], 1))
+        sink_column = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, -1, 1, 1), (batch, heads, queries, 1))
         scores = mx.concatenate([scores, sink_column], axis=-1)
-    weights = mx.softmax(scores, axis=-1, precise=True)[..., : k.shape[2]]
-    return (weights @ v[:, :, None]).reshape(batch, heads, queries, -1)
+    weights = _softmax(scores)[0][..., :keys].astype(v.dtype)
+    return (weights.reshape(batch, num_kv_heads, -1, keys) @ v).reshape(batch, heads, queries, -1)
 
 
 def _plan(metadata: AttentionMetadata, shape: _Shape) -> _Plan:
@@ -303,14 +338,17 @@ def _plan(metadata: AttentionMetadata, shape: _Shape) -> _Plan:
         if num_queries == 1 and shape.window is None and metadata.find_shared is not None:
             prefixes = _worth_sharing(metadata.find_shared(seqs))
             num_keys = _without(prefixes, seqs, num_keys)
-        for members in _similar_lengths(seqs, num_keys, max_keys, int(_PARTS[-1]) if num_queries == 1 else 2):
+        most, spread = max_keys, int(_PARTS[-1]) if num_queries == 1 else 2
+        if num_queries > 1 and mx.default_device() == mx.cpu:
+            most = min(most, _CACHED_BYTES // (4 * shape.num_heads * min(num_queries, _LEAST_TILE)))
+        for members in _similar_lengths(seqs, num_keys, most, spread):
             if num_queries == 1:
                 groups.append(_decodes(metadata, shape, members, num_keys[members], _among(prefixes, seqs, members)))
                 if len(members) == len(lengths):  # the common case
                     return _Plan(groups, None, 0)
                 runs.append(starts[members, None] + [0, 0])
                 continue
-            tile = max(1, _MAX_BYTES // (4 * shape.num_heads * len(members) * int(num_keys[members].max())))
+            tile = _tile(4 * shape.num_heads * len(members) * int(num_keys[members].max()))
             for begin in range(0, num_queries, tile):
                 size = min(tile, num_queries - begin)
                 groups.append(_prompts(metadata, shape, members, begin, size))
@@ -322,6 +360,14 @@ def _plan(metadata: AttentionMetadata, shape: _Shape) -> _Plan:
         return _Plan(groups, None, num_padding)
     tokens = [np.arange(begin, end + 1) for begin, end in zip(first.tolist(), last.tolist(), strict=True)]
     return _Plan(groups, mx.array(np.argsort(np.concatenate(tokens)).astype(np.int32)), num_padding)
+
+
+def _tile(bytes_per_query: int) -> int:
+    """How many queries of prompts are computed at once."""
+    most = _MAX_BYTES // bytes_per_query
+    if mx.default_device() == mx.cpu:
+        most = min(most, max(_LEAST_TILE, _CACHED_BYTES // bytes_per_query))
+    return max(1, most)
 
 
 def _worth_sharing(prefixes: list[SharedPrefix]) -> list[SharedPrefix]:

@@ -49,6 +49,43 @@ def test_it_equals_dense_attention_over_the_grid(part: int) -> None:
         check(case, seed=number, backend="reference")
 
 
+@pytest.mark.parametrize("slow", [False, True], ids=["MLX's exponentials", "our own"])
+def test_it_equals_dense_attention_with_exponentials_of_either_kind(
+    slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_exp_is_slow", lambda: slow)
+    for number, case in enumerate(CASES[::8]):
+        check(case, seed=number, backend="reference")
+
+
+def test_exponentials_are_exact_to_seven_digits_and_never_so_small_that_arithmetic_is_slow() -> None:
+    x = np.concatenate([-np.logspace(-8, 1.8, 999), [0.0]]).astype(np.float32)
+    np.testing.assert_allclose(np.array(reference._exp(mx.array(x))), np.exp(x.astype(np.float64)), rtol=4e-6)
+    near = x[x > -1]
+    np.testing.assert_allclose(np.array(reference._exp(mx.array(near))), np.exp(near.astype(np.float64)), rtol=3e-7)
+    far = np.array(reference._exp(mx.array([-100.0, -1e9, -mx.inf])))
+    np.testing.assert_allclose(far, 2.0**-100, rtol=3e-7)
+    assert np.isnan(np.array(reference._exp(mx.array([mx.nan, -1.0])))).tolist() == [True, False]
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="on a GPU tiles are bounded by memory alone")
+def test_on_a_cpu_prompts_are_computed_in_tiles_that_see_no_more_than_they_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reference, "_CACHED_BYTES", 4 * 4 * 16 * 100)
+    seen = []
+    original = reference._prompts
+
+    def prompts(*args: Any) -> Any:
+        group = original(*args)
+        seen.append((group.tokens.shape[1], group.rows.shape[2]))
+        return group
+
+    monkeypatch.setattr(reference, "_prompts", prompts)
+    check(Case(((64, 100),), (4, 2), (64, 64), 8, None, None, False, "float32", False), seed=1, backend="reference")
+    assert seen == [(16, 52), (16, 68), (16, 84), (16, 100)]
+
+
 @pytest.mark.parametrize("limit", [1, 20_000])
 def test_tiles_and_groups_bounded_by_memory_give_the_same_result(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_MAX_BYTES", limit)
