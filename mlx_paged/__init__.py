@@ -58,11 +58,18 @@ def __getattr__(name: str) -> Any:
 
 
 def _require_mlx() -> None:
-    """Raise ImportError, in one line, where mlx is installed without a backend (as pip does on Linux)."""
+    """Raise ImportError, in one line, where mlx has no backend (pip installs none on Linux) or one that can't start."""
     try:
         import mlx.core  # noqa: F401
     except ImportError as error:
+        reason = str(error).splitlines()[0]
+        if "cuda" in reason.lower():  # libcuda.so.1 is missing, or a first call of CUDA's runtime failed
+            raise ImportError(
+                "MLX's CUDA backend can't use a GPU here: there is none, or NVIDIA's driver is missing or too old for "
+                "CUDA 13 (nvidia-smi shows both); for the CPU install 'mlx-paged[cpu]' in an environment of its own "
+                f"({reason})"
+            ) from None
         raise ImportError(
             "mlx has no backend here: install mlx-paged with one, pip install 'mlx-paged[cpu]' or 'mlx-paged[cuda]' "
-            f"({str(error).splitlines()[0]})"
+            f"({reason})"
         ) from None

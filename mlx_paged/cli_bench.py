@@ -50,7 +50,7 @@ def run(
         engine["num_kv_blocks"] = most * -(-longest // engine.get("block_size", 16))
 
     def start() -> Any:
-        from mlx_paged.llm import LLM
+        from mlx_paged import LLM
 
         loaded = _load(model, shape, engine.get("dtype"))
         if loaded.max_model_len is not None and longest > loaded.max_model_len:

@@ -28,7 +28,6 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
 
     dtype: of the weights; None keeps them as stored, except that a CPU gets float32. Raises ModelError.
     """
-    check_device()
     _check_family(hub.resolve(name, config_only=True))  # before gigabytes of weights are fetched in vain
     folder = hub.resolve(name)
     hub.check_files(folder)
@@ -45,15 +44,6 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
         warnings.warn(message, EngineWarning, stacklevel=2)
     set_dtype(model, dtype)
     return LoadedModel(model, tokenizer, context_of(config))
-
-
-def check_device() -> None:
-    """Raise ModelError if MLX was built for NVIDIA's cards and finds none: then it computes nothing at all."""
-    if mx.cuda.is_available() and mx.device_count(mx.gpu) == 0:
-        raise ModelError(
-            "MLX's CUDA backend finds no GPU: there is none, or its driver is too old for CUDA 13 (nvidia-smi shows "
-            "both); for the CPU install mlx-paged[cpu] in an environment of its own"
-        )
 
 
 def _check_family(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +14,6 @@ from mlx.utils import tree_flatten
 from mlx_paged import ModelError
 from mlx_paged.errors import EngineWarning
 from mlx_paged.models import loading, registry
-from mlx_paged.random_models import make_random_model
 
 
 def test_a_family_that_was_never_tested_is_loaded_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,16 +55,3 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path, demo_folder: Path) -> None:
     (tmp_path / "model" / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="has no tokenizer that can be read"):
         loading.load(tmp_path / "model", None)
-
-
-@pytest.mark.parametrize("load", [lambda: loading.load(None, None), lambda: make_random_model("qwen2-20m")])
-def test_an_mlx_for_nvidias_cards_without_a_card_is_one_clear_line(
-    load: Callable[[], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As MLX behaves there: its device is a GPU whether there is one or not, and nothing can be computed."""
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_count", lambda device: 0)
-    with pytest.raises(ModelError, match=r"no GPU.*driver is too old.*install mlx-paged\[cpu\]"):
-        load()
-    monkeypatch.setattr(mx, "device_count", lambda device: 1)
-    load()

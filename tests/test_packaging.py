@@ -96,3 +96,28 @@ def test_installed_editable_it_generates(checkout: Path, fresh_python: Path, tmp
 
 def test_from_a_bare_checkout_it_generates(checkout: Path, fresh_python: Path) -> None:
     _generates(fresh_python, checkout, checkout)
+
+
+@pytest.mark.parametrize(
+    ("why", "expected"),
+    [
+        ("libmlx.so: cannot open shared object file", "mlx has no backend here: install mlx-paged with one"),
+        ("libcuda.so.1: cannot open shared object file", "driver is missing or too old for CUDA 13"),
+        ("cudaMallocManaged(&data, size) failed: no CUDA-capable device is detected", "for the CPU install"),
+    ],
+)
+def test_an_mlx_that_cannot_start_is_one_line_on_what_to_install(why: str, expected: str, tmp_path: Path) -> None:
+    """As it fails without a backend's package, and that of CUDA without a driver and without a device."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text(f"raise ImportError({why!r})\n")
+    for arguments in (["generate", "Hello"], ["bench"], ["inspect"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_paged", *arguments],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert done.stdout == ""
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("mlx-paged: ") and expected in line and line.endswith(f"({why})")
