@@ -18,7 +18,7 @@ from workloads import QUICK_SCALE, REPETITIONS, model
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.compare import COLUMNS, compare
-from mlx_paged.models.loading import load
+from mlx_paged.random_models import make_random_model
 from mlx_paged.workloads import WORKLOADS, Case, MlxLm, Paged, System, mixed_lengths, paged
 
 AT_ONCE = (1, 2, 4, 8, 16, 32)
@@ -38,7 +38,7 @@ def throughput(quick: bool) -> list[Row]:
 
 
 def memory_over_time(quick: bool) -> list[Row]:
-    """Tokens, after every sixteenth step (in a quick run after each). The model is the demo model: it decides nothing.
+    """Tokens, after every sixteenth step (in a quick run after each). The model is a tiny one: it decides nothing.
 
     used: those that have a slot; blocks: the slots of all blocks that are taken; pool: of all there are. padded,
     reserved: what mlx-lm's batch and a fixed reservation would take for the sequences that run in this step.
@@ -47,7 +47,7 @@ def memory_over_time(quick: bool) -> list[Row]:
     reserved, padded, _, ours = case.systems
     assert isinstance(reserved, Paged) and isinstance(padded, Paged) and isinstance(ours, Paged)
     assert reserved.row is not None and padded.row is not None
-    engine = LLM.from_model(load(None, "float32").model, **ours.config).engine
+    engine = LLM.from_model(make_random_model("qwen2-tiny", "float32").model, **ours.config).engine
     for task in case.tasks(0, vocab_size=1000):
         engine.add_request(task.prompt, SamplingParams(temperature=0, max_tokens=task.num_tokens, ignore_eos=True))
     rows, manager = [], engine.block_manager

@@ -6,6 +6,17 @@ import importlib
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2-tiny": {  # only to see something run
+        "model_type": "qwen2",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
     "qwen2-20m": {
         "model_type": "qwen2",
         "hidden_size": 512,

@@ -15,22 +15,13 @@ import click.testing
 import pytest
 from test_benchmarks import run_benchmark
 
-from mlx_paged import random_models
 from mlx_paged.bench_report import as_text, terminal_table
 from mlx_paged.cli import cli
 from mlx_paged.workloads import WORKLOADS
 
-TINY = {"model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61, "tie_word_embeddings": True}
 THREADS = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}  # told where they are set
 MACHINE = {"platform", "device", "cpu_count", "python", "mlx", "mlx_lm", "preloaded", "command"}
 TEXT = {"workload", "case", "system"}
-
-
-@pytest.fixture(autouse=True)
-def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest of the shapes is much smaller here."""
-    monkeypatch.setitem(random_models.SHAPES, "qwen2-20m", TINY)
 
 
 def run(*args: object) -> click.testing.Result:
@@ -43,7 +34,7 @@ def run_well(*args: object) -> str:
     return result.stdout
 
 
-SMALL = ("--random-weights", "qwen2-20m", "-p", 9, "-g", 5, "-b", "1,3", "-n", 2)
+SMALL = ("--random-weights", "qwen2-tiny", "-p", 9, "-g", 5, "-b", "1,3", "-n", 2)
 
 
 # -- the speed of one model ---------------------------------------------------------------------------------------
@@ -63,7 +54,7 @@ def test_json_has_a_row_for_each_test_and_batch_size_with_all_samples() -> None:
 
 def test_the_other_forms_hold_the_same_rows() -> None:
     table = run_well(*SMALL)
-    for word in ("random weights, qwen2-20m", "pp9", "tg5", "tokens/s"):
+    for word in ("random weights, qwen2-tiny", "pp9", "tg5", "tokens/s"):
         assert word in table
     lines = run_well(*SMALL, "-o", "md").strip().split("\n")
     assert lines[2] == "| test | batch | tokens/s | ± |"
@@ -204,7 +195,7 @@ def test_what_is_counted_is_what_the_workload_says(quick: tuple[str, dict[str, A
 
 
 def test_compare_runs_chosen_workloads_with_any_model() -> None:
-    args = ("compare", "--random-weights", "qwen2-20m", "-w", "w1,w8", "--scale", 32, "-n", 2, "-o", "json")
+    args = ("compare", "--random-weights", "qwen2-tiny", "-w", "w1,w8", "--scale", 32, "-n", 2, "-o", "json")
     report = json.loads(run_well(*args))
     assert set(report["machine"]) - THREADS == MACHINE
     assert list(report["results"]) == ["W1", "W8"]
@@ -221,6 +212,6 @@ def test_a_table_that_is_wider_than_the_terminal_is_not_cut_off(monkeypatch: pyt
 
 
 def test_compare_prints_a_table_for_each_workload_in_markdown() -> None:
-    printed = run_well("compare", "--random-weights", "qwen2-20m", "-w", "W1,W3", "--scale", 64, "-n", 1, "-o", "md")
+    printed = run_well("compare", "--random-weights", "qwen2-tiny", "-w", "W1,W3", "--scale", 64, "-n", 1, "-o", "md")
     assert printed.count("| case | system | at once |") == 2
-    assert "W3, a fixed budget of KV memory: random weights, qwen2-20m:" in printed
+    assert "W3, a fixed budget of KV memory: random weights, qwen2-tiny:" in printed
