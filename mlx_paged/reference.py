@@ -15,8 +15,8 @@ device, once per step: the host handles a few numbers per sequence, whatever the
 On a CPU decodes over float32 keys gather values alone: MLX's `gather_mm` multiplies queries with keys where they lie. A
 block is a matrix [block_size, num_kv_heads * dim], so a query goes in with zeros in the place of the other heads. That
 multiplies num_kv_heads times as often and still is faster, up to 8 of them: memory is what this waits for. And as MLX
-computes a stream of operations on one core, half of the chunks go into a second stream, which the first then waits for:
-what follows there, such as the next write, cannot overtake it.
+computes a stream of operations on one core, half of many chunks go into a second stream, which the first then waits
+for: what follows there, such as the next write, cannot overtake it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MAX_BYTES = 128 << 20
 _PARTS = np.array([1, 2, 4, 8, 16])  # of the longest context: the choice of chunk sizes
 _CHUNK_COST = 32  # what a further chunk costs, in keys
 _MOST_HEADS_AT_ONCE = 8  # KV heads, for products with whole blocks to be faster than copies
-_LEAST_FOR_TWO_STREAMS = 1024  # keys of chunks, for a second stream to be faster
+_LEAST_FOR_TWO_STREAMS = 16384  # keys of chunks: with fewer a second stream costs more than it brings
 _CACHED_BYTES = 2 << 20  # of scores: on a CPU a prompt is computed in tiles that stay in its cache
 _LEAST_TILE = 16  # queries
 _LEAST_SAVED = 4096  # keys that are not read again, for a prefix to be computed once for all that share it
