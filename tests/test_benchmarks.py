@@ -563,9 +563,8 @@ def table_against_mlx_lm(results: dict[str, Any]) -> str:
             ours = own[-1]
             for other in own:
                 if other is own[0] or other["system"] == "mlx-lm, prompt cache":
-                    label = f"{name}, {WORKLOADS[name].about}: {case}" + ", and its prompt cache" * (
-                        other is not own[0]
-                    )
+                    also = "" if other is own[0] else ", and its prompt cache"
+                    label = f"{name}, {WORKLOADS[name].about}: {case}{also}"
                     ratio = ours["speedup"] / other["speedup"]
                     speeds = f"{other['tokens_per_s']:,.0f} | {ours['tokens_per_s']:,.0f} | {ratio:.2f}x"
                     memory = f"{other['kv_peak_mb']:,.0f} | {ours['kv_peak_mb']:,.0f}"
