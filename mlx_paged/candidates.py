@@ -2,6 +2,8 @@
 
 import mlx.core as mx
 
+from mlx_paged.exponential import logsumexp
+
 
 def beam_candidates(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
     """The k most likely tokens of each row, and their log-probabilities; of equal logits the lower token ids.
@@ -14,7 +16,7 @@ def beam_candidates(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
     logits = logits.astype(mx.float32)
     keys = mx.partition(_keys(logits), k - 1, axis=-1)[:, :k] if k < vocab_size else _keys(logits)
     token_ids = mx.sort(keys, axis=-1).astype(mx.uint32).astype(mx.int32)  # the low half
-    normaliser = mx.logsumexp(logits, axis=-1, keepdims=True)
+    normaliser = logsumexp(logits)
     # Said outright, since the fast exponentials of a GPU need not pass a NaN on.
     normaliser = mx.where(mx.isnan(logits).any(axis=-1, keepdims=True), mx.nan, normaliser)
     return token_ids, mx.take_along_axis(logits, token_ids, axis=-1) - normaliser

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_paged.exponential import logsumexp
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.token_counts import TokenCounts
 
@@ -129,7 +130,7 @@ class Sampler:
         if batch is None or not np.array_equal(batch.rows, rows):
             batch = self._batch = self._gather(rows)
         logits = logits.astype(mx.float32)
-        normalizer = mx.logsumexp(logits, axis=-1, keepdims=True)
+        normalizer = logsumexp(logits)
         normalizer = mx.where(normalizer < mx.inf, normalizer, mx.nan)
 
         scores = logits if masks is None else _mask(logits, masks)
