@@ -1,7 +1,8 @@
 """A second tier for blocks that leave the pool: in host memory, or in files that may outlive the process.
 
 A block's K and V are kept under a key that names its prefix, so what comes back is what any request with that prefix
-needs. A file is written under another name and renamed when it is whole, and says which model it belongs to.
+needs. A file is written under another name and renamed when it is whole, and says which model it belongs to. It also
+has a checksum, as what a disk gives back need not be what was given to it.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +95,7 @@ class FolderStore:
     def put(self, key: str, content: BlockContent) -> None:
         partial = self._folder / f"{key}.{os.getpid()}.partial.safetensors"
         try:
-            mx.save_safetensors(str(partial), content, {"model": self._model, "key": key})
+            mx.save_safetensors(str(partial), content, self._metadata(key, content))
             partial.replace(self._path(key))
         except (RuntimeError, OSError) as error:  # mlx reports a full disk as RuntimeError
             partial.unlink(missing_ok=True)
@@ -110,10 +112,16 @@ class FolderStore:
             mx.eval(content)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a whole block ({error})") from error
-        if metadata.get("model") != self._model or metadata.get("key") != key:
+        expected = self._metadata(key, content)
+        if any(metadata.get(name) != expected[name] for name in ("model", "key")):
             raise ValueError(f"{path} was written for another model or prefix")
+        if metadata.get("crc32") != expected["crc32"]:
+            raise ValueError(f"{path} is not what was written")
         self._sizes.move_to_end(key)
         return content
+
+    def _metadata(self, key: str, content: BlockContent) -> dict[str, str]:
+        return {"model": self._model, "key": key, "crc32": checksum(content)}
 
     def drop(self, key: str) -> None:
         self._used -= self._sizes.pop(key)
@@ -228,6 +236,14 @@ class Stores:
         if not self._has_warned:
             _warn(f"what can't be read back is computed again: {error}")
         self._has_warned = True
+
+
+def checksum(content: BlockContent) -> str:
+    """Of the bytes of all arrays, in the order of their names."""
+    crc = 0
+    for name in sorted(content):
+        crc = zlib.crc32(np.ascontiguousarray(content[name].view(mx.uint8)), crc)
+    return f"{crc:08x}"
 
 
 def _size(content: BlockContent) -> int:

@@ -23,6 +23,8 @@ from mlx_paged.reference_plan import Blocks, Chunks, Decodes, Merge, Prompts, Sh
 if TYPE_CHECKING:
     from mlx_paged.attention import AttentionMetadata
 
+_LEAST_FOR_OWN_EXP = 8192  # scores: with fewer its operations cost more than they save
+
 
 class _Rows(NamedTuple):
     """The caches as [-1, dim]."""
@@ -45,7 +47,8 @@ def attend(
     """The reference backend of `paged_attention`; shapes as there."""
     _, block_size, num_kv_heads, key_dim = k_cache.shape
     num_heads, value_dim = q.shape[1], v_cache.shape[3]
-    shape = Shape(block_size, num_kv_heads, num_heads, key_dim + value_dim, window, k_cache.dtype)
+    scale = scale if softcap is None else scale / softcap
+    shape = Shape(block_size, num_kv_heads, num_heads, key_dim + value_dim, window, scale, k_cache.dtype)
     plan = metadata.derive(shape, lambda: make_plan(metadata, shape))
     caches = _Rows(k_cache.flatten(0, 2), v_cache.flatten(0, 2))
     outputs = []
@@ -87,7 +90,7 @@ def _attend_chunks(
         if chunks.blocks is None:
             scores = _scores(queries, caches.k[chunks.rows], chunks.bias, scale, softcap)
         else:
-            scores = _scores_in_blocks(queries, caches.k, chunks.blocks, scale, softcap)
+            scores = _scores_in_blocks(queries, caches.k, chunks.blocks, softcap)
         return _average(scores, caches.v[chunks.rows].astype(mx.float32))
 
 
@@ -112,20 +115,17 @@ def _scores(queries: mx.array, keys: mx.array, bias: mx.array, scale: float, sof
     keys = keys.astype(mx.float32).swapaxes(-1, -2)
     if softcap is None:
         return mx.addmm(bias, queries, keys, alpha=scale)
-    return mx.tanh((queries * (scale / softcap)) @ keys) * softcap + bias
+    return mx.tanh((queries * scale) @ keys) * softcap + bias
 
 
-def _scores_in_blocks(
-    queries: mx.array, keys: mx.array, blocks: Blocks, scale: float, softcap: float | None
-) -> mx.array:
+def _scores_in_blocks(queries: mx.array, keys: mx.array, blocks: Blocks, softcap: float | None) -> mx.array:
     """queries [num_chunks, kv_heads, heads / kv_heads, dim] -> [num_chunks, kv_heads, heads / kv_heads, chunk_size].
 
     Where a chunk has no key anything may have been read, NaN included, and the score is -inf.
     """
     num_chunks, num_kv_heads, num_grouped, dim = queries.shape
     chunk_size, num_blocks = blocks.visible.shape[3], blocks.chunks.shape[1]
-    own_head = blocks.own_head * (scale if softcap is None else scale / softcap)
-    spread = (mx.expand_dims(queries, 3) * own_head).reshape(num_chunks, -1, num_kv_heads * dim)
+    spread = (mx.expand_dims(queries, 3) * blocks.own_head).reshape(num_chunks, -1, num_kv_heads * dim)
     keys = keys.reshape(-1, chunk_size // num_blocks, num_kv_heads * dim).swapaxes(1, 2)
     scores = mx.gather_mm(spread, keys, blocks.chunks, blocks.block_ids)
     scores = scores.swapaxes(1, 2).reshape(num_chunks, num_kv_heads, num_grouped, chunk_size)
@@ -140,7 +140,7 @@ def _average(scores: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
     scores: float32 [..., rows, keys]. Weights are of the values' dtype, the logs float32.
     """
     top = scores.max(axis=-1, keepdims=True)
-    if exp_is_slow():
+    if exp_is_slow() and scores.size >= _LEAST_FOR_OWN_EXP:
         weights = exp(scores - top)
         total = weights.sum(axis=-1, keepdims=True)
         return weights.astype(values.dtype) @ values / total, top + mx.log(total)
@@ -194,7 +194,7 @@ def _prompt_attention(
     """q [batch, heads, queries, dim], k and v [batch, kv_heads, keys, dim], visible [batch, 1, queries, keys]."""
     batch, heads, queries, dim = q.shape
     num_kv_heads, keys = k.shape[1:3]
-    q = (q * (scale if softcap is None else scale / softcap)).reshape(batch, num_kv_heads, -1, dim)
+    q = (q * scale).reshape(batch, num_kv_heads, -1, dim)
     scores = (q @ k.swapaxes(-1, -2)).astype(mx.float32).reshape(batch, heads, queries, keys)
     if softcap is not None:
         scores = mx.tanh(scores) * softcap

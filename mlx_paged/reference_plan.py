@@ -70,7 +70,7 @@ class Blocks(NamedTuple):
     chunks: mx.array  # uint32 [num_chunks, blocks_per_chunk]: the number of the chunk
     block_ids: mx.array  # likewise; another block of the sequence in the place of one that the chunk does not have
     visible: mx.array  # bool [num_chunks, 1, 1, chunk_size]: which keys are the chunk's
-    own_head: mx.array  # [num_kv_heads, 1, num_kv_heads, 1]: 1 for a head with itself, otherwise 0
+    own_head: mx.array  # [num_kv_heads, 1, num_kv_heads, 1]: the queries' scale for a head with itself, otherwise 0
 
 
 class SharedKeys(NamedTuple):
@@ -102,6 +102,7 @@ class Shape(NamedTuple):
     num_heads: int
     dims: int  # of a key and a value together
     window: int | None
+    scale: float  # of the queries
     dtype: mx.Dtype  # of the caches
 
     @property
@@ -208,7 +209,7 @@ def _decodes(
         block_ids = metadata.block_tables[_column(owners), first_keys // shape.block_size].astype(mx.uint32)
         numbers = mx.broadcast_to(mx.arange(len(owners), dtype=mx.uint32)[:, None], block_ids.shape)
         visible = mx.broadcast_to(bias == 0, (len(owners), 1, 1, chunk_size))
-        own_head = mx.eye(shape.num_kv_heads)[:, None, :, None]
+        own_head = shape.scale * mx.eye(shape.num_kv_heads)[:, None, :, None]
         all_chunks = all_chunks._replace(blocks=Blocks(mx.contiguous(numbers), block_ids, visible, own_head))
     parts = [all_chunks]
     if mx.default_device() == mx.cpu and len(owners) > 1 and len(owners) * chunk_size >= _LEAST_FOR_TWO_STREAMS:

@@ -23,6 +23,14 @@ class SharedPrefix(NamedTuple):
         return (len(self.members) - 1) * self.num_tokens
 
 
+class _Choice(NamedTuple):
+    """Groups among some sequences, and what they save in blocks, with what those outside of them save elsewhere."""
+
+    num_saved: int
+    groups: list[SharedPrefix]
+    rest: list[np.ndarray]
+
+
 def find_shared_prefixes(tables: np.ndarray, context_lens: np.ndarray, block_size: int) -> list[SharedPrefix]:
     """Groups of sequences, each sequence in one of them at most, that together save the most reads.
 
@@ -31,29 +39,34 @@ def find_shared_prefixes(tables: np.ndarray, context_lens: np.ndarray, block_siz
     """
     num_whole = np.maximum(context_lens - 1, 0) // block_size
 
-    def best(members: np.ndarray, first: int) -> list[SharedPrefix]:
-        """Of two members or more, whose first `first` blocks are the same."""
-        length = _num_same(tables, members, first, int(num_whole[members].min()))
+    def best(members: np.ndarray, above: list[int]) -> list[_Choice]:
+        """What saves the most among members whose first `above[-1]` blocks are the same, for each number in `above`:
+        so many blocks does a member save that is left to a group of more sequences.
+        """
+        length = _num_same(tables, members, above[-1], int(num_whole[members].min()))
         is_longer = num_whole[members] > length
         longer = members[is_longer]
         branches, loners = _equal(longer, tables[longer, length]) if len(longer) else ([], longer)
-        pool, of_pool, groups = [members[~is_longer], loners], list[SharedPrefix](), list[SharedPrefix]()
-        for branch in branches:
-            of_branch = best(branch, length)
-            if _num_saved(of_branch) > len(branch) * length * block_size:  # more than they save among the others
-                groups += of_branch
-            else:
-                pool.append(branch)
-                of_pool += of_branch
-        trunk = SharedPrefix(np.sort(np.concatenate(pool)), length * block_size)
-        return groups + (of_pool if _num_saved(of_pool) > trunk.num_saved else [trunk])
+        alone = np.concatenate([members[~is_longer], loners])
+        levels = [*above, length]
+        of_branches = list(zip(*(best(branch, levels) for branch in branches), strict=True)) or [()] * len(levels)
+        choices = [_joined(alone, level, of_level) for level, of_level in zip(levels, of_branches, strict=True)]
+        num_saved, groups, rest = choices.pop()
+        trunk = SharedPrefix(np.sort(np.concatenate(rest)), length * block_size)
+        with_trunk = _Choice(num_saved - length, [*groups, trunk], [])
+        return [max(choice, with_trunk, key=lambda each: (each.num_saved, -len(each.groups))) for choice in choices]
 
-    groups = best(np.arange(len(tables)), 0) if len(tables) > 1 else []
+    groups = best(np.arange(len(tables)), [0])[0].groups if len(tables) > 1 else []
     return [group for group in groups if group.num_saved >= LEAST_KEYS_SAVED]
 
 
-def _num_saved(groups: Sequence[SharedPrefix]) -> int:
-    return sum(group.num_saved for group in groups)
+def _joined(alone: np.ndarray, level: int, choices: Sequence[_Choice]) -> _Choice:
+    """Choices together, and sequences that are in no group."""
+    return _Choice(
+        len(alone) * level + sum(choice.num_saved for choice in choices),
+        [group for choice in choices for group in choice.groups],
+        [alone, *(members for choice in choices for members in choice.rest)],
+    )
 
 
 def _num_same(tables: np.ndarray, members: np.ndarray, first: int, last: int) -> int:

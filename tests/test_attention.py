@@ -54,6 +54,7 @@ def test_it_equals_dense_attention_with_exponentials_of_either_kind(
     slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "exp_is_slow", lambda: slow)
+    monkeypatch.setattr(reference, "_LEAST_FOR_OWN_EXP", 1)
     for number, case in enumerate(CASES[::8]):
         check(case, seed=number, backend="reference")
 
@@ -128,6 +129,7 @@ def test_a_batch_of_decodes_builds_no_more_operations_than_a_few(
     spread: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference_plan, "_LEAST_FOR_TWO_STREAMS", 1)
+    monkeypatch.setattr(reference, "_LEAST_FOR_OWN_EXP", 1)
 
     def num_operations(batch_size: int) -> int:
         k_cache = mx.zeros((28 * batch_size, 8, 2, 32))

@@ -29,7 +29,7 @@ import pytest
 from workload import FAMILIES, Alone, Asked, Results, assert_idle, make_engine, tiny, tiny_tokenizer
 
 import mlx_paged
-from mlx_paged import LLM, BeamSearchParams, SamplingParams
+from mlx_paged import LLM, BeamSearchParams, SamplingParams, block_store
 from mlx_paged import engine as engine_module
 from mlx_paged.beam_search import BeamSearch
 from mlx_paged.completion import Completer
@@ -456,17 +456,26 @@ def replace_by_folder(path: Path) -> None:
 def change_layout(path: Path) -> None:
     content, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
     content = {name: mx.array(np.array(array)[:, :, :1]) for name, array in content.items()}
-    mx.save_safetensors(str(path), content, metadata)
+    mx.save_safetensors(str(path), content, metadata | {"crc32": block_store.checksum(content)})
 
 
 def drop_an_array(path: Path) -> None:
     content, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
-    mx.save_safetensors(str(path), {"k0": mx.array(np.array(content["k0"]))}, metadata)
+    content = {"k0": mx.array(np.array(content["k0"]))}
+    mx.save_safetensors(str(path), content, metadata | {"crc32": block_store.checksum(content)})
+
+
+def change_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 0x40  # of the last number, its exponent
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("where", ["swap_space", "prefix_cache_dir"])
 @pytest.mark.parametrize(
-    "damage", [cut, empty, scramble, remove, replace_by_folder, change_layout, drop_an_array], ids=lambda d: d.__name__
+    "damage",
+    [cut, empty, scramble, remove, replace_by_folder, change_layout, drop_an_array, change_a_bit],
+    ids=lambda d: d.__name__,
 )
 def test_damaged_files_are_computed_again(damage: Callable[[Path], None], where: str, tmp_path: Path) -> None:
     engine = make_engine("gemma3_text", **TIGHT, **{where: tmp_path})

@@ -47,6 +47,11 @@ def test_two_conversations_with_one_system_prompt_are_read_by_what_saves_more(an
     assert found(tables, [17] * 6 + [22] * 2, 4) == [(list(range(8)), 16)]
 
 
+def test_what_a_group_leaves_out_joins_one_with_a_shorter_prefix(any_saving_counts: None) -> None:
+    tables = [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2], [1]]
+    assert found(tables, [13, 13, 7, 4], 3) == [([0, 1], 12), ([2, 3], 3)]
+
+
 def test_what_would_save_little_is_left_alone() -> None:
     tables = [[*range(40), 100], [*range(40), 101]]
     least = shared_prefix.LEAST_KEYS_SAVED

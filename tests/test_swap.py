@@ -81,6 +81,19 @@ def test_a_file_that_is_not_whole_or_of_another_model_is_refused_by_name(tmp_pat
             FolderStore(tmp_path, "a model").get("one")
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_file_of_which_one_bit_changed_is_refused_by_name(dtype: mx.Dtype, tmp_path: Path) -> None:
+    FolderStore(tmp_path, "a model").put("one", content(1, dtype))
+    path = tmp_path / "one.safetensors"
+    whole = path.read_bytes()
+    for place in (-1, -17):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"one\.safetensors is not what was written"):
+            FolderStore(tmp_path, "a model").get("one")
+
+
 def test_a_file_that_was_never_finished_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "one.123.partial.safetensors").write_bytes(b"half")
     store = FolderStore(tmp_path, "a model")
