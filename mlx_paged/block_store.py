@@ -242,7 +242,7 @@ def checksum(content: BlockContent) -> str:
     """Of the bytes of all arrays, in the order of their names."""
     crc = 0
     for name in sorted(content):
-        crc = zlib.crc32(np.ascontiguousarray(content[name].view(mx.uint8)), crc)
+        crc = zlib.crc32(np.array(content[name].view(mx.uint8)).tobytes(), crc)
     return f"{crc:08x}"
 
 
