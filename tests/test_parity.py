@@ -55,7 +55,7 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    rng = random.Random(3)
+    rng = random.Random(11)  # a seed with which no router of mixtral is undecided: its experts may not be near ties
     return [[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in LENGTHS]
 
 
