@@ -14,7 +14,7 @@ from numpy.polynomial import Chebyshev, Polynomial
 _LOG2_E = 1 / math.log(2)
 _LEAST_EXPONENT = -100
 _ROUND = 1.5 * 2**23 + 127  # a float32 of this size has no bits for a fraction, and its low bits count in ones
-_EXP2 = Chebyshev.interpolate(np.exp2, 5, domain=[-0.5, 0.5]).convert(kind=Polynomial).coef.tolist()  # to 2e-7
+_EXP2 = Chebyshev.interpolate(np.exp2, 5, domain=[-0.5, 0.5]).convert(kind=Polynomial).coef.tolist()  # to 1e-7
 
 
 def exp_is_slow() -> bool:

@@ -7,13 +7,13 @@ import pytest
 from mlx_paged import exponential
 
 
-def test_exponentials_are_exact_to_six_digits_and_never_so_small_that_arithmetic_is_slow() -> None:
+def test_exponentials_are_exact_to_seven_digits_and_never_so_small_that_arithmetic_is_slow() -> None:
     x = np.concatenate([-np.logspace(-8, 1.8, 999), [0.0]]).astype(np.float32)
     np.testing.assert_allclose(np.array(exponential.exp(mx.array(x))), np.exp(x.astype(np.float64)), rtol=4e-6)
     near = x[x > -1]
-    np.testing.assert_allclose(np.array(exponential.exp(mx.array(near))), np.exp(near.astype(np.float64)), rtol=4e-7)
+    np.testing.assert_allclose(np.array(exponential.exp(mx.array(near))), np.exp(near.astype(np.float64)), rtol=3e-7)
     far = np.array(exponential.exp(mx.array([-100.0, -1e9, -mx.inf])))
-    np.testing.assert_allclose(far, 2.0**-100, rtol=4e-7)
+    np.testing.assert_allclose(far, 2.0**-100, rtol=3e-7)
     assert np.isnan(np.array(exponential.exp(mx.array([mx.nan, -1.0])))).tolist() == [True, False]
 
 
