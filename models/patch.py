@@ -27,6 +27,7 @@ from mlx_paged.attention import attend
 from mlx_paged.batch import StepInputs
 from mlx_paged.errors import ModelError
 from mlx_paged.kv_cache import LayerShape, PagedKVCache
+from mlx_paged.models import few_rows
 
 SEAM: dict[Callable[..., Any], list[str]] = {
     base.scaled_dot_product_attention: ["queries", "keys", "values", "cache", "scale", "mask", "sinks"],
@@ -190,7 +191,8 @@ class PatchedModel(NamedTuple):
             stored += shape is not None
         if self.divides:
             caches[-1].divide()
-        logits = self.model(step.token_ids[:, None], cache=caches)
+        with few_rows.in_pieces():
+            logits = self.model(step.token_ids[:, None], cache=caches)
         if not self.picks_rows and step.logit_rows is not None:
             logits = logits[step.logit_rows]
         return logits[:, 0]
@@ -212,6 +214,8 @@ def patch_model(model: nn.Module) -> PatchedModel:
     layers = getattr(model, "layers", None)
     if layers:
         _divide_calls(type(layers[-1]))
+    if few_rows.pieces_are_faster():
+        few_rows.patch_linear()
     return _probe(model, name, windows)
 
 
