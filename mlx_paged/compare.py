@@ -17,7 +17,7 @@ COLUMNS: Columns = {
     "case": ("case", ""),
     "system": ("system", ""),
     "at_once": ("at once", ",d"),
-    "tokens_per_s": ("tokens/s", ",.0f"),
+    "tokens_per_s": ("tokens/s", ",.1f"),
     "speedup": ("speedup", ".2f"),
     "cpu_speedup": ("by CPU time", ".2f"),
     "first_token_p50_ms": ("first token p50, ms", ",.0f"),

@@ -2,9 +2,8 @@
 
 Before OpenBLAS multiplies it copies the whole weight matrix into an order of its own, which for a few rows takes as
 long as multiplying them. Its AVX-512 kernels for small products read the matrix where it lies, and a product with
-32 outputs at a time is a small one. Measured on one thread, a step of the model of 21 million parameters without its
-attention, ordinary / in pieces: 1 row 19 / 14 ms, 3 rows 32 / 19, 8 rows 34 / 25, 16 rows 36 / 32, 24 rows no gain. A
-second thread copies as well and ends the gain; OpenBLAS for AVX2 has no such kernels, and pieces take 3 to 20% longer.
+32 outputs at a time is a small one. It saves most with 2 to 4 rows, nothing from 24 on: `benchmarks/few_rows.py`. Two
+threads copy faster and leave little to save; OpenBLAS for AVX2 has no such kernels, and pieces take longer.
 """
 
 import ctypes

@@ -432,7 +432,7 @@ def concurrency(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     content = json.loads(file.read_text())
     assert list(content["results"]) == ["throughput", "memory_over_time"]
     for row in content["results"]["throughput"]:
-        assert f"{row['tokens_per_s']:,.0f}" in printed
+        assert f"{row['tokens_per_s']:,.1f}" in printed
     return content["results"]
 
 
@@ -566,7 +566,7 @@ def table_against_mlx_lm(results: dict[str, Any]) -> str:
                     also = "" if other is own[0] else ", and its prompt cache"
                     label = f"{name}, {WORKLOADS[name].about}: {case}{also}"
                     ratio = ours["speedup"] / other["speedup"]
-                    speeds = f"{other['tokens_per_s']:,.0f} | {ours['tokens_per_s']:,.0f} | {ratio:.2f}x"
+                    speeds = f"{other['tokens_per_s']:,.1f} | {ours['tokens_per_s']:,.1f} | {ratio:.2f}x"
                     memory = f"{other['kv_peak_mb']:,.0f} | {ours['kv_peak_mb']:,.0f}"
                     lines.append(f"| {label} | {speeds} | {memory} |")
     return "\n".join(lines)
@@ -578,3 +578,35 @@ def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
     page = (ROOT / "README.md").read_text()
     table = page.split(f"<!-- table of benchmarks/results/{name} -->\n")[1].split("<!-- end -->")[0]
     assert table.strip() == table_against_mlx_lm(results)
+
+
+def test_the_table_of_throughput_is_that_of_the_committed_results() -> None:
+    file = RESULTS / "concurrency-linux-cpu.json"
+    table = run_benchmark("--markdown", file, script="concurrency.py").split("\n\n")[1]
+    assert table.strip() in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def check_few_rows(content: dict[str, Any]) -> None:
+    (rows,) = content["results"].values()
+    assert [row["rows"] for row in rows] == [1, 2, 4, 8, 16, 24]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["pieces_ms"] / row["whole_ms"])
+        assert row["whole_ms"] > 0 and row["default"] in (False, True)
+
+
+def test_linear_layers_are_timed_whole_and_in_pieces(tmp_path: Path) -> None:
+    file = tmp_path / "few_rows.json"
+    printed = run_benchmark("--quick", "--json", file, script="few_rows.py")
+    check_few_rows(json.loads(file.read_text()))
+    assert "in pieces, ms" in printed
+
+
+def test_the_committed_times_of_linear_layers_are_those_of_the_docs_and_pieces_are_faster_up_to_16_rows() -> None:
+    file = RESULTS / "few-rows-linux-cpu.json"
+    content = json.loads(file.read_text())
+    check_few_rows(content)
+    assert "--quick" not in content["machine"]["command"]
+    for row in content["results"]["linear_layers"]:
+        assert row["default"] and (row["rows"] > 16 or row["ratio"] < 1)
+    table = run_benchmark("--markdown", file, script="few_rows.py").split("\n\n")[1]
+    assert table.strip().replace("\n", "\n  ") in (ROOT / "docs" / "benchmarks.md").read_text()

@@ -48,6 +48,7 @@ NOT_RUN = {
     "python benchmarks/cuda_registers.py": MINUTES,
     "python benchmarks/workloads.py --json": MINUTES,
     "python benchmarks/concurrency.py --json": MINUTES,
+    "python benchmarks/few_rows.py": MINUTES,
     "python benchmarks/on_a_gpu.py": "needs an NVIDIA card",
     "mlx-paged bench": "takes minutes; test_cli_bench.py runs it at a small size",
     "bash benchmarks/on_a_mac.sh": "needs a Mac, and takes minutes; test_on_a_mac.py tries its parts",
