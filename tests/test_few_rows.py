@@ -116,6 +116,16 @@ def test_the_engine_multiplies_in_pieces_and_generates_what_mlx_lm_does_which_do
     assert (list(tokens), products) == (unpaged_greedy(model, prompt, 6).token_ids, [])
 
 
+@pytest.mark.parametrize("faster", [False, True])
+def test_a_loaded_model_multiplies_in_pieces_only_where_that_is_faster(monkeypatch, tiny_model, faster):
+    for cls, name in ((nn.Linear, "__call__"), (nn.Embedding, "as_linear")):
+        patched = getattr(cls, name)
+        monkeypatch.setattr(cls, name, getattr(patched, "__wrapped__", patched))
+    monkeypatch.setattr(few_rows, "pieces_are_faster", lambda: faster)
+    LLM.from_model(tiny_model("qwen2"), num_kv_blocks=4)
+    assert [hasattr(method, "in_pieces") for method in (nn.Linear.__call__, nn.Embedding.as_linear)] == [faster] * 2
+
+
 @pytest.mark.parametrize(
     ("core", "num_threads", "expected"),
     [(b"SkylakeX", 1, True), (b"SapphireRapids", 1, True), (b"SkylakeX", 2, False), (b"Haswell", 1, False)],
