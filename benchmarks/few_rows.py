@@ -5,14 +5,15 @@
 
 All linear layers and the output head of a model with 21 million random weights, so many that no cache holds them. Both
 ways alternate; times are medians. The engine takes the faster one where it knows which that is: with OpenBLAS, its
-AVX-512 kernels and one thread (`default` says whether this is such a process), up to 16 rows.
+AVX-512 kernels and one thread (`default` in the JSON says whether this is such a process), up to 16 rows.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,30 +29,34 @@ NUM_ROWS = (1, 2, 4, 8, 16, 24)
 def linear_layers(quick: bool) -> list[Row]:
     """Milliseconds for all of them together."""
     model = make_random_model("qwen2-20m", "float32").model
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     head = model.model.embed_tokens
+    layers = [(layer, layer.weight.shape[1]) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    layers.append((head.as_linear, head.weight.shape[1]))
     few_rows.patch_linear()
     few_rows._MOST_ROWS = max(NUM_ROWS)  # to see what is beyond
     table = []
     for rows in NUM_ROWS:
-        inputs = {dim: mx.random.normal((rows, 1, dim)) for dim in {layer.weight.shape[1] for layer in [*layers, head]}}
+        inputs = {dim: mx.random.normal((rows, 1, dim)) for _, dim in layers}
         mx.eval(inputs)
-
-        def compute(pieces: bool, inputs: dict[int, mx.array] = inputs) -> float:
-            started = time.perf_counter()
-            with few_rows.in_pieces() if pieces else nullcontext():
-                outputs = [layer(inputs[layer.weight.shape[1]]) for layer in layers]
-                outputs.append(head.as_linear(inputs[head.weight.shape[1]]))
-            mx.eval(outputs)
-            return 1e3 * (time.perf_counter() - started)
-
-        times = [(compute(False), compute(True)) for _ in range(1 if quick else 60)]
+        calls = [(layer, inputs[dim]) for layer, dim in layers]
+        times = [(_timed(calls, nullcontext()), _timed(calls, few_rows.in_pieces())) for _ in range(1 if quick else 60)]
         whole, pieces = (statistics.median(column) for column in zip(*times, strict=True))
         default = few_rows.pieces_are_faster()
         table.append(
             {"rows": rows, "whole_ms": whole, "pieces_ms": pieces, "ratio": pieces / whole, "default": default}
         )
     return table
+
+
+def _timed(
+    calls: Sequence[tuple[Callable[[mx.array], mx.array], mx.array]], way: AbstractContextManager[None]
+) -> float:
+    """Milliseconds for all calls, their graph included."""
+    started = time.perf_counter()
+    with way:
+        outputs = [layer(x) for layer, x in calls]
+    mx.eval(outputs)
+    return 1e3 * (time.perf_counter() - started)
 
 
 COLUMNS = {
