@@ -4,17 +4,25 @@
     python benchmarks/on_a_gpu.py [--quick] [--json FILE] [--only PART]
 
 1. `wrapper`: the text that MLX puts around a kernel, against the one that the tests rebuild (tests/cuda_text.py)
-2. `correctness`: tests/test_cuda_kernels.py, with the card in place of the simulator
+2. `correctness`: tests of the kernels over their whole grid, and of the engine, with the card in place of the
+   simulator; contexts of 32,768 and 131,072 tokens, and a pool of more than 2^31 elements, against float64
 3. `decode`: time of a step's attention, and its share of the bandwidth of a copy
 4. `prefill`: the same, and its share of the rate of a large matrix product
-5. `end_to_end`: tokens per second of a model with random weights, against mlx-lm's own batches
+5. `writes`: new keys and values written by the kernel for it and by MLX's scatter, when a step is submitted before and
+   after the one before it is over: tokens per second, and memory beside the pools
+6. `submission`: the same model where MLX ends a graph at a gigabyte of inputs, a pool among them, and where it does not
+7. `memory`: what an engine takes by default, how much of it serving really takes, and whether that grows
+8. `end_to_end`: equal and mixed requests, 8, 32 and 128 at a time, beside mlx-lm's own batches
 
-Times are medians of repetitions, each of several calls that are evaluated together, one after another.
+Parts 3 and 4 give medians of repetitions, each of several calls that are evaluated together, one after another. A part
+takes one to eight minutes; `--only` with the same `--json` adds one to what is there. TF32 is off: with it MLX rounds
+float32 to 10 bits, and no comparison in float32 would hold.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import statistics
 import subprocess
@@ -27,17 +35,23 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import report
 from report import Part, Row
 
-from mlx_paged import LLM, SamplingParams, cuda_kernels
+from mlx_paged import LLM, SamplingParams, attention, bench, cuda_kernels
 from mlx_paged.attention import AttentionMetadata, attend
+from mlx_paged.compare import COLUMNS, compare
 from mlx_paged.kernel_calls import prepare_merge
+from mlx_paged.random_models import make_random_model
+from mlx_paged.workloads import Case, Length, MlxLm, System, mixed_lengths, paged
 
 ROOT = Path(__file__).parents[1]
 
 BLOCK_SIZE = 16
+QUICK = "qwen2-tiny"  # the model of quick runs
+EXACT = {"MLX_ENABLE_TF32": "0"}
 
 
 def seconds(function: Callable[[mx.array], mx.array], x: mx.array, calls: int, repetitions: int = 7) -> float:
@@ -102,6 +116,7 @@ def wrapper(quick: bool) -> list[Row]:
         "paged_decode": cuda_text.record("decode", 4, mx.float16, (64, 64)).text,
         "paged_prefill": cuda_text.record("prefill", 4, mx.float16, (64, 64)).text,
         "paged_merge": cuda_text.record_merge(mx.float16, 64).text,
+        "paged_write": cuda_text.record_write(mx.float16, (64, 64)).text,
     }
     real, rows = mx.fast.cuda_kernel, []
 
@@ -118,6 +133,8 @@ def wrapper(quick: bool) -> list[Row]:
             mx.eval(decode.attend(backend="cuda"), prefill.attend(backend="cuda"))
             merge = prepare_merge(cuda_kernels.CUDA, mx.float16, (2, 8), 64, mx.zeros(8, mx.int32))
             mx.eval(merge([mx.zeros((4, 8, 64), mx.float16), mx.zeros((4, 8))]))
+            pools = [mx.zeros((3, 16, 2, 64), mx.float16) for _ in "kv"]
+            mx.eval(cuda_kernels.write(*pools, mx.arange(3), mx.arange(3), *(pool[0, :3] for pool in pools)))
         finally:
             os.dup2(saved, 1)
             os.close(saved)
@@ -125,8 +142,7 @@ def wrapper(quick: bool) -> list[Row]:
         texts = captured.read().decode().split("```")[1::2]
     for name, expected in rebuilt.items():
         text = next(text for text in texts if f"custom_kernel_{name}" in text)
-        marker = "// What a kernel asks of the machine"  # before it stands what MLX includes
-        same = without_names(text[text.index(marker) :]) == without_names(expected[expected.index(marker) :])
+        same = without_names(text) == without_names(expected)
         rows.append({"kernel": name, "same": "yes" if same else "no", "text": text})
     return rows
 
@@ -139,26 +155,71 @@ def without_names(text: str) -> str:
 # -- 2. correctness ----------------------------------------------------------------------------------------------
 
 
-def run_tests() -> str:
-    """What the tests of the kernels print."""
-    command = [sys.executable, "-m", "pytest", "-q", "-ra", ROOT / "tests" / "test_cuda_kernels.py"]
+TESTS = {
+    "kernels, whole grid": ["test_cuda_kernels.py"],
+    "engine": ["test_attention.py", "test_parity.py", "test_kv_cache.py", "test_pipelining.py", "test_memory_flat.py",
+               "test_beams_in_engine.py", "test_swap.py", "test_demo.py"],
+}  # fmt: skip
+
+
+def run_tests(files: list[str]) -> str:
+    """What the tests in these files print, every point of their grids run."""
+    command = [sys.executable, "-m", "pytest", "-q", "-ra", *(ROOT / "tests" / file for file in files)]
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
+    environment = os.environ | EXACT | {"PYTHONPATH": path, "MLX_PAGED_LONG_TESTS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     return done.stdout + done.stderr
 
 
 def correctness(quick: bool) -> list[Row]:
-    log = run_tests()
-    rows = [{"what": "tests/test_cuda_kernels.py", "result": log.strip().splitlines()[-1], "log": log}]
+    rows = []
+    for what, files in TESTS.items():
+        log = run_tests(files)
+        rows.append({"what": f"tests: {what}", "result": log.strip().splitlines()[-1], "log": log})
     for dtype, heads, head_dim in ((mx.bfloat16, (32, 8), 128), (mx.float16, (14, 2), 64), (mx.float32, (8, 8), 128)):
-        for num_queries, context in ((1, 40), (30, 50)) if quick else ((1, 2500), (300, 1500)):
-            step = make_step(3, context, num_queries, heads, head_dim, dtype)
-            exact = Step(*(array.astype(mx.float32) for array in step[:3]), step.metadata)
-            out, expected = step.attend(backend="cuda").astype(mx.float32), exact.attend(backend="reference")
-            error = (mx.linalg.norm(out - expected) / mx.linalg.norm(expected)).item()
-            what = f"{name_of(dtype)} {heads[0]}/{heads[1]} heads of {head_dim}, {num_queries} of {context}"
-            rows.append({"what": what, "result": f"relative error {error:.1e}", "log": ""})
+        for num_queries, context in ((1, 40), (30, 50)) if quick else ((1, 32768), (1, 131072), (16, 131072)):
+            step = make_step(1, context, num_queries, heads, head_dim, dtype)
+            what = f"{name_of(dtype)} {heads[0]}/{heads[1]} heads of {head_dim}, {num_queries} of {context:,}"
+            rows.append({"what": what, "result": f"relative error {relative_error(step):.1e}", "log": ""})
+    step = step_at_the_end_of_a_pool(1 << (16 if quick else 31))
+    what = f"a pool of {step.k_cache.size:,} elements, its last blocks"
+    rows.append({"what": what, "result": f"relative error {relative_error(step):.1e}", "log": ""})
     return rows
+
+
+def step_at_the_end_of_a_pool(num_elements: int) -> Step:
+    """A decode over the last blocks of a pool with more elements than that; all of their slots are written first."""
+    heads, head_dim, num_blocks = (8, 2), 64, 5
+    block = BLOCK_SIZE * heads[1] * head_dim
+    first = -(-num_elements // block)
+    caches = [mx.zeros((first + num_blocks, BLOCK_SIZE, heads[1], head_dim), mx.bfloat16) for _ in "kv"]
+    slots = np.arange(num_blocks * BLOCK_SIZE, dtype=np.int32)
+    where = mx.array(first + slots // BLOCK_SIZE), mx.array(slots % BLOCK_SIZE)
+    new = [mx.random.normal((len(slots), heads[1], head_dim)).astype(mx.bfloat16) for _ in "kv"]
+    mx.eval(cuda_kernels.write(*caches, *where, *new))
+    q = mx.random.normal((1, heads[0], head_dim)).astype(mx.bfloat16)
+    tables, context = mx.arange(first, first + num_blocks, dtype=mx.int32)[None], np.array([len(slots)], np.int32)
+    return Step(q, *caches, AttentionMetadata(tables, context, np.array([0, 1], np.int32)))
+
+
+def relative_error(step: Step) -> float:
+    """Of the attention of one sequence, against float64."""
+    found = np.array(step.attend(backend="cuda").astype(mx.float32)).astype(np.float64)
+    (context,), num_queries = step.metadata.context_lens, step.q.shape[0]
+    table = step.metadata.block_tables[0]
+    contents = [cache[table].flatten(0, 1)[: int(context)] for cache in (step.k_cache, step.v_cache)]
+    keys, values = (np.array(content.astype(mx.float32)) for content in contents)
+    q = np.array(step.q.astype(mx.float32)).astype(np.float64)
+    group, expected = q.shape[1] // keys.shape[1], np.zeros_like(found)
+    for head in range(keys.shape[1]):
+        own = slice(head * group, (head + 1) * group)
+        scores = np.einsum("qgd,kd->qgk", q[:, own], keys[:, head].astype(np.float64)) * q.shape[2] ** -0.5
+        for i in range(num_queries):
+            scores[i, :, context - num_queries + 1 + i :] = -np.inf
+        weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+        weights /= weights.sum(axis=2, keepdims=True)
+        expected[:, own] = np.einsum("qgk,kd->qgd", weights, values[:, head].astype(np.float64))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 # -- 3. decode ---------------------------------------------------------------------------------------------------
@@ -230,43 +291,118 @@ def prefill(quick: bool) -> list[Row]:
     return rows
 
 
-# -- 5. end to end -----------------------------------------------------------------------------------------------
+# -- 5. writes ---------------------------------------------------------------------------------------------------
 
 
-def random_model(quick: bool) -> Any:
-    """A Llama of about a billion weights (quick: a small one), bfloat16."""
-    llama = importlib.import_module("mlx_lm.models.llama")
-    wide = {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32}
-    small = {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4}
-    config = {"model_type": "llama", "num_key_value_heads": 2 if quick else 8, "rms_norm_eps": 1e-5}
-    config |= {"vocab_size": 32000, **(small if quick else wide)}
-    model = llama.Model(llama.ModelArgs.from_dict(config))
-    model.set_dtype(mx.bfloat16)
-    mx.eval(model.parameters())
-    return model
+def decode_run(llm: LLM, batch: int, num_tokens: int) -> tuple[float, int]:
+    """Seconds for so many tokens of each of `batch` sequences, and the most bytes taken beside what was there."""
+    prompts = [[i % 100 + 1, 2, 3] for i in range(batch)]
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    llm.generate(prompts, params)
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before, started = mx.get_active_memory(), time.perf_counter()
+    llm.generate(prompts, params)
+    mx.synchronize()
+    return time.perf_counter() - started, mx.get_peak_memory() - before
+
+
+def writes(quick: bool) -> list[Row]:
+    """With a pool large enough that a copy of one layer's is seen."""
+    model, rows = make_random_model(QUICK if quick else "qwen2-0.5b", "bfloat16").model, []
+    batch, num_tokens, num_blocks = (2, 4, 64) if quick else (32, 256, 1 << 15)
+    for name, writers in (("kernel", attention.WRITERS.copy()), ("scatter", {})):
+        for pipelining in ("off",) if quick else ("auto", "off", "build", "submit"):
+            with mock.patch.dict(attention.WRITERS, writers, clear=True):
+                llm = LLM.from_model(model, num_kv_blocks=num_blocks, pipelining=pipelining, prefix_caching=False)
+                took, peak = decode_run(llm, batch, num_tokens)
+            pool = llm.stats().kv_bytes / len(model.layers) / 2
+            rows.append(
+                {
+                    "writes": name,
+                    "pipelining": pipelining,
+                    "submits": "yes" if llm.engine._runner.may_submit_early else "no",
+                    "tokens": batch * num_tokens / took,
+                    "peak_mb": peak / 1e6,
+                    "pool_mb": pool / 1e6,
+                }
+            )
+            del llm
+    return rows
+
+
+# -- 6. submission -----------------------------------------------------------------------------------------------
+
+
+def submission(quick: bool) -> list[Row]:
+    """Each in a process of its own: MLX reads the variable once."""
+    rows = []
+    options = ["--random-weights", QUICK, "-g", "2", "-b", "1", "-n", "1"]
+    if not quick:
+        options = ["--random-weights", "qwen2-0.5b", "-g", "256", "-b", "1,32", "--num-kv-blocks", str(1 << 18)]
+    command = [sys.executable, "-m", "mlx_paged", "bench", "-p", "0", *options, "-o", "json"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    for most in (None, 1_000_000):
+        environment = os.environ | {"PYTHONPATH": path} | ({} if most is None else {"MLX_MAX_MB_PER_BUFFER": str(most)})
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        for row in json.loads(done.stdout)["results"]["speed"]:
+            rows.append({"limit": "MLX's own" if most is None else f"{most:,}", **row})
+    return rows
+
+
+# -- 7. memory ---------------------------------------------------------------------------------------------------
+
+
+def memory(quick: bool) -> list[Row]:
+    """Of engines without any size given; served are prompts of the largest chunk, and many requests after them."""
+    rows = []
+    for shape in (QUICK,) if quick else ("qwen2-0.5b", "llama-8b"):
+        loaded = make_random_model(shape, "bfloat16")
+        sizes = {"num_kv_blocks": 64, "max_num_batched_tokens": 32} if quick else {}
+        llm = LLM.from_model(loaded.model, max_model_len=loaded.max_model_len, **sizes)
+        plan, draw = llm.engine._runner.plan, np.random.default_rng(0)
+        length, count = (20, 2) if quick else (4000, 64)
+
+        def serve(count: int, llm: LLM = llm, length: int = length, draw: np.random.Generator = draw) -> int:
+            prompts = [draw.integers(0, 1000, length).tolist() for _ in range(count)]
+            llm.generate(prompts, SamplingParams(temperature=0.8, max_tokens=8, ignore_eos=True))
+            mx.synchronize()
+            return mx.get_active_memory()
+
+        mx.reset_peak_memory()
+        first = serve(count)
+        peak = mx.get_peak_memory()
+        later = [serve(count) for _ in range(1 if quick else 5)][-1]
+        rows.append(
+            {
+                "model": shape,
+                "limit": plan.limit / 1e9,
+                "weights": plan.weights / 1e9,
+                "kv": plan.kv_bytes / 1e9,
+                "reserve": plan.reserve / 1e9,
+                "taken": (peak - plan.weights - plan.kv_bytes) / 1e9,
+                "growth_mb": (later - first) / 1e6,
+            }
+        )
+        del llm, serve
+    return rows
+
+
+# -- 8. end to end -----------------------------------------------------------------------------------------------
 
 
 def end_to_end(quick: bool) -> list[Row]:
-    generate = importlib.import_module("mlx_lm.generate")
-    model, rng, rows = random_model(quick), np.random.default_rng(0), []
-    batch, prompt_tokens, max_tokens = (2, 20, 5) if quick else (32, 1000, 200)
-    prompts = [rng.integers(0, 32000, prompt_tokens).tolist() for _ in range(batch)]
-
-    def unpaged() -> None:
-        generator = generate.BatchGenerator(model, max_tokens=max_tokens, completion_batch_size=batch)
-        generator.insert(prompts, [max_tokens] * batch)
-        while generator.next_generated():
-            pass
-        generator.close()
-
-    llm = LLM.from_model(model, max_num_seqs=batch, num_kv_blocks=batch * (-(-(prompt_tokens + max_tokens) // 16) + 1))
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    for name, run in (("mlx-lm", unpaged), ("mlx-paged", lambda: llm.generate(prompts, params))):
-        run()
-        started = time.perf_counter()
-        run()
-        took = time.perf_counter() - started
-        rows.append({"engine": name, "batch": batch, "seconds": took, "tokens": batch * max_tokens / took})
+    rows = []
+    for shape in (QUICK,) if quick else ("qwen2-0.5b", "llama-8b"):
+        loaded = make_random_model(shape, "bfloat16")
+        for at_once in (2,) if quick else (8, 32, 128):
+            equal = [Length(20, 3) if quick else Length(128, 128)] * (2 * at_once)
+            mixed = mixed_lengths(2 * at_once, 32 if quick else 2)
+            systems: list[System] = [MlxLm(at_once=at_once), paged(max_num_seqs=at_once)]
+            for label, lengths in (("equal", equal), ("mixed", mixed)):
+                case = Case("on a GPU", f"{label}, {at_once} at once", lengths, systems)
+                rows += [{"model": shape} | row for row in compare(case, loaded, 1 if quick else 2)]
     return rows
 
 
@@ -300,10 +436,36 @@ PARTS = [
         },
     ),
     Part(
-        end_to_end,
-        "End to end",
-        {"engine": ("engine", ""), "batch": ("batch", ""), "seconds": ("s", ".2f"), "tokens": ("tokens/s", ",.0f")},
+        writes,
+        "Writes of keys and values, and steps submitted before the one before is over",
+        {
+            "writes": ("written by", ""),
+            "pipelining": ("pipelining", ""),
+            "submits": ("submitted early", ""),
+            "tokens": ("tokens/s", ",.0f"),
+            "peak_mb": ("peak beside the pools, MB", ",.1f"),
+            "pool_mb": ("a layer's keys, MB", ",.1f"),
+        },
     ),
+    Part(
+        submission,
+        "Decoding by MLX_MAX_MB_PER_BUFFER",
+        {"limit": ("limit", ""), **bench.COLUMNS},
+    ),
+    Part(
+        memory,
+        "Memory by default, GB",
+        {
+            "model": ("model", ""),
+            "limit": ("free at first", ",.2f"),
+            "weights": ("weights", ",.2f"),
+            "kv": ("KV cache", ",.2f"),
+            "reserve": ("reserve", ",.2f"),
+            "taken": ("taken of it", ",.2f"),
+            "growth_mb": ("growth, MB", ",.2f"),
+        },
+    ),
+    Part(end_to_end, "End to end", {"model": ("model", ""), **COLUMNS}),
 ]
 
 if __name__ == "__main__":
@@ -311,4 +473,5 @@ if __name__ == "__main__":
         sys.exit(
             "on_a_gpu.py: there is no CUDA device here; `pip install mlx[cuda13]` beside a card brings MLX's backend"
         )
-    report.main("on_a_gpu.py", __doc__ or "", PARTS)
+    os.environ.update(EXACT)  # MLX reads it at its first product
+    report.main("on_a_gpu.py", __doc__ or "", PARTS, mlx_lm=mlx_lm.__version__)

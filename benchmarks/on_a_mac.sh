@@ -78,6 +78,8 @@ if [ -f benchmarks/attention.py ]; then
 fi
 if "$python" -m mlx_paged bench --help >/dev/null 2>&1; then
     run bench -m mlx_paged bench "${bench[@]}" -o json
+    # MLX ends a command buffer at 40 or 50 MB of inputs, and each kernel's pool counts: what if it did not?
+    MLX_MAX_MB_PER_BUFFER=1000000 run bench-large-buffers -m mlx_paged bench "${bench[@]}" -o json
 fi
 
 "$python" - "$work" "$output" "${order[@]}" <<'END' || exit 1
@@ -135,6 +137,7 @@ report = {
     "steps": steps,
     "attention": json_or_none(Path(work) / "attention.json"),
     "bench": json_or_none(Path(work) / "bench.log"),
+    "bench_large_buffers": json_or_none(Path(work) / "bench-large-buffers.log"),
     "profile": json_or_none(Path(work) / "trace.json"),
 }
 Path(output).write_text(json.dumps(report, indent=1) + "\n")

@@ -4,8 +4,8 @@
 // A warp's matrices of 16 rows lie in its registers as columns of 8: Fragment[j] holds columns 8 * j to 8 * j + 7, of
 // which a lane has columns 2 * (lane % 4) and the next one, of row lane / 4 and of the row 8 below.
 
-constexpr float LOWEST = -3e38f;   // stands for minus infinity, without its arithmetic
-constexpr float NOTHING = -1e30f;  // the peak of a row that has seen no key: exp2(LOWEST - NOTHING) is 0
+[[maybe_unused]] constexpr float LOWEST = -3e38f;  // stands for minus infinity, without its arithmetic
+constexpr float NOTHING = -1e30f;                  // the peak of a row without a key: exp2(LOWEST - NOTHING) is 0
 
 using Fragment = float[4];
 
@@ -193,4 +193,10 @@ __device__ inline void store_pair(T* to, float first, float second) {
   } else {
     *reinterpret_cast<float2*>(to) = make_float2(first, second);
   }
+}
+
+// Copies 16 bytes; both places are counted in pieces of so many.
+template <typename T>
+__device__ inline void copy_piece_now(T* to, size_t to_piece, const T* from, size_t from_piece) {
+  reinterpret_cast<float4*>(to)[to_piece] = reinterpret_cast<const float4*>(from)[from_piece];
 }

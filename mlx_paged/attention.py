@@ -19,6 +19,7 @@ from mlx_paged.kernel_plan import Shape
 from mlx_paged.shared_prefix import SharedPrefix, find_shared_prefixes
 
 KERNELS = {"metal": kernels, "cuda": cuda_kernels}  # modules with the same functions
+WRITERS = {"cuda": cuda_kernels.write}  # those of backends that write into a pool which something still reads
 BACKENDS = (*KERNELS, "reference")
 BACKEND_VARIABLE = "MLX_PAGED_BACKEND"
 FindShared = Callable[[np.ndarray], list[SharedPrefix]]
@@ -117,19 +118,29 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: mx.array | None = None,
+    written: mx.array | None = None,
     backend: str | None = None,
 ) -> mx.array:
     """`paged_attention` without its checks, for callers whose metadata is right by construction.
 
-    The caches must be contiguous, and the rows of q: nothing here makes them so.
+    The caches must be contiguous, and the rows of q: nothing here makes them so. written: what the writer of the
+    backend returned that last wrote into them, if one did.
     """
     arguments: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-    asked = (backend, q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3])
-    name = metadata.derive(asked, lambda: _chosen_backend(*asked))
+    name = backend_of(q, k_cache, v_cache, metadata, backend)
     metadata.backends.add(name)
     if module := KERNELS.get(name):
-        return _attend_with_kernels(module, q, k_cache, v_cache, metadata, arguments)
+        return _attend_with_kernels(module, q, k_cache, v_cache, metadata, arguments | {"written": written})
     return reference.attend(q, k_cache, v_cache, metadata, **arguments)
+
+
+def backend_of(
+    q: mx.array, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, backend: str | None = None
+) -> str:
+    """The one that `attend` takes for such arrays. Raises ValueError if the one asked for is not to be had."""
+    asked = (backend, q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3])
+    name: str = metadata.derive(asked, lambda: _chosen_backend(*asked))
+    return name
 
 
 def _chosen_backend(
@@ -190,7 +201,7 @@ def _attend_with_kernels(
     if groups.decodes is not None:
         tokens, part = groups.decodes
         plan = part.derive(("decode", shape, window), lambda: _plan_decode(module, part, shape, window))
-        options = {name: arguments[name] for name in ("scale", "softcap", "sinks")}  # a window is in the plan
+        options = {name: value for name, value in arguments.items() if name != "window"}  # which is in the plan
         outputs.append(module.decode(q[tokens], k_cache, v_cache, part.block_tables, plan, **options))
     if groups.prefills is not None:
         tokens, prompts = groups.prefills

@@ -23,6 +23,7 @@ from mlx_paged.shared_prefix import SharedPrefix
 _AMPERE = 8  # the first with the instructions of intrinsics.cuh
 _MAX_SHARED_BYTES = 96 << 10  # of a block, which every card since Ampere has
 _ROWS = 16  # that a warp computes at once with its matrix instructions
+_THREADS_OF_WRITE = 256
 _HEADERS = ("intrinsics.cuh", "tiles.cuh")
 
 
@@ -137,6 +138,33 @@ def _launch_tiles(shape: Shape) -> Launch:
     return Launch("paged_prefill", 2 * layout.tile.rows // layout.matrices, template, layout.shared_bytes)
 
 
+def write(
+    k_cache: mx.array, v_cache: mx.array, block_ids: mx.array, offsets: mx.array, keys: mx.array, values: mx.array
+) -> mx.array:
+    """Put K and V of at least one token into their slots, in the pools' own memory.
+
+    block_ids, offsets: int32 [num_tokens]; keys, values: [num_tokens, num_kv_heads, dim]. MLX does not know that the
+    pools change: it never copies them for that, whoever still reads them, and would compute what reads them next too
+    early. So that has to be `decode` or `prefill`, with what is returned here as `written`, or come after
+    `mx.synchronize()`; and what read them before has to have been submitted to the device before.
+    """
+    dtype, num_tokens = k_cache.dtype, block_ids.shape[0]
+    (num_kv_heads, head_dim), value_dim = k_cache.shape[2:], v_cache.shape[3]
+    new = (mx.contiguous(array.astype(dtype)) for array in (keys, values))
+    names = ("k_cache", "v_cache", "block_ids", "offsets", "keys", "values")
+    inputs = dict(zip(names, (k_cache, v_cache, block_ids, offsets, *new), strict=True))
+    num_threads = num_tokens * num_kv_heads * (head_dim + value_dim) * dtype.size // 16
+    kernel = _kernel("paged_write", inputs, ("written",), 0)
+    return kernel(
+        inputs=list(inputs.values()),
+        template=[("T", dtype), ("HEAD_DIM", head_dim), ("VALUE_DIM", value_dim)],
+        grid=(-(-num_threads // _THREADS_OF_WRITE) * _THREADS_OF_WRITE, 1, 1),
+        threadgroup=(_THREADS_OF_WRITE, 1, 1),
+        output_shapes=[(1,)],
+        output_dtypes=[mx.int32],
+    )[0]
+
+
 def _check(q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.array, sinks: mx.array | None) -> None:
     """Raise ValueError for arrays that do not fit together or that no kernel takes."""
     if reason := unsupported(q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3]):
@@ -171,5 +199,5 @@ def read_source(file: str) -> str:
     return files("mlx_paged.cuda").joinpath(file).read_text()
 
 
-CUDA = Gpu(_kernel, _launch_decode, _launch_tiles, _check, is_flat=True)
+CUDA = Gpu(_kernel, _launch_decode, _launch_tiles, _check, is_flat=True, writes=True)
 decode, prefill = CUDA.decode, CUDA.prefill

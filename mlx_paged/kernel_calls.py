@@ -20,7 +20,7 @@ _SIMDGROUPS_OF_MERGE = 8
 SMALL = 8  # a Metal kernel takes an input with fewer elements in another way: plans have none
 
 Kernel = Callable[..., list[mx.array]]
-Call = Callable[[mx.array, mx.array, mx.array, mx.array, mx.array | None], mx.array]
+Call = Callable[[mx.array, mx.array, mx.array, mx.array, mx.array | None, mx.array | None], mx.array]
 Parts = list[mx.array]  # of keys: means [num_parts, num_heads, value_dim], logs of sums [num_parts, num_heads]
 PartsCall = Callable[..., Parts]
 
@@ -96,6 +96,7 @@ class Gpu(NamedTuple):
     kernel: makes the kernel of a stem for inputs like those given by name, with names of outputs and bytes of shared
     memory. launch_decode, launch_tiles: how paged_decode and paged_prefill are launched for a shape. check: raises
     ValueError for arrays that no kernel takes. is_flat: items lie along the grid's first dimension, not the last.
+    writes: it has a kernel that writes into the pools, and what that returns is an input of those that read them.
     """
 
     kernel: Callable[[str, dict[str, mx.array], tuple[str, ...], int], Kernel]
@@ -103,6 +104,7 @@ class Gpu(NamedTuple):
     launch_tiles: Callable[[Shape], Launch]
     check: Callable[[mx.array, mx.array, mx.array, mx.array, mx.array | None], None]
     is_flat: bool
+    writes: bool
 
     def grid(self, threads: int, second: int, items: int) -> tuple[int, int, int]:
         """In threads."""
@@ -119,16 +121,18 @@ class Gpu(NamedTuple):
         scale: float,
         softcap: float | None = None,
         sinks: mx.array | None = None,
+        written: mx.array | None = None,
     ) -> mx.array:
         """Attention of one query per sequence: q [num_seqs, num_heads, head_dim] -> [num_seqs, num_heads, value_dim].
 
         The other arguments are those of `paged_attention`; contexts and window are in the plan. Rows of q and of
-        block_tables are contiguous, pools as a whole. Raises ValueError for arrays that have no kernel.
+        block_tables are contiguous, pools as a whole. written: what the last call of a kernel that wrote into the pools
+        returned, so that it is waited for. Raises ValueError for arrays that have no kernel.
         """
         arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
         logits = Logits(scale, softcap)
         prepare = partial(_prepare_decode, self, arrays, plan, logits, sinks)
-        return self._call(plan.calls, arrays, logits, None, sinks, prepare)
+        return self._call(plan.calls, arrays, logits, None, sinks, written, prepare)
 
     def prefill(
         self,
@@ -142,6 +146,7 @@ class Gpu(NamedTuple):
         window: int | None = None,
         softcap: float | None = None,
         sinks: mx.array | None = None,
+        written: mx.array | None = None,
     ) -> mx.array:
         """Attention of any number of queries per sequence; otherwise as `decode`.
 
@@ -153,7 +158,7 @@ class Gpu(NamedTuple):
         def prepare() -> Call:
             return _merged(self, _prepare_tiles(self, arrays, plan, logits, window, sinks, None), plan, q, v_cache)
 
-        return self._call(plan.calls, arrays, logits, window, sinks, prepare)
+        return self._call(plan.calls, arrays, logits, window, sinks, written, prepare)
 
     def _call(
         self,
@@ -162,6 +167,7 @@ class Gpu(NamedTuple):
         logits: Logits,
         window: int | None,
         sinks: mx.array | None,
+        written: mx.array | None,
         prepare: Callable[[], Call],
     ) -> mx.array:
         """Calls what `prepare` returns, which is made, and the arrays checked, for the first of the layers alike."""
@@ -170,7 +176,7 @@ class Gpu(NamedTuple):
         if key not in calls:
             self.check(q, k_cache, v_cache, block_tables, sinks)
             calls[key] = prepare() if q.shape[0] else _nothing
-        return calls[key](q, k_cache, v_cache, block_tables, sinks)
+        return calls[key](q, k_cache, v_cache, block_tables, sinks, written)
 
 
 def _prepare_decode(
@@ -183,7 +189,7 @@ def _prepare_decode(
     # A sink is one of a sequence's own keys.
     shared = _prepare_tiles(gpu, arrays, plan.shared.plan, logits, None, None, plan.shared.members)
     merge = prepare_merge(gpu, q.dtype, q.shape[:2], v_cache.shape[3], plan.own.cu_parts, plan.shared.ranges)
-    return lambda *arrays: merge(own(*arrays), shared(*arrays[:4], None))
+    return lambda *arrays: merge(own(*arrays), shared(*arrays[:4], None, arrays[5]))
 
 
 def _nothing(q: mx.array, _k: mx.array, v_cache: mx.array, *_: mx.array | None) -> mx.array:
@@ -237,6 +243,8 @@ def _prepare(
         "cap": mx.array(0 if softcap is None else softcap * _LOG2E, mx.float32),
     } | constants
     inputs = arrays | constants | {"sinks": q if sinks is None else sinks}
+    if gpu.writes:
+        inputs["written"] = plan.work
     kernel = gpu.kernel(launch.stem, inputs, ("out", "lse"), launch.shared_bytes)
     sizes = {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "SOFTCAP": softcap is not None, "SINKS": sinks is not None}
     options: dict[str, Any] = {
@@ -249,9 +257,17 @@ def _prepare(
     fixed = tuple(constants.values())
 
     def call(
-        q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.array, sinks: mx.array | None
+        q: mx.array,
+        k_cache: mx.array,
+        v_cache: mx.array,
+        block_tables: mx.array,
+        sinks: mx.array | None,
+        written: mx.array | None,
     ) -> Parts:
-        return kernel(inputs=[q, k_cache, v_cache, block_tables, *fixed, q if sinks is None else sinks], **options)
+        inputs = [q, k_cache, v_cache, block_tables, *fixed, q if sinks is None else sinks]
+        if gpu.writes:
+            inputs.append(plan.work if written is None else written)
+        return kernel(inputs=inputs, **options)
 
     return call
 

@@ -180,5 +180,5 @@ def _make(
     )
 
 
-METAL = Gpu(_kernel, _launch_decode, _launch_tiles, check, is_flat=False)
+METAL = Gpu(_kernel, _launch_decode, _launch_tiles, check, is_flat=False, writes=False)
 decode, prefill = METAL.decode, METAL.prefill

@@ -1,7 +1,7 @@
 """The arrays that hold K and V: one pool of blocks per layer, allocated once and only ever written in place."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -44,6 +44,7 @@ class PagedKVCache:
             self.keys.append(mx.zeros((*rows, layer.key_dim), layer.dtype))
             self.values.append(mx.zeros((*rows, layer.value_dim), layer.dtype))
         mx.eval(self.keys, self.values)
+        self.written: list[mx.array | None] = [None] * len(self.keys)  # by `write_with`, the last of each layer
 
     @property
     def nbytes(self) -> int:
@@ -57,12 +58,28 @@ class PagedKVCache:
         self.keys[layer][block_ids, offsets] = keys
         self.values[layer][block_ids, offsets] = values
 
+    def write_with(
+        self,
+        writer: Callable[..., mx.array],
+        layer: int,
+        block_ids: mx.array,
+        offsets: mx.array,
+        keys: mx.array,
+        values: mx.array,
+    ) -> None:
+        """As `write`, by a backend's own writer: of the pools' memory, without MLX's knowing of it.
+
+        What reads them next has to be an attention of that backend and take `written[layer]`, or wait for the device.
+        """
+        pools = self.keys[layer], self.values[layer]
+        self.written[layer] = writer(*pools, block_ids, offsets, keys, values)
+
     def read_block(self, block_id: int, layers: Sequence[int]) -> dict[str, mx.array]:
         """A copy of a block in the given layers: "k0", "v0", "k1", ... [block_size, num_kv_heads, dim]."""
         content = {}
         for i, layer in enumerate(layers):
             content[f"k{i}"], content[f"v{i}"] = self.keys[layer][block_id], self.values[layer][block_id]
-        mx.eval(content)
+        _settle(content)
         return content
 
     def write_block(self, block_id: int, layers: Sequence[int], content: dict[str, mx.array]) -> None:
@@ -72,16 +89,17 @@ class PagedKVCache:
                 if array is None or array.shape != pool.shape[1:] or array.dtype != pool.dtype:
                     raise ValueError("a block of another layout")
                 pool[block_id] = array
-                mx.eval(pool[block_id, 0, 0, 0])
+                _settle(pool[block_id, 0, 0, 0])
 
     def copy_range(self, src: int, dst: int, start: int, end: int) -> None:
         """Copy the slots start .. end - 1 of block `src` to the same places of `dst`, in every layer."""
+        slots = mx.arange(start, end)
         for pools in (self.keys, self.values):
             for pool in pools:
-                staged = pool[src, start:end]
-                mx.eval(staged)
+                staged = pool[src][slots]  # a slice would be a view of the pool, and the write below copy it
+                _settle(staged)
                 pool[dst, start:end] = staged
-                mx.eval(pool[dst, 0, 0, 0])
+                _settle(pool[dst, 0, 0, 0])
 
     def move_blocks(self, moves: Sequence[tuple[int, int]], layers: Sequence[int] | None = None) -> None:
         """Copy whole blocks, (source, destination) after (source, destination), in all layers or those given.
@@ -97,10 +115,16 @@ class PagedKVCache:
                     step = max(1, self._max_staging // (pools[layer].nbytes // pools[layer].shape[0]))
                     for start in range(0, len(piece), step):
                         staged = pools[layer][sources[start : start + step]]
-                        mx.eval(staged)
+                        _settle(staged)
                         pools[layer][destinations[start : start + step]] = staged
                         # One element of the result forces the scatter without naming the pool in the eval list.
-                        mx.eval(pools[layer][piece[start][1], 0, 0, 0])
+                        _settle(pools[layer][piece[start][1], 0, 0, 0])
+
+
+def _settle(arrays: Any) -> None:
+    """Compute them, and wait until nothing holds what they are read from, which a GPU may do a little longer."""
+    mx.eval(arrays)
+    mx.synchronize()
 
 
 def independent_pieces(moves: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

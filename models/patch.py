@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_paged.attention import attend
+from mlx_paged.attention import WRITERS, attend, backend_of
 from mlx_paged.batch import StepInputs
 from mlx_paged.errors import ModelError
 from mlx_paged.kv_cache import LayerShape, PagedKVCache
@@ -72,6 +72,7 @@ class PagedLayerCache:
         self.offset = step.positions
         self.stores = self.attends = True
         self.of_logit_rows: PagedLayerCache | None = None  # of a last layer that returns only what needs logits
+        self._new: tuple[mx.array, mx.array] | None = None  # keys and values that are not in their slots yet
 
     def divide(self) -> None:
         """Where not all tokens need logits, have the layer called once for all tokens and once for those that do."""
@@ -83,11 +84,9 @@ class PagedLayerCache:
         return PagedLayerCache(self._kv_cache, self._layer, step, self._group, self._window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
-        """Write keys and values, [num_tokens, num_kv_heads, 1, dim], into their tokens' slots."""
+        """Take keys and values, [num_tokens, num_kv_heads, 1, dim], which `attend` writes: it knows the backend."""
         if self.stores:
-            self._kv_cache.write(
-                self._layer, self._inputs.block_ids, self.step.block_offsets, keys.squeeze(2), values.squeeze(2)
-            )
+            self._new = keys.squeeze(2), values.squeeze(2)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
@@ -103,19 +102,27 @@ class PagedLayerCache:
         window = self._window
         if mask is not None and mask.window is not None:
             window = mask.window if window is None else min(window, mask.window)
+        q, metadata = queries.squeeze(2).astype(self._kv_cache.keys[self._layer].dtype), self._inputs.metadata
+        self._write(q)
         keys, values = self._kv_cache.keys[self._layer], self._kv_cache.values[self._layer]
         if not self.attends:
             return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
-        out = attend(
-            queries.squeeze(2).astype(keys.dtype),
-            keys,
-            values,
-            self._inputs.metadata,
-            scale=scale,
-            window=window,
-            sinks=sinks,
-        )
+        written = self._kv_cache.written[self._layer]
+        out = attend(q, keys, values, metadata, scale=scale, window=window, sinks=sinks, written=written)
         return mx.expand_dims(out, 2).astype(queries.dtype)
+
+    def _write(self, q: mx.array) -> None:
+        """Put what is new into its slots, with the writer of the backend that reads it, if that has one."""
+        if self._new is None:
+            return
+        new, self._new = self._new, None
+        cache, layer = self._kv_cache, self._layer
+        where = self._inputs.block_ids, self.step.block_offsets
+        writer = WRITERS.get(backend_of(q, cache.keys[layer], cache.values[layer], self._inputs.metadata))
+        if writer is None:
+            cache.write(layer, *where, *new)
+        else:
+            cache.write_with(writer, layer, *where, *new)
 
 
 class _ProbeLayerCache(PagedLayerCache):

@@ -1,8 +1,8 @@
-"""The text that MLX puts around a kernel made with `mx.fast.cuda_kernel`, rebuilt from its public source (0.32).
+"""The text that MLX 0.32 puts around a kernel made with `mx.fast.cuda_kernel`, which it does only beside a device.
 
-MLX writes it only where there is a CUDA device. Its facts: before the header stand MLX's utilities, cooperative groups
-and a macro `inf`; every input is a `const` pointer, also one without dimensions; `x_shape`, `x_strides` and `x_ndim`
-follow it if their names occur in the body; template arguments are constants at the beginning of the body.
+Before the header stand MLX's utilities and cooperative groups; every input is a `const` pointer, also one without
+dimensions; `x_shape`, `x_strides` and `x_ndim` follow it if their names occur in the body; template arguments are
+constants at the beginning of the body. tests/test_cuda_compile.py has an example that MLX's own library has printed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _TYPES = {
 }
 _PREAMBLE = """
 #include "mlx/backend/cuda/device/utils.cuh"
+
 #include <cooperative_groups.h>
-#define inf cuda::std::numeric_limits<float>::infinity()
+
 """
 _EXTRAS = {"shape": "Shape", "strides": "Strides", "ndim": "int"}
 
@@ -68,22 +69,28 @@ def kernel_text(
         else:
             constants.append(f"  constexpr int {name} = {value};\n")
     return (
-        f"{_PREAMBLE}\n{header}\nnamespace mlx::core::cu {{\nnamespace cg = cooperative_groups;\n"
+        f"{_PREAMBLE}{header}namespace mlx::core::cu {{\n\nnamespace cg = cooperative_groups;\n\n"
         f"__global__ void {function}(\n    "
         + ",\n    ".join(parameters)
         + ") {\n"
         + "".join(constants)
-        + f"\n{source}\n}}\n}}\n"
+        + ("\n" if constants else "")
+        + f"{source}\n}}\n\n}} // namespace mlx::core::cu\n"
     )
 
 
 class Call(NamedTuple):
-    """A kernel's call: what MLX would compile for it, how many threads a block has, and its dynamic shared memory."""
+    """A kernel's call: what MLX would compile for it, how many threads a block has, and its dynamic shared memory.
+
+    inputs: by name.
+    """
 
     kernel: str
     text: str
     threads: int
     shared_bytes: int
+    inputs: dict[str, mx.array]
+    outputs: list[mx.array]
 
 
 @contextmanager
@@ -100,8 +107,9 @@ def recorded_calls() -> Iterator[list[Call]]:
             arrays = dict(zip(input_names, inputs, strict=True))
             outputs = dict(zip(output_names, output_dtypes, strict=True))
             text = kernel_text(f"custom_kernel_{name}", source, header, arrays, outputs, template)
-            calls.append(Call(name, text, math.prod(threadgroup), shared_memory))
-            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+            results = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+            calls.append(Call(name, text, math.prod(threadgroup), shared_memory, arrays, results))
+            return results
 
         return call
 
@@ -142,4 +150,13 @@ def record_merge(dtype: mx.Dtype, value_dim: int, is_shared: bool = False) -> Ca
     ranges = numbers.reshape(4, 2) if is_shared else None
     with recorded_calls() as calls:
         kernel_calls.prepare_merge(cuda_kernels.CUDA, dtype, (2, 8), value_dim, numbers, ranges)(parts)
+    return calls[0]
+
+
+def record_write(dtype: mx.Dtype, dims: tuple[int, int]) -> Call:
+    """The call of the kernel that writes K and V, of 3 tokens with 2 KV heads. dims: their head sizes."""
+    pools, new = ([mx.zeros((*rows, 2, dim), dtype) for dim in dims] for rows in ((2, 16), (3,)))
+    where = mx.zeros(3, mx.int32)
+    with recorded_calls() as calls:
+        cuda_kernels.write(*pools, where, where, *new)
     return calls[0]

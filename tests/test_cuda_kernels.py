@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from attention_cases import DTYPES, Case, assert_close, check, dense_attention, make_arrays, points_of
+from attention_cases import DTYPES, Case, assert_close, check, dense_attention, exact, make_arrays, points_of
 from conftest import VOCAB_SIZE
+from cuda_text import recorded_calls
 from cudasim import Cuda
 from cudasim.fixture import cuda as cuda
 from planted import with_mistake
 
 from mlx_paged import LLM, SamplingParams, attention, cuda_kernels, kernel_plan, shared_prefix
+from mlx_paged.errors import EngineWarning
 from mlx_paged.kernel_calls import shape_of
 from mlx_paged.kernel_plan import Shape
 
@@ -178,6 +180,138 @@ def test_a_shared_prefix_is_read_once(cuda: Cuda) -> None:
     own, shared = (report.traffic.buffers["k_cache"].bytes_read for report in cuda.reports[:2])
     assert own == (1 + 3 + 4) * 2 * 64 * 2  # keys, KV heads, head_dim, bytes
     assert shared == 80 * 2 * 64 * 2
+
+
+# -- new keys and values --
+
+WRITES = points_of(
+    {
+        "num_tokens": [1, 3, 40],
+        "num_kv_heads": [1, 2, 5],
+        "dims": [(64, 64), (128, 128), (40, 72), (256, 8)],
+        "block_size": [8, 16, 64],
+        "dtype": list(DTYPES),
+        "new_dtype": list(DTYPES),
+        "is_strided": [False, True],
+        "order": ["ascending", "random"],
+    },
+    reused=("dims", "dtype"),
+)
+
+
+def written_by_hand(
+    pools: list[mx.array], where: tuple[np.ndarray, np.ndarray], new: list[mx.array]
+) -> list[np.ndarray]:
+    """What the pools hold when each token's row has been put into its slot."""
+    expected = [exact(pool) for pool in pools]
+    for content, pool, rows in zip(expected, pools, new, strict=True):
+        content[where] = exact(rows.astype(pool.dtype))
+    return expected
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_new_keys_and_values_are_put_into_their_slots_and_nowhere_else(part: int, cuda: Cuda) -> None:
+    for seed, point in enumerate(WRITES[part::2]):
+        num_tokens, num_kv_heads, dims, block_size, dtype, new_dtype, is_strided, order = point
+        cuda.configure(order=order)
+        rng = np.random.default_rng(seed)
+
+        def normal(shape: tuple[int, ...], kind: str, rng: np.random.Generator = rng) -> mx.array:
+            return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(DTYPES[kind])
+
+        num_blocks = 2 + num_tokens // block_size
+        slots = rng.permutation(num_blocks * block_size)[:num_tokens].astype(np.int32)
+        where = slots // block_size, slots % block_size
+        pools = [normal((num_blocks, block_size, num_kv_heads, dim), dtype) for dim in dims]
+        new = [normal((num_tokens, num_kv_heads, dim), new_dtype) for dim in dims]
+        if is_strided:
+            new = [mx.concatenate([rows, rows + 1], axis=2)[:, :, : rows.shape[2]] for rows in new]
+        mx.eval(pools, new)
+        expected = written_by_hand(pools, where, new)
+        written = cuda_kernels.write(*pools, *map(mx.array, where), *new)
+        mx.eval(written)
+        assert written.tolist() == [0]
+        for pool, content in zip(pools, expected, strict=True):
+            np.testing.assert_array_equal(exact(pool), content)
+
+
+def test_slots_past_the_32_bits_of_a_pool_are_found(cuda: Cuda) -> None:
+    cuda.only_simulated("memory that is not there is written")
+    pools = [mx.zeros((2, 16, 2, 128), mx.float16) for _ in "kv"]
+    new = [mx.ones((1, 2, 128), mx.float16) for _ in "kv"]
+    block_id = mx.array([(1 << 32) // (16 * 2 * 128)], mx.int32)  # with 32 bits of offset this is block 0
+    with pytest.raises(AssertionError, match="out-of-bounds write"):
+        cuda_kernels.write(*pools, block_id, mx.zeros(1, mx.int32), *new)
+
+
+WRITE_MISTAKES = {
+    "a token's row in the slot of its number": ("offsets[token]", "token"),
+    "the blocks are as long as there are heads": ("k_cache_shape[1]", "num_kv_heads"),
+    "the values of the token before": ("token) * value_pieces", "max(token - 1, 0)) * value_pieces"),
+    "keys among the values": ("piece < key_pieces", "piece <= key_pieces"),
+    "a thread past the end writes": ("token < block_ids_shape[0]", "token <= block_ids_shape[0]"),
+    "nobody is told": ("*written = 0", "{}"),
+}
+
+
+@pytest.mark.parametrize("name", WRITE_MISTAKES)
+def test_a_mistake_in_writing_is_noticed(name: str, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda.only_simulated("wrong kernels are run")
+    old, new_text = WRITE_MISTAKES[name]
+
+    def make_with_mistake(*, source: str, **arguments: Any) -> Any:
+        assert old in source
+        return cuda.cuda_kernel(source=source.replace(old, new_text), **arguments)
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", make_with_mistake)
+    pools = [mx.zeros((3, 8, 2, dim), mx.float32) for dim in (64, 32)]
+    new = [mx.arange(5 * 2 * dim, dtype=mx.float32).reshape(5, 2, dim) + 1 for dim in (64, 32)]
+    where = np.array([2, 0, 1, 2, 0], np.int32), np.array([7, 1, 3, 0, 4], np.int32)
+    mx.eval(pools, new)
+    expected = written_by_hand(pools, where, new)
+    with pytest.raises(AssertionError):  # a SimulationError is one
+        cuda_kernels.write(*pools, *map(mx.array, where), *new)
+        for pool, content in zip(pools, expected, strict=True):
+            np.testing.assert_array_equal(exact(pool), content)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.usefixtures("short_prefixes_are_worth_it")
+def test_what_reads_a_pool_waits_for_what_was_written_into_it(family: str, tiny_model: Callable[..., Any]) -> None:
+    """MLX sees no connection between the two but that one is an input of the other: by all kernels that read."""
+    with recorded_calls() as calls:
+        llm = LLM.from_model(tiny_model(family), num_kv_blocks=32, max_num_batched_tokens=16)
+        del calls[:]
+        llm.generate([list(range(1, 40)), [5, 6]], SamplingParams(n=3, max_tokens=9, ignore_eos=True))
+    pools = {id(array) for call in calls for name, array in call.inputs.items() if name == "k_cache"}
+    last: dict[int, mx.array] = {}
+    for call in calls:
+        if call.kernel == "paged_write":
+            (last[id(call.inputs["k_cache"])],) = call.outputs
+        elif call.kernel != "paged_merge":
+            assert call.inputs["written"] is last[id(call.inputs["k_cache"])]
+    assert {call.kernel for call in calls} >= {"paged_write", "paged_decode", "paged_prefill"}
+    assert any("SHARED = true" in call.text for call in calls if call.kernel == "paged_prefill")
+    assert len(pools) == len(tiny_model(family).layers), "pools stay where they are"
+
+
+def test_what_has_no_kernel_is_written_as_it_is_read(
+    cuda: Cuda, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[3, 1, 4, 1, 5], [9, 2]]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+    def generated() -> list[Any]:
+        llm = LLM.from_model(tiny_model("llama"), num_kv_blocks=16, block_size=4, pipelining="off")
+        return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+    with pytest.warns(EngineWarning, match="no CUDA kernel for block_size 4"):
+        attention._warn_once.cache_clear()
+        found = generated()
+    cuda.only_simulated("launches are counted")
+    assert not cuda.reports
+    monkeypatch.setenv(attention.BACKEND_VARIABLE, "reference")
+    assert generated() == found
 
 
 # -- traffic and resources --
@@ -361,7 +495,7 @@ def test_a_model_generates_the_same_tokens_through_the_kernels(
 
     expected = generated("reference")
     assert generated("cuda") == expected
-    assert {report.kernel for report in cuda.reports} >= {"paged_decode", "paged_prefill"}
+    assert {report.kernel for report in cuda.reports} >= {"paged_decode", "paged_prefill", "paged_write"}
 
 
 # -- the benchmark --
@@ -371,12 +505,15 @@ def test_everything_to_be_measured_on_a_card_can_be(cuda: Cuda, monkeypatch: pyt
     cuda.only_simulated("the benchmark is run without measuring")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     on_a_gpu = importlib.import_module("on_a_gpu")
-    monkeypatch.setattr(on_a_gpu, "run_tests", lambda: "none failed")
+    monkeypatch.setattr(on_a_gpu, "run_tests", lambda files: "none failed")
     results = {part.run.__name__: part.run(True) for part in on_a_gpu.PARTS}
-    assert [row["same"] for row in results["wrapper"]] == ["yes"] * 3
-    assert all(float(row["result"].split()[-1]) < 8e-3 for row in results["correctness"][1:])
+    assert [row["same"] for row in results["wrapper"]] == ["yes"] * 4
+    assert all(float(row["result"].split()[-1]) < 8e-3 for row in results["correctness"][2:])
     assert all(row["share"] > 0 for part in ("decode", "prefill") for row in results[part])
-    assert {row["engine"] for row in results["end_to_end"]} == {"mlx-lm", "mlx-paged"}
+    assert {(row["writes"], row["tokens"] > 0) for row in results["writes"]} == {("kernel", True), ("scatter", True)}
+    assert len(results["submission"]) == 2 and all(row["tokens_per_s"] > 0 for row in results["submission"])
+    assert all(row["kv"] > 0 for row in results["memory"])
+    assert {row["system"] for row in results["end_to_end"]} == {"mlx-lm", "mlx-paged"}
 
 
 def test_without_a_card_the_benchmark_says_so() -> None:

@@ -107,6 +107,43 @@ def test_moving_half_a_pool_stages_no_more_than_it_may(max_staging: int) -> None
     assert peak_growth(lambda: cache.move_blocks(moves)) < max_staging + MEGABYTE // 4
 
 
+def test_a_device_that_holds_what_it_has_read_for_a_while_makes_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU lets go of what a computation has read when it is told that it is over, a little after its results are."""
+    cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)] * 2, [4096] * 2, 8, MEGABYTE)
+    held: list[mx.array] = []
+    evaluate, synchronize = mx.eval, mx.synchronize
+
+    def eval_and_hold(*arrays: object) -> None:
+        evaluate(*arrays)
+        held[:] = [pool[0] for pool in (*cache.keys, *cache.values)]
+
+    def synchronize_and_let_go() -> None:
+        synchronize()
+        held.clear()
+
+    monkeypatch.setattr(mx, "eval", eval_and_hold)
+    monkeypatch.setattr(mx, "synchronize", synchronize_and_let_go)
+    where, rows = mx.array([5], mx.int32), mx.ones((1, 4, 64))
+
+    def step() -> None:
+        for layer in range(2):
+            cache.write(layer, where, where, rows, rows)
+        evaluate(*(pool[5, 5, 0, 0] for pool in (*cache.keys, *cache.values)))
+
+    def all_that_touches_blocks() -> None:
+        for work in (
+            lambda: cache.move_blocks([(i, i + 2048) for i in range(200)]),
+            lambda: cache.copy_range(1, 2, 3, 5),
+            lambda: cache.write_block(7, [0, 1], cache.read_block(9, [0, 1])),
+            lambda: cache.read_block(9, [1]),
+        ):
+            work()
+            step()
+
+    step()
+    assert peak_growth(all_that_touches_blocks) < 2 * MEGABYTE
+
+
 def test_the_pool_is_as_large_as_it_says(tiny_model: Callable[..., nn.Module]) -> None:
     before = mx.get_active_memory()
     cache = PagedKVCache([LayerShape(2, 64, 32, mx.float16)] * 3, [1000] * 3, 16, 1)

@@ -33,7 +33,7 @@ def stub(tmp_path: Path) -> Path:
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/sh\ncase "$*" in\n"- "*) exec "{sys.executable}" "$@" ;;\n*pytest*) echo "1 failed"; exit 3 ;;\n'
-        '*"bench -p"*) echo "a note"; echo \'[{"test": "pp16"}]\' ;;\n*) echo "ran $*" ;;\nesac\n'
+        '*"bench -p"*) echo "a note"; echo \'[{"test": "pp16", "mb": "\'$MLX_MAX_MB_PER_BUFFER\'"}]\' ;;\n*) echo "ran $*" ;;\nesac\n'
     )
     python.chmod(0o755)
     return python
@@ -96,8 +96,10 @@ def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: 
         ("tests", 3),
         ("generate", 0),
         ("bench", 0),
+        ("bench-large-buffers", 0),
     ]
     assert steps["tests"]["output"] == "1 failed\n"
     assert steps["generate"]["output"].startswith("ran -m mlx_paged generate")
-    assert report["bench"] == [{"test": "pp16"}]
+    assert report["bench"] == [{"test": "pp16", "mb": ""}]
+    assert report["bench_large_buffers"] == [{"test": "pp16", "mb": "1000000"}]
     assert report["attention"] is None and report["machine"]["device"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -68,6 +69,8 @@ class CudaKernel:
         self._source_map = CudaSourceMap(name, header.count("\n") + 1)
         self._header, self._source = _with_stand_ins(header, source, self._source_map)
         self._libraries: dict[str, _CudaLibrary] = {}
+        #: Inputs that the text writes, which MLX declares `const`: it says so with a cast.
+        self._written = frozenset(re.findall(r"const_cast<T\*>\((\w+)\)", source))
 
     def __call__(
         self,
@@ -83,7 +86,7 @@ class CudaKernel:
         """Run the kernel at once and return its outputs. Raises SimulationError for findings, CompileError."""
         if any(size % block for size, block in zip(grid, threadgroup, strict=True)):
             raise ValueError(f"{self.name}: MLX would round {grid} up to whole blocks of {threadgroup}")
-        config = self._simulator.config
+        config = replace(self._simulator.config, writable_inputs=self._written)
         arrays = [array if isinstance(array, mx.array) else mx.array(array) for array in inputs]
         mx.eval(arrays)
         if verbose:
@@ -104,6 +107,7 @@ class CudaKernel:
             self._simulator.reports.append(report)
             if kept and config.raise_on_findings:
                 raise SimulationError(report)
+            arguments.collect_inputs()
             return arguments.collect_outputs()
         finally:
             arguments.free()

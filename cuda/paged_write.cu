@@ -1,0 +1,43 @@
+// Puts the keys and values of new tokens into their slots: the body of a kernel; intrinsics.cuh and tiles.cuh come
+// before it.
+//
+// MLX has no kernel that changes an input, and its own way to write, a scatter into a donated array, copies a whole
+// pool as long as anything that reads it is not over. This kernel changes the pools where they lie and says nothing
+// about it. What reads them next takes `written` as an input, which is what puts it after this kernel; what read them
+// before was given to the same stream with an earlier step.
+//
+// Inputs
+//   keys          [num_tokens, num_kv_heads, HEAD_DIM], T
+//   values        [num_tokens, num_kv_heads, VALUE_DIM], T
+//   block_ids     [num_tokens], int32
+//   offsets       [num_tokens], int32: token i goes to slot offsets[i] of block block_ids[i]; no two to one
+//   k_cache       [num_blocks, block_size, num_kv_heads, HEAD_DIM], T: changed
+//   v_cache       [num_blocks, block_size, num_kv_heads, VALUE_DIM], T: changed
+//   All are contiguous.
+// Output
+//   written       [1], int32: 0
+//
+// Grid           a thread for every 16 bytes, token by token, its keys and then its values; those past the end do
+//                nothing
+//
+// Must move      (HEAD_DIM + VALUE_DIM) elements per token and KV head, read once and written once.
+
+constexpr int IN_PIECE = Element<T>::IN_PIECE;
+const int num_kv_heads = k_cache_shape[2];
+const int key_pieces = num_kv_heads * HEAD_DIM / IN_PIECE;  // of a token
+const int value_pieces = num_kv_heads * VALUE_DIM / IN_PIECE;
+const int thread = blockIdx.x * blockDim.x + threadIdx.x;
+const int token = thread / (key_pieces + value_pieces);
+const int piece = thread % (key_pieces + value_pieces);
+
+if (thread == 0) *written = 0;
+if (token < block_ids_shape[0]) {
+  const size_t slot = size_t(block_ids[token]) * k_cache_shape[1] + offsets[token];
+  if (piece < key_pieces) {
+    copy_piece_now(const_cast<T*>(k_cache), slot * key_pieces + piece, keys, size_t(token) * key_pieces + piece);
+  } else {
+    const int in_values = piece - key_pieces;
+    copy_piece_now(
+        const_cast<T*>(v_cache), slot * value_pieces + in_values, values, size_t(token) * value_pieces + in_values);
+  }
+}
