@@ -33,7 +33,8 @@ def stub(tmp_path: Path) -> Path:
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/sh\ncase "$*" in\n"- "*) exec "{sys.executable}" "$@" ;;\n*pytest*) echo "1 failed"; exit 3 ;;\n'
-        '*"bench -p"*) echo "a note"; echo \'[{"test": "pp16", "mb": "\'$MLX_MAX_MB_PER_BUFFER\'"}]\' ;;\n*) echo "ran $*" ;;\nesac\n'
+        '*"bench -p"*) echo "a note"; echo \'[{"test": "pp16", "mb": "\'$MLX_MAX_MB_PER_BUFFER\'"}]\' ;;\n'
+        '*) echo "ran $*" ;;\nesac\n'
     )
     python.chmod(0o755)
     return python
