@@ -34,6 +34,7 @@ def calls(quick: bool) -> Iterator[tuple[str, Any]]:
                 yield f"{name} {dims[0]}/{dims[1]}, {heads} heads", cuda_text.record("decode", heads, dtype, dims)
             yield f"{name} {dims[0]}/{dims[1]}", cuda_text.record("prefill", 4, dtype, dims)
         yield f"{name} {DIMS[-1][0]}", cuda_text.record_merge(dtype, DIMS[-1][0])
+        yield f"{name} {DIMS[-1][0]}/{DIMS[-1][1]}", cuda_text.record_write(dtype, DIMS[-1])
 
 
 def registers(quick: bool) -> list[report.Row]:

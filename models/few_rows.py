@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_paged.models.replace import replace_method
+
 _CORES = (b"SkylakeX", b"Cooperlake", b"SapphireRapids")  # OpenBLAS's names of those with AVX-512
 _MOST_ROWS = 16
 _LEAST_WEIGHTS = 2**16  # a smaller matrix is copied in no time
@@ -52,13 +54,10 @@ def in_pieces() -> Iterator[None]:
 def patch_linear() -> None:
     """Let MLX's linear layers and output heads multiply in pieces, inside `in_pieces` and nowhere else."""
     for cls, name in ((nn.Linear, "__call__"), (nn.Embedding, "as_linear")):
-        original = getattr(cls, name)
-        if not hasattr(original, "in_pieces"):
-            setattr(cls, name, _dispatch(original))
+        replace_method(cls, name, _dispatch)
 
 
 def _dispatch(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    @functools.wraps(original)
     def call(self: nn.Module, x: mx.array) -> mx.array:
         size = _piece_size(x, self.weight) if getattr(_thread, "active", False) else None
         if size is None:
@@ -66,7 +65,6 @@ def _dispatch(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
         out = product(x, self.weight, size)
         return out + self.bias if "bias" in self else out
 
-    call.in_pieces = True  # type: ignore[attr-defined]
     return call
 
 

@@ -1,13 +1,9 @@
-"""The seam between mlx-lm's models and the paged cache: a cache object, an attention function, and row picking.
+"""The seam between mlx-lm's models and the paged cache: what is replaced, and how a model is found to fit.
 
 A model is fed packed tokens, [num_tokens, 1], with the position of each as `cache.offset`, so its own code applies
-projections and rope token by token. `PagedLayerCache` takes the place of mlx-lm's cache: it writes K and V into
-their slots and hands the model opaque objects, which only the attention function in `_dispatch` understands. A model
-that touches K, V or the mask in between fails at load, in `_probe`, instead of computing something wrong.
-
-In a step that computes parts of prompts few tokens need logits. Of the others the last layer has to store K and V, and
-that is all: its code runs twice, for what it stores of all tokens and for what it returns of those few. The rest of
-both is never used, so MLX never computes it.
+projections and rope token by token. `PagedLayerCache` takes the place of mlx-lm's cache and hands the model opaque
+objects, which only the attention function in `_dispatch` understands. A model that touches K, V or the mask in between
+fails at load, in `_probe`, instead of computing something wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -23,11 +19,11 @@ import mlx.nn as nn
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_paged.attention import WRITERS, attend, backend_of
 from mlx_paged.batch import StepInputs
 from mlx_paged.errors import ModelError
 from mlx_paged.kv_cache import LayerShape, PagedKVCache
-from mlx_paged.models import few_rows
+from mlx_paged.models import few_rows, logit_rows
+from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache, PagedMask
 
 SEAM: dict[Callable[..., Any], list[str]] = {
     base.scaled_dot_product_attention: ["queries", "keys", "values", "cache", "scale", "mask", "sinks"],
@@ -39,90 +35,6 @@ _ATTENTION = "scaled_dot_product_attention"
 _INNER_NAMES = ("model", "transformer", "backbone", "decoder")
 _NUM_PROBE_TOKENS = 11  # unlike any number of heads, so that code which mixes up axes can't pass by chance
 _PROBE_ROWS = [4, 8, 10]  # those that need logits; several, so that they are not broadcast by chance
-
-
-class PagedMask(NamedTuple):
-    """What a model passes from `make_mask` to its attention: causal, over at most `window` keys."""
-
-    window: int | None
-
-
-class PagedKV:
-    """Stands for the K (or V) of a layer's sequences. Opaque: no shape, no arithmetic."""
-
-    def __init__(self, layer_cache: PagedLayerCache, dtype: mx.Dtype) -> None:
-        self.layer_cache = layer_cache
-        self.dtype = dtype
-
-    def astype(self, dtype: mx.Dtype) -> PagedKV:
-        """Itself: attention reads K and V as they are stored and computes in float32 anyway."""
-        return self
-
-
-class PagedLayerCache:
-    """One layer of a paged KV cache during one step, with the interface of an mlx-lm cache."""
-
-    def __init__(self, kv_cache: PagedKVCache, layer: int, step: StepInputs, group: int, window: int | None) -> None:
-        self._kv_cache = kv_cache
-        self._layer = layer
-        self._group = group
-        self._inputs = step.groups[group]
-        self._window = window
-        self.step = step
-        self.offset = step.positions
-        self.stores = self.attends = True
-        self.of_logit_rows: PagedLayerCache | None = None  # of a last layer that returns only what needs logits
-        self._new: tuple[mx.array, mx.array] | None = None  # keys and values that are not in their slots yet
-
-    def divide(self) -> None:
-        """Where not all tokens need logits, have the layer called once for all tokens and once for those that do."""
-        if self.step.of_logit_rows is not None:
-            self.of_logit_rows = self._for_step(self.step.of_logit_rows)
-            self.of_logit_rows.stores = False
-
-    def _for_step(self, step: StepInputs) -> PagedLayerCache:
-        return PagedLayerCache(self._kv_cache, self._layer, step, self._group, self._window)
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
-        """Take keys and values, [num_tokens, num_kv_heads, 1, dim], which `attend` writes: it knows the backend."""
-        if self.stores:
-            self._new = keys.squeeze(2), values.squeeze(2)
-        return self.keys_and_values()
-
-    def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
-        """What is stored, for layers that share it."""
-        dtype = self._kv_cache.keys[self._layer].dtype
-        return PagedKV(self, dtype), PagedKV(self, dtype)
-
-    def make_mask(self, N: int, *, return_array: bool = False, window_size: int | None = None) -> PagedMask:
-        return PagedMask(window_size or self._window)
-
-    def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
-        """queries [num_tokens, num_heads, 1, head_dim] -> [num_tokens, num_heads, 1, value_dim]."""
-        window = self._window
-        if mask is not None and mask.window is not None:
-            window = mask.window if window is None else min(window, mask.window)
-        q, metadata = queries.squeeze(2).astype(self._kv_cache.keys[self._layer].dtype), self._inputs.metadata
-        self._write(q)
-        keys, values = self._kv_cache.keys[self._layer], self._kv_cache.values[self._layer]
-        if not self.attends:
-            return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
-        written = self._kv_cache.written[self._layer]
-        out = attend(q, keys, values, metadata, scale=scale, window=window, sinks=sinks, written=written)
-        return mx.expand_dims(out, 2).astype(queries.dtype)
-
-    def _write(self, q: mx.array) -> None:
-        """Put what is new into its slots, with the writer of the backend that reads it, if that has one."""
-        if self._new is None:
-            return
-        new, self._new = self._new, None
-        cache, layer = self._kv_cache, self._layer
-        where = self._inputs.block_ids, self.step.block_offsets
-        writer = WRITERS.get(backend_of(q, cache.keys[layer], cache.values[layer], self._inputs.metadata))
-        if writer is None:
-            cache.write(layer, *where, *new)
-        else:
-            cache.write_with(writer, layer, *where, *new)
 
 
 class _ProbeLayerCache(PagedLayerCache):
@@ -217,10 +129,10 @@ def patch_model(model: nn.Module) -> PatchedModel:
         _patch_attention(sys.modules[type(module).__module__])
     inner = _inner_model(model)
     if inner is not None:
-        _pick_rows(type(inner))
+        logit_rows.pick(type(inner))
     layers = getattr(model, "layers", None)
     if layers:
-        _divide_calls(type(layers[-1]))
+        logit_rows.divide(type(layers[-1]))
     if few_rows.pieces_are_faster():
         few_rows.patch_linear()
     return _probe(model, name, windows)
@@ -273,59 +185,6 @@ def _inner_model(model: nn.Module) -> nn.Module | None:
         model = model.language_model
     found = (getattr(model, name, None) for name in _INNER_NAMES)
     return next((inner for inner in found if isinstance(inner, nn.Module)), None)
-
-
-def _pick_rows(cls: type) -> None:
-    """Let the inner model `cls` return only the rows that need logits, when it runs on paged caches."""
-    original: Callable[..., Any] = cls.__call__
-    if hasattr(original, "picks_rows"):
-        return
-
-    @functools.wraps(original)
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hidden = original(self, *args, **kwargs)
-        cache = _last_cache([*args, *kwargs.values()])
-        if cache is None or cache.of_logit_rows is not None or cache.step.logit_rows is None:
-            return hidden
-        return hidden[cache.step.logit_rows]
-
-    call.picks_rows = True  # type: ignore[attr-defined]
-    cls.__call__ = call  # type: ignore[method-assign]
-
-
-def _last_cache(arguments: Sequence[Any]) -> PagedLayerCache | None:
-    """That of the last layer, if a list of paged caches is among a model's arguments."""
-    for argument in arguments:
-        if isinstance(argument, list) and argument and isinstance(argument[-1], PagedLayerCache):
-            return argument[-1]
-    return None
-
-
-def _divide_calls(cls: type) -> None:
-    """Let a layer of type `cls` run twice if its cache asks for that: to store, then for what needs logits."""
-    original: Callable[..., Any] = cls.__call__
-    if hasattr(original, "divides"):
-        return
-
-    @functools.wraps(original)
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        cache = next((each for each in (*args, *kwargs.values()) if isinstance(each, PagedLayerCache)), None)
-        if cache is None or cache.of_logit_rows is None:
-            return original(self, *args, **kwargs)
-        cache.attends = False
-        original(self, *args, **kwargs)
-        per_token = (cache.step.token_ids.shape[0], 1)
-
-        def of_logit_rows(argument: Any) -> Any:
-            if isinstance(argument, mx.array) and argument.shape[:2] == per_token:
-                return argument[cache.step.logit_rows]
-            return cache.of_logit_rows if argument is cache else argument
-
-        kwargs = {name: of_logit_rows(argument) for name, argument in kwargs.items()}
-        return original(self, *map(of_logit_rows, args), **kwargs)
-
-    call.divides = True  # type: ignore[attr-defined]
-    cls.__call__ = call  # type: ignore[method-assign]
 
 
 def _probe(model: nn.Module, name: str, windows: list[int | None]) -> PatchedModel:

@@ -24,7 +24,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_paged import LLM, ModelError, SamplingParams
-from mlx_paged.models import patch
+from mlx_paged.models import layer_cache, patch
 
 TinyModel = Callable[..., nn.Module]
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -57,7 +57,7 @@ def test_mlx_lms_caches_have_what_the_paged_one_stands_in_for(cache: Any) -> Non
     assert cache.offset == 5
     assert len(cache.keys_and_values()) == 2
     for name in ("update_and_fetch", "make_mask", "keys_and_values"):
-        assert callable(getattr(patch.PagedLayerCache, name))
+        assert callable(getattr(layer_cache.PagedLayerCache, name))
 
 
 def test_the_last_layer_stores_all_tokens_and_computes_those_that_need_logits(
@@ -65,13 +65,13 @@ def test_the_last_layer_stores_all_tokens_and_computes_those_that_need_logits(
 ) -> None:
     attended: list[int] = []
     model = tiny_model("qwen2")
-    attend = patch.attend
+    attend = layer_cache.attend
 
     def record(q: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         attended.append(q.shape[0])
         return attend(q, *args, **kwargs)
 
-    monkeypatch.setattr(patch, "attend", record)
+    monkeypatch.setattr(layer_cache, "attend", record)
     llm = LLM.from_model(model, block_size=8, num_kv_blocks=16, max_num_batched_tokens=24)
     attended.clear()
     reference = unpaged_greedy(model, prompt_of(41), 3)
@@ -85,13 +85,13 @@ def test_a_models_windows_reach_the_attention_of_the_layers_that_have_them(
     family: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows: list[int | None] = []
-    attend = patch.attend
+    attend = layer_cache.attend
 
     def record(*args: Any, window: int | None, **kwargs: Any) -> mx.array:
         windows.append(window)
         return attend(*args, window=window, **kwargs)
 
-    monkeypatch.setattr(patch, "attend", record)
+    monkeypatch.setattr(layer_cache, "attend", record)
     llm = LLM.from_model(tiny_model(family), block_size=8, num_kv_blocks=16)
     windows.clear()
     llm.generate([prompt_of(9)], SamplingParams(temperature=0, max_tokens=1))
