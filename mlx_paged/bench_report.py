@@ -26,9 +26,11 @@ def describe_machine(command: str, **details: Any) -> dict[str, Any]:
     """What numbers depend on beside the code. command: that repeats them; details: others, such as versions."""
     import mlx.core as mx
 
+    info = {} if mx.default_device() == mx.cpu else mx.device_info()
     return {
         "platform": f"{platform.system()} {platform.machine()}",
         "device": str(mx.default_device()),
+        **{name: info[name] for name in ("device_name", "architecture") if name in info},
         "cpu_count": os.cpu_count(),
         "python": platform.python_version(),
         **details,

@@ -126,5 +126,6 @@ def device_limit() -> tuple[int, str]:
     if "max_recommended_working_set_size" in info:
         return int(info["max_recommended_working_set_size"]), "recommended GPU memory"
     if "free_memory" in info:
-        return int(info["free_memory"]) + mx.get_active_memory(), "free GPU memory"
+        own = mx.get_active_memory() + mx.get_cache_memory()  # what MLX keeps for later is free too
+        return int(info["free_memory"]) + own, "free GPU memory"
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "RAM"

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import click.testing
+import mlx.core as mx
 import pytest
 from test_benchmarks import run_benchmark
 
-from mlx_paged.bench_report import as_text, terminal_table
+from mlx_paged.bench_report import as_text, describe_machine, terminal_table
 from mlx_paged.cli import cli
 from mlx_paged.workloads import WORKLOADS
 
-THREADS = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}  # told where they are set
+SOMETIMES = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "device_name", "architecture"}  # where set, on a GPU
 MACHINE = {"platform", "device", "cpu_count", "python", "mlx", "mlx_lm", "preloaded", "command"}
 TEXT = {"workload", "case", "system"}
 
@@ -42,7 +43,7 @@ SMALL = ("--random-weights", "qwen2-tiny", "-p", 9, "-g", 5, "-b", "1,3", "-n", 
 
 def test_json_has_a_row_for_each_test_and_batch_size_with_all_samples() -> None:
     report = json.loads(run_well(*SMALL, "-o", "json"))
-    assert set(report["machine"]) - THREADS == MACHINE
+    assert set(report["machine"]) - SOMETIMES == MACHINE
     rows = report["results"]["speed"]
     assert [(row["test"], row["batch"]) for row in rows] == [("pp9", 1), ("tg5", 1), ("pp9", 3), ("tg5", 3)]
     for row in rows:
@@ -50,6 +51,15 @@ def test_json_has_a_row_for_each_test_and_batch_size_with_all_samples() -> None:
         first, second = row["samples"]
         assert row["tokens_per_s"] == pytest.approx((first + second) / 2)
         assert row["deviation"] == pytest.approx(abs(first - second) / math.sqrt(2))
+
+
+def test_results_of_a_gpu_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "device_name" not in describe_machine("command")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "A card", "architecture": "sm_90", "uuid": "1-2"})
+    machine = describe_machine("command", mlx_lm="1.0")
+    assert machine.items() >= {"device_name": "A card", "architecture": "sm_90", "mlx_lm": "1.0"}.items()
+    assert "uuid" not in machine
 
 
 def test_the_other_forms_hold_the_same_rows() -> None:
@@ -162,7 +172,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
 
 def test_a_quick_run_of_all_workloads_writes_what_it_prints(quick: tuple[str, dict[str, Any]]) -> None:
     printed, content = quick
-    assert set(content["machine"]) - THREADS == MACHINE
+    assert set(content["machine"]) - SOMETIMES == MACHINE
     assert content["machine"]["command"].startswith("python benchmarks/workloads.py --quick --json")
     assert list(content["results"]) == list(WORKLOADS)
     check_comparison(content["results"])
@@ -197,7 +207,7 @@ def test_what_is_counted_is_what_the_workload_says(quick: tuple[str, dict[str, A
 def test_compare_runs_chosen_workloads_with_any_model() -> None:
     args = ("compare", "--random-weights", "qwen2-tiny", "-w", "w1,w8", "--scale", 32, "-n", 2, "-o", "json")
     report = json.loads(run_well(*args))
-    assert set(report["machine"]) - THREADS == MACHINE
+    assert set(report["machine"]) - SOMETIMES == MACHINE
     assert list(report["results"]) == ["W1", "W8"]
     check_comparison(report["results"])
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_paged import LLM, SamplingParams
+from mlx_paged import LLM, EngineConfig, SamplingParams, memory_plan
 from mlx_paged.kv_cache import LayerShape, PagedKVCache
+from mlx_paged.models.patch import patch_model
 
 MEGABYTE = 1 << 20
 
@@ -167,6 +168,29 @@ def test_by_default_the_pool_is_no_larger_than_all_requests_could_use(tiny_model
     llm = LLM.from_model(tiny_model("qwen2"), max_num_seqs=3, max_model_len=100)
     assert llm.stats().num_blocks == 3 * 7
     assert "21 blocks of 16 tokens" in llm.describe_memory()
+
+
+@pytest.mark.parametrize(
+    ("info", "limit", "name"),
+    [
+        ({"max_recommended_working_set_size": 80 * MEGABYTE}, 80 * MEGABYTE, "recommended GPU memory"),
+        ({"free_memory": 50 * MEGABYTE}, 80 * MEGABYTE, "free GPU memory"),
+    ],
+    ids=["Metal", "CUDA"],
+)
+def test_on_a_gpu_three_quarters_of_its_memory_are_divided(
+    info: dict[str, int], limit: int, name: str, tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a card without what other processes have: what this one holds, and what MLX keeps for later, is free."""
+    model, config = patch_model(tiny_model("qwen2")), EngineConfig(max_num_batched_tokens=32, max_num_seqs=1000)
+    mx.eval(model.model.parameters())
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 30 * MEGABYTE - mx.get_active_memory())
+    plan = memory_plan.plan_memory(model, config, max_model_len=None)
+    assert (plan.limit, plan.device) == (limit, name)
+    room = 0.75 * limit - plan.weights - plan.reserve
+    assert plan.reserve > 0 and room - plan.block_bytes[0] < plan.kv_bytes <= room
 
 
 @pytest.mark.parametrize(
