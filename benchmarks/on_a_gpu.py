@@ -4,19 +4,21 @@
     python benchmarks/on_a_gpu.py [--quick] [--json FILE] [--only PART]
 
 1. `wrapper`: the text that MLX puts around a kernel, against the one that the tests rebuild (tests/cuda_text.py)
-2. `correctness`: tests of the kernels over their whole grid, and of the engine, with the card in place of the
-   simulator; contexts of 32,768 and 131,072 tokens, and a pool of more than 2^31 elements, against float64
+2. `correctness`: tests of the kernels (MLX_PAGED_LONG_TESTS=1: at every point of their grid) and of the engine, with
+   the card in place of the simulator; contexts of 32,768 and 131,072 tokens, and a pool of more than 2^31 elements,
+   against float64
 3. `decode`: time of a step's attention, and its share of the bandwidth of a copy
 4. `prefill`: the same, and its share of the rate of a large matrix product
 5. `writes`: new keys and values written by the kernel for it and by MLX's scatter, when a step is submitted before and
    after the one before it is over: tokens per second, and memory beside the pools
 6. `submission`: the same model where MLX ends a graph at a gigabyte of inputs, a pool among them, and where it does not
-7. `memory`: what an engine takes by default, how much of it serving really takes, and whether that grows
-8. `end_to_end`: equal and mixed requests, 8, 32 and 128 at a time, beside mlx-lm's own batches
+7. `uploads`: what an array costs that the host has made for a step, as those of positions and slots are
+8. `memory`: what an engine takes by default, how much of it serving really takes, and whether that grows
+9. `end_to_end`: equal and mixed requests, 8, 32 and 128 at a time, beside mlx-lm's own batches
 
-Parts 3 and 4 give medians of repetitions, each of several calls that are evaluated together, one after another. A part
-takes one to eight minutes; `--only` with the same `--json` adds one to what is there. TF32 is off: with it MLX rounds
-float32 to 10 bits, and no comparison in float32 would hold.
+Parts 3 and 4 give medians of repetitions, each of several calls that are evaluated together, one after another. Each
+part runs in a process of its own; `--only` with the same `--json` adds one to what is there. TF32 is off: with it MLX
+rounds float32 to 10 bits, and no comparison in float32 would hold.
 """
 
 from __future__ import annotations
@@ -156,17 +158,17 @@ def without_names(text: str) -> str:
 
 
 TESTS = {
-    "kernels, whole grid": ["test_cuda_kernels.py"],
+    "kernels": ["test_cuda_kernels.py"],
     "engine": ["test_attention.py", "test_parity.py", "test_kv_cache.py", "test_pipelining.py", "test_memory_flat.py",
                "test_beams_in_engine.py", "test_swap.py", "test_demo.py"],
 }  # fmt: skip
 
 
 def run_tests(files: list[str]) -> str:
-    """What the tests in these files print, every point of their grids run."""
+    """What the tests in these files print."""
     command = [sys.executable, "-m", "pytest", "-q", "-ra", *(ROOT / "tests" / file for file in files)]
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | EXACT | {"PYTHONPATH": path, "MLX_PAGED_LONG_TESTS": "1"}
+    environment = os.environ | EXACT | {"PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     return done.stdout + done.stderr
 
@@ -211,14 +213,13 @@ def relative_error(step: Step) -> float:
     keys, values = (np.array(content.astype(mx.float32)) for content in contents)
     q = np.array(step.q.astype(mx.float32)).astype(np.float64)
     group, expected = q.shape[1] // keys.shape[1], np.zeros_like(found)
+    hidden = np.arange(context) > np.arange(context - num_queries, context)[:, None, None]
     for head in range(keys.shape[1]):
         own = slice(head * group, (head + 1) * group)
-        scores = np.einsum("qgd,kd->qgk", q[:, own], keys[:, head].astype(np.float64)) * q.shape[2] ** -0.5
-        for i in range(num_queries):
-            scores[i, :, context - num_queries + 1 + i :] = -np.inf
+        scores = q[:, own] @ keys[:, head].astype(np.float64).T * q.shape[2] ** -0.5
+        scores[np.broadcast_to(hidden, scores.shape)] = -np.inf
         weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-        weights /= weights.sum(axis=2, keepdims=True)
-        expected[:, own] = np.einsum("qgk,kd->qgd", weights, values[:, head].astype(np.float64))
+        expected[:, own] = weights @ values[:, head].astype(np.float64) / weights.sum(axis=2, keepdims=True)
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
@@ -340,7 +341,7 @@ def submission(quick: bool) -> list[Row]:
     rows = []
     options = ["--random-weights", QUICK, "-g", "2", "-b", "1", "-n", "1"]
     if not quick:
-        options = ["--random-weights", "qwen2-0.5b", "-g", "256", "-b", "1,32", "--num-kv-blocks", str(1 << 18)]
+        options = ["--random-weights", "qwen2-0.5b", "-g", "256", "-b", "1,32", "--kv-cache-memory", "40%"]
     command = [sys.executable, "-m", "mlx_paged", "bench", "-p", "0", *options, "-o", "json"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     for most in (None, 1_000_000):
@@ -351,7 +352,23 @@ def submission(quick: bool) -> list[Row]:
     return rows
 
 
-# -- 7. memory ---------------------------------------------------------------------------------------------------
+# -- 7. uploads --------------------------------------------------------------------------------------------------
+
+
+def uploads(quick: bool) -> list[Row]:
+    """A chain of additions to one array, of one that is on the device and of a new one from the host each time."""
+    calls, values = (4 if quick else 200), np.arange(64, dtype=np.int32)
+    x, there = mx.zeros(64, mx.int32), mx.array(values) + 0
+    mx.eval(x, there)
+    on_device = seconds(lambda y: y + there, x, calls)
+    from_host = seconds(lambda y: y + mx.array(values), x, calls)
+    return [
+        {"array": "on the device", "microseconds": on_device * 1e6},
+        {"array": "new, from the host", "microseconds": from_host * 1e6},
+    ]
+
+
+# -- 8. memory ---------------------------------------------------------------------------------------------------
 
 
 def memory(quick: bool) -> list[Row]:
@@ -373,7 +390,7 @@ def memory(quick: bool) -> list[Row]:
         mx.reset_peak_memory()
         first = serve(count)
         peak = mx.get_peak_memory()
-        later = [serve(count) for _ in range(1 if quick else 5)][-1]
+        later = [serve(count) for _ in range(1 if quick else 3)][-1]
         rows.append(
             {
                 "model": shape,
@@ -389,7 +406,7 @@ def memory(quick: bool) -> list[Row]:
     return rows
 
 
-# -- 8. end to end -----------------------------------------------------------------------------------------------
+# -- 9. end to end -----------------------------------------------------------------------------------------------
 
 
 def end_to_end(quick: bool) -> list[Row]:
@@ -452,6 +469,7 @@ PARTS = [
         "Decoding by MLX_MAX_MB_PER_BUFFER",
         {"limit": ("limit", ""), **bench.COLUMNS},
     ),
+    Part(uploads, "An addition to an array", {"array": ("with one", ""), "microseconds": ("µs", ",.1f")}),
     Part(
         memory,
         "Memory by default, GB",
@@ -474,4 +492,5 @@ if __name__ == "__main__":
             "on_a_gpu.py: there is no CUDA device here; `pip install mlx[cuda13]` beside a card brings MLX's backend"
         )
     os.environ.update(EXACT)  # MLX reads it at its first product
-    report.main("on_a_gpu.py", __doc__ or "", PARTS, mlx_lm=mlx_lm.__version__)
+    # Apart, because after an error in a kernel a process can't use the card any more.
+    report.main("on_a_gpu.py", __doc__ or "", PARTS, apart=True, mlx_lm=mlx_lm.__version__)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +24,11 @@ class Part(NamedTuple):
     columns: Columns
 
 
-def main(script: str, purpose: str, parts: Sequence[Part], **details: Any) -> None:
-    """The command line of the benchmark `script`. details: what its numbers depend on beside MLX, such as versions."""
+def main(script: str, purpose: str, parts: Sequence[Part], *, apart: bool = False, **details: Any) -> None:
+    """The command line of the benchmark `script`. A part that fails does not keep the others from being measured.
+
+    apart: each in a process of its own. details: what the numbers depend on beside MLX, such as versions.
+    """
     parser = argparse.ArgumentParser(description=purpose.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: only to see it run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw numbers")
@@ -37,21 +42,40 @@ def main(script: str, purpose: str, parts: Sequence[Part], **details: Any) -> No
             if part.run.__name__ in results:
                 print(f"{part.title}:\n\n{markdown(part.columns, results[part.run.__name__])}\n")
         return
+    if apart and not options.only:
+        if options.json:
+            options.json.unlink(missing_ok=True)
+        command = [sys.executable, *sys.argv, "--only"]
+        _end(script, [name for name in names if subprocess.run([*command, name], check=False).returncode])
+        return
     arguments = sys.argv[1:]
     if options.only:  # what repeats one part repeats it with the others too
         at = arguments.index("--only") if "--only" in arguments else arguments.index(f"--only={options.only}")
         del arguments[at : at + 1 + (arguments[at] == "--only")]
     machine = describe_machine(" ".join([f"python benchmarks/{script}", *arguments]), **details)
     results = _results_to_keep(options.json, machine) if options.only else {}
+    failed = []
     for part in parts:
         if options.only not in (None, part.run.__name__):
             continue
         mx.random.seed(0)
-        rows = results[part.run.__name__] = part.run(options.quick)
+        try:
+            rows = results[part.run.__name__] = part.run(options.quick)
+        except Exception:  # the other parts may be worth having
+            traceback.print_exc()
+            failed.append(part.run.__name__)
+            continue
         print(as_text(terminal_table(part.title, part.columns, rows)), flush=True)
         results = {name: results[name] for name in names if name in results}
         if options.json:  # after each part, so that what was measured outlives a later part's failure
             options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    _end(script, failed)
+
+
+def _end(script: str, failed: list[str]) -> None:
+    """End the program with an error if parts have failed."""
+    if failed:
+        sys.exit(f"{script}: {', '.join(failed)} failed; why is said above")
 
 
 def _results_to_keep(file: Path | None, machine: dict[str, Any]) -> dict[str, list[Row]]:

@@ -610,3 +610,33 @@ def test_the_committed_times_of_linear_layers_are_those_of_the_docs_and_pieces_a
         assert row["default"] and (row["rows"] > 16 or row["ratio"] < 1)
     table = run_benchmark("--markdown", file, script="few_rows.py").split("\n\n")[1]
     assert table.strip().replace("\n", "\n  ") in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+SCRIPT = """
+import os, report
+from report import Part
+
+def first(quick): return [{"n": 1, "process": os.getpid()}]
+def broken(quick): raise ValueError("no such luck")
+def last(quick): return [{"n": 3, "process": os.getpid()}]
+
+parts = [Part(run, run.__name__, {"n": ("number", "")}) for run in (first, broken, last)]
+if __name__ == "__main__":
+    report.main("script.py", "What it is for.", parts, apart=APART)
+"""
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_part_that_fails_keeps_no_other_from_being_measured(apart: bool, tmp_path: Path) -> None:
+    script, file = tmp_path / "script.py", tmp_path / "out.json"
+    script.write_text(SCRIPT.replace("APART", str(apart)))
+    file.write_text(json.dumps({"machine": {"platform": "another"}, "results": {"old": []}}))
+    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(script), "--json", str(file)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no such luck" in done.stderr and done.stderr.endswith("script.py: broken failed; why is said above\n")
+    content = json.loads(file.read_text())
+    assert {name: rows[0]["n"] for name, rows in content["results"].items()} == {"first": 1, "last": 3}
+    assert (len({rows[0]["process"] for rows in content["results"].values()}) == 2) == apart
+    assert content["machine"]["command"].endswith(f"script.py --json {file}")

@@ -512,6 +512,7 @@ def test_everything_to_be_measured_on_a_card_can_be(cuda: Cuda, monkeypatch: pyt
     assert all(row["share"] > 0 for part in ("decode", "prefill") for row in results[part])
     assert {(row["writes"], row["tokens"] > 0) for row in results["writes"]} == {("kernel", True), ("scatter", True)}
     assert len(results["submission"]) == 2 and all(row["tokens_per_s"] > 0 for row in results["submission"])
+    assert all(row["microseconds"] > 0 for row in results["uploads"])
     assert all(row["kv"] > 0 for row in results["memory"])
     assert {row["system"] for row in results["end_to_end"]} == {"mlx-lm", "mlx-paged"}
 
