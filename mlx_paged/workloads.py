@@ -250,11 +250,11 @@ def samples_and_beams(scale: int) -> Iterator[Case]:
 def long_context(scale: int) -> Iterator[Case]:
     """As many tokens at once in all cases; more of one context would take a CPU an hour."""
     for context, at_once in ((4096, 4), (16384, 1)) if scale == 1 else ((4096 // scale, 4),):
-        blocks = {"num_kv_blocks": 2 * -(-(context + 64) // BLOCK_SIZE) * at_once, "max_num_seqs": at_once}
+        config = {"max_num_seqs": at_once, "block_size": BLOCK_SIZE, "allocator": "fifo"}
         systems: list[System] = [
             MlxLm(at_once=at_once),
-            Paged("mlx-paged, blocks in order", blocks | {"allocator": "fifo"}),
-            Paged("mlx-paged, scattered", blocks | {"allocator": "fifo"}, scattered=True),
+            Paged("mlx-paged, blocks in order", config),
+            Paged("mlx-paged, scattered", config, scattered=True),
         ]
         yield Case("W6", f"{at_once} x {context:,} in", [Length(context, max(2, 64 // scale))] * at_once, systems)
 
