@@ -103,10 +103,11 @@ class RequestMaker:
         # The last token put out is never fed back, so it needs a place in the context but no slot in the pool.
         shared = num_prompt // block_size  # blocks that all beams have in common
         tail = -(-(num_prompt + wanted - 1) // block_size) - shared
-        if shared + num_beams * tail > self._num_blocks:
+        needed = shared + tail * (num_beams if wanted > 1 else 1)  # beams of one token write nothing
+        if needed > self._num_blocks:
             what = f"{wanted} more" if num_beams == 1 else f"{num_beams} beams of {wanted} more"
             raise ValueError(
-                f"a prompt of {num_prompt} tokens and {what} need {shared + num_beams * tail} blocks of {block_size} "
+                f"a prompt of {num_prompt} tokens and {what} need {needed} blocks of {block_size} "
                 f"tokens and the pool has {self._num_blocks}: shorten the prompt, lower max_tokens, or raise "
                 "num_kv_blocks or kv_cache_memory"
             )

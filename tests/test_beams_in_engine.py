@@ -338,13 +338,14 @@ def test_blocks_and_copies_are_those_that_the_beams_ancestry_asks_for(
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
-@pytest.mark.parametrize("prompt_len, width, max_tokens", [(5, 4, 12), (8, 3, 9), (1, 8, 6), (13, 2, 20)])
+@pytest.mark.parametrize("prompt_len, width, max_tokens", [(5, 4, 12), (8, 3, 9), (1, 8, 6), (13, 2, 20), (6, 5, 1)])
 def test_a_search_that_just_fits_the_pool_runs_and_one_block_less_is_refused_with_the_arithmetic(
     llama: Lab, prefix_caching: bool, prompt_len: int, width: int, max_tokens: int
 ) -> None:
     params, prompt = BeamSearchParams(width, max_tokens), PROMPTS[3][:prompt_len]
     shared = prompt_len // 4
-    needed = shared + width * (-(-(prompt_len + max_tokens - 1) // 4) - shared)
+    tails = width if max_tokens > 1 else 1  # the last token of a beam is never written
+    needed = shared + tails * (-(-(prompt_len + max_tokens - 1) // 4) - shared)
     engine = llama.engine(num_kv_blocks=needed, prefix_caching=prefix_caching)
     assert_same(search(engine, prompt, params), dense_beam_search(unpaged_logprobs(llama.model, prompt), params, []))
     assert engine.stats().num_preemptions == 0
