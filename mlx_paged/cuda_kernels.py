@@ -1,4 +1,4 @@
-"""The CUDA kernels: the twins of the Metal ones, with the same calls.
+"""The CUDA kernels: the twins of the Metal ones, with the same calls, and one that writes new keys and values.
 
 A kernel is made at its first use, by `mx.fast.cuda_kernel` as it is found then, so that a simulator can take its place.
 MLX compiles it for the card that is there, once for each set of template arguments and dtypes.
