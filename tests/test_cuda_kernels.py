@@ -24,6 +24,7 @@ from mlx_paged import LLM, SamplingParams, attention, cuda_kernels, kernel_plan,
 from mlx_paged.errors import EngineWarning
 from mlx_paged.kernel_calls import shape_of
 from mlx_paged.kernel_plan import Shape
+from mlx_paged.kv_cache import LayerShape, PagedKVCache
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -235,6 +236,17 @@ def test_new_keys_and_values_are_put_into_their_slots_and_nowhere_else(part: int
             np.testing.assert_array_equal(exact(pool), content)
 
 
+def test_a_pool_that_something_still_reads_is_written_where_it_lies(cuda: Cuda) -> None:
+    cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)], [16], 8, 1)
+    where, rows, pools = mx.array([5], mx.int32), mx.ones((1, 4, 64)), (cache.keys[0], cache.values[0])
+    views = [pool[5] for pool in pools]  # on a card: a step that is not over
+    cache.write_with(cuda_kernels.write, 0, where, where, rows, rows)
+    mx.eval(cache.written)
+    assert cache.keys[0] is pools[0] and cache.values[0] is pools[1]
+    for view, pool in zip(views, pools, strict=True):
+        assert (view[5] == 1).all().item() and pool.sum().item() == 4 * 64
+
+
 def test_slots_past_the_32_bits_of_a_pool_are_found(cuda: Cuda) -> None:
     cuda.only_simulated("memory that is not there is written")
     pools = [mx.zeros((2, 16, 2, 128), mx.float16) for _ in "kv"]
@@ -251,6 +263,7 @@ WRITE_MISTAKES = {
     "keys among the values": ("piece < key_pieces", "piece <= key_pieces"),
     "a thread past the end writes": ("token < block_ids_shape[0]", "token <= block_ids_shape[0]"),
     "nobody is told": ("*written = 0", "{}"),
+    "an input is written in secret": ("const_cast<T*>(v_cache)", "(T*)v_cache"),
 }
 
 
