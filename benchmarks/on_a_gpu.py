@@ -11,7 +11,7 @@
 4. `prefill`: the same, and its share of the rate of a large matrix product
 5. `writes`: new keys and values written by the kernel for it and by MLX's scatter, when a step is submitted before and
    after the one before it is over: tokens per second, and memory beside the pools
-6. `submission`: the same model where MLX ends a graph at a gigabyte of inputs, a pool among them, and where it does not
+6. `submission`: the same model where MLX ends a graph by the size of its inputs, pools among them, and where not
 7. `uploads`: what an array costs that the host has made for a step, as those of positions and slots are
 8. `memory`: what an engine takes by default, how much of it serving really takes, and whether that grows
 9. `end_to_end`: equal and mixed requests, 8, 32 and 128 at a time, beside mlx-lm's own batches
