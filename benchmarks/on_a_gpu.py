@@ -40,11 +40,13 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import report
+from attention import dense_attention
 from report import Part, Row
 
 from mlx_paged import LLM, SamplingParams, attention, bench, cuda_kernels
 from mlx_paged.attention import AttentionMetadata, attend
 from mlx_paged.compare import COLUMNS, compare
+from mlx_paged.contenders import Run, measured
 from mlx_paged.kernel_calls import prepare_merge
 from mlx_paged.random_models import make_random_model
 from mlx_paged.workloads import Case, Length, MlxLm, System, mixed_lengths, paged
@@ -102,6 +104,18 @@ def make_step(
     mx.eval(q, *caches, tables)
     starts = np.arange(batch + 1, dtype=np.int32) * num_queries
     return Step(q, *caches, AttentionMetadata(tables, np.full(batch, context, np.int32), starts))
+
+
+def run_python(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own that finds this project and its tests; variables: of its environment."""
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path} | variables
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+def shapes(quick: bool) -> list[str]:
+    """Of the random models that are served."""
+    return [QUICK] if quick else ["qwen2-0.5b", "llama-8b"]
 
 
 def name_of(dtype: mx.Dtype) -> str:
@@ -166,10 +180,7 @@ TESTS = {
 
 def run_tests(files: list[str]) -> str:
     """What the tests in these files print."""
-    command = [sys.executable, "-m", "pytest", "-q", "-ra", *(ROOT / "tests" / file for file in files)]
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | EXACT | {"PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = run_python("-m", "pytest", "-q", "-ra", *(ROOT / "tests" / file for file in files), **EXACT)
     return done.stdout + done.stderr
 
 
@@ -206,20 +217,11 @@ def step_at_the_end_of_a_pool(num_elements: int) -> Step:
 
 def relative_error(step: Step) -> float:
     """Of the attention of one sequence, against float64."""
-    found = np.array(step.attend(backend="cuda").astype(mx.float32)).astype(np.float64)
     (context,), num_queries = step.metadata.context_lens, step.q.shape[0]
-    table = step.metadata.block_tables[0]
-    contents = [cache[table].flatten(0, 1)[: int(context)] for cache in (step.k_cache, step.v_cache)]
-    keys, values = (np.array(content.astype(mx.float32)) for content in contents)
-    q = np.array(step.q.astype(mx.float32)).astype(np.float64)
-    group, expected = q.shape[1] // keys.shape[1], np.zeros_like(found)
-    hidden = np.arange(context) > np.arange(context - num_queries, context)[:, None, None]
-    for head in range(keys.shape[1]):
-        own = slice(head * group, (head + 1) * group)
-        scores = q[:, own] @ keys[:, head].astype(np.float64).T * q.shape[2] ** -0.5
-        scores[np.broadcast_to(hidden, scores.shape)] = -np.inf
-        weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-        expected[:, own] = weights @ values[:, head].astype(np.float64) / weights.sum(axis=2, keepdims=True)
+    contents = [cache[step.metadata.block_tables[0]].flatten(0, 1)[: int(context)] for cache in step[1:3]]
+    arrays = (step.attend(backend="cuda"), step.q, *contents)
+    found, *inputs = (np.array(array.astype(mx.float32)).astype(np.float64) for array in arrays)
+    expected = dense_attention(*inputs, positions=np.arange(context - num_queries, context))
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
@@ -295,18 +297,19 @@ def prefill(quick: bool) -> list[Row]:
 # -- 5. writes ---------------------------------------------------------------------------------------------------
 
 
-def decode_run(llm: LLM, batch: int, num_tokens: int) -> tuple[float, int]:
-    """Seconds for so many tokens of each of `batch` sequences, and the most bytes taken beside what was there."""
+def decode_run(llm: LLM, batch: int, num_tokens: int) -> Run:
+    """So many tokens of each of `batch` sequences."""
     prompts = [[i % 100 + 1, 2, 3] for i in range(batch)]
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    llm.generate(prompts, params)
-    mx.synchronize()
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    before, started = mx.get_active_memory(), time.perf_counter()
-    llm.generate(prompts, params)
-    mx.synchronize()
-    return time.perf_counter() - started, mx.get_peak_memory() - before
+
+    def serve() -> Run:
+        started = time.perf_counter()
+        llm.generate(prompts, params)
+        mx.synchronize()
+        return Run(time.perf_counter() - started, batch * num_tokens, [])
+
+    serve()
+    return measured(serve)
 
 
 def writes(quick: bool) -> list[Row]:
@@ -317,15 +320,15 @@ def writes(quick: bool) -> list[Row]:
         for pipelining in ("off",) if quick else ("auto", "off", "build", "submit"):
             with mock.patch.dict(attention.WRITERS, writers, clear=True):
                 llm = LLM.from_model(model, num_kv_blocks=num_blocks, pipelining=pipelining, prefix_caching=False)
-                took, peak = decode_run(llm, batch, num_tokens)
+                run = decode_run(llm, batch, num_tokens)
             pool = llm.stats().kv_bytes / len(model.layers) / 2
             rows.append(
                 {
                     "writes": name,
                     "pipelining": pipelining,
                     "submits": "yes" if llm.engine._runner.may_submit_early else "no",
-                    "tokens": batch * num_tokens / took,
-                    "peak_mb": peak / 1e6,
+                    "tokens": run.num_tokens / run.seconds,
+                    "peak_mb": run.peak_bytes / 1e6,
                     "pool_mb": pool / 1e6,
                 }
             )
@@ -342,13 +345,11 @@ def submission(quick: bool) -> list[Row]:
     options = ["--random-weights", QUICK, "-g", "2", "-b", "1", "-n", "1"]
     if not quick:
         options = ["--random-weights", "qwen2-0.5b", "-g", "256", "-b", "1,32", "--kv-cache-memory", "40%"]
-    command = [sys.executable, "-m", "mlx_paged", "bench", "-p", "0", *options, "-o", "json"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    for most in (None, 1_000_000):
-        environment = os.environ | {"PYTHONPATH": path} | ({} if most is None else {"MLX_MAX_MB_PER_BUFFER": str(most)})
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        for row in json.loads(done.stdout)["results"]["speed"]:
-            rows.append({"limit": "MLX's own" if most is None else f"{most:,}", **row})
+    for limit, variables in (("MLX's own", {}), ("1,000,000", {"MLX_MAX_MB_PER_BUFFER": "1000000"})):
+        done = run_python("-m", "mlx_paged", "bench", "-p", "0", *options, "-o", "json", **variables)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        rows += [{"limit": limit, **row} for row in json.loads(done.stdout)["results"]["speed"]]
     return rows
 
 
@@ -371,26 +372,27 @@ def uploads(quick: bool) -> list[Row]:
 # -- 8. memory ---------------------------------------------------------------------------------------------------
 
 
+def active_after(llm: LLM, draw: np.random.Generator, count: int, length: int) -> int:
+    """Bytes that are held when so many random prompts of that length have been served."""
+    prompts = [draw.integers(0, 1000, length).tolist() for _ in range(count)]
+    llm.generate(prompts, SamplingParams(temperature=0.8, max_tokens=8, ignore_eos=True))
+    mx.synchronize()
+    return mx.get_active_memory()
+
+
 def memory(quick: bool) -> list[Row]:
     """Of engines without any size given; served are prompts of the largest chunk, and many requests after them."""
     rows = []
-    for shape in (QUICK,) if quick else ("qwen2-0.5b", "llama-8b"):
+    for shape in shapes(quick):
         loaded = make_random_model(shape, "bfloat16")
         sizes = {"num_kv_blocks": 64, "max_num_batched_tokens": 32} if quick else {}
         llm = LLM.from_model(loaded.model, max_model_len=loaded.max_model_len, **sizes)
         plan, draw = llm.engine._runner.plan, np.random.default_rng(0)
-        length, count = (20, 2) if quick else (4000, 64)
-
-        def serve(count: int, llm: LLM = llm, length: int = length, draw: np.random.Generator = draw) -> int:
-            prompts = [draw.integers(0, 1000, length).tolist() for _ in range(count)]
-            llm.generate(prompts, SamplingParams(temperature=0.8, max_tokens=8, ignore_eos=True))
-            mx.synchronize()
-            return mx.get_active_memory()
-
+        count, length = (2, 20) if quick else (64, 4000)
         mx.reset_peak_memory()
-        first = serve(count)
+        first = active_after(llm, draw, count, length)
         peak = mx.get_peak_memory()
-        later = [serve(count) for _ in range(1 if quick else 3)][-1]
+        later = [active_after(llm, draw, count, length) for _ in range(1 if quick else 3)][-1]
         rows.append(
             {
                 "model": shape,
@@ -402,7 +404,7 @@ def memory(quick: bool) -> list[Row]:
                 "growth_mb": (later - first) / 1e6,
             }
         )
-        del llm, serve
+        del llm
     return rows
 
 
@@ -411,7 +413,7 @@ def memory(quick: bool) -> list[Row]:
 
 def end_to_end(quick: bool) -> list[Row]:
     rows = []
-    for shape in (QUICK,) if quick else ("qwen2-0.5b", "llama-8b"):
+    for shape in shapes(quick):
         loaded = make_random_model(shape, "bfloat16")
         for at_once in (2,) if quick else (8, 32, 128):
             equal = [Length(20, 3) if quick else Length(128, 128)] * (2 * at_once)
