@@ -47,9 +47,11 @@ import report
 from report import Part, Row
 
 import mlx_paged
-from mlx_paged import attention, paged_attention
-from mlx_paged.attention import AttentionMetadata, attend
-from mlx_paged.memory_plan import device_limit
+from mlx_paged import paged_attention
+from mlx_paged.attention import paged_attention as attention
+from mlx_paged.attention.metadata import AttentionMetadata
+from mlx_paged.attention.paged_attention import attend
+from mlx_paged.runner.memory_plan import device_limit
 
 BLOCK_SIZE = 16
 ON_CPU = mx.default_device() == mx.cpu

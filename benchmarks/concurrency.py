@@ -4,7 +4,7 @@
     python benchmarks/concurrency.py --markdown FILE                               the tables of such a file
 
 `throughput` serves requests by this engine and by mlx-lm's BatchGenerator, 1, 2, 4 ... at a time and twice as many in
-all, with 21 million random weights in float32; how it is measured is in mlx_paged/compare.py. `memory_over_time` is
+all, with 21 million random weights in float32; how it is measured is in comparison/compare.py. `memory_over_time` is
 counted, not timed: the tokens that an engine has in its blocks while it serves the requests of workload W3, and what
 other ways to hold the same sequences would take. benchmarks/plots.py draws both.
 """
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import mlx_lm
 import report
+from comparison.compare import COLUMNS, compare
+from comparison.workloads import WORKLOADS, Case, MlxLm, Paged, System, mixed_lengths, paged
 from report import Part, Row
 from workloads import QUICK_SCALE, REPETITIONS, model
 
 from mlx_paged import LLM, SamplingParams
-from mlx_paged.compare import COLUMNS, compare
-from mlx_paged.random_models import make_random_model
-from mlx_paged.workloads import WORKLOADS, Case, MlxLm, Paged, System, mixed_lengths, paged
+from mlx_paged.tools.random_models import make_random_model
 
 AT_ONCE = (1, 2, 4, 8, 16, 32)
 LOOK_EVERY = 16  # steps, so that a full run has a hundred rows or so

@@ -31,14 +31,13 @@ from mlx_lm.models.cache import BatchKVCache
 from report import Part, Row
 
 from mlx_paged import LLM, SamplingParams
-from mlx_paged.attention import AttentionMetadata
-from mlx_paged.batch import GroupInputs, StepInputs
+from mlx_paged.attention.metadata import AttentionMetadata, GroupInputs, StepInputs
+from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.config import EngineConfig
-from mlx_paged.engine import Engine
-from mlx_paged.kv_cache import PagedKVCache
-from mlx_paged.memory_plan import MemoryPlan
+from mlx_paged.engine.engine import Engine
 from mlx_paged.models.patch import PatchedModel, patch_model
-from mlx_paged.sampler import SampledTokens, Sampler
+from mlx_paged.runner.memory_plan import MemoryPlan
+from mlx_paged.sampling.sampler import SampledTokens, Sampler
 
 BLOCK_SIZE = 16
 VOCAB_SIZE = 64

@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from metalsim import simulator
 from metalsim.report import LINE_BYTES, LaunchReport
 
-from mlx_paged import kernels, paged_attention
-from mlx_paged.kernel_plan import Shape, decode_layout, tile_for
+from mlx_paged import paged_attention
+from mlx_paged.attention import metal as kernels
+from mlx_paged.attention.work_items import Shape, decode_layout, tile_for
 
 DTYPE = mx.float16
 BANDWIDTHS = {  # GB/s, as Apple publishes them

@@ -22,9 +22,10 @@ import report
 from report import Part, Row
 
 from mlx_paged import LLM, BlockManager, SamplingParams
-from mlx_paged.allocator import POLICIES
-from mlx_paged.attention import AttentionMetadata, attend
-from mlx_paged.kv_cache import LayerShape, PagedKVCache
+from mlx_paged.attention.metadata import AttentionMetadata
+from mlx_paged.attention.paged_attention import attend
+from mlx_paged.blocks.allocator import POLICIES
+from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
 
 BLOCK_SIZE = 16
 DATASETS = {"Alpaca": (19, 58), "ShareGPT": (161, 338)}  # mean tokens in and out, Kwon et al. 2023, figure 11

@@ -3,7 +3,7 @@
     pip install "mlx-paged[cuda,test]"
     python benchmarks/on_a_gpu.py [--quick] [--json FILE] [--only PART]
 
-1. `wrapper`: the text that MLX puts around a kernel, against the one that the tests rebuild (tests/cuda_text.py)
+1. `wrapper`: the text that MLX puts around a kernel, against the one that the tests rebuild (helpers/cuda_text.py)
 2. `correctness`: tests of the kernels (MLX_PAGED_LONG_TESTS=1: at every point of their grid) and of the engine, with
    the card in place of the simulator; contexts of 32,768 and 131,072 tokens, and a pool of more than 2^31 elements,
    against float64
@@ -41,15 +41,19 @@ import mlx_lm
 import numpy as np
 import report
 from attention import dense_attention
+from comparison.compare import COLUMNS, compare
+from comparison.systems import Run, measured
+from comparison.workloads import Case, Length, MlxLm, System, mixed_lengths, paged
 from report import Part, Row
 
-from mlx_paged import LLM, SamplingParams, attention, bench, cuda_kernels
-from mlx_paged.attention import AttentionMetadata, attend
-from mlx_paged.compare import COLUMNS, compare
-from mlx_paged.contenders import Run, measured
-from mlx_paged.kernel_calls import prepare_merge
-from mlx_paged.random_models import make_random_model
-from mlx_paged.workloads import Case, Length, MlxLm, System, mixed_lengths, paged
+from mlx_paged import LLM, SamplingParams
+from mlx_paged.attention import cuda as cuda_kernels
+from mlx_paged.attention import paged_attention as attention
+from mlx_paged.attention.kernel_backend import prepare_merge
+from mlx_paged.attention.metadata import AttentionMetadata
+from mlx_paged.attention.paged_attention import attend
+from mlx_paged.tools import speed as bench
+from mlx_paged.tools.random_models import make_random_model
 
 ROOT = Path(__file__).parents[1]
 

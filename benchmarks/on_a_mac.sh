@@ -60,12 +60,12 @@ run() {  # run NAME ARGUMENTS...: a step in the environment
     step "$name" "$python" "$@"
 }
 
-tests=(tests/test_metal_*.py tests/test_kernels.py tests/test_attention.py tests/test_parity.py tests/test_kv_cache.py)
-tests+=(tests/test_memory_flat.py tests/test_pipelining.py tests/test_demo.py)
+tests=(tests/test_metal_*.py tests/attention/test_kernel_backend.py tests/attention/test_paged_attention.py tests/system/test_parity.py tests/cache/test_kv_cache.py)
+tests+=(tests/system/test_memory_flat.py tests/system/test_pipelining.py tests/models/test_demo.py)
 sizes=()
 bench=(-p 512 -g 128 -b 1,8,32 -n 5)
 if [ -n "$quick" ]; then
-    tests=(tests/test_kv_cache.py)
+    tests=(tests/cache/test_kv_cache.py)
     sizes=(--quick)
     bench=(-p 16 -g 8 -b 1,2 -n 1)
 fi

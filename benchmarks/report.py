@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_paged.bench_report import Columns, Row, as_text, describe_machine, markdown, terminal_table
+from mlx_paged.tools.report import Columns, Row, as_text, describe_machine, markdown, terminal_table
 
 
 class Part(NamedTuple):

@@ -3,10 +3,9 @@
     python benchmarks/workloads.py [--quick] [--only W2] [--json FILE]     measure, print tables, write raw numbers
     python benchmarks/workloads.py --markdown FILE                         the tables of such a file
 
-What the workloads are is in mlx_paged/workloads.py, how they are measured in mlx_paged/compare.py. Here they run with
-21 million random weights in float32; `mlx-paged bench compare` runs them with any model. On a CPU of a machine that
-does other work too, only the ratios tell something: by CPU time how much work there was, by the clock also how it was
-divided among the cores.
+What the workloads are is in comparison/workloads.py, how they are measured in comparison/compare.py. They run with 21
+million random weights in float32, or with any model. On a CPU of a machine that does other work too, only the ratios
+tell something: by CPU time how much work there was, by the clock also how it was divided among the cores.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from functools import cache
 
 import mlx_lm
 import report
+from comparison.compare import COLUMNS, compare
+from comparison.workloads import WORKLOADS, Workload
 from report import Part, Row
 
-from mlx_paged.compare import COLUMNS, compare
 from mlx_paged.models.loading import LoadedModel
-from mlx_paged.random_models import make_random_model
-from mlx_paged.workloads import WORKLOADS, Workload
+from mlx_paged.tools.random_models import make_random_model
 
 QUICK_SCALE, REPETITIONS = 32, 3
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pdoc
 
-MODULES = ("mlx_paged", "mlx_paged.outputs", "mlx_paged.engine", "mlx_paged.profile", "mlx_paged.block_picture")
+MODULES = (
+    "mlx_paged",
+    "mlx_paged.outputs",
+    "mlx_paged.engine.engine",
+    "mlx_paged.engine.profile",
+    "mlx_paged.tools.block_picture",
+)
 
 warnings.simplefilter("error")  # a name that can't be resolved, a docstring that can't be read
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/api")

@@ -9,7 +9,7 @@ are those of `mlx-paged inspect`. Nothing is measured: this is arithmetic, and i
 import sys
 from pathlib import Path
 
-from mlx_paged.analysis import LayerGroup, compare, typical_lengths
+from mlx_paged.tools.cache_cost import LayerGroup, compare, typical_lengths
 
 CONTEXT, BLOCK_SIZE, NUM_REQUESTS = 2048, 16, 8
 ONE_BYTE = LayerGroup(num_layers=1, num_kv_heads=1, key_dim=1, value_dim=0, element_bytes=1, window=None)  # per token

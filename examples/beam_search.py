@@ -1,7 +1,7 @@
 """Four beams: the blocks that they hold while they search, then the hypotheses, best first."""
 
 from mlx_paged import LLM, BeamSearchParams
-from mlx_paged.block_picture import draw_blocks
+from mlx_paged.tools.block_picture import draw_blocks
 
 llm = LLM(num_kv_blocks=32, block_size=8)
 llm.engine.add_request("Once upon a time, there was a girl named Rosa.", BeamSearchParams(beam_width=4, max_tokens=40))

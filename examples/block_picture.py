@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from mlx_paged import BlockManager
-from mlx_paged.block_picture import BlockPicture, draw_blocks, save_svg
+from mlx_paged.tools.block_picture import BlockPicture, draw_blocks, save_svg
 
 manager = BlockManager(num_blocks=32, block_size=16)
 

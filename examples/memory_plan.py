@@ -3,9 +3,9 @@
 import subprocess
 import sys
 
-from mlx_paged import analysis
 from mlx_paged.config import format_memory
 from mlx_paged.models import hub
+from mlx_paged.tools import cache_cost as analysis
 
 model = sys.argv[1] if len(sys.argv) > 1 else None  # an alias, a repository, a folder; None: the demo model
 room = 8 * 10**9

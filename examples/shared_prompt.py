@@ -1,7 +1,7 @@
 """Many questions about one text: its blocks are computed once and held once, however many requests use them."""
 
 from mlx_paged import LLM, SamplingParams
-from mlx_paged.block_picture import draw_blocks
+from mlx_paged.tools.block_picture import draw_blocks
 
 story = "The kite was red. The key was under the bench. The dog was called Biscuit. The basket cost nine coins."
 questions = ["What colour was the kite?", "Where was the key?", "What was the dog called?"]

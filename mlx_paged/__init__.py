@@ -16,8 +16,8 @@ if not (pathlib.Path(__file__).parent / "models").is_dir():
 
 if TYPE_CHECKING:
     from mlx_paged.async_llm import AsyncLLM
-    from mlx_paged.attention import paged_attention
-    from mlx_paged.block_manager import BlockManager
+    from mlx_paged.attention.paged_attention import paged_attention
+    from mlx_paged.blocks.block_manager import BlockManager
     from mlx_paged.config import EngineConfig
     from mlx_paged.errors import ModelError, OutOfBlocks
     from mlx_paged.llm import LLM
@@ -29,10 +29,10 @@ _HOME = {
     "SamplingParams": "sampling_params",
     "BeamSearchParams": "sampling_params",
     "EngineConfig": "config",
-    "BlockManager": "block_manager",
+    "BlockManager": "blocks.block_manager",
     "OutOfBlocks": "errors",
     "ModelError": "errors",
-    "paged_attention": "attention",
+    "paged_attention": "attention.paged_attention",
 }
 __all__ = [
     "LLM",

@@ -21,8 +21,8 @@ import mlx.core as mx
 
 from mlx_paged.llm import LLM, Message, Prompt
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.request import Request
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
-from mlx_paged.sequence import Request
 
 
 class AsyncLLM:

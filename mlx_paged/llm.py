@@ -9,15 +9,15 @@ import numpy as np
 from jinja2 import TemplateError
 
 from mlx_paged.config import EngineConfig
-from mlx_paged.engine import Engine
-from mlx_paged.model_runner import ModelRunner
+from mlx_paged.engine.engine import Engine
+from mlx_paged.engine.profile import Profile
 from mlx_paged.models import loading
 from mlx_paged.models.patch import patch_model
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
-from mlx_paged.profile import Profile
 from mlx_paged.progress import ProgressBar
+from mlx_paged.request import Request
+from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
-from mlx_paged.sequence import Request
 
 Output = RequestOutput | BeamSearchOutput
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)

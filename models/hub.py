@@ -34,9 +34,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _ANY_MODEL = "an alias (mlx-paged generate --help lists them), a Hugging Face repository (org/name) or a folder"
 
 
-def resolve(
-    model: str | os.PathLike[str] | None, *, revision: str | None = None, config_only: bool = False
-) -> Path:
+def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None, config_only: bool = False) -> Path:
     """The folder that holds `model`, downloaded first if it has to be.
 
     Args:

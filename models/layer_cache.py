@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_paged.attention import WRITERS, attend, backend_of
-from mlx_paged.batch import StepInputs
-from mlx_paged.kv_cache import PagedKVCache
+from mlx_paged.attention.metadata import StepInputs
+from mlx_paged.attention.paged_attention import WRITERS, attend, backend_of
+from mlx_paged.cache.kv_cache import PagedKVCache
 
 
 class PagedMask(NamedTuple):

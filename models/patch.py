@@ -19,10 +19,10 @@ import mlx.nn as nn
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_paged.batch import StepInputs
+from mlx_paged.attention.metadata import StepInputs
+from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
 from mlx_paged.errors import ModelError
-from mlx_paged.kv_cache import LayerShape, PagedKVCache
-from mlx_paged.models import few_rows, logit_rows
+from mlx_paged.models import logit_rows
 from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache, PagedMask
 
 SEAM: dict[Callable[..., Any], list[str]] = {
@@ -110,8 +110,7 @@ class PatchedModel(NamedTuple):
             stored += shape is not None
         if self.divides:
             caches[-1].divide()
-        with few_rows.in_pieces():
-            logits = self.model(step.token_ids[:, None], cache=caches)
+        logits = self.model(step.token_ids[:, None], cache=caches)
         if not self.picks_rows and step.logit_rows is not None:
             logits = logits[step.logit_rows]
         return logits[:, 0]
@@ -133,8 +132,6 @@ def patch_model(model: nn.Module) -> PatchedModel:
     layers = getattr(model, "layers", None)
     if layers:
         logit_rows.divide(type(layers[-1]))
-    if few_rows.pieces_are_faster():
-        few_rows.patch_linear()
     return _probe(model, name, windows)
 
 

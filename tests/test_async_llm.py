@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import make_model
+from helpers.tiny_models import make_model
 from mlx_lm.utils import load_tokenizer
 
 import mlx_paged
@@ -502,7 +502,7 @@ def test_a_hundred_lives_leave_no_thread_and_no_memory() -> None:
 
 PROCESS = """
 import asyncio, signal, sys, threading
-from conftest import make_model
+from helpers.tiny_models import make_model
 from mlx_paged import LLM, AsyncLLM, SamplingParams
 
 state = sys.argv[1]

@@ -1,26 +1,95 @@
-"""Dependencies point one way, and nothing heavy is loaded before it is needed."""
+"""Imports point one way, down the list of rooms; no file is long; nothing heavy is loaded before it is needed."""
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 HEAVY = ("mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "torch")
+MAX_LINES = 350
 
-BELOW_THE_ENGINE = (
-    "allocator",
-    "block_manager",
+# From the top down: a file imports from its own room and from those after it.
+ROOMS = (
+    "cli",
+    "server",
+    "tools",
+    "async_llm",
+    "llm",
+    "engine",
+    "speculation",
+    "runner",
+    "distributed",
+    "scheduler",
+    "models",
+    "attention",
+    "cache",
+    "request",
+    "sampling",
+    "blocks",
+    "cpu",
+    "progress",
+    "outputs",
+    "sampling_params",
     "config",
     "errors",
-    "outputs",
-    "prefix_cache",
-    "sampling_params",
 )
-WITH_NUMPY = ("beam_search", "rows", "scheduler", "sequence")
+WITHOUT_MLX = ("scheduler", "request", "blocks", "outputs", "sampling_params", "config", "progress", "errors")
+WITHOUT_NUMPY = ("blocks", "outputs", "sampling_params", "config", "errors")
+
+
+def modules() -> dict[str, Path]:
+    """The file of each module of the package, by its name without `mlx_paged.`."""
+    files = [*(ROOT / "mlx_paged").rglob("*.py"), *(ROOT / "models").glob("*.py")]
+    found = {}
+    for file in files:
+        relative = file.relative_to(ROOT / "mlx_paged" if "mlx_paged" in file.relative_to(ROOT).parts else ROOT)
+        found[".".join(relative.with_suffix("").parts).removesuffix(".__init__")] = file
+    return {name: file for name, file in found.items() if name not in ("__init__", "__main__")}
+
+
+def imports(name: str) -> set[str]:
+    """The modules of the package that a module imports anywhere, TYPE_CHECKING and functions included."""
+    known, found = modules(), set()
+    for node in ast.walk(ast.parse(known[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: imports are absolute"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    inside = {each.removeprefix("mlx_paged.") for each in found if each.startswith("mlx_paged.")}
+    exact = inside & set(known)
+    packages = {each for each in exact if any(other.startswith(f"{each}.") for other in exact)}
+    return exact - packages - {name}
+
+
+def room_of(name: str) -> int:
+    return ROOMS.index(name.split(".")[0])
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert {name.split(".")[0] for name in modules()} <= set(ROOMS)
+
+
+def test_imports_point_down_the_list_of_rooms() -> None:
+    upward = {f"{name} imports {each}" for name in modules() for each in imports(name) if room_of(each) < room_of(name)}
+    assert not upward
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    TopologicalSorter({name: imports(name) for name in modules()}).prepare()
+
+
+def test_no_file_is_long() -> None:
+    files = [*modules().values(), *(ROOT / "tests").rglob("*.py")]
+    long = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in files}
+    assert not {file: lines for file, lines in long.items() if lines > MAX_LINES}
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -39,16 +108,18 @@ def loaded_after(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("module", BELOW_THE_ENGINE)
-def test_what_lies_below_the_engine_imports_no_arrays(module: str) -> None:
-    loaded = loaded_after(f"import mlx_paged.{module}")
-    assert "mlx_paged" in loaded
-    assert loaded.isdisjoint(HEAVY)
+def _of(rooms: tuple[str, ...]) -> list[str]:
+    return sorted(name for name in modules() if name.split(".")[0] in rooms)
 
 
-@pytest.mark.parametrize("module", WITH_NUMPY)
-def test_what_keeps_its_state_in_host_arrays_imports_no_others(module: str) -> None:
-    assert loaded_after(f"import mlx_paged.{module}").isdisjoint(set(HEAVY) - {"numpy"})
+def test_what_lies_below_the_engine_imports_no_arrays_of_a_device() -> None:
+    statement = "import " + ", ".join(f"mlx_paged.{name}" for name in _of(WITHOUT_MLX))
+    assert loaded_after(statement).isdisjoint(set(HEAVY) - {"numpy"})
+
+
+def test_blocks_and_plain_nouns_import_no_arrays() -> None:
+    statement = "import " + ", ".join(f"mlx_paged.{name}" for name in _of(WITHOUT_NUMPY))
+    assert loaded_after(statement).isdisjoint(HEAVY)
 
 
 def test_importing_the_package_and_its_plain_names_loads_no_mlx() -> None:
@@ -59,9 +130,7 @@ def test_importing_the_package_and_its_plain_names_loads_no_mlx() -> None:
 
 
 def test_forms_of_output_need_no_mlx_and_load_llguidance_only_when_one_is_asked_for() -> None:
-    assert loaded_after("import mlx_paged.structured_output").isdisjoint(
-        {"mlx", "mlx_lm", "transformers", "llguidance"}
-    )
+    assert loaded_after("import mlx_paged.sampling.grammar").isdisjoint({"mlx", "mlx_lm", "transformers", "llguidance"})
 
 
 def test_the_model_and_the_attention_load_mlx() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from conftest import unpaged_greedy
+from helpers.tiny_models import unpaged_greedy
 from mlx_lm.utils import load_tokenizer
 
 from mlx_paged import LLM, BeamSearchParams, SamplingParams

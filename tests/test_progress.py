@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlx_paged.cli.terminal import Terminal
 from mlx_paged.outputs import CompletionOutput, RequestOutput
 from mlx_paged.progress import ProgressBar
-from mlx_paged.terminal import Terminal
 
 
 class Screen(io.StringIO):

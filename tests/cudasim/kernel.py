@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-from cuda_text import extras_of, kernel_text, type_of
+from helpers.cuda_text import extras_of, kernel_text, type_of
 from metalsim import abi
 from metalsim.arguments import KernelArguments
 from metalsim.build import CompiledKernel
@@ -18,7 +18,7 @@ from metalsim.config import Config
 from metalsim.library import KernelLibrary
 from metalsim.report import LaunchReport, SimulationError
 
-from mlx_paged.cuda_kernels import read_source
+from mlx_paged.attention.cuda import read_source
 
 from .build import CudaSourceMap, compile_kernel
 

@@ -1,0 +1,299 @@
+"""The workloads that engines are compared on: named, seeded, the same requests for everybody.
+
+A workload is one case or several; a case has requests, which all arrive at once, and the systems that serve them. What
+a system is, and how it is run, is in contenders.py: here there are numbers only.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mlx_paged.tools.cache_cost import TYPICAL_OUTPUT, TYPICAL_PROMPT
+
+AT_ONCE = 16  # requests served at once, unless memory is what decides
+BLOCK_SIZE = 16
+_GROWTH = 256  # tokens by which mlx-lm's caches grow
+_SPREAD = 1.0  # standard deviation of the logarithm of a mixed length
+
+
+class Task(NamedTuple):
+    """A request: what it is given, as token ids, and how many tokens it gets; none ends before.
+
+    num_samples: of the prompt, drawn at temperature 1 if there are several. beam_width: of a beam search; 0: none.
+    """
+
+    prompt: list[int]
+    num_tokens: int
+    num_samples: int = 1
+    beam_width: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and output of one sample."""
+        return len(self.prompt) + self.num_tokens
+
+
+class Length(NamedTuple):
+    """Tokens of a task."""
+
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True)
+class ReservedRow:
+    """Room for the longest request that could come, in each row."""
+
+    num_tokens: int
+
+    def __call__(self, lengths: Sequence[int]) -> int:
+        return self.num_tokens
+
+
+@dataclass(frozen=True)
+class Paged:
+    """This engine. config: of its EngineConfig; without `num_kv_blocks` its pool is what the case takes at its peak.
+
+    one_by_one: samples of a prompt are requests of their own. scattered: free blocks are in random order. row: it
+    stands for an engine without blocks, which has room for so many tokens in each row, given the lengths of all.
+    """
+
+    name: str = "mlx-paged"
+    config: dict[str, Any] = field(default_factory=dict)
+    one_by_one: bool = False
+    scattered: bool = False
+    row: Callable[[Sequence[int]], int] | None = None
+
+
+@dataclass(frozen=True)
+class MlxLm:
+    """mlx-lm's BatchGenerator. shared_prefix: tokens of each prompt that its prompt cache has.
+
+    at_once: requests that decode at a time; it may be computing up to 8 further prompts beside them.
+    """
+
+    name: str = "mlx-lm"
+    at_once: int = AT_ONCE
+    shared_prefix: int = 0
+
+
+System = Paged | MlxLm
+
+
+class Case(NamedTuple):
+    """Requests and who serves them; the first system is what the others are measured by.
+
+    lengths: of the tasks; shared: the tokens that all prompts begin with; the rest of a prompt is random, and other in
+    every repetition.
+    """
+
+    workload: str
+    label: str
+    lengths: list[Length]
+    systems: list[System]
+    shared: int = 0
+    num_samples: int = 1
+    beam_width: int = 0
+
+    def tasks(self, repetition: int, vocab_size: int) -> list[Task]:
+        draw = random.Random(f"{self.workload} {self.label} {repetition}")
+        shared = draw.choices(range(vocab_size), k=self.shared)
+        return [
+            Task(
+                shared + draw.choices(range(vocab_size), k=length.prompt - self.shared),
+                length.output,
+                self.num_samples,
+                self.beam_width,
+            )
+            for length in self.lengths
+        ]
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of prompt and output together."""
+        return max(map(sum, self.lengths))
+
+
+class Workload(NamedTuple):
+    """cases: made for a scale, by which numbers of tokens are divided: 1 is what is claimed, more is to try it out."""
+
+    name: str
+    about: str
+    cases: Callable[[int], Iterator[Case]]
+
+
+# -- W1, W2: equal and mixed lengths -----------------------------------------------------------------------------
+
+
+def uniform(scale: int) -> Iterator[Case]:
+    tokens = 128 // scale
+    yield Case("W1", f"{tokens} in, {tokens} out", [Length(tokens, tokens)] * (2 * AT_ONCE), [MlxLm(), paged()])
+
+
+def mixed(scale: int) -> Iterator[Case]:
+    yield Case("W2", mixed_label(scale), mixed_lengths(4 * AT_ONCE, scale), [MlxLm(), paged()])
+
+
+def mixed_label(scale: int) -> str:
+    return f"means of {TYPICAL_PROMPT // scale} in, {TYPICAL_OUTPUT // scale} out"
+
+
+def mixed_lengths(count: int, scale: int, most: int = 2048) -> list[Length]:
+    """Log-normal, with the means of ShareGPT's conversations; at most `most` tokens of prompt and output together."""
+    draw = random.Random(0)
+
+    def tokens(mean: int) -> int:
+        return max(2, round(draw.lognormvariate(math.log(mean / scale) - _SPREAD**2 / 2, _SPREAD)))
+
+    lengths = []
+    for _ in range(count):
+        prompt = min(tokens(TYPICAL_PROMPT), 3 * most // scale // 4)
+        lengths.append(Length(prompt, min(tokens(TYPICAL_OUTPUT), most // scale - prompt)))
+    return lengths
+
+
+def paged(name: str = "mlx-paged", **config: Any) -> Paged:
+    """This engine, as many sequences at once as mlx-lm serves."""
+    return Paged(name, {"max_num_seqs": AT_ONCE, "block_size": BLOCK_SIZE} | config)
+
+
+# -- W3: a fixed budget of memory --------------------------------------------------------------------------------
+
+
+def fixed_budget(scale: int) -> Iterator[Case]:
+    """Memory for the K and V of four requests of the greatest length: how many run in it?"""
+    most = 2048 // scale
+    budget = 4 * most
+    lengths = mixed_lengths(2 * AT_ONCE, scale)
+    padded = most_at_once(lengths, budget)
+    blocks = {"num_kv_blocks": budget // BLOCK_SIZE, "block_size": BLOCK_SIZE}
+    systems: list[System] = [
+        Paged(f"{most:,} tokens reserved", blocks | {"max_num_seqs": budget // most}, row=ReservedRow(most)),
+        Paged("padded to the longest", blocks | {"max_num_seqs": padded}, row=_padded_row),
+        MlxLm("mlx-lm", padded),
+        Paged("mlx-paged", blocks | {"max_num_seqs": len(lengths)}),
+    ]
+    yield Case("W3", f"room for {budget:,} tokens", lengths, systems)
+
+
+def _padded_row(lengths: Sequence[int]) -> int:
+    """The tokens that mlx-lm's batch gives each row."""
+    return -(-max(lengths) // _GROWTH) * _GROWTH
+
+
+def most_at_once(lengths: Sequence[Length], budget: int) -> int:
+    """The most requests that mlx-lm's batch may serve at once without ever taking more than `budget` tokens."""
+    return max((count for count in range(1, len(lengths) + 1) if padded_peak(lengths, count) <= budget), default=1)
+
+
+def padded_peak(lengths: Sequence[Length], at_once: int) -> int:
+    """The most tokens that a batch takes in which every row is as long as the longest, a multiple of 256."""
+    running: list[tuple[int, Length, int]] = []  # a heap: the step at which it ends, its length, and when it started
+    peak = step = 0
+    waiting = list(reversed(lengths))
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            length = waiting.pop()
+            heapq.heappush(running, (step + length.output, length, step))
+        step = running[0][0]
+        row = _padded_row([length.prompt + step - started for _, length, started in running])
+        peak = max(peak, len(running) * row)
+        heapq.heappop(running)
+    return peak
+
+
+# -- W4: shared prefixes -----------------------------------------------------------------------------------------
+
+
+def shared_prefix(scale: int) -> Iterator[Case]:
+    """Prefixes as in Kwon et al. 2023 (one and five examples of a translation), and a long one; then one not shared."""
+    own, output = 64 // scale, 64 // scale
+    for prefix in (80 // scale, 341 // scale, 2048 // scale):
+        lengths = [Length(prefix + own, output)] * AT_ONCE
+        systems: list[System] = [
+            MlxLm(),
+            MlxLm("mlx-lm, prompt cache", shared_prefix=prefix),
+            paged("mlx-paged, no prefix cache", prefix_caching=False),
+            paged(),
+        ]
+        yield Case("W4", f"{prefix:,} shared", lengths, systems, shared=prefix)
+    yield Case("W4", f"{prefix:,}, none shared", lengths, [MlxLm(), *systems[2:]])
+
+
+# -- W5: several samples, beams ----------------------------------------------------------------------------------
+
+
+def samples_and_beams(scale: int) -> Iterator[Case]:
+    lengths = [Length(512 // scale, 128 // scale)] * 4
+    for count in (2, 4, 6):
+        at_once = len(lengths) * count
+        systems: list[System] = [
+            MlxLm(f"mlx-lm, {count} requests", at_once),
+            Paged(f"mlx-paged, {count} requests", {"max_num_seqs": at_once, "prefix_caching": False}, one_by_one=True),
+            Paged(f"mlx-paged, {count} requests, prefix cache", {"max_num_seqs": at_once}, one_by_one=True),
+            Paged(f"mlx-paged, n={count}", {"max_num_seqs": at_once}),
+        ]
+        yield Case("W5", f"{count} samples", lengths, systems, num_samples=count)
+    for width in (2, 4, 6):
+        searches: list[System] = [Paged("mlx-paged", {"max_num_seqs": len(lengths) * width})]
+        yield Case("W5", f"{width} beams", lengths, searches, beam_width=width)
+
+
+# -- W6: long contexts, over blocks in order and not -------------------------------------------------------------
+
+
+def long_context(scale: int) -> Iterator[Case]:
+    """As many tokens at once in all cases; more of one context would take a CPU an hour."""
+    for context, at_once in ((4096, 4), (16384, 1)) if scale == 1 else ((4096 // scale, 4),):
+        config = {"max_num_seqs": at_once, "block_size": BLOCK_SIZE, "allocator": "fifo"}
+        systems: list[System] = [
+            MlxLm(at_once=at_once),
+            Paged("mlx-paged, blocks in order", config),
+            Paged("mlx-paged, scattered", config, scattered=True),
+        ]
+        yield Case("W6", f"{at_once} x {context:,} in", [Length(context, max(2, 64 // scale))] * at_once, systems)
+
+
+# -- W7: more than fits ------------------------------------------------------------------------------------------
+
+
+def overload(scale: int) -> Iterator[Case]:
+    """Half of the memory that its requests would take: some are preempted, and go on later."""
+    lengths = mixed_lengths(2 * AT_ONCE, scale)
+    by_size = sorted(map(sum, lengths), reverse=True)
+    room = sum(by_size[:AT_ONCE]) // 2 // BLOCK_SIZE
+    room = max(room, by_size[0] // BLOCK_SIZE + 2)
+    systems: list[System] = [
+        paged("mlx-paged, all of it"),
+        paged("mlx-paged, computed again", num_kv_blocks=room),
+        paged("mlx-paged, swapped", num_kv_blocks=room, swap_space="1GB"),
+    ]
+    yield Case("W7", "half the memory", lengths, systems)
+
+
+# -- W8: block sizes ---------------------------------------------------------------------------------------------
+
+
+def block_sizes(scale: int) -> Iterator[Case]:
+    systems: list[System] = [paged(f"blocks of {size}", block_size=size) for size in (16, 8, 32, 64, 128)]
+    yield Case("W8", mixed_label(scale), mixed_lengths(AT_ONCE, scale), systems)
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("W1", "equal lengths", uniform),
+        Workload("W2", "mixed lengths, log-normal with ShareGPT's means", mixed),
+        Workload("W3", "a fixed budget of KV memory", fixed_budget),
+        Workload("W4", "a shared prefix", shared_prefix),
+        Workload("W5", "several samples, and beams", samples_and_beams),
+        Workload("W6", "long contexts, over consecutive and scattered blocks", long_context),
+        Workload("W7", "more requests than fit: preemption", overload),
+        Workload("W8", "block sizes", block_sizes),
+    )
+}

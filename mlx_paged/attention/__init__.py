@@ -1,0 +1,1 @@
+"""Queries over blocks: backends and their work plans."""

@@ -1,0 +1,246 @@
+"""How a step's attention is divided among the threadgroups of a GPU: arithmetic on host arrays, for any device.
+
+Both kernels work on items: a threadgroup per item and KV head. An item is a part of the keys of one query (decode) or
+of a tile of queries (prefill), so that a few long contexts fill the device, too. What parts compute is then merged.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_paged.attention.shared_prefix import SharedPrefix
+
+MAX_PRIVATE_WORDS = 96
+MAX_THREADGROUP_BYTES = 32 << 10
+SIMDGROUPS = 8  # of a threadgroup of paged_decode
+SCRATCH = 2048  # floats of threadgroup memory of paged_decode
+_TILE_KEYS = 32  # that a team of simdgroups of paged_decode computes at once
+_FIRST_PARTS = 8  # into so many a context is split however much merging costs
+_LEAST_KEYS_PER_ROW = 16  # of a part of paged_prefill
+
+
+class Shape(NamedTuple):
+    """What a division depends on, beside lengths. element_size: bytes of an element of q, K and V."""
+
+    num_kv_heads: int
+    heads_per_kv_head: int
+    head_dim: int
+    value_dim: int
+    element_size: int
+
+
+class Items(NamedTuple):
+    """The work of a kernel, and where the parts of each of its results lie.
+
+    work: int32 [num_items, ...], a row per item; its columns are those of `decode_items` or `prefill_items`.
+    cu_parts: int32 [num_results + 1], result i is merged from parts cu_parts[i] to cu_parts[i + 1] of the kernel's
+    output; is_split: whether any has more than one, otherwise the output is the result.
+    """
+
+    work: np.ndarray
+    cu_parts: np.ndarray
+
+    @property
+    def num_parts(self) -> int:
+        return int(self.cu_parts[-1])
+
+    @property
+    def is_split(self) -> bool:
+        return self.num_parts >= len(self.cu_parts)
+
+
+# ---- decode: one query per sequence ----
+
+
+class DecodeLayout(NamedTuple):
+    """Which lanes of paged_decode do what; see there. private_words: what a thread keeps, in words of 32 bits."""
+
+    lanes: int
+    parts: int
+    width: int
+    batch: int
+    query_in_registers: bool
+    private_words: int
+
+
+@cache
+def decode_layout(shape: Shape) -> DecodeLayout:
+    """The layout with the fewest lanes to a row, so the fewest sums over lanes, whose private state is small enough.
+
+    What is private grows with the query heads that share a KV head. Where it does not fit, first the rows are spread
+    over more lanes, then the queries move to threadgroup memory, then two simdgroups share the rows.
+    """
+    heads = shape.heads_per_kv_head
+    lanes_and_parts = [(8, 1, True), (16, 1, True), (32, 1, True), (16, 1, False), (32, 1, False), (32, 2, False)]
+    choices = [(*choice, load_bytes) for sizes in ((16, 8), (4,)) for choice in lanes_and_parts for load_bytes in sizes]
+    for lanes, parts, query_in_registers, load_bytes in choices:
+        width = load_bytes // shape.element_size
+        key_loads, value_loads = (-(-dim // (width * lanes * parts)) for dim in (shape.head_dim, shape.value_dim))
+        row_bytes = max(key_loads, value_loads) * load_bytes
+        query = heads * key_loads * load_bytes // 4 if query_in_registers else 1
+        output = heads * value_loads * width
+        for batch in (8, 4, 2):
+            words = query + output + heads + batch * (row_bytes // 4 + 1) + 2
+            if batch * row_bytes <= 64 and words <= MAX_PRIVATE_WORDS:
+                return DecodeLayout(lanes, parts, width, batch, query_in_registers, words)
+    raise AssertionError(f"no layout for {shape}")
+
+
+def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:
+    """How many keys of a sequence one threadgroup of paged_decode computes, so into how many parts a context is split.
+
+    num_keys: [num_seqs], those each sequence attends to.
+
+    Small enough to give every core 8 threadgroups, and 256 in all; large enough that all simdgroups have a tile, and
+    that writing and reading the parts is at most 2% of reading K and V. But a context of 2048 keys or more has 8 parts
+    whatever they cost: with 16 query heads to a KV head, 8 parts of 4096 keys cost 3.2%, and the 5 that cost 2% would
+    leave most of a device idle that has one sequence of 8 KV heads to compute. No context is split where the
+    sequences' KV heads come within half of that many threadgroups and the longest is at most twice an equal share.
+    """
+    longest = int(num_keys.max(initial=1))
+    step = SIMDGROUPS * _TILE_KEYS
+    wanted = max(256, 8 * num_cores)
+    equal_share = max(1, int(num_keys.sum()) * shape.num_kv_heads // wanted)
+    if longest <= 2 * equal_share:
+        return longest
+    part_bytes = 2 * shape.heads_per_kv_head * (shape.value_dim * shape.element_size + 4)  # written and read
+    worth_merging = -(-50 * part_bytes // ((shape.head_dim + shape.value_dim) * shape.element_size))
+    most_parts = max(1, longest // worth_merging)
+    least = min(-(-longest // (most_parts * step)) * step, longest // _FIRST_PARTS // step * step)
+    return max(step, equal_share // step * step, least)
+
+
+def decode_items(context_lens: np.ndarray, num_keys: np.ndarray, size: int) -> Items:
+    """The last `num_keys` keys of each sequence's context in parts of `size`; without keys one empty part.
+
+    Columns: sequence, first key, past the last key, 1 if it is the sequence's first part.
+    """
+    contexts, num_keys = context_lens.astype(np.int64), num_keys.astype(np.int64)
+    num_parts = np.maximum(1, -(-num_keys // size))
+    sequence = np.repeat(np.arange(len(contexts)), num_parts)
+    part = _count_up(num_parts)
+    begin = (contexts - num_keys)[sequence] + part * size
+    end = np.minimum(begin + size, contexts[sequence])
+    return Items(_columns(sequence, begin, end, part == 0), _cumulative(num_parts))
+
+
+# ---- prefill: several queries per sequence ----
+
+
+class Tile(NamedTuple):
+    """What a threadgroup computes at once: rows, which are pairs of a query and one of the heads of a KV head; keys."""
+
+    rows: int
+    keys: int
+
+
+def tile_for(shape: Shape) -> Tile:
+    """The tile for these sizes: up to 32 keys, as many as 32 KB of threadgroup memory have room for."""
+    pad = 16 // shape.element_size
+    longer = max(shape.head_dim, shape.value_dim)
+    rows = 32 if longer < 192 else 16
+    room = MAX_THREADGROUP_BYTES // shape.element_size - rows * (shape.head_dim + pad)
+    return Tile(rows, next(keys for keys in (32, 16, 8) if keys * (longer + pad) <= room))
+
+
+def parts_of_keys(
+    num_tiles: np.ndarray, num_keys: np.ndarray, shape: Shape, num_cores: int, tile: Tile | None = None
+) -> np.ndarray:
+    """[num_seqs]: into how many parts the keys of a sequence's tiles are split.
+
+    One, unless there are fewer than 8 threadgroups to a core or a tile has more than twice an equal share of the keys.
+    num_tiles, num_keys: [num_seqs], of a sequence. A part has enough keys for the merging of parts to move at most a
+    sixteenth of the bytes of K and V. tile: None is `tile_for(shape)`, here and below.
+    """
+    equal_share = int((num_tiles * num_keys).sum()) * shape.num_kv_heads // (8 * num_cores)
+    size = max(_LEAST_KEYS_PER_ROW * (tile or tile_for(shape)).rows, equal_share)
+    return np.where((num_tiles > 0) & (num_keys > 2 * size), -(-num_keys // size), 1)
+
+
+def prefill_items(
+    context_lens: np.ndarray,
+    cu_seqlens_q: np.ndarray,
+    window: int | None,
+    shape: Shape,
+    num_cores: int,
+    tile: Tile | None = None,
+) -> Items:
+    """Tiles of each sequence's rows, of which a query has one per query head of a KV head; and parts of their keys.
+
+    Columns: sequence, its first token in q, its number of queries, the position of the first one in the context
+    (negative: the sequence is padding), the tile's first row, the part, the number of parts, where the sequence's
+    parts begin. The parts of a query lie side by side.
+    """
+    query_lens, num_keys, tile = np.diff(cu_seqlens_q), context_lens.astype(np.int64), tile or tile_for(shape)
+    if window is not None:
+        num_keys = np.minimum(num_keys, window + tile.rows // shape.heads_per_kv_head)
+    sequences = np.arange(len(query_lens))
+    first_positions = context_lens - query_lens
+    return _tiles(sequences, cu_seqlens_q[:-1], query_lens, first_positions, num_keys, shape, num_cores, tile)
+
+
+def _tiles(
+    sequences: np.ndarray,
+    first_tokens: np.ndarray,
+    query_lens: np.ndarray,
+    first_positions: np.ndarray,
+    num_keys: np.ndarray,
+    shape: Shape,
+    num_cores: int,
+    tile: Tile,
+) -> Items:
+    """The items of paged_prefill, columns as `prefill_items` tells; each array has a value for each run of queries."""
+    num_tiles = -(-query_lens * shape.heads_per_kv_head // tile.rows)
+    num_parts = parts_of_keys(num_tiles, num_keys, shape, num_cores, tile)
+    cu_parts = _cumulative(np.repeat(num_parts, query_lens))
+    first_parts = cu_parts[np.cumsum(query_lens) - query_lens]
+    num_items = num_tiles * num_parts
+    run = np.repeat(np.arange(len(num_items)), num_items)
+    in_tile, part = np.divmod(_count_up(num_items), num_parts[run])
+    of_run = (sequences, first_tokens, query_lens, first_positions, num_parts, first_parts)
+    sequence, first, queries, position, parts, first_part = (values[run] for values in of_run)
+    return Items(_columns(sequence, first, queries, position, in_tile * tile.rows, part, parts, first_part), cu_parts)
+
+
+# ---- decode of sequences that share their first blocks ----
+
+
+class SharedItems(NamedTuple):
+    """Prefixes that several sequences share, each computed once for the queries of all its members.
+
+    items: of paged_prefill, which takes the members of a prefix for its queries; members: int32, those of all prefixes.
+    ranges: int32 [num_seqs, 2], the first and past the last of the parts of each sequence's prefix.
+    """
+
+    items: Items
+    members: np.ndarray
+    ranges: np.ndarray
+
+
+def shared_items(
+    prefixes: Sequence[SharedPrefix], num_seqs: int, shape: Shape, num_cores: int, tile: Tile | None = None
+) -> SharedItems:
+    """Each prefix as a run of queries, which all see all of its keys."""
+    counts = np.array([len(prefix.members) for prefix in prefixes])
+    lengths = np.array([prefix.num_tokens for prefix in prefixes])
+    members = np.concatenate([prefix.members for prefix in prefixes])
+    first = np.cumsum(counts) - counts
+    items = _tiles(members[first], first, counts, lengths - 1, lengths, shape, num_cores, tile or tile_for(shape))
+    ranges = np.zeros((num_seqs, 2), np.int32)
+    ranges[members] = np.stack([items.cu_parts[:-1], items.cu_parts[1:]], axis=1)
+    return SharedItems(items, members.astype(np.int32), ranges)
+
+
+def _count_up(counts: np.ndarray) -> np.ndarray:
+    """0 .. counts[0] - 1, 0 .. counts[1] - 1, ..."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _cumulative(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+
+
+def _columns(*columns: np.ndarray) -> np.ndarray:
+    return np.stack(columns, axis=1).astype(np.int32)

@@ -1,0 +1,1 @@
+"""Block ids: who holds which block, and who may share it."""

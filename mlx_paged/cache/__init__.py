@@ -1,0 +1,1 @@
+"""Arrays that hold state: the block pools, copies between blocks, block stores."""

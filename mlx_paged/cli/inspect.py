@@ -1,0 +1,216 @@
+"""`mlx-paged inspect`: what a model's KV cache takes and wastes, or a picture of a block pool."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_paged.blocks.block_manager import BlockManager
+from mlx_paged.cli.options import parse_numbers
+from mlx_paged.config import DTYPES, format_memory, parse_memory
+
+_DEFAULT_CONTEXT, _DEFAULT_CONCURRENCY = 8192, 16
+_PICTURE_PROMPTS = [100, 75, 140, 54]
+_NUM_BEAMS, _NUM_STEPS = 4, 24
+_MOST = 1_000_000  # requests compared, or tokens drawn: beyond that nobody reads the answer
+
+
+def run(*, name: str | None, model: str | None, blocks: bool, svg: str | None, **settings: Any) -> int:
+    """Checks the options and does what they ask for; returns the exit code. Raises click.UsageError."""
+    given = settings.pop("lengths")
+    lengths = None if given is None else parse_numbers("--lengths", given)
+    for option in ("context", "concurrency", "block_size"):
+        if settings[option] is not None and settings[option] < 1:
+            raise click.UsageError(f"--{option.replace('_', '-')} must be at least 1, got {settings[option]}")
+    if (settings["concurrency"] or 1) > _MOST or (blocks and sum(lengths or []) > _MOST):
+        raise click.UsageError(f"that is more than {_MOST:,} {'tokens to draw' if blocks else 'requests'}")
+    if name is not None and model is not None:
+        raise click.UsageError(f"give the model once, as {name!r} or as --model {model!r}")
+    model = model if name is None else name
+    if blocks:
+        unused = {"MODEL": model, "--json": settings["as_json"]}
+        unused |= {f"--{option}": settings[option] for option in ("context", "concurrency", "memory", "dtype")}
+        for option, value in unused.items():
+            if value:
+                raise click.UsageError(f"--blocks draws a workload without a model and takes no {option}")
+        return draw(lengths or _PICTURE_PROMPTS, block_size=settings["block_size"], svg=svg)
+    if svg is not None:
+        raise click.UsageError("--svg saves what --blocks draws: give both")
+    if settings["dtype"] not in (None, *DTYPES):
+        raise click.UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {settings['dtype']!r}")
+    return analyse(model, lengths=lengths, **settings)
+
+
+def analyse(
+    model: str | None,
+    *,
+    context: int | None,
+    concurrency: int | None,
+    lengths: list[int] | None,
+    block_size: int,
+    memory: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> int:
+    """Shows what the caches of some requests take, held in three ways. Raises ModelError and click.UsageError."""
+    from mlx_paged import _require_mlx
+    from mlx_paged.tools import cache_cost as analysis
+
+    _require_mlx()
+    from mlx_paged.models import hub
+    from mlx_paged.runner.memory_plan import device_limit
+
+    folder = hub.resolve(model, config_only=True)
+    size = analysis.read_model(folder, dtype)
+    if context is None:
+        context = min(_DEFAULT_CONTEXT, size.context or _DEFAULT_CONTEXT)
+    elif size.context is not None and context > size.context:
+        raise click.UsageError(f"--context {context} is more than the {size.context} tokens the model was made for")
+    if lengths is None:
+        requests = analysis.typical_lengths(concurrency or _DEFAULT_CONCURRENCY, context)
+    elif max(lengths) > context:
+        raise click.UsageError(f"a length of {max(lengths)} tokens is more than the context of {context}")
+    else:
+        requests = [lengths[i % len(lengths)] for i in range(concurrency or len(lengths))]
+    limit, device = device_limit()
+    if memory is not None:
+        try:
+            limit, device = parse_memory(memory, limit), "given"
+        except ValueError as error:
+            raise click.UsageError(f"--memory: {error}") from None
+    room = limit - size.weight_bytes
+    ways = analysis.compare(size.groups, requests, context, block_size)
+    report = {
+        "model": model or "the demo model",
+        "family": size.family,
+        "dtype": size.dtype,
+        "max_context": size.context,
+        "context": context,
+        "block_size": block_size,
+        "layers": [
+            group._asdict()
+            | {"bytes_per_token": group.bytes_per_token, "bytes_per_block": group.bytes_per_token * block_size}
+            for group in size.groups
+        ],
+        "bytes_per_token": sum(group.bytes_per_token for group in size.groups),
+        "device": device,
+        "memory_bytes": limit,
+        "weight_bytes": size.weight_bytes,
+        "unknown_quantization": size.unknown_quantization,
+        "lengths": requests,
+        "lengths_are": "given" if lengths else "typical",
+        "needed_bytes": ways[0].needed,
+        "ways": {way.name: {"bytes": way.taken, "waste": way.waste, "fit": way.fitting(room)} for way in ways},
+    }
+    if as_json:
+        sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
+    else:
+        sys.stdout.write(_as_text(report))
+    return 0
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.begin_capture()
+
+    def say(*lines: str) -> None:
+        for line in lines:
+            console.print(line, soft_wrap=True, markup=False)
+
+    say(f"{report['model']}: {report['family']}, K and V in {report['dtype']}", "")
+    for layers in report["layers"]:
+        heads = f"{layers['num_kv_heads']} KV head" + "s" * (layers["num_kv_heads"] > 1)
+        window = "" if layers["window"] is None else f" with a window of {layers['window']:,} tokens"
+        say(
+            f"one token   {layers['num_layers']} layers{window} x {heads} x "
+            f"({layers['key_dim']} K + {layers['value_dim']} V) x {layers['element_bytes']} bytes = "
+            f"{layers['bytes_per_token']:,} bytes",
+            f"one block   {report['block_size']} tokens x {layers['bytes_per_token']:,} bytes = "
+            f"{layers['bytes_per_block']:,} bytes",
+        )
+    room = report["memory_bytes"] - report["weight_bytes"]
+    unknown = report["unknown_quantization"]
+    say(
+        f"room        {report['device']} {format_memory(report['memory_bytes'])} - weights about "
+        f"{format_memory(report['weight_bytes'])}{f' (without their {unknown} quantisation)' if unknown else ''} = "
+        + (format_memory(room) if room > 0 else "nothing: the weights alone do not fit"),
+        "",
+    )
+    lengths = report["lengths"]
+    source = " (log-normal, mean 161 in and 338 out as in ShareGPT)" if report["lengths_are"] == "typical" else ""
+    mean = sum(lengths) / len(lengths)
+    span = (
+        f"{min(lengths):,} to {max(lengths):,} tokens, mean {mean:,.0f}" if len(lengths) > 1 else f"{mean:,.0f} tokens"
+    )
+    say(f"{len(lengths):,} request{'s' * (len(lengths) > 1)} of {span}{source}:", "")
+    names = {
+        "reserved": f"{report['context']:,} tokens reserved",
+        "padded": "mlx-lm's padded batch",
+        "blocks": f"blocks of {report['block_size']}",
+    }
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "each", "together", "waste", "fit: room / each"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name, way in report["ways"].items():
+        each, together = format_memory(way["bytes"] / len(lengths)), format_memory(way["bytes"])
+        style = "bold" if name == "blocks" else ""
+        table.add_row(names[name], each, together, f"{way['waste']:.1%}", f"{way['fit']:,}", style=style)
+    console.print(table)
+    say(
+        "",
+        f"What queries can see takes {format_memory(report['needed_bytes'])}. mlx-lm's batch pads every request to the",
+        "longest, in steps of 256 tokens. The engine also sets aside what one step computes.",
+        "Kwon et al. 2023 measured under 4% of waste in blocks of 16, 62 to 80% in systems that reserve.",
+    )
+    return console.end_capture()
+
+
+def draw(lengths: list[int], *, block_size: int, svg: str | None) -> int:
+    """Draws the pool of a small workload, the same each time, and saves it as `svg`."""
+    from rich.console import Console
+
+    from mlx_paged.tools.block_picture import BlockPicture, save_svg
+
+    picture = BlockPicture(*_workload(lengths, block_size))
+    console = Console()
+    with console.capture() as captured:
+        console.print(picture)
+    sys.stdout.write(captured.get())
+    if svg is not None:
+        save_svg(picture, Path(svg))
+    return 0
+
+
+def _workload(lengths: list[int], block_size: int) -> tuple[BlockManager, dict[int, str]]:
+    """Prompts of `lengths` tokens with a common beginning; the last becomes 4 beams, the first has ended by then."""
+    num_blocks = sum(-(-length // block_size) for length in lengths) + _NUM_BEAMS * (2 + _NUM_STEPS // block_size)
+    manager = BlockManager(-(-num_blocks // 16) * 16, block_size)
+    common = min(lengths) // 2
+    names: dict[int, str] = {}
+    for request, length in enumerate(lengths):
+        own = range(1000 * (request + 1), 1000 * (request + 1) + length - common)
+        manager.allocate(request, [*range(common), *own])
+        manager.mark_computed(request, length)
+        names[request] = f"request {request + 1}"
+    beams = range(len(lengths) - 1, len(lengths) - 1 + _NUM_BEAMS)
+    names |= {seq_id: f"beam {number}" for number, seq_id in enumerate(beams, start=1)}
+    for beam in beams[1:]:
+        manager.fork(beams[0], beam)
+    draws = random.Random(0)
+    for step in range(_NUM_STEPS):
+        if step == _NUM_STEPS // 2:  # the last beam falls out, the first had the two best continuations
+            manager.free(beams[-1])
+            manager.fork(beams[0], beams[-1])
+        for beam in beams:
+            manager.append(beam, [draws.randrange(1000)])
+    if len(lengths) > 1:
+        manager.free(0)
+    return manager, names

@@ -1,0 +1,1 @@
+"""From a schedule to logits on the device."""

@@ -1,0 +1,113 @@
+"""What can only be found out by running a model before its cache is made: memory beside the cache, safe overlap."""
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_paged.attention.metadata import AttentionMetadata, GroupInputs, StepInputs, pick_tokens
+from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.config import EngineConfig
+from mlx_paged.models.patch import PatchedModel
+
+_CPU_TOKENS = 8
+_POOL_BYTES = 8 << 20  # of one layer's K, large beside what a step of a few tokens takes
+_NUM_OVERLAPPED = 3
+
+
+def measure_reserve(model: PatchedModel, config: EngineConfig, max_model_len: int | None, on_cpu: bool) -> int:
+    """Bytes that one step takes beside weights and cache: one prefill at the largest chunk, measured.
+
+    On a CPU, where that would take minutes for a large model, a few tokens are measured and scaled.
+    """
+    mx.eval(model.model.parameters())
+    chunk = min(config.max_num_batched_tokens, max_model_len or config.max_num_batched_tokens)
+    num_tokens = min(chunk, _CPU_TOKENS) if on_cpu else chunk
+    num_rows = 1 if on_cpu else min(num_tokens, config.max_num_seqs)
+    inputs, num_blocks = _one_sequence(model, config, num_tokens, num_rows)
+    kv_cache = _cache(model, config, num_blocks)
+    before = _start_measuring()
+    mx.eval(mx.logsumexp(model(kv_cache, inputs).astype(mx.float32), axis=-1))
+    measured = _grown_since(before)
+    scores = 4 * config.max_num_seqs * model.vocab_size  # one float per token for each sequence
+    if not on_cpu:
+        return measured + scores  # the counts that penalties need
+    return measured * chunk // num_tokens + 5 * scores  # with the logits, and what the sampler makes of them
+
+
+def may_submit_early(model: PatchedModel, config: EngineConfig) -> bool:
+    """Whether a step may be submitted while the one before it runs, without a write that copies a pool.
+
+    A write is in place only if nothing holds the pool, and a step that has not finished reading does. Whether that
+    happens depends on how far the host may run ahead of this device in this model: a few steps that are submitted
+    while the device is busy tell, by their peak memory.
+    """
+    if config.pipelining != "auto":
+        return config.pipelining == "submit"
+    layers = [layer for layer, _ in model.stored_layers]
+    smallest = min((layer.num_kv_heads * layer.key_dim * layer.dtype.size for layer in layers), default=0)
+    if not smallest:
+        return True
+    num_blocks = max(1, _POOL_BYTES // (smallest * config.block_size))
+    if config.num_kv_blocks is not None:
+        num_blocks = min(num_blocks, config.num_kv_blocks)
+    inputs, _ = _one_sequence(model, config, 1, 1)
+    kv_cache = _cache(model, config, num_blocks)
+    pool_bytes = min(pool.nbytes for pool in kv_cache.keys)
+    mx.eval(model(kv_cache, inputs))
+    before = _start_measuring()
+    mx.eval(model(kv_cache, inputs))
+    alone = _grown_since(before)
+    steps = [model(kv_cache, inputs) for _ in range(_NUM_OVERLAPPED)]
+    before = _start_measuring()
+    _keep_busy()
+    for logits in steps:
+        mx.async_eval(logits)
+    mx.eval(steps)
+    return _grown_since(before) < _NUM_OVERLAPPED * alone + pool_bytes // 2
+
+
+def _keep_busy() -> None:
+    """Give the device some tens of milliseconds of work, so that what is submitted next has to queue."""
+    if mx.default_device() == mx.cpu:
+        mx.async_eval(mx.sort(mx.arange(1 << 19, dtype=mx.int32) * 1103515245))
+    else:
+        product = mx.ones((4096, 4096), mx.float16)
+        for _ in range(4):
+            product = product @ product
+        mx.async_eval(product)
+
+
+def _one_sequence(model: PatchedModel, config: EngineConfig, num_tokens: int, num_rows: int) -> tuple[StepInputs, int]:
+    """A step of `num_tokens` tokens of one prompt with logits for its last `num_rows`, and the blocks that it takes."""
+    positions = np.arange(num_tokens, dtype=np.int32)
+    num_blocks = -(-num_tokens // config.block_size)
+    metadata = AttentionMetadata(
+        mx.arange(num_blocks, dtype=mx.int32)[None],
+        np.array([num_tokens], np.int32),
+        np.array([0, num_tokens], np.int32),
+    )
+    group = GroupInputs(mx.array(positions // config.block_size), metadata)
+    inputs = StepInputs(
+        mx.zeros(num_tokens, mx.int32),
+        mx.array(positions),
+        mx.array(positions % config.block_size),
+        None,
+        [group] * len(model.groups),
+    )
+    return pick_tokens(inputs, positions[num_tokens - num_rows :], np.zeros(num_rows, np.int64)), num_blocks
+
+
+def _cache(model: PatchedModel, config: EngineConfig, num_blocks: int) -> PagedKVCache:
+    layers = [layer for layer, _ in model.stored_layers]
+    return PagedKVCache(layers, [num_blocks] * len(layers), config.block_size, 1)
+
+
+def _start_measuring() -> int:
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return mx.get_active_memory()
+
+
+def _grown_since(before: int) -> int:
+    mx.synchronize()
+    return max(0, mx.get_peak_memory() - before)

@@ -1,0 +1,139 @@
+"""Beam search over one prompt, on the host: which continuations live on, which are done, and when it is over.
+
+The outcome is that of Hugging Face's `generate(num_beams=beam_width, do_sample=False)`. Knows nothing of models and
+caches: it is given the best next tokens of its running beams and answers with the parent of each new one.
+"""
+
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_paged.sampling_params import BeamSearchParams
+
+
+@dataclass(slots=True)
+class Beam:
+    """A hypothesis that still grows. token_ids: the output's; cum_logprob: sum of their log-probabilities."""
+
+    token_ids: list[int] = field(default_factory=list)
+    cum_logprob: float = 0.0
+
+
+class Hypothesis(NamedTuple):
+    """A hypothesis that is done. score: cum_logprob / len(token_ids)**length_penalty."""
+
+    token_ids: list[int]
+    cum_logprob: float
+    score: float
+
+
+class BeamSearch:
+    """The search of one prompt: `advance` with the best next tokens of `beams` until `finished`.
+
+    beams: the running ones, best first, all of one length; a single empty one at the start, none at the end.
+    num_candidates: next tokens that `advance` wants per beam: so many that beam_width of them are no end tokens
+    whatever the model says. max_tokens (at least 1): most tokens of a hypothesis, the model's context considered.
+
+    Equal candidates: the lower token id first, then the better parent; equal scores: what finished earlier first.
+    """
+
+    def __init__(self, params: BeamSearchParams, max_tokens: int, eos_token_ids: Collection[int]) -> None:
+        self._params = params
+        self._max_tokens = max_tokens
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._width = params.beam_width
+        # With one beam it is greedy decoding, which ends at the first end token whatever early_stopping says.
+        self._stops_when_full = self._width == 1 or (params.early_stopping != "never" and bool(params.early_stopping))
+        self._num_tokens = 0
+        self._hypotheses: list[Hypothesis] = []
+        self.num_candidates = max(2, 1 + len(self._eos_token_ids)) * self._width
+        self.beams = [Beam()]
+        self.finished = False
+
+    def advance(self, token_ids: np.ndarray, logprobs: np.ndarray) -> list[int]:
+        """Grow the beams by a token. Returns the parent of each new beam, an index into the beams before.
+
+        token_ids: int [len(beams), k]; logprobs: float [len(beams), k]. The best next tokens of each beam in any order,
+        k = num_candidates or the whole vocabulary. The new beams are in rank order; none are left when it is over.
+        Raises ValueError, with nothing changed, for NaN or another number of rows.
+        """
+        if len(token_ids) != len(self.beams) or token_ids.shape != logprobs.shape:
+            raise ValueError(
+                f"{len(self.beams)} beams need as many rows of candidates, got token_ids {token_ids.shape} "
+                f"and logprobs {logprobs.shape}"
+            )
+        total = (logprobs.astype(np.float64) + np.array([[beam.cum_logprob] for beam in self.beams])).ravel()
+        if np.isnan(total).any():
+            raise ValueError("the model's logits are not numbers (NaN)")
+        num_tokens = self._num_tokens + 1
+        is_last = num_tokens == self._max_tokens
+        num_columns = token_ids.shape[1]
+        beams: list[Beam] = []
+        parents: list[int] = []
+        hypotheses = list(self._hypotheses)
+        for rank, (index, token, cum_logprob) in enumerate(self._ranked(token_ids.ravel(), total)):
+            if len(beams) == self._width:
+                break
+            parent = index // num_columns
+            tokens = [*self.beams[parent].token_ids, token]
+            if not is_last and token not in self._eos_token_ids:
+                beams.append(Beam(tokens, cum_logprob))
+                parents.append(parent)
+            elif rank < self._width:  # end tokens further down only made room for others
+                hypotheses.append(self._hypothesis(tokens, cum_logprob))
+        hypotheses = self._best(hypotheses)
+        if self._is_over(beams, hypotheses, num_tokens):
+            beams, parents = [], []
+        # All at once, so that an interruption leaves the search as it was before or after.
+        self.beams, self._hypotheses, self._num_tokens, self.finished = beams, hypotheses, num_tokens, not beams
+        return parents
+
+    def hypotheses(self) -> list[Hypothesis]:
+        """The num_return_sequences best, best first.
+
+        Of a search that was given up before its end: as though the tokens so far were max_tokens, so running beams
+        are among them; none if there is no token yet.
+        """
+        running = [self._hypothesis(beam.token_ids, beam.cum_logprob) for beam in self.beams if beam.token_ids]
+        return self._best(self._hypotheses + running)[: self._params.num_return_sequences]
+
+    def _ranked(self, token_ids: np.ndarray, total: np.ndarray) -> list[tuple[int, int, float]]:
+        """(index, token id, total) of the candidates that matter, best first; impossible ones (-inf) are none."""
+        kept = total > -np.inf
+        if len(total) > self.num_candidates:
+            kept &= total >= np.partition(total, -self.num_candidates)[-self.num_candidates]
+        indices = np.flatnonzero(kept)
+        token_ids, total = token_ids[indices], total[indices]
+        order = np.lexsort((token_ids, -total))
+        return list(zip(indices[order].tolist(), token_ids[order].tolist(), total[order].tolist(), strict=True))
+
+    def _hypothesis(self, token_ids: list[int], cum_logprob: float) -> Hypothesis:
+        return Hypothesis(token_ids, cum_logprob, self._score(cum_logprob, len(token_ids)))
+
+    def _score(self, cum_logprob: float, num_tokens: int) -> float:
+        try:
+            divisor = float(num_tokens) ** self._params.length_penalty
+        except OverflowError:
+            divisor = sys.float_info.max
+        return cum_logprob / max(divisor, sys.float_info.min)
+
+    def _best(self, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
+        """The beam_width best of them, best first; sorting is stable, so the earlier one of equals."""
+        return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)[: self._width]
+
+    def _is_over(self, beams: list[Beam], hypotheses: list[Hypothesis], num_tokens: int) -> bool:
+        """Whether nothing can grow, or what grows is not expected to do better than what is done."""
+        if not beams:
+            return True
+        if len(hypotheses) < self._width:
+            return False
+        if self._stops_when_full:
+            return True
+        # A running beam only gets less likely. "never" grants it the length that divides its sum by most; the
+        # default takes its length of now, which for a length_penalty above 0 may stop too early: a heuristic.
+        grants_most = self._params.early_stopping == "never" and self._params.length_penalty > 0
+        length = self._max_tokens if grants_most else num_tokens
+        return self._score(beams[0].cum_logprob, length) <= hypotheses[-1].score

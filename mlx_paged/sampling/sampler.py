@@ -1,0 +1,290 @@
+"""From logits to tokens: all rows of a step at once, each with its own parameters and random stream.
+
+Order of operations as in vLLM: log-probabilities of the model's own distribution, then the grammar's mask, logit bias,
+penalties, temperature, min-p, top-k, top-p, and a draw by the Gumbel-max method. A row's random numbers depend on its
+seed, its index among the samples of its request and the position of the token, and on nothing else.
+
+What a step needs of its rows is gathered once and kept while the same rows come: then only the keys of the draws are
+new. A stage works on the rows that need it, and is skipped where none does.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_paged.cpu.exponential import logsumexp
+from mlx_paged.sampling.token_counts import TokenCounts
+from mlx_paged.sampling_params import SamplingParams
+
+_LARGE = 1e30  # a larger parameter means no more than this, and might overflow float32
+_UINT64 = (1 << 64) - 1
+_ROW = np.dtype(
+    [
+        ("temperature", np.float32),  # 0: greedy
+        ("log_min_p", np.float32),
+        ("top_k", np.int32),  # vocab_size: all
+        ("top_p", np.float32),
+        ("repetition_penalty", np.float32),
+        ("presence_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("num_top", np.int32),
+        ("stream", np.uint64),
+    ]
+)
+
+
+class SampledTokens(NamedTuple):
+    """token_ids: uint32 [n]; logprobs: float32 [n], the model's, of those tokens; top_*: [n, k], best first."""
+
+    token_ids: mx.array
+    logprobs: mx.array
+    top_token_ids: mx.array | None
+    top_logprobs: mx.array | None
+
+
+class _Penalties(NamedTuple):
+    """Of the rows of a batch that have penalties; each float32 [., 1]."""
+
+    rows: mx.array | None  # in the batch; None: all
+    slots: np.ndarray  # of their token counts
+    device_slots: mx.array  # the same
+    repetition: mx.array
+    presence: mx.array
+    frequency: mx.array
+
+
+class _Random(NamedTuple):
+    """Of the rows of a batch that are not greedy; each float32 [., 1] unless said otherwise."""
+
+    rows: mx.array | None  # in the batch; None: all
+    row_numbers: np.ndarray  # in the batch
+    streams: np.ndarray  # uint64 [.]
+    temperature: mx.array
+    log_min_p: mx.array | None
+    cut_rows: mx.array | None  # those of the random rows that have a top_k or a top_p; None: all
+    top_k: mx.array | None  # int32, of the cut rows; None: there are none
+    top_p: mx.array | None  # of the cut rows
+
+
+class _Batch(NamedTuple):
+    """What the rows of a step ask for; None for a stage that no row needs."""
+
+    rows: np.ndarray
+    bias: tuple[mx.array, mx.array, mx.array] | None  # row in the batch, token, value
+    penalties: _Penalties | None
+    random: _Random | None
+    num_top: int
+
+
+class Sampler:
+    """Chooses a token per row. `num_rebuilds`: how often the parameters of a batch had to be put together."""
+
+    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+        self.num_rebuilds = 0
+        self._vocab_size = vocab_size
+        self._params = np.zeros(max_num_seqs, _ROW)
+        self._bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the rows that have it: tokens, values
+        self._counts = TokenCounts(max_num_seqs, vocab_size)
+        self._batch: _Batch | None = None
+
+    def set_row(
+        self, row: int, params: SamplingParams, stream: int, prompt: Sequence[int], output: Sequence[int]
+    ) -> None:
+        """A sequence takes `row`, with the tokens it has so far. `stream`: its `stream_id`."""
+        self._params[row] = (
+            0.0 if params.is_greedy else min(params.temperature, _LARGE),
+            math.log(params.min_p) if params.min_p > 0 else -math.inf,
+            min(params.top_k or self._vocab_size, self._vocab_size),
+            params.top_p,
+            min(max(params.repetition_penalty, 1 / _LARGE), _LARGE),
+            params.presence_penalty,
+            params.frequency_penalty,
+            min(params.logprobs or 0, self._vocab_size),
+            stream,
+        )
+        self._bias.pop(row, None)
+        if params.logit_bias:
+            values = [min(max(value, -_LARGE), _LARGE) for value in params.logit_bias.values()]
+            self._bias[row] = np.array(list(params.logit_bias), np.int32), np.array(values, np.float32)
+        if params.has_penalties:
+            self._counts.set(row, prompt, output)
+        else:
+            self._counts.release(row)
+        if self._batch is not None and (self._batch.rows == row).any():
+            self._batch = None
+
+    def sample(
+        self, logits: mx.array, rows: np.ndarray, positions: np.ndarray, masks: np.ndarray | None = None
+    ) -> SampledTokens:
+        """A token for each of `rows`, as lazy arrays: nothing is evaluated here.
+
+        logits: [n, vocab_size], any float type. rows: int [n], whose logits they are, in any order, each at most once.
+        positions: int [n], the indices in the rows' outputs of the tokens to draw. masks: 32-bit
+        [n, ceil(vocab_size / 32)], bit t % 32 of word t // 32 allows token t; log-probabilities are those without it.
+        A row with a logit of NaN or +inf gets the log-probability NaN, and a token that means nothing.
+        """
+        batch = self._batch
+        if batch is None or not np.array_equal(batch.rows, rows):
+            batch = self._batch = self._gather(rows)
+        logits = logits.astype(mx.float32)
+        normalizer = logsumexp(logits)
+        normalizer = mx.where(normalizer < mx.inf, normalizer, mx.nan)
+
+        scores = logits if masks is None else _mask(logits, masks)
+        if batch.bias is not None:
+            row, token, value = batch.bias
+            scores = scores.at[row, token].add(value)
+        if batch.penalties is not None:
+            scores = _penalise(scores, batch.penalties, *self._counts.read(batch.penalties.device_slots))
+        token_ids = _choose(scores, batch.random, positions)
+        if batch.penalties is not None:
+            self._counts.add(batch.penalties.slots, _pick(token_ids, batch.penalties.rows))
+
+        logprobs = (mx.take_along_axis(logits, token_ids[:, None], axis=-1) - normalizer)[:, 0]
+        if batch.num_top == 0:
+            return SampledTokens(token_ids, logprobs, None, None)
+        top = mx.argpartition(-logits, kth=batch.num_top - 1, axis=-1)[:, : batch.num_top]
+        top_logits = mx.take_along_axis(logits, top, axis=-1)
+        order = mx.argsort(-top_logits, axis=-1)
+        top, top_logits = (mx.take_along_axis(x, order, axis=-1) for x in (top, top_logits))
+        return SampledTokens(token_ids, logprobs, top, top_logits - normalizer)
+
+    def _gather(self, rows: np.ndarray) -> _Batch:
+        self.num_rebuilds += 1
+        params = self._params[rows]
+        bias = None
+        biased = [(number, *self._bias[row]) for number, row in enumerate(rows.tolist()) if row in self._bias]
+        if biased:
+            numbers, tokens, values = zip(*biased, strict=True)
+            number_of_each = np.repeat(np.array(numbers, np.int32), [len(t) for t in tokens])
+            bias = mx.array(number_of_each), mx.array(np.concatenate(tokens)), mx.array(np.concatenate(values))
+        penalties = _gather_penalties(params, self._counts.slots[rows])
+        random = _gather_random(params, self._vocab_size)
+        return _Batch(rows.copy(), bias, penalties, random, int(params["num_top"].max()))
+
+
+def stream_id(seed: int, index: int) -> int:
+    """64 bits that name the random stream of sample `index` under `seed` (splitmix64, Steele 2014)."""
+    seed_bits, index_bits = np.array([[seed & _UINT64], [index & _UINT64]], np.uint64)
+    return int(_mix(_mix(seed_bits) + index_bits)[0])
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _gather_penalties(params: np.ndarray, slots: np.ndarray) -> _Penalties | None:
+    chosen = slots >= 0
+    if not chosen.any():
+        return None
+    params, slots = params[chosen], slots[chosen]
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    return _Penalties(_index(chosen), slots, mx.array(slots), *(_column(params[name]) for name in names))
+
+
+def _gather_random(params: np.ndarray, vocab_size: int) -> _Random | None:
+    chosen = params["temperature"] > 0
+    if not chosen.any():
+        return None
+    params = params[chosen]
+    cut = (params["top_k"] < vocab_size) | (params["top_p"] < 1)
+    top_k, top_p = params["top_k"][cut], params["top_p"][cut]
+    return _Random(
+        rows=_index(chosen),
+        row_numbers=np.flatnonzero(chosen),
+        streams=params["stream"].copy(),
+        temperature=_column(params["temperature"]),
+        log_min_p=_column(params["log_min_p"]) if (params["log_min_p"] > -np.inf).any() else None,
+        cut_rows=_index(cut),
+        top_k=_column(top_k) if cut.any() else None,
+        top_p=_column(top_p) if (top_p < 1).any() else None,
+    )
+
+
+def _index(chosen: np.ndarray) -> mx.array | None:
+    return None if chosen.all() else mx.array(np.flatnonzero(chosen).astype(np.int32))
+
+
+def _column(values: np.ndarray) -> mx.array:
+    return mx.array(np.ascontiguousarray(values)[:, None])
+
+
+def _pick(x: mx.array, rows: mx.array | None) -> mx.array:
+    return x if rows is None else x[rows]
+
+
+def _on_rows(rows: mx.array | None, x: mx.array, function: Callable[[mx.array], mx.array]) -> mx.array:
+    """`x` with `function` applied to some of its rows."""
+    if rows is None:
+        return function(x)
+    result = mx.array(x)  # so that the assignment leaves `x` as it is
+    result[rows] = function(x[rows])
+    return result
+
+
+def _mask(logits: mx.array, masks: np.ndarray) -> mx.array:
+    octets = mx.array(np.ascontiguousarray(masks).view(np.uint8))
+    bits = octets[:, :, None] & mx.array([1, 2, 4, 8, 16, 32, 64, 128], mx.uint8)
+    return mx.where(bits.reshape(len(masks), -1)[:, : logits.shape[-1]] != 0, logits, -mx.inf)
+
+
+def _penalise(scores: mx.array, penalties: _Penalties, occurs: mx.array, num_out: mx.array) -> mx.array:
+    """Repetition (of prompt and output), presence and frequency (of output) penalties on the tokens that occur."""
+
+    def penalised(scores: mx.array) -> mx.array:
+        repeated = mx.where(scores > 0, scores / penalties.repetition, scores * penalties.repetition)
+        scores = mx.where(occurs, repeated, scores)
+        return scores - penalties.frequency * num_out - penalties.presence * (num_out > 0)
+
+    return _on_rows(penalties.rows, scores, penalised)
+
+
+def _choose(scores: mx.array, random: _Random | None, positions: np.ndarray) -> mx.array:
+    """The best token of greedy rows, a drawn one of the others: uint32 [n]."""
+    if random is None:
+        return mx.argmax(scores, axis=-1)
+    draws = _mix(random.streams + positions[random.row_numbers].astype(np.uint64))
+    weights = _truncate(_pick(scores, random.rows) / random.temperature, random)
+    drawn = mx.argmax(weights + _gumbel(draws, scores.shape[-1]), axis=-1)
+    if random.rows is None:
+        return drawn
+    token_ids = mx.argmax(scores, axis=-1)
+    token_ids[random.rows] = drawn
+    return token_ids
+
+
+def _truncate(scores: mx.array, random: _Random) -> mx.array:
+    """Min-p, then top-k, then top-p: what they rule out becomes -inf. Equal scores stay or go together."""
+    if random.log_min_p is not None:
+        scores = mx.where(scores < scores.max(axis=-1, keepdims=True) + random.log_min_p, -mx.inf, scores)
+    top_k, top_p = random.top_k, random.top_p
+    if top_k is None:
+        return scores
+
+    def cut(scores: mx.array) -> mx.array:
+        descending = -mx.sort(-scores, axis=-1)
+        kth = mx.take_along_axis(descending, top_k - 1, axis=-1)
+        scores = mx.where(scores < kth, -mx.inf, scores)
+        if top_p is None:
+            return scores
+        probabilities = mx.softmax(mx.where(descending < kth, -mx.inf, descending), axis=-1, precise=True)
+        before = mx.cumsum(probabilities, axis=-1) - probabilities
+        num_kept = mx.maximum((before < top_p).sum(axis=-1, keepdims=True), 1)
+        least = mx.take_along_axis(descending, num_kept - 1, axis=-1)
+        # A top_p of 1 keeps everything, also what rounding in the sum would drop.
+        return mx.where((scores < least) & (top_p < 1), -mx.inf, scores)
+
+    return _on_rows(random.cut_rows, scores, cut)
+
+
+def _gumbel(draws: np.ndarray, vocab_size: int) -> mx.array:
+    """Standard Gumbel noise, float32 [num_rows, vocab_size]; each row from the key that its draw names."""
+    words = draws.view(np.uint32).reshape(-1, 2)
+    keys = mx.array(np.ascontiguousarray(words[:, ::-1]))  # the high word first
+    return mx.vmap(lambda key: mx.random.gumbel(shape=(vocab_size,), key=key))(keys)

@@ -1,0 +1,1 @@
+"""Look at models and pools from outside: speed, cost and pictures."""

@@ -1,0 +1,65 @@
+"""The speed of one model: tokens per second of prompts, and of decoding, by batch size."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.tools.report import Columns, Row
+
+if TYPE_CHECKING:
+    from mlx_paged.llm import LLM
+
+COLUMNS: Columns = {
+    "test": ("test", ""),
+    "batch": ("batch", ",d"),
+    "tokens_per_s": ("tokens/s", ",.1f"),
+    "deviation": ("±", ",.1f"),
+}
+
+
+def measure_speed(
+    llm: LLM,
+    num_prompt: int,
+    num_output: int,
+    batch_sizes: Sequence[int],
+    repetitions: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[Row]:
+    """For each batch size a row for prompts, pp512 say, and one for decoding, tg128; one of them if the other is 0.
+
+    pp: as many random prompts as the batch has, up to the first token of each. tg: as many sequences that begin with
+    one token. Each is run once before, to warm up. tokens_per_s and deviation are the mean and the standard deviation
+    of the repetitions, whose values are in `samples`.
+    """
+    draw = random.Random(0)
+    for batch in batch_sizes:
+        for test, prompt, output in (("pp", num_prompt, 1), ("tg", 1, num_output)):
+            size = prompt if test == "pp" else output
+            if size == 0:
+                continue
+            samples = []
+            for repetition in range(-1, repetitions):
+                progress(f"{test}{size} x {batch}: {'warming up' if repetition < 0 else repetition + 1}")
+                prompts = [[draw.randrange(llm.vocab_size) for _ in range(prompt)] for _ in range(batch)]
+                seconds = _seconds(llm, prompts, output)
+                if repetition >= 0:
+                    samples.append(batch * size / seconds)
+            yield {
+                "test": f"{test}{size}",
+                "batch": batch,
+                "tokens_per_s": statistics.mean(samples),
+                "deviation": statistics.stdev(samples) if len(samples) > 1 else 0.0,
+                "samples": samples,
+            }
+
+
+def _seconds(llm: LLM, prompts: list[list[int]], num_tokens: int) -> float:
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    started = time.perf_counter()
+    llm.generate(prompts, params)
+    return time.perf_counter() - started

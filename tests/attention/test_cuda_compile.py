@@ -1,0 +1,125 @@
+"""The kernels in cuda/, compiled for NVIDIA's cards by NVIDIA's compiler; none is run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from helpers import nvrtc
+from helpers.attention_cases import DTYPES, points_of
+from helpers.cuda_text import Call, kernel_text, record, record_merge, record_write
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or nvrtc.folder() is None, reason="NVIDIA's compiler is not installed"
+)
+
+#: MLX appends an "a" from sm_90 on.
+ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
+CONSTANTS: dict[str, list[Any]] = {
+    "dtype": list(DTYPES.values()),
+    "dims": [(64, 64), (128, 128), (256, 256), (40, 72)],
+    "softcap": [None, 50.0],
+    "sinks": [False, True],
+}
+
+
+def check_all(calls: Sequence[Call], architectures: Sequence[str]) -> None:
+    """Each call's kernel compiles for its architecture without a warning, fits a multiprocessor and spills nothing."""
+    with ThreadPoolExecutor(2) as pool:
+        all_resources = pool.map(nvrtc.compile_for, architectures, [call.text for call in calls])
+    for call, architecture, resources in zip(calls, architectures, all_resources, strict=True):
+        assert resources.spill_stores == 0, f"{architecture} {resources}: {call.text}"
+        assert resources.registers * call.threads <= 65536
+
+
+def test_decode_kernels_compile_and_keep_their_state_in_registers() -> None:
+    points = points_of({"heads": [5, 16], **CONSTANTS, "architecture": ARCHITECTURES})
+    check_all([record("decode", *point[:-1]) for point in points], [point[-1] for point in points])
+
+
+def test_prefill_kernels_compile_and_keep_their_state_in_registers() -> None:
+    points = points_of({"kind": ["prefill", "shared"], "heads": [4], **CONSTANTS, "architecture": ARCHITECTURES})
+    check_all([record(*point[:-1]) for point in points], [point[-1] for point in points])
+
+
+def test_merge_kernels_compile() -> None:
+    grid = {"dtype": CONSTANTS["dtype"], "value_dim": [64, 72, 256], "is_shared": [False, True]}
+    points = points_of({**grid, "architecture": ARCHITECTURES})
+    check_all([record_merge(*point[:-1]) for point in points], [point[-1] for point in points])
+
+
+def test_write_kernels_compile() -> None:
+    points = points_of({"dtype": CONSTANTS["dtype"], "dims": CONSTANTS["dims"], "architecture": ARCHITECTURES})
+    check_all([record_write(*point[:-1]) for point in points], [point[-1] for point in points])
+
+
+# -- the text around a kernel --
+
+#: As printed by the library of MLX 0.32.4 for CUDA, `cuda_kernel` with `verbose`, for the sample below.
+PRINTED = """
+#include "mlx/backend/cuda/device/utils.cuh"
+
+#include <cooperative_groups.h>
+
+// header
+constexpr int ONE = 1;
+namespace mlx::core::cu {
+
+namespace cg = cooperative_groups;
+
+__global__ void custom_kernel_sample_bfloat16_t_5_t_f_float(
+    const __half* a,
+    const __grid_constant__ Shape a_shape,
+    const __nv_bfloat16* b,
+    const __grid_constant__ int b_ndim,
+    const float* c,
+    const int32_t* d,
+    const __grid_constant__ Shape d_shape,
+    const __grid_constant__ Strides d_strides,
+    const uint32_t* e,
+    __half* x,
+    float* y) {
+  using T = __nv_bfloat16;
+  constexpr int SIZE = 5;
+  constexpr bool YES = true;
+  constexpr bool NO = false;
+  using U = float;
+
+const int n = a_shape[0] + d_shape[2] + int(d_strides[1]) + b_ndim + c_shape;
+x[0] = T(n + SIZE);
+}
+
+} // namespace mlx::core::cu
+"""
+
+
+def test_the_text_around_a_kernel_is_the_one_that_mlx_makes() -> None:
+    shapes = {"a": ((2, 3), mx.float16), "b": ((4,), mx.bfloat16), "c": ((), mx.float32), "d": ((5, 6, 7), mx.int32)}
+    inputs = {name: mx.zeros(*shape) for name, shape in (shapes | {"e": ((1,), mx.uint32)}).items()}
+    rebuilt = kernel_text(
+        "custom_kernel_sample_bfloat16_t_5_t_f_float",
+        "const int n = a_shape[0] + d_shape[2] + int(d_strides[1]) + b_ndim + c_shape;\nx[0] = T(n + SIZE);",
+        "// header\nconstexpr int ONE = 1;\n",
+        inputs,
+        {"x": mx.float16, "y": mx.float32},
+        [("T", mx.bfloat16), ("SIZE", 5), ("YES", True), ("NO", False), ("U", mx.float32)],
+    )
+    assert rebuilt == PRINTED
+
+
+# -- the compiler --
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("const int lane = threadIdx.x;", "const int lane = thread;"), ("int lane =", "int unused = 0, lane =")],
+)
+def test_errors_and_warnings_are_noticed(old: str, new: str) -> None:
+    text = record_merge(mx.float32, 64).text
+    assert old in text
+    with pytest.raises(nvrtc.NvrtcError, match=r"thread|unused"):
+        nvrtc.compile_for("sm_90a", text.replace(old, new))

@@ -1,0 +1,271 @@
+"""The wrappers of the kernels: what they take, when kernels are made, which backend is chosen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_paged import paged_attention
+from mlx_paged.attention import metal as kernels
+from mlx_paged.attention import paged_attention as attention
+from mlx_paged.attention import work_items as kernel_plan
+from mlx_paged.attention.work_items import Shape
+from mlx_paged.errors import EngineWarning
+
+
+class FakeDevice:
+    """Takes the place of `mx.fast.metal_kernel`: remembers what is made and called, and computes zeros."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.options: list[dict[str, Any]] = []
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def metal_kernel(
+        self, *, name: str, input_names: Any, output_names: Any, source: str, header: str, **options: Any
+    ) -> Any:
+        self.made.append(name)
+        self.options.append(options)
+
+        def call(**arguments: Any) -> list[mx.array]:
+            self.calls.append((name, arguments))
+            shapes = zip(arguments["output_shapes"], arguments["output_dtypes"], strict=True)
+            return [mx.zeros(shape, dtype) for shape, dtype in shapes]
+
+        return call
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    fake = FakeDevice()
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx.fast, "metal_kernel", fake.metal_kernel)
+    monkeypatch.delenv(attention.BACKEND_VARIABLE, raising=False)
+    attention._warn_once.cache_clear()
+    return fake
+
+
+SHAPE = Shape(2, 2, 16, 24, 4)
+
+
+def call_decode(num_seqs: int = 3, max_blocks: int = 4, plan: kernels.Plan | None = None, **changes: Any) -> mx.array:
+    """One query per sequence, 4 query and 2 KV heads."""
+    plan = plan or kernels.plan_decode(np.full(num_seqs, 9, np.int32), None, SHAPE)
+    return kernels.decode(*arrays(num_seqs, max_blocks, changes), plan, scale=1.0, **changes)
+
+
+def call_prefill(num_seqs: int = 3, max_blocks: int = 4, **changes: Any) -> mx.array:
+    """One query per sequence here as well, so that both take the same arrays."""
+    cu_seqlens_q = np.arange(num_seqs + 1, dtype=np.int32)
+    plan = kernels.plan_prefill(np.full(num_seqs, 9, np.int32), cu_seqlens_q, None, SHAPE)
+    return kernels.prefill(*arrays(num_seqs, max_blocks, changes), plan, scale=1.0, **changes)
+
+
+CALLS = pytest.mark.parametrize("call", [call_decode, call_prefill])
+
+
+def arrays(num_seqs: int, max_blocks: int, changes: dict[str, Any]) -> list[mx.array]:
+    """q, caches and tables; those in `changes` are taken out of there."""
+    own = {
+        "q": mx.zeros((num_seqs, 4, 16)),
+        "k_cache": mx.zeros((8, 8, 2, 16)),
+        "v_cache": mx.zeros((8, 8, 2, 24)),
+        "block_tables": mx.zeros((num_seqs, max_blocks), mx.int32),
+    }
+    return [changes.pop(name, array) for name, array in own.items()]
+
+
+# -- the wrappers --
+
+
+@CALLS
+def test_the_result_has_a_row_per_query_and_the_values_size(call: Callable[..., mx.array], device: FakeDevice) -> None:
+    out = call()
+    assert out.shape == (3, 4, 24) and out.dtype == mx.float32
+    ((_, arguments),) = device.calls
+    assert arguments["grid"][1:] == (2, 3) and arguments["grid"][0] == arguments["threadgroup"][0]
+
+
+@CALLS
+def test_no_queries_need_no_kernel(call: Callable[..., mx.array], device: FakeDevice) -> None:
+    assert call(num_seqs=0).shape == (0, 4, 24)
+    assert not device.calls
+
+
+def test_a_context_in_several_parts_is_merged(device: FakeDevice) -> None:
+    contexts = np.array([20, 5, 0], np.int32)
+    plan = kernels.put_on_device(kernel_plan.decode_items(contexts, contexts, 8))
+    assert call_decode(plan=kernels.DecodePlan(plan, None)).shape == (3, 4, 24)
+    assert [name.split("_")[1] for name, _ in device.calls] == ["decode", "merge"]
+    assert device.calls[0][1]["output_shapes"] == [(5, 4, 24), (5, 4)]
+
+
+@CALLS
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": mx.zeros((3, 4, 16), mx.int32)}, "dtype mlx.core.int32"),
+        ({"q": mx.zeros((3, 4, 16), mx.float16)}, "one dtype"),
+        ({"block_tables": mx.zeros((3, 4), mx.int64)}, "be int32"),
+        ({"k_cache": mx.zeros((8, 12, 2, 16))}, "block_size 12"),
+        ({"k_cache": mx.zeros((8, 8, 2, 12))}, "head_dim 12"),
+        ({"v_cache": mx.zeros((8, 8, 2, 264))}, "value_dim 264"),
+        ({"q": mx.zeros((3, 34, 16))}, "34 query heads on 2 KV heads"),
+        ({"q": mx.zeros((3, 5, 16))}, "do not fit together"),
+        ({"q": mx.zeros((3, 4, 24))}, "do not fit together"),
+        ({"v_cache": mx.zeros((9, 8, 2, 16))}, "do not fit together"),
+        ({"sinks": mx.zeros(3)}, "sinks"),
+    ],
+)
+def test_arguments_without_a_kernel_are_named(
+    call: Callable[..., mx.array], device: FakeDevice, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+    assert not device.made
+
+
+@CALLS
+def test_without_a_device_the_wrapper_says_so(call: Callable[..., mx.array]) -> None:
+    if mx.metal.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(RuntimeError, match="Metal device"):
+        call()
+
+
+@CALLS
+def test_no_input_is_copied(call: Callable[..., mx.array], device: FakeDevice) -> None:
+    """MLX is told not to make inputs contiguous, and gets the very arrays, strided ones too."""
+    q = mx.zeros((3, 4, 48))[:, :, 16:32]
+    k_cache, v_cache = mx.zeros((8, 8, 2, 16)), mx.zeros((8, 8, 2, 24))
+    block_tables = mx.zeros((3, 9), mx.int32)[:, :4]
+    call(q=q, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables)
+    ((_, arguments),) = device.calls
+    for given, passed in zip((q, k_cache, v_cache, block_tables), arguments["inputs"][:4], strict=True):
+        assert passed is given
+    assert device.options == [{"ensure_row_contiguous": False}]
+
+
+# -- when kernels are made --
+
+
+@CALLS
+def test_a_kernel_is_made_once_for_a_device(
+    call: Callable[..., mx.array], device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for num_seqs in (3, 4, 3):
+        call(num_seqs)
+    assert len(device.made) == 1
+    other = FakeDevice()
+    monkeypatch.setattr(mx.fast, "metal_kernel", other.metal_kernel)
+    call()
+    assert len(device.made) == len(other.made) == 1
+
+
+@CALLS
+def test_kernels_whose_text_differs_have_names_that_differ(call: Callable[..., mx.array], device: FakeDevice) -> None:
+    """MLX compiles a name's kernel again whenever its text changes, which small inputs and other dtypes do."""
+    call(num_seqs=1, max_blocks=7)
+    call(num_seqs=1, max_blocks=8)
+    call(num_seqs=2, max_blocks=4)
+    call(sinks=mx.zeros(4))
+    call(sinks=mx.zeros(4, mx.float16))
+    assert len(device.made) == len(set(device.made)) == 4
+    for _, arguments in device.calls:
+        assert arguments["inputs"][4].size >= 8  # the items
+
+
+def test_the_number_of_cores_is_told_from_the_architecture(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    for architecture, cores in (("applegpu_g13g", 20), ("applegpu_g15d", 80), ("applegpu_g99x", 40), ("cpu", 40)):
+        kernels.num_cores.cache_clear()
+        monkeypatch.setattr(mx, "device_info", lambda name=architecture: {"architecture": name})
+        assert kernels.num_cores() == cores
+    kernels.num_cores.cache_clear()
+
+
+# -- which backend --
+
+
+def test_work_that_was_put_on_the_cpu_beside_a_gpu_stays_there(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "is_available", lambda _: True)
+    for default, expected in ((mx.cpu, False), (mx.gpu, True)):
+        monkeypatch.setattr(mx, "default_device", lambda default=default: default)
+        assert kernels.is_available() is expected
+
+
+def arguments_of_attention(dtype: mx.Dtype = mx.float32, block_size: int = 8, head_dim: int = 16) -> list[Any]:
+    return [
+        mx.zeros((2, 4, head_dim), dtype),
+        *[mx.zeros((8, block_size, 2, head_dim), dtype)] * 2,
+        mx.array([[0, 1, 2], [3, 4, 0]], mx.int32),
+        mx.array([20, 10], mx.int32),
+        mx.array([0, 1, 2], mx.int32),
+    ]
+
+
+def test_the_best_backend_is_the_device_that_is_there(device: FakeDevice) -> None:
+    paged_attention(*arguments_of_attention(), scale=1.0)
+    assert len(device.calls) == 1
+
+
+def test_the_environment_chooses_where_the_caller_does_not(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(attention.BACKEND_VARIABLE, "reference")
+    paged_attention(*arguments_of_attention(), scale=1.0)
+    assert not device.calls
+    paged_attention(*arguments_of_attention(), scale=1.0, backend="metal")
+    assert len(device.calls) == 1
+
+
+@pytest.mark.parametrize("name", ["metal", "cuda", "abacus"])
+def test_a_backend_that_is_not_there_is_one_clear_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    line = f"^backend '{name}' is not available here; there is: reference$"
+    with pytest.raises(ValueError, match=line):
+        paged_attention(*arguments_of_attention(), scale=1.0, backend=name)
+    monkeypatch.setenv(attention.BACKEND_VARIABLE, name)
+    with pytest.raises(ValueError, match=rf"^backend '{name}' \(MLX_PAGED_BACKEND\) is not available here"):
+        paged_attention(*arguments_of_attention(), scale=1.0)
+
+
+@pytest.mark.parametrize("changes", [{"block_size": 12}, {"head_dim": 20}, {"head_dim": 264}])
+def test_what_has_no_kernel_is_computed_without_and_said_once(device: FakeDevice, changes: dict[str, int]) -> None:
+    (number,) = changes.values()
+    with pytest.warns(EngineWarning, match=str(number)):
+        paged_attention(*arguments_of_attention(**changes), scale=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EngineWarning)
+        paged_attention(*arguments_of_attention(**changes), scale=1.0)
+    assert not device.calls
+    with pytest.raises(ValueError, match=str(number)):
+        paged_attention(*arguments_of_attention(**changes), scale=1.0, backend="metal")
+
+
+def test_the_layers_of_a_step_share_one_plan(device: FakeDevice) -> None:
+    metadata = attention.AttentionMetadata(
+        mx.array([[0, 1, 2], [3, 4, 0]], mx.int32), np.array([20, 10], np.int32), np.array([0, 1, 2], np.int32)
+    )
+    q, k_cache, v_cache = arguments_of_attention()[:3]
+    for window in (None, None, 8, 8):
+        attention.attend(q, k_cache, v_cache, metadata, scale=1.0, window=window)
+    works = [call["inputs"][4] for _, call in device.calls]
+    assert works[0] is works[1] and works[2] is works[3] and works[0] is not works[2]
+    assert all(call["inputs"][3] is metadata.block_tables for _, call in device.calls)
+
+
+def test_decodes_and_prompts_of_a_step_have_a_kernel_each_and_share_the_tables(device: FakeDevice) -> None:
+    metadata = attention.AttentionMetadata(
+        mx.array([[0, 1, 2], [3, 4, 0]], mx.int32), np.array([20, 10], np.int32), np.array([0, 1, 8], np.int32)
+    )
+    q, (k_cache, v_cache) = mx.zeros((8, 4, 16)), arguments_of_attention()[1:3]
+    for _ in range(2):
+        assert attention.attend(q, k_cache, v_cache, metadata, scale=1.0).shape == q.shape
+    assert [name.split("_")[1] for name, _ in device.calls] == ["decode", "prefill"] * 2
+    tables = [call["inputs"][3] for _, call in device.calls]
+    assert tables[0] is tables[2] and tables[1] is tables[3]

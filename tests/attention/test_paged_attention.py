@@ -1,0 +1,275 @@
+"""paged_attention against dense attention in float64, rebuilt from the blocks."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.attention_cases import DTYPES, Case, check, points_of
+
+from mlx_paged import paged_attention
+from mlx_paged.attention import reference as reference
+from mlx_paged.attention import reference_plan as reference_plan
+from mlx_paged.attention import shared_prefix as shared_prefix
+from mlx_paged.attention.metadata import AttentionMetadata
+from mlx_paged.attention.paged_attention import attend
+from mlx_paged.attention.shared_prefix import SharedPrefix
+
+# (query length, context length) of each sequence of a batch
+BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
+    "one decode": ((1, 54),),
+    "decodes of all lengths": tuple((1, n) for n in (1, 15, 16, 17, 54, 97, 1023)),
+    "similar decodes": tuple((1, 30 + n) for n in range(17)),
+    "one prompt": ((97, 97),),
+    "chunk of a prompt": ((33, 129),),
+    "several tokens each": ((4, 20), (3, 3), (7, 100)),
+    "mixed": ((1, 1024), (16, 16), (1, 17), (40, 200), (1, 1), (1, 97)),
+    "decodes and padding": ((1, 300), (1, 0), (1, 20)),
+    "padding": ((1, 0), (1, 33), (2, 0), (5, 9)),
+}
+GRID: dict[str, list[Any]] = {
+    "lengths": list(BATCHES.values()),
+    "heads": [(8, 8), (32, 8), (40, 40), (14, 2), (6, 1), (5, 1)],
+    "head_dim": [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (64, 32)],
+    "block_size": [1, 3, 8, 16, 32],
+    "window": [None, 1, 33, 256],
+    "softcap": [None, 50.0],
+    "sinks": [False, True],
+    "dtype": list(DTYPES),
+    "consecutive": [False, True],
+}
+CASES = [Case(*values) for values in points_of(GRID)]
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_it_equals_dense_attention_over_the_grid(part: int) -> None:
+    for number, case in enumerate(CASES[part::8]):
+        check(case, seed=number, backend="reference")
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["MLX's exponentials", "our own"])
+def test_it_equals_dense_attention_with_exponentials_of_either_kind(
+    slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "exp_is_slow", lambda: slow)
+    monkeypatch.setattr(reference, "_LEAST_FOR_OWN_EXP", 1)
+    for number, case in enumerate(CASES[::8]):
+        check(case, seed=number, backend="reference")
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="on a GPU tiles are bounded by memory alone")
+def test_on_a_cpu_prompts_are_computed_in_tiles_that_see_no_more_than_they_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reference_plan, "_CACHED_BYTES", 4 * 4 * 16 * 100)
+    seen = []
+    original = reference_plan._prompts
+
+    def prompts(*args: Any) -> Any:
+        group = original(*args)
+        seen.append((group.tokens.shape[1], group.rows.shape[2]))
+        return group
+
+    monkeypatch.setattr(reference_plan, "_prompts", prompts)
+    check(Case(((64, 100),), (4, 2), (64, 64), 8, None, None, False, "float32", False), seed=1, backend="reference")
+    assert seen == [(16, 52), (16, 68), (16, 84), (16, 100)]
+
+
+@pytest.mark.parametrize("limit", [1, 20_000])
+def test_tiles_and_groups_bounded_by_memory_give_the_same_result(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_plan, "_MAX_BYTES", limit)
+    for batch, window, consecutive in itertools.product(("mixed", "similar decodes"), (None, 33), (False, True)):
+        case = Case(BATCHES[batch], (4, 2), (64, 64), 8, window, None, True, "float32", consecutive)
+        check(case, seed=1, backend="reference")
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="on a GPU keys are gathered")
+@pytest.mark.parametrize(
+    "heads, window, dtype, expected",
+    [
+        ((8, 8), None, "float32", True),
+        ((14, 2), None, "float32", True),
+        ((16, 16), None, "float32", False),
+        ((8, 2), 33, "float32", False),
+        ((8, 2), None, "bfloat16", False),
+    ],
+)
+def test_keys_are_read_where_they_lie_where_that_is_faster(
+    heads: tuple[int, int], window: int | None, dtype: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = reference._scores_in_blocks, []
+    monkeypatch.setattr(reference, "_scores_in_blocks", lambda *args: calls.append(args) or original(*args))
+    check(Case(BATCHES["mixed"], heads, (64, 64), 16, window, None, True, dtype, False), seed=3, backend="reference")
+    assert bool(calls) == expected
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="on a GPU one stream is enough")
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_decodes_in_two_streams_are_those_in_one(
+    dtype: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second, calls = reference_plan._second_stream, []
+    monkeypatch.setattr(reference_plan, "_second_stream", lambda: calls.append(1) or second())
+    case = Case(BATCHES["mixed"], (14, 2), (64, 64), 16, window, None, True, dtype, False)
+    monkeypatch.setattr(reference_plan, "_LEAST_FOR_TWO_STREAMS", 10**9)
+    check(case, seed=4, backend="reference")
+    assert not calls
+    monkeypatch.setattr(reference_plan, "_LEAST_FOR_TWO_STREAMS", 1)
+    with ThreadPoolExecutor(1) as other_thread:  # MLX's streams belong to threads
+        other_thread.submit(check, case, seed=4, backend="reference").result()
+    check(case, seed=4, backend="reference")
+    assert calls
+
+
+@pytest.mark.parametrize("spread", [7, 200], ids=["similar", "different"])
+def test_a_batch_of_decodes_builds_no_more_operations_than_a_few(
+    spread: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference_plan, "_LEAST_FOR_TWO_STREAMS", 1)
+    monkeypatch.setattr(reference, "_LEAST_FOR_OWN_EXP", 1)
+
+    def num_operations(batch_size: int) -> int:
+        k_cache = mx.zeros((28 * batch_size, 8, 2, 32))
+        out = paged_attention(
+            mx.zeros((batch_size, 4, 32)),
+            k_cache,
+            k_cache,
+            mx.arange(28 * batch_size, dtype=mx.int32).reshape(batch_size, 28),
+            mx.array([25 + 37 * i % spread for i in range(batch_size)], mx.int32),
+            mx.arange(batch_size + 1, dtype=mx.int32),
+            scale=1.0,
+            backend="reference",
+        )
+        mx.export_to_dot(str(tmp_path / "graph.dot"), out)
+        return (tmp_path / "graph.dot").read_text().count("shape=rectangle")
+
+    assert num_operations(64) == num_operations(4) > 0
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("window", [None, 5000])
+def test_long_contexts_cost_the_host_nothing_until_the_device_computes(window: int | None, num_queries: int) -> None:
+    num_seqs, context, block_size = 64, 100_000, 16
+    no_device_has = mx.zeros((1 << 20, 1 << 20), mx.int32) + 1  # evaluating it would fail
+    metadata = AttentionMetadata(
+        no_device_has[:num_seqs, : context // block_size],
+        np.full(num_seqs, context, np.int32) - np.arange(num_seqs, dtype=np.int32),
+        np.arange(num_seqs + 1, dtype=np.int32) * num_queries,
+    )
+    q, k_cache = mx.zeros((num_seqs * num_queries, 4, 8)), mx.zeros((2, block_size, 2, 8))
+    mx.eval(q, k_cache)
+    before = mx.get_active_memory()
+    tracemalloc.start()
+    try:
+        out = attend(q, k_cache, k_cache, metadata, scale=1.0, window=window, backend="reference")
+        _, host_peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert out.shape == q.shape
+    assert host_peak < 4 * context
+    assert mx.get_active_memory() - before < 4 * context
+
+
+def _arguments(**changes: Any) -> dict[str, Any]:
+    """Valid arguments of two sequences, (1 query, 20 tokens) and (3 queries, 10 tokens), with some replaced."""
+    k_cache = mx.zeros((8, 8, 2, 16))
+    arguments: dict[str, Any] = {
+        "q": mx.zeros((4, 4, 16)),
+        "k_cache": k_cache,
+        "v_cache": k_cache,
+        "block_tables": mx.array([[0, 1, 2], [3, 4, 0]], mx.int32),
+        "context_lens": mx.array([20, 10], mx.int32),
+        "cu_seqlens_q": mx.array([0, 1, 4], mx.int32),
+        "scale": 1.0,
+    }
+    return arguments | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"softcap": 0.0}, ValueError, "softcap must be above 0"),
+        ({"softcap": -1.0}, ValueError, "softcap must be above 0"),
+        ({"sinks": mx.zeros(3)}, ValueError, "sinks"),
+        ({"backend": "abacus"}, ValueError, "abacus"),
+        ({"q": mx.zeros((4, 4, 16), mx.float16)}, TypeError, "dtype"),
+        ({"v_cache": mx.zeros((8, 8, 2, 16), mx.float16)}, TypeError, "dtype"),
+        ({"q": mx.zeros((4, 3, 16))}, ValueError, "3 query heads"),
+        ({"q": mx.zeros((4, 4, 8))}, ValueError, "head_dim"),
+        ({"q": mx.zeros((4, 64))}, ValueError, "num_heads"),
+        ({"v_cache": mx.zeros((9, 8, 2, 16))}, ValueError, "differ in blocks"),
+        ({"block_tables": mx.zeros((2, 3), mx.int64)}, TypeError, "block_tables must be int32"),
+        ({"context_lens": mx.array([20.0, 10.0])}, TypeError, "context_lens must be int32"),
+        ({"cu_seqlens_q": mx.array([0, 1, 4], mx.uint32)}, TypeError, "cu_seqlens_q must be int32"),
+        ({"cu_seqlens_q": mx.array([0, 1, 3], mx.int32)}, ValueError, "4 tokens"),
+        ({"cu_seqlens_q": mx.array([0, 5, 4], mx.int32)}, ValueError, "rise"),
+        ({"cu_seqlens_q": mx.array([0, 4], mx.int32)}, ValueError, "num_seqs"),
+        ({"context_lens": mx.array([20, 2], mx.int32)}, ValueError, "3 queries but a context of 2"),
+        ({"context_lens": mx.array([25, 10], mx.int32)}, ValueError, "25 tokens, its table room for 24"),
+        ({"context_lens": mx.array([-1, 10], mx.int32)}, ValueError, "negative"),
+        ({"block_tables": mx.array([[0, 1, 8], [3, 4, 0]], mx.int32)}, ValueError, "block 8"),
+        ({"block_tables": mx.array([[0, -1, 2], [3, 4, 0]], mx.int32)}, ValueError, "block -1"),
+    ],
+)
+def test_arguments_that_do_not_fit_together_are_named(changes: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        paged_attention(**_arguments(**changes))
+
+
+def test_metadata_may_be_host_arrays() -> None:
+    names = ("block_tables", "context_lens", "cu_seqlens_q")
+    arguments = _arguments()
+    on_host = arguments | {name: np.array(arguments[name]) for name in names}
+    assert mx.array_equal(paged_attention(**arguments), paged_attention(**on_host))
+
+
+def test_no_tokens_give_an_empty_result() -> None:
+    empty = _arguments(
+        q=mx.zeros((0, 4, 16)),
+        block_tables=mx.zeros((0, 3), mx.int32),
+        context_lens=mx.zeros(0, mx.int32),
+        cu_seqlens_q=mx.zeros(1, mx.int32),
+    )
+    assert paged_attention(**empty).shape == (0, 4, 16)
+
+
+SHARING = (
+    Case(((1, 70), (1, 81), (1, 66), (1, 34), (1, 0), (1, 47), (1, 40)), shared=(((0, 1, 2), 4), ((5, 6), 2))),
+    Case(((1, 65), (1, 65)), heads=(7, 1), shared=(((0, 1), 4),), sinks=True),
+    Case(((1, 33), (9, 40), (1, 700), (1, 34), (1, 2000), (1, 49)), shared=(((0, 2, 3, 5), 2),), softcap=30.0),
+    Case(((1, 100), (1, 130), (1, 101)), shared=(((0, 1, 2), 6),), window=64),
+)
+
+
+@pytest.mark.parametrize("max_bytes", [1 << 27, 20_000])
+@pytest.mark.parametrize("case", SHARING, ids=range(len(SHARING)))
+def test_prefixes_that_are_computed_once_for_all_change_no_result(
+    case: Case, max_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_prefix, "LEAST_KEYS_SAVED", 1)
+    monkeypatch.setattr(reference_plan, "_LEAST_SAVED", 1)
+    monkeypatch.setattr(reference_plan, "_MAX_BYTES", max_bytes)
+    computed = []
+    original = reference._attend_shared
+
+    def counted(*arguments: Any) -> Any:
+        computed.append(arguments[2])
+        return original(*arguments)
+
+    monkeypatch.setattr(reference, "_attend_shared", counted)
+    check(case._replace(dtype="float32"), backend="reference")
+    assert bool(computed) == (case.window is None)
+
+
+def test_only_the_prefixes_that_save_the_most_are_computed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefixes = [SharedPrefix(np.arange(2), tokens) for tokens in (4096, 9000, 4095, 8000, 7000, 6000)]
+    assert [prefix.num_tokens for prefix in reference_plan._worth_sharing(prefixes)] == [9000, 8000, 7000, 6000]
+    assert reference_plan._worth_sharing(prefixes[2:3]) == []

@@ -1,0 +1,141 @@
+"""How a step is divided among threadgroups: by arithmetic alone."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_paged.attention import work_items as kernel_plan
+from mlx_paged.attention.work_items import (
+    Shape,
+    decode_items,
+    decode_layout,
+    keys_per_item,
+    parts_of_keys,
+    prefill_items,
+    tile_for,
+)
+
+DIMS = (8, 32, 64, 80, 96, 128, 192, 200, 256)
+
+
+# -- decode --
+
+
+def num_parts(contexts: list[int], ratio: int = 4, dim: int = 128, cores: int = 10) -> int:
+    """Into how many parts the longest context is split, with 8 KV heads in float16."""
+    size = keys_per_item(np.array(contexts), Shape(8, ratio, dim, dim, 2), cores)
+    return max(1, -(-max(contexts) // size))
+
+
+@pytest.mark.parametrize("cores", [8, 40, 80])
+@pytest.mark.parametrize("ratio", [1, 4, 5, 7, 8, 16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_one_long_context_fills_the_device(cores: int, ratio: int, dim: int) -> None:
+    assert num_parts([4096], ratio, dim, cores) * 8 >= 64
+    assert num_parts([32768], ratio, dim, cores) * 8 >= 256
+
+
+@pytest.mark.parametrize("num_keys", [4096, 5000, 8192, 32768, 131072])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_what_is_merged_is_a_fiftieth_of_what_is_read(num_keys: int, dim: int) -> None:
+    for ratio, element_size, cores in itertools.product((1, 2, 4, 5, 7, 8, 16), (2, 4), (10, 40, 80)):
+        size = keys_per_item(np.array([num_keys]), Shape(8, ratio, dim, dim, element_size), cores)
+        merged = 2 * -(-num_keys // size) * ratio * (dim * element_size + 4)
+        if ratio <= 8 or num_keys >= 8192:
+            assert merged <= 0.02 * num_keys * 2 * dim * element_size
+        else:  # 64 threadgroups for 8 KV heads come first, which 2% would not allow
+            assert merged <= 0.033 * num_keys * 2 * dim * element_size
+
+
+def test_enough_sequences_are_not_split() -> None:
+    assert num_parts([4096] * 32) == 1
+    assert num_parts([1000 + 37 * i for i in range(32)]) == 1
+    assert num_parts([0]) == num_parts([1]) == num_parts([256]) == 1
+
+
+def test_one_context_that_is_much_longer_than_the_others_is_split() -> None:
+    assert num_parts([32768] + [100] * 63) > 8
+
+
+def test_parts_cover_each_context_once() -> None:
+    contexts = np.array([100, 0, 33, 64, 1], np.int32)
+    for size, window in itertools.product((32, 64, 100), (None, 1, 40)):
+        items = decode_items(contexts, np.minimum(contexts, window or contexts), size)
+        assert items.work.dtype == items.cu_parts.dtype == np.int32
+        for i, context in enumerate(contexts):
+            runs = items.work[items.work[:, 0] == i]
+            keys = [key for _, begin, end, _ in runs for key in range(begin, end)]
+            assert keys == list(range(max(0, context - (window or context)), context))
+            assert runs[:, 3].tolist() == [1] + [0] * (len(runs) - 1)
+            assert items.cu_parts[i + 1] - items.cu_parts[i] == len(runs)
+        assert items.is_split == (len(items.work) > len(contexts))
+        assert items.num_parts == len(items.work)
+
+
+def test_every_shape_has_a_layout_that_fits() -> None:
+    for element_size, ratio, dim, value_dim in itertools.product((2, 4), range(1, 17), DIMS, DIMS):
+        layout = decode_layout(Shape(1, ratio, dim, value_dim, element_size))
+        assert layout.private_words <= 96
+        assert dim % layout.width == value_dim % layout.width == 0
+        assert layout.lanes % layout.batch == 0
+        assert layout.width * element_size >= 8
+
+
+def test_a_query_of_up_to_five_heads_is_loaded_sixteen_bytes_at_a_time() -> None:
+    for ratio, dim in itertools.product((1, 2, 4, 5), (64, 128)):
+        assert decode_layout(Shape(8, ratio, dim, dim, 2)).width * 2 == 16
+
+
+# -- prefill --
+
+ONE_HEAD = Shape(8, 1, 128, 128, 2)
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_tiles_fit_every_head_dim(element_size: int) -> None:
+    pad = 16 // element_size
+    for head_dim, value_dim in itertools.product(range(8, 257, 8), repeat=2):
+        tile = tile_for(Shape(1, 1, head_dim, value_dim, element_size))
+        longer = max(head_dim, value_dim)
+        assert tile.rows == (32 if longer < 192 else 16)
+        assert (tile.rows * (head_dim + pad) + tile.keys * (longer + pad)) * element_size <= 32 << 10
+        assert element_size == 4 or tile.keys == 32
+
+
+def test_work_is_listed_sequence_by_sequence_tile_by_tile_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_plan, "parts_of_keys", lambda *_: np.array([2, 1, 1, 1]))
+    cu_seqlens_q, context_lens = np.array([0, 1, 1, 18, 20], np.int32), np.array([9, 5, 40, 0], np.int32)
+    items = prefill_items(context_lens, cu_seqlens_q, None, Shape(1, 3, 192, 192, 2), 40)
+    assert items.work.tolist() == [
+        # sequence, first token, queries, first position, first row, part, parts, first part
+        [0, 0, 1, 8, 0, 0, 2, 0],
+        [0, 0, 1, 8, 0, 1, 2, 0],
+        [2, 1, 17, 23, 0, 0, 1, 2],
+        [2, 1, 17, 23, 16, 0, 1, 2],
+        [2, 1, 17, 23, 32, 0, 1, 2],
+        [2, 1, 17, 23, 48, 0, 1, 2],
+        [3, 18, 2, -2, 0, 0, 1, 19],
+    ]
+    assert items.work.dtype == items.cu_parts.dtype == np.int32
+    assert items.cu_parts.tolist() == [0, 2, *range(3, 22)]
+    assert items.is_split and items.num_parts == 21
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "num_keys", "parts"),
+    [
+        ([1], [1000], [1]),  # too short
+        ([1], [8192], [16]),
+        ([1, 1], [8192, 100], [16, 1]),
+        ([1] * 200, [4096] * 200, [1] * 200),  # enough threadgroups
+        ([64], [2048], [1]),
+        ([64, 1], [2048, 100_000], [1, 18]),  # one that would outlast the others
+        ([0, 1], [100_000, 1], [1, 1]),
+    ],
+)
+def test_keys_are_split_where_threadgroups_are_few_or_uneven(num_tiles: Any, num_keys: Any, parts: Any) -> None:
+    assert parts_of_keys(np.array(num_tiles), np.array(num_keys), ONE_HEAD, 40).tolist() == parts

@@ -1,0 +1,206 @@
+"""The K/V pools: written in place, copied in pieces, sized with arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_paged import LLM, EngineConfig, SamplingParams
+from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
+from mlx_paged.models.patch import patch_model
+from mlx_paged.runner import memory_plan as memory_plan
+
+MEGABYTE = 1 << 20
+
+
+def peak_growth(action: Callable[[], object]) -> int:
+    """Bytes that `action` held at most beyond what was held before it."""
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    action()
+    mx.synchronize()
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_steps_write_into_the_pool_without_copying_it(num_layers: int, tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model("llama", num_hidden_layers=num_layers)
+    llm = LLM.from_model(model, num_kv_blocks=8192, max_num_batched_tokens=32)
+    layer_bytes = llm.stats().kv_bytes // num_layers
+    assert layer_bytes >= 32 * MEGABYTE
+    prompts = [[i % 90] * length for i, length in enumerate((3, 40, 70))]
+    params = SamplingParams(temperature=0, max_tokens=20, n=2)
+    assert peak_growth(lambda: llm.generate(prompts, params)) < layer_bytes / 4
+    assert llm.stats().num_cow_copies > 0
+
+
+def test_a_copy_of_a_pool_would_be_seen() -> None:
+    cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)], [4096], 8, 1)
+    where = mx.array([1], mx.int32)
+    row = mx.ones((1, 4, 64))
+
+    def write(hold: bool) -> None:
+        view = cache.keys[0][0] if hold else None
+        cache.write(0, where, where, row, row)
+        mx.eval(cache.keys[0][1, 0, 0, 0], cache.values[0][1, 0, 0, 0])
+        del view
+
+    write(hold=False)
+    assert peak_growth(lambda: write(hold=False)) < MEGABYTE
+    assert peak_growth(lambda: write(hold=True)) > cache.nbytes / 4
+
+
+def test_memory_does_not_grow_with_the_number_of_requests(tiny_model: Callable[..., nn.Module]) -> None:
+    llm = LLM.from_model(tiny_model("qwen2"), num_kv_blocks=64, max_num_batched_tokens=32, max_num_seqs=4)
+    params = SamplingParams(temperature=0, max_tokens=5)
+    few = [[i, i + 1, i + 2] for i in range(8)]
+    llm.generate(few, params)
+    growth_of_few = peak_growth(lambda: llm.generate(few, params))
+    assert peak_growth(lambda: llm.generate(few * 10, params)) < 2 * growth_of_few
+
+
+def _filled(num_blocks: int, dtype: mx.Dtype, max_staging: int) -> tuple[PagedKVCache, list[np.ndarray]]:
+    """A cache of two different layers with a value of its own in every element, and its content."""
+    layers = [LayerShape(2, 4, 4, dtype), LayerShape(1, 6, 3, dtype)]
+    cache = PagedKVCache(layers, [num_blocks] * 2, 2, max_staging)
+    for pools in (cache.keys, cache.values):
+        for i, pool in enumerate(pools):
+            pools[i] = mx.arange(pool.size).reshape(pool.shape).astype(dtype)
+    return cache, [np.array(pool) for pool in (*cache.keys, *cache.values)]
+
+
+@given(
+    moves=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12),
+    max_staging=st.sampled_from([1, 100, 10**6]),
+)
+def test_moves_mean_one_after_another_whatever_the_staging(moves: list[tuple[int, int]], max_staging: int) -> None:
+    cache, expected = _filled(6, mx.float32, max_staging)
+    cache.move_blocks(moves)
+    for src, dst in moves:
+        for pool in expected:
+            pool[dst] = pool[src]
+    for pool, content in zip((*cache.keys, *cache.values), expected, strict=True):
+        np.testing.assert_array_equal(np.array(pool), content)
+
+
+def test_a_range_of_a_block_is_copied_without_the_rest() -> None:
+    cache, expected = _filled(6, mx.float32, 1)
+    cache.copy_range(4, 2, 1, 2)
+    for pool, content in zip((*cache.keys, *cache.values), expected, strict=True):
+        content[2, 1:2] = content[4, 1:2]
+        np.testing.assert_array_equal(np.array(pool), content)
+
+
+@pytest.mark.parametrize("max_staging", [1 * MEGABYTE, 8 * MEGABYTE])
+def test_moving_half_a_pool_stages_no_more_than_it_may(max_staging: int) -> None:
+    cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)] * 2, [4096] * 2, 8, max_staging)
+    moves = [(i, i + 2048) for i in range(2048)]
+    cache.move_blocks(moves[:1])
+    assert peak_growth(lambda: cache.move_blocks(moves)) < max_staging + MEGABYTE // 4
+
+
+def test_a_device_that_holds_what_it_has_read_for_a_while_makes_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU lets go of what a computation has read when it is told that it is over, a little after its results are."""
+    cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)] * 2, [4096] * 2, 8, MEGABYTE)
+    held: list[mx.array] = []
+    evaluate, synchronize = mx.eval, mx.synchronize
+
+    def eval_and_hold(*arrays: object) -> None:
+        evaluate(*arrays)
+        held[:] = [pool[0] for pool in (*cache.keys, *cache.values)]
+
+    def synchronize_and_let_go() -> None:
+        synchronize()
+        held.clear()
+
+    monkeypatch.setattr(mx, "eval", eval_and_hold)
+    monkeypatch.setattr(mx, "synchronize", synchronize_and_let_go)
+    where, rows = mx.array([5], mx.int32), mx.ones((1, 4, 64))
+
+    def step() -> None:
+        for layer in range(2):
+            cache.write(layer, where, where, rows, rows)
+        evaluate(*(pool[5, 5, 0, 0] for pool in (*cache.keys, *cache.values)))
+
+    def all_that_touches_blocks() -> None:
+        for work in (
+            lambda: cache.move_blocks([(i, i + 2048) for i in range(200)]),
+            lambda: cache.copy_range(1, 2, 3, 5),
+            lambda: cache.write_block(7, [0, 1], cache.read_block(9, [0, 1])),
+            lambda: cache.read_block(9, [1]),
+        ):
+            work()
+            step()
+
+    step()
+    assert peak_growth(all_that_touches_blocks) < 2 * MEGABYTE
+
+
+def test_the_pool_is_as_large_as_it_says(tiny_model: Callable[..., nn.Module]) -> None:
+    before = mx.get_active_memory()
+    cache = PagedKVCache([LayerShape(2, 64, 32, mx.float16)] * 3, [1000] * 3, 16, 1)
+    assert cache.nbytes == 1000 * 16 * 3 * 2 * (64 + 32) * 2
+    assert abs(mx.get_active_memory() - before - cache.nbytes) < MEGABYTE
+
+
+def test_memory_is_given_in_blocks_bytes_or_a_share(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model("qwen2")
+    block_bytes = 16 * 3 * 2 * 2 * 16 * 4  # tokens, layers, K and V, heads, head size, float32
+    for config, num_blocks in (
+        ({"num_kv_blocks": 7}, 7),
+        ({"kv_cache_memory": "1MB"}, 10**6 // block_bytes),
+        ({"kv_cache_memory": block_bytes * 5 + 1}, 5),
+    ):
+        stats = LLM.from_model(model, **config).stats()
+        assert (stats.num_blocks, stats.kv_bytes) == (num_blocks, num_blocks * block_bytes)
+
+
+def test_by_default_the_pool_is_no_larger_than_all_requests_could_use(tiny_model: Callable[..., nn.Module]) -> None:
+    llm = LLM.from_model(tiny_model("qwen2"), max_num_seqs=3, max_model_len=100)
+    assert llm.stats().num_blocks == 3 * 7
+    assert "21 blocks of 16 tokens" in llm.describe_memory()
+
+
+@pytest.mark.parametrize(
+    ("info", "limit", "name"),
+    [
+        ({"max_recommended_working_set_size": 80 * MEGABYTE}, 80 * MEGABYTE, "recommended GPU memory"),
+        ({"free_memory": 50 * MEGABYTE}, 80 * MEGABYTE, "free GPU memory"),
+    ],
+    ids=["Metal", "CUDA"],
+)
+def test_on_a_gpu_three_quarters_of_its_memory_are_divided(
+    info: dict[str, int], limit: int, name: str, tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a card without what other processes have: what this one holds, and what MLX keeps for later, is free."""
+    model, config = patch_model(tiny_model("qwen2")), EngineConfig(max_num_batched_tokens=32, max_num_seqs=1000)
+    mx.eval(model.model.parameters())
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 30 * MEGABYTE - mx.get_active_memory())
+    plan = memory_plan.plan_memory(model, config, max_model_len=None)
+    assert (plan.limit, plan.device) == (limit, name)
+    room = 0.75 * limit - plan.weights - plan.reserve
+    assert plan.reserve > 0 and room - plan.block_bytes[0] < plan.kv_bytes <= room
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"num_kv_blocks": 10**9}, {"kv_cache_memory": "900TB"}, {"kv_cache_memory": "100%"}, {"kv_cache_memory": 5}],
+)
+def test_a_pool_that_does_not_fit_is_refused_with_the_arithmetic(
+    config: dict[str, object], tiny_model: Callable[..., nn.Module]
+) -> None:
+    with pytest.raises(ValueError, match=r"does not fit|holds no block") as refusal:
+        LLM.from_model(tiny_model("qwen2"), **config)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert ("weights" in message and "reserve" in message and "leaves" in message) or "12.3 KB" in message

@@ -1,0 +1,163 @@
+"""The text that MLX 0.32 puts around a kernel made with `mx.fast.cuda_kernel`, which it does only beside a device.
+
+Before the header stand MLX's utilities and cooperative groups; every input is a `const` pointer, also one without
+dimensions; `x_shape`, `x_strides` and `x_ndim` follow it if their names occur in the body; template arguments are
+constants at the beginning of the body. test_cuda_compile.py has an example that MLX's own library has printed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_paged.attention import cuda as cuda_kernels
+from mlx_paged.attention import kernel_backend as kernel_calls
+from mlx_paged.attention.kernel_backend import shape_of
+from mlx_paged.attention.shared_prefix import SharedPrefix
+
+_TYPES = {
+    mx.float16: "__half",
+    mx.bfloat16: "__nv_bfloat16",
+    mx.float32: "float",
+    mx.int32: "int32_t",
+    mx.uint32: "uint32_t",
+}
+_PREAMBLE = """
+#include "mlx/backend/cuda/device/utils.cuh"
+
+#include <cooperative_groups.h>
+
+"""
+_EXTRAS = {"shape": "Shape", "strides": "Strides", "ndim": "int"}
+
+
+def type_of(dtype: mx.Dtype) -> str:
+    return _TYPES[dtype]
+
+
+def extras_of(name: str, array: mx.array, source: str) -> list[str]:
+    """Which of "shape", "strides", "ndim" the kernel is told of an input."""
+    return [extra for extra in _EXTRAS if array.ndim > 0 and f"{name}_{extra}" in source]
+
+
+def kernel_text(
+    function: str,
+    source: str,
+    header: str,
+    inputs: Mapping[str, mx.array],
+    outputs: Mapping[str, mx.Dtype],
+    template: Sequence[tuple[str, Any]],
+) -> str:
+    """What is compiled for a call: inputs and outputs by name, in order."""
+    parameters = []
+    for name, array in inputs.items():
+        parameters.append(f"const {type_of(array.dtype)}* {name}")
+        for extra in extras_of(name, array, source):
+            parameters.append(f"const __grid_constant__ {_EXTRAS[extra]} {name}_{extra}")
+    parameters += [f"{type_of(dtype)}* {name}" for name, dtype in outputs.items()]
+    constants = []
+    for name, value in template:
+        if isinstance(value, mx.Dtype):
+            constants.append(f"  using {name} = {type_of(value)};\n")
+        elif isinstance(value, bool):
+            constants.append(f"  constexpr bool {name} = {str(value).lower()};\n")
+        else:
+            constants.append(f"  constexpr int {name} = {value};\n")
+    return (
+        f"{_PREAMBLE}{header}namespace mlx::core::cu {{\n\nnamespace cg = cooperative_groups;\n\n"
+        f"__global__ void {function}(\n    "
+        + ",\n    ".join(parameters)
+        + ") {\n"
+        + "".join(constants)
+        + ("\n" if constants else "")
+        + f"{source}\n}}\n\n}} // namespace mlx::core::cu\n"
+    )
+
+
+class Call(NamedTuple):
+    """A kernel's call: what MLX would compile for it, how many threads a block has, and its dynamic shared memory.
+
+    inputs: by name.
+    """
+
+    kernel: str
+    text: str
+    threads: int
+    shared_bytes: int
+    inputs: dict[str, mx.array]
+    outputs: list[mx.array]
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[Call]]:
+    """Within it all calls of kernels made with `mx.fast.cuda_kernel` are recorded, and compute zeros."""
+    calls: list[Call] = []
+
+    def cuda_kernel(
+        *, name: str, input_names: Any, output_names: Any, source: str, header: str, shared_memory: int, **_: Any
+    ) -> Any:
+        def call(
+            *, inputs: Any, template: Any, threadgroup: Any, output_shapes: Any, output_dtypes: Any, **_: Any
+        ) -> list[mx.array]:
+            arrays = dict(zip(input_names, inputs, strict=True))
+            outputs = dict(zip(output_names, output_dtypes, strict=True))
+            text = kernel_text(f"custom_kernel_{name}", source, header, arrays, outputs, template)
+            results = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+            calls.append(Call(name, text, math.prod(threadgroup), shared_memory, arrays, results))
+            return results
+
+        return call
+
+    with (
+        mock.patch.object(mx.fast, "cuda_kernel", cuda_kernel),
+        mock.patch.object(mx.cuda, "is_available", lambda: True),
+    ):
+        yield calls
+
+
+def record(
+    kind: str, heads: int, dtype: mx.Dtype, dims: tuple[int, int], softcap: float | None = None, sinks: bool = False
+) -> Call:
+    """The call of a kernel for `heads` query heads on one KV head.
+
+    kind: "decode", "prefill", or "shared", the prefill's for a prefix that two sequences share. dims: head sizes of
+    keys and of values.
+    """
+    q = mx.zeros((2, heads, dims[0]), dtype)
+    caches = [mx.zeros((2, 16, 1, dim), dtype) for dim in dims]
+    tables, shape = mx.zeros((2, 2), mx.int32), shape_of(q, *caches)
+    options: dict[str, Any] = {"scale": 1.0, "softcap": softcap, "sinks": mx.zeros(heads, dtype) if sinks else None}
+    context_lens = np.array([20, 20], np.int32)
+    prefixes = [SharedPrefix(np.arange(2), 16)] if kind == "shared" else []
+    with recorded_calls() as calls:
+        if kind == "prefill":
+            plan = cuda_kernels.plan_prefill(context_lens[:1], np.array([0, 2], np.int32), None, shape)
+            cuda_kernels.prefill(q, *caches, tables[:1], plan, **options)
+        else:
+            decode_plan = cuda_kernels.plan_decode(context_lens, None, shape, prefixes)
+            cuda_kernels.decode(q, *caches, tables, decode_plan, **options)
+    return calls[1 if kind == "shared" else 0]
+
+
+def record_merge(dtype: mx.Dtype, value_dim: int, is_shared: bool = False) -> Call:
+    """The call of the merge kernel; is_shared: with parts of shared prefixes."""
+    parts, numbers = [mx.zeros((4, 8, value_dim), dtype), mx.zeros((4, 8))], mx.zeros(8, mx.int32)
+    ranges = numbers.reshape(4, 2) if is_shared else None
+    with recorded_calls() as calls:
+        kernel_calls.prepare_merge(cuda_kernels.CUDA, dtype, (2, 8), value_dim, numbers, ranges)(parts)
+    return calls[0]
+
+
+def record_write(dtype: mx.Dtype, dims: tuple[int, int]) -> Call:
+    """The call of the kernel that writes K and V, of 3 tokens with 2 KV heads. dims: their head sizes."""
+    pools, new = ([mx.zeros((*rows, 2, dim), dtype) for dim in dims] for rows in ((2, 16), (3,)))
+    where = mx.zeros(3, mx.int32)
+    with recorded_calls() as calls:
+        cuda_kernels.write(*pools, where, where, *new)
+    return calls[0]

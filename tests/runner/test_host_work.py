@@ -1,0 +1,216 @@
+"""What the host does in a step of decodes: counts of what is rebuilt, sent and called. Times are in the benchmarks."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_paged
+from mlx_paged import SamplingParams
+from mlx_paged.attention.metadata import StepInputs
+from mlx_paged.config import EngineConfig
+from mlx_paged.engine.engine import Engine
+from mlx_paged.runner.memory_plan import MemoryPlan
+
+BLOCK_SIZE = 16
+VOCAB_SIZE = 32
+PRODUCT = str(Path(mlx_paged.__file__).parent)
+
+
+class StubRunner:
+    """In place of a ModelRunner: the same logits for every row, and a note of what it was given."""
+
+    may_submit_early = True
+    kv_bytes = 0
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self, num_blocks: int) -> None:
+        self.plan = MemoryPlan([num_blocks], [1], [None], BLOCK_SIZE, 0, 0, 0, "")
+        self.steps: list[StepInputs] = []
+
+    def run(self, inputs: StepInputs) -> mx.array:
+        self.steps = [inputs]
+        rows = inputs.token_ids if inputs.logit_rows is None else inputs.logit_rows
+        return mx.zeros((rows.shape[0], VOCAB_SIZE))
+
+    def reset(self) -> None:
+        pass
+
+    def move_blocks(self, group: int, moves: Any) -> None:
+        pass
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def params(number: int, max_tokens: int = 1000) -> SamplingParams:
+    """Half of the requests are greedy, half are drawn."""
+    drawn = {"temperature": 0.8, "top_p": 0.9, "seed": number} if number % 2 else {"temperature": 0}
+    return SamplingParams(max_tokens=max_tokens, stop_token_ids=[VOCAB_SIZE - 1], logit_bias={31: -1e9}, **drawn)
+
+
+def decoding(num_seqs: int, context: int = 1000, *, aligned: bool = False) -> Engine:
+    """An engine in which `num_seqs` sequences decode.
+
+    They share all blocks of their prompts but the last. aligned: their next blocks are all due at the same time;
+    otherwise those of a sixteenth are due in each step.
+    """
+    shared = [3] * (context // BLOCK_SIZE * BLOCK_SIZE)
+    config = EngineConfig(
+        max_num_seqs=num_seqs + 1,
+        max_num_batched_tokens=len(shared) + BLOCK_SIZE * num_seqs,
+        num_kv_blocks=len(shared) // BLOCK_SIZE + 70 * num_seqs,
+        block_size=BLOCK_SIZE,
+    )
+    runner: Any = StubRunner(config.num_kv_blocks or 0)
+    engine = Engine(runner, None, config, None)
+    engine.add_request([*shared, 1], params(0))
+    engine.step()  # so that the others find its blocks
+    for number in range(1, num_seqs):
+        length = 2 if aligned else 2 + number % BLOCK_SIZE  # the first one has put out a token already
+        engine.add_request([*shared, *[number % VOCAB_SIZE] * length], params(number))
+    engine.step()
+    for _ in range(4):
+        engine.step()
+    assert len(engine._scheduler.running) == num_seqs and not engine._rows.is_filling.any()
+    return engine
+
+
+def calls_of(engine: Engine, num_steps: int = 1) -> Counter[str]:
+    """How often each Python function of the product is called in steps."""
+    calls: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PRODUCT):
+            calls[frame.f_code.co_qualname] += 1
+
+    sys.setprofile(note)
+    try:
+        for _ in range(num_steps):
+            engine.step()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def num_held(engine: Engine) -> int:
+    return engine.block_manager.num_blocks - engine.block_manager.num_free_blocks
+
+
+def skip_blocks(engine: Engine) -> None:
+    """Step until no block is due for some steps, in an engine whose sequences are aligned."""
+    before = num_held(engine)
+    while num_held(engine) == before:
+        engine.step()
+
+
+def test_the_sampling_parameters_of_a_steady_batch_are_not_rebuilt() -> None:
+    engine = decoding(256)
+    before = engine._sampler.num_rebuilds
+    for _ in range(40):
+        engine.step()
+    assert engine._sampler.num_rebuilds == before
+    engine.add_request([1, 2], params(1))
+    engine.step()
+    engine.step()
+    assert engine._sampler.num_rebuilds == before + 1
+
+
+def test_a_step_sends_exactly_the_table_entries_of_its_new_blocks() -> None:
+    engine = decoding(256)
+    sent, held = engine._batch.num_sent_entries, num_held(engine)
+    for _ in range(40):
+        engine.step()
+        new_sent, new_held = engine._batch.num_sent_entries, num_held(engine)
+        assert new_sent - sent == new_held - held
+        assert 15 <= new_sent - sent <= 17
+        sent, held = new_sent, new_held
+
+
+def test_a_request_that_joins_sends_its_own_entries_only() -> None:
+    engine = decoding(64, aligned=True)
+    skip_blocks(engine)
+    before = engine._batch.num_sent_entries
+    engine.add_request([5] * 100, params(1))
+    engine.step()
+    assert engine._batch.num_sent_entries - before == 7
+    for _ in range(3):
+        engine.step()
+    assert engine._batch.num_sent_entries - before == 7
+
+
+def test_the_devices_copy_of_the_block_tables_is_what_the_host_has() -> None:
+    engine = decoding(64, context=100)
+    for step in range(40):
+        if step in (5, 20):
+            engine.add_request([5] * 40, params(1, max_tokens=step))
+        engine.step()
+        rows, manager = engine._rows, engine.block_manager
+        (group,) = engine._runner.steps[-1].groups  # type: ignore[attr-defined]
+        tables, contexts = np.array(group.metadata.block_tables), group.metadata.context_lens
+        for sequence, table, context in zip(engine._scheduler.running, tables, contexts.tolist(), strict=True):
+            used = -(-context // BLOCK_SIZE)
+            assert table[:used].tolist() == manager.block_table(sequence.seq_id)[:used]
+            assert rows.tables[0].last[sequence.row] == manager.block_table(sequence.seq_id)[-1]
+
+
+def test_block_managers_are_asked_once_for_all_new_blocks_of_a_step() -> None:
+    calls = calls_of(decoding(256), 10)
+    assert calls["BlockManager.grow"] == calls["BlockAllocator.allocate"] == 10
+    for name in ("append", "reserve", "mark_computed", "allocate", "block_table"):
+        assert calls[f"BlockManager.{name}"] == 0
+
+
+def test_nothing_is_asked_of_a_block_manager_when_no_block_is_due() -> None:
+    engine = decoding(64, aligned=True)
+    skip_blocks(engine)
+    calls = calls_of(engine, 10)
+    assert not [name for name in calls if name.startswith(("BlockManager.", "BlockAllocator.", "PrefixCache."))]
+
+
+def test_the_functions_called_in_a_step_do_not_depend_on_the_number_of_sequences_or_their_contexts() -> None:
+    per_step = []
+    for num_seqs, context in ((64, 1000), (256, 1000), (64, 20_000)):
+        engine = decoding(num_seqs, context, aligned=True)
+        skip_blocks(engine)
+        per_step.append(calls_of(engine, 10))
+    assert per_step[0] == per_step[1] == per_step[2]
+    assert per_step[0].total() < 10 * 100
+
+
+def test_sequences_that_need_blocks_cost_no_calls_of_their_own() -> None:
+    few, many = (calls_of(decoding(num_seqs), 10) for num_seqs in (64, 256))
+    assert few == many
+
+
+@pytest.mark.parametrize("context", [1000, 20_000])
+def test_the_arrays_of_a_step_are_as_long_as_the_batch(context: int) -> None:
+    """But for the block tables, which are gathered on the device."""
+    engine = decoding(64, context)
+    engine.step()
+    (inputs,) = engine._runner.steps  # type: ignore[attr-defined]
+    (group,) = inputs.groups
+    for array in (inputs.token_ids, inputs.positions, inputs.block_offsets, group.block_ids):
+        assert array.shape == (64,)
+    assert group.metadata.context_lens.shape == (64,) and group.metadata.cu_seqlens_q.shape == (65,)
+    assert group.metadata.block_tables.shape[0] == 64
+
+
+def test_tokens_are_moved_to_their_sequences_together_and_only_now_and_then() -> None:
+    engine = decoding(64, aligned=True)
+    calls = calls_of(engine, 256)
+    assert calls["Rows._flush_all"] == 2
+    assert calls["Rows.flush"] == 2 * 64
+
+
+def test_stop_checks_look_at_no_sequence_that_goes_on() -> None:
+    calls = calls_of(decoding(256), 20)
+    assert calls["Rows.add_tokens"] == 20
+    assert calls["Completer.take"] == 0
