@@ -123,25 +123,35 @@ class BeamSearchOutput:
 
 @dataclass
 class EngineStats:
-    """Counters of an engine; memory figures are of this moment, the others since it was made.
-
-    kv_bytes: size of the pools. num_free_blocks: cached blocks that nobody uses are free too. kv_tokens: tokens in
-    blocks, shared ones counted once. kv_waste: share of the slots of used blocks that hold no token. prefix_*_tokens:
-    prompt tokens looked up and found. num_swapped_blocks: blocks that went to the second tier. host_time_s:
-    scheduling, batch building, stops and text; model_time_s: building the model's graph, running it and sampling.
-    """
+    """Counters since the engine was made, and the state of its pool at this moment."""
 
     num_blocks: int
+    """Blocks of the pool of the layers that keep the whole context, which the counts of blocks and tokens are of."""
     num_free_blocks: int
+    """Blocks that no sequence holds; those that still cache a prefix are free too."""
+    peak_used_blocks: int
+    """The most blocks that sequences held at once."""
     block_size: int
+    """Tokens per block."""
     kv_bytes: int
+    """Bytes of all pools."""
     kv_tokens: int
+    """Tokens in blocks that sequences hold, shared ones counted once."""
     kv_waste: float
+    """Share of the slots of used blocks that holds no token, from 0 to 1; 0 while no block is used."""
     prefix_hit_tokens: int
+    """Prompt tokens whose K and V were found in the prefix cache."""
     prefix_query_tokens: int
+    """Prompt tokens that were looked up there."""
     num_preemptions: int
+    """How often a running sequence lost its blocks to others."""
     num_cow_copies: int
+    """Shared blocks that were copied before a write."""
     num_swapped_blocks: int
+    """Blocks that went to the second tier, host memory or disk."""
     num_steps: int
+    """Steps that computed something."""
     host_time_s: float
+    """Seconds of scheduling, batch building, stops and text."""
     model_time_s: float
+    """Seconds of building the model's graph, running it and sampling."""

@@ -107,6 +107,7 @@ class Engine:
         self._is_busy = False
         self._next_request_id = 0
         self._num_steps = 0
+        self._peak_used_blocks = 0
         self._host_time = 0.0
         self._model_time = 0.0
         self._seconds_per_token: float | None = None  # of steps with prompts, a moving average
@@ -203,6 +204,7 @@ class Engine:
             return EngineStats(
                 num_blocks=manager.num_blocks,
                 num_free_blocks=manager.num_free_blocks,
+                peak_used_blocks=self._peak_used_blocks,
                 block_size=manager.block_size,
                 kv_bytes=self._runner.kv_bytes,
                 kv_tokens=kv_tokens,
@@ -267,6 +269,8 @@ class Engine:
             with part("schedule"):
                 schedule = self._scheduler.schedule()
             assert schedule is not None
+        num_used = self.block_manager.num_blocks - self.block_manager.num_free_blocks
+        self._peak_used_blocks = max(self._peak_used_blocks, num_used)  # the step's blocks are taken, none given back
         self.profile.describe(
             num_tokens=schedule.num_tokens, num_decodes=len(schedule.decodes), num_chunks=len(schedule.chunks)
         )

@@ -460,7 +460,7 @@ def test_a_step_that_breaks_off_is_made_up_for_by_the_next(
 def test_an_idle_engine_holds_nothing_and_wastes_nothing(make_engine: MakeEngine) -> None:
     stats = make_engine().stats()
     assert (stats.num_blocks, stats.num_free_blocks, stats.block_size) == (64, 64, 4)
-    assert (stats.kv_tokens, stats.kv_waste, stats.num_steps) == (0, 0.0, 0)
+    assert (stats.kv_tokens, stats.kv_waste, stats.num_steps, stats.peak_used_blocks) == (0, 0.0, 0, 0)
     assert (stats.host_time_s, stats.model_time_s) == (0.0, 0.0)
     # K and V in 2 layers of 2 heads of 8 float32 values.
     assert stats.kv_bytes == 64 * 4 * 2 * 2 * 2 * 8 * 4
@@ -478,7 +478,7 @@ def test_counters_of_a_running_request_say_what_it_holds(make_engine: MakeEngine
     assert engine.stats().kv_waste == pytest.approx(1 - 10 / 12)
     run(engine)
     assert (engine.stats().kv_waste, engine.stats().num_free_blocks) == (0.0, 64)
-    assert engine.stats().num_steps == 6
+    assert (engine.stats().num_steps, engine.stats().peak_used_blocks) == (6, 4)
     assert engine.stats().model_time_s > 0 < engine.stats().host_time_s
 
 
