@@ -477,6 +477,15 @@ def test_an_empty_conversation_and_a_model_without_template_are_refused(make_llm
         make_llm().chat([{"role": "user", "content": "Hi"}])
 
 
+def test_a_template_that_does_not_take_a_conversation_says_why(
+    make_llm: MakeLLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = "{{ raise_exception('System role not supported') }}"
+    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", refusing)
+    with pytest.raises(ValueError, match="template does not take this conversation: System role not supported"):
+        make_llm(tokenizer).chat([{"role": "user", "content": "Hi"}])
+
+
 # -- from_model -------------------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,8 @@ _NUM_BEAMS, _NUM_STEPS = 4, 24
 _MOST = 1_000_000  # requests compared, or tokens drawn: beyond that nobody reads the answer
 
 
-def run(*, name: str | None, model: str | None, blocks: bool, svg: str | None, **settings: Any) -> int:
-    """Checks the options and does what they ask for; returns the exit code. Raises click.UsageError."""
+def inspect_cache(*, name: str | None, model: str | None, blocks: bool, svg: str | None, **settings: Any) -> int:
+    """Check the options and do what they ask for. Returns the exit code; raises click.UsageError."""
     given = settings.pop("lengths")
     lengths = None if given is None else parse_numbers("--lengths", given)
     for option in ("context", "concurrency", "block_size"):
@@ -57,7 +57,7 @@ def analyse(
     dtype: str | None,
     as_json: bool,
 ) -> int:
-    """Shows what the caches of some requests take, held in three ways. Raises ModelError and click.UsageError."""
+    """Show what the caches of some requests take, held in three ways. Raises ModelError and click.UsageError."""
     from mlx_paged import _require_mlx
     from mlx_paged.tools import cache_cost as analysis
 
@@ -174,7 +174,7 @@ def _as_text(report: dict[str, Any]) -> str:
 
 
 def draw(lengths: list[int], *, block_size: int, svg: str | None) -> int:
-    """Draws the pool of a small workload, the same each time, and saves it as `svg`."""
+    """Draw the pool of a small workload, the same each time, and save it as `svg`."""
     from rich.console import Console
 
     from mlx_paged.tools.block_picture import BlockPicture, save_svg
@@ -190,7 +190,7 @@ def draw(lengths: list[int], *, block_size: int, svg: str | None) -> int:
 
 
 def _workload(lengths: list[int], block_size: int) -> tuple[BlockManager, dict[int, str]]:
-    """Prompts of `lengths` tokens with a common beginning; the last becomes 4 beams, the first has ended by then."""
+    """Lay out prompts of `lengths` tokens with a common beginning; the last becomes 4 beams, the first has ended."""
     num_blocks = sum(-(-length // block_size) for length in lengths) + _NUM_BEAMS * (2 + _NUM_STEPS // block_size)
     manager = BlockManager(-(-num_blocks // 16) * 16, block_size)
     common = min(lengths) // 2
