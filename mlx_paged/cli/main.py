@@ -170,7 +170,7 @@ def beam_search(early_stopping: str, **settings: Any) -> int:
     return _answer(BeamSearchParams, settings)
 
 
-def _answer(kind: type[SamplingParams] | type[BeamSearchParams], settings: dict[str, Any]) -> int:
+def _answer(kind: type[Params], settings: dict[str, Any]) -> int:
     """Answer the prompts of a command with parameters of one kind. Returns the exit code."""
     model, profile, verbose, quiet = map(settings.pop, ("model", "profile", "verbose", "quiet"))
     prompts = PromptArguments.take(settings)

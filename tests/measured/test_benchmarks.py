@@ -17,7 +17,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from comparison.workloads import WORKLOADS
 from helpers.run_benchmark import run_benchmark
 from metalsim.fixture import Metal
 
@@ -409,50 +408,9 @@ def test_the_tables_of_the_kernels_page_are_those_of_the_committed_results() -> 
     assert content["machine"]["command"] in page
 
 
-# -- concurrency, and pictures -----------------------------------------------------------------------------------
+# -- pictures -----------------------------------------------------------------------------------------------------
 
 IMAGES = ROOT / "docs" / "images"
-
-
-@pytest.fixture(scope="module")
-def concurrency(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The results of a quick run."""
-    file = tmp_path_factory.mktemp("benchmark") / "concurrency.json"
-    printed = run_benchmark("--quick", "--json", file, script="concurrency.py")
-    content = json.loads(file.read_text())
-    assert list(content["results"]) == ["throughput", "memory_over_time"]
-    for row in content["results"]["throughput"]:
-        assert f"{row['tokens_per_s']:,.1f}" in printed
-    return content["results"]
-
-
-def test_both_engines_serve_the_same_requests_at_each_concurrency(concurrency: dict[str, Any]) -> None:
-    rows = concurrency["throughput"]
-    assert [(row["most"], row["system"]) for row in rows] == [
-        (most, system) for most in (1, 8) for system in ("mlx-lm", "mlx-paged")
-    ]
-    assert len({row["output_tokens"] for row in rows}) == 2
-    for mlx_lm, ours in zip(rows[::2], rows[1::2], strict=True):
-        assert mlx_lm["output_tokens"] == ours["output_tokens"]
-    for row in rows:
-        assert row["requests"] == 2 * row["most"]
-        assert row["tokens_per_s"] > 0 and row["kv_peak_mb"] > 0 and 0 <= row["kv_waste"] < 1
-        if row["system"] == "mlx-paged":
-            assert row["at_once"] == row["most"]
-
-
-def test_memory_over_time_is_what_the_sequences_take_step_by_step(concurrency: dict[str, Any]) -> None:
-    rows = concurrency["memory_over_time"]
-    (case,) = WORKLOADS["W3"].cases(32)
-    prompts = [length.prompt for length in case.lengths]
-    first = rows[0]
-    assert (first["step"], first["used"]) == (1, sum(prompts[: first["requests"]]))
-    assert first["blocks"] == sum(-(-prompt // 16) * 16 for prompt in prompts[: first["requests"]])
-    assert rows[-1]["step"] - first["step"] >= len(rows) - 1 > max(length.output for length in case.lengths)
-    for row in rows:
-        assert row["used"] <= row["blocks"] <= row["pool"] == 4 * 64
-        assert row["blocks"] - row["used"] < 16 * row["requests"]
-        assert (row["padded"], row["reserved"]) == (256 * row["requests"], 64 * row["requests"])  # none is longer
 
 
 def points(svg: Path, line: str) -> np.ndarray:
@@ -528,52 +486,6 @@ def test_the_committed_pictures_are_those_of_the_committed_results(tmp_path: Pat
         assert words(tmp_path / name) == words(IMAGES / name)
         for line in next((lines[kind] for kind in lines if name.startswith(kind)), ()):
             assert points(tmp_path / name, line) == pytest.approx(points(IMAGES / name, line), abs=1e-3)
-
-
-def test_the_tables_of_the_benchmarks_page_are_those_of_the_committed_results() -> None:
-    results = RESULTS / "workloads-linux-cpu.json"
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
-    tables = page.split(f"<!-- tables of benchmarks/results/{results.name} -->\n")[1].split("<!-- end -->")[0]
-    assert tables.strip() == run_benchmark("--markdown", results, script="workloads.py").strip()
-    rows = [row for part in json.loads(results.read_text())["results"].values() for row in part]
-    assert all(row["tokens_per_s"] > 0 and row["requests"] * row["output_tokens"] > 0 for row in rows)
-
-
-def table_against_mlx_lm(results: dict[str, Any]) -> str:
-    """Of the README: of each case the engine's best way to serve it, against mlx-lm's."""
-    lines = [
-        "| | mlx-lm, tokens/s | mlx-paged | | mlx-lm, MB of K and V | mlx-paged |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, rows in results.items():
-        for case in dict.fromkeys(row["case"] for row in rows):
-            own = [row for row in rows if row["case"] == case]
-            if not (own[0]["system"].startswith("mlx-lm") and own[-1]["system"].startswith("mlx-paged")):
-                continue
-            ours = own[-1]
-            for other in own:
-                if other is own[0] or other["system"] == "mlx-lm, prompt cache":
-                    also = "" if other is own[0] else ", and its prompt cache"
-                    label = f"{name}, {WORKLOADS[name].about}: {case}{also}"
-                    ratio = ours["speedup"] / other["speedup"]
-                    speeds = f"{other['tokens_per_s']:,.1f} | {ours['tokens_per_s']:,.1f} | {ratio:.2f}x"
-                    memory = f"{other['kv_peak_mb']:,.0f} | {ours['kv_peak_mb']:,.0f}"
-                    lines.append(f"| {label} | {speeds} | {memory} |")
-    return "\n".join(lines)
-
-
-def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
-    name = "workloads-linux-cpu.json"
-    results = json.loads((RESULTS / name).read_text())["results"]
-    page = (ROOT / "README.md").read_text()
-    table = page.split(f"<!-- table of benchmarks/results/{name} -->\n")[1].split("<!-- end -->")[0]
-    assert table.strip() == table_against_mlx_lm(results)
-
-
-def test_the_table_of_throughput_is_that_of_the_committed_results() -> None:
-    file = RESULTS / "concurrency-linux-cpu.json"
-    table = run_benchmark("--markdown", file, script="concurrency.py").split("\n\n")[1]
-    assert table.strip() in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
 SCRIPT = """
