@@ -59,20 +59,20 @@ def analyse(
 ) -> int:
     """Show what the caches of some requests take, held in three ways. Raises ModelError and click.UsageError."""
     from mlx_paged import _require_mlx
-    from mlx_paged.tools import cache_cost as analysis
+    from mlx_paged.tools import cache_cost
 
     _require_mlx()
     from mlx_paged.models import hub
     from mlx_paged.runner.memory_plan import device_limit
 
     folder = hub.resolve(model, config_only=True)
-    size = analysis.read_model(folder, dtype)
+    size = cache_cost.read_model(folder, dtype)
     if context is None:
         context = min(_DEFAULT_CONTEXT, size.context or _DEFAULT_CONTEXT)
     elif size.context is not None and context > size.context:
         raise click.UsageError(f"--context {context} is more than the {size.context} tokens the model was made for")
     if lengths is None:
-        requests = analysis.typical_lengths(concurrency or _DEFAULT_CONCURRENCY, context)
+        requests = cache_cost.typical_lengths(concurrency or _DEFAULT_CONCURRENCY, context)
     elif max(lengths) > context:
         raise click.UsageError(f"a length of {max(lengths)} tokens is more than the context of {context}")
     else:
@@ -84,7 +84,7 @@ def analyse(
         except ValueError as error:
             raise click.UsageError(f"--memory: {error}") from None
     room = limit - size.weight_bytes
-    ways = analysis.compare(size.groups, requests, context, block_size)
+    ways = cache_cost.compare(size.groups, requests, context, block_size)
     report = {
         "model": model or "the demo model",
         "family": size.family,
@@ -93,8 +93,16 @@ def analyse(
         "context": context,
         "block_size": block_size,
         "layers": [
-            group._asdict()
-            | {"bytes_per_token": group.bytes_per_token, "bytes_per_block": group.bytes_per_token * block_size}
+            {
+                "num_layers": group.num_layers,
+                "num_kv_heads": group.shape.num_kv_heads,
+                "key_dim": group.shape.key_dim,
+                "value_dim": group.shape.value_dim,
+                "element_bytes": group.shape.dtype.size,
+                "window": group.window,
+                "bytes_per_token": group.bytes_per_token,
+                "bytes_per_block": group.bytes_per_token * block_size,
+            }
             for group in size.groups
         ],
         "bytes_per_token": sum(group.bytes_per_token for group in size.groups),
