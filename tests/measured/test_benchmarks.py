@@ -10,64 +10,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import mlx.core as mx
-import numpy as np
 import pytest
-from helpers.run_benchmark import run_benchmark
-from metalsim.fixture import Metal
+from helpers.run_benchmark import RESULTS, ROOT, check_machine, run_benchmark
 
-from mlx_paged import paged_attention
-from mlx_paged.attention import metal as kernels
 from mlx_paged.attention.paged_attention import BACKENDS
 from mlx_paged.blocks.allocator import POLICIES
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-SOMETIMES = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "device_name", "architecture"}  # where set, on a GPU
+QuickRun = Callable[[str], tuple[str, dict[str, Any]]]
+
+# -- what results have to be ---------------------------------------------------------------------------------------
 
 
-def import_benchmark(name: str) -> Any:
-    """The module of a benchmark."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """What a quick run prints, and the JSON that it writes."""
-    file = tmp_path_factory.mktemp("benchmark") / "memory.json"
-    printed = run_benchmark("--quick", "--json", file)
-    return printed, json.loads(file.read_text())
-
-
-def test_parts_that_are_measured_one_by_one_come_together_in_one_file(tmp_path: Path) -> None:
-    file = tmp_path / "memory.json"
-    for part in ("savings", "waste"):
-        run_benchmark("--quick", "--only", part, "--json", file)
-    content = json.loads(file.read_text())
-    assert list(content["results"]) == ["waste", "savings"]  # in the order of a whole run, whose command this names
-    assert content["machine"]["command"] == f"python benchmarks/memory.py --quick --json {file}"
-    file.write_text(json.dumps(content | {"machine": content["machine"] | {"cpu_count": 999}}))
-    with pytest.raises(subprocess.CalledProcessError) as error:
-        run_benchmark("--quick", "--only=savings", "--json", file)
-    assert "another cpu_count" in error.value.stderr
-    assert json.loads(file.read_text())["results"] == content["results"]
-
-
-def committed() -> dict[str, Any]:
-    return json.loads((RESULTS / "memory-linux-cpu.json").read_text())
-
-
-def check(content: dict[str, Any]) -> None:
+def check_memory(content: dict[str, Any]) -> None:
     """Fails unless a file of results is complete and each number is one that could be."""
-    machine, results = content["machine"], content["results"]
-    assert set(machine) - SOMETIMES == {"platform", "device", "cpu_count", "python", "mlx", "preloaded", "command"}
-    assert machine["command"].startswith("python benchmarks/memory.py")
+    check_machine(content, "memory.py")
+    results = content["results"]
     assert list(results) == ["operations", "waste", "savings", "prefix_cost", "fragmentation"]
     for rows in results.values():
         for row in rows:
@@ -95,47 +54,10 @@ def check(content: dict[str, Any]) -> None:
         assert row["ratio"] == pytest.approx(row["scattered_ms"] / row["consecutive_ms"])
 
 
-def test_a_quick_run_writes_what_it_prints(quick: tuple[str, dict[str, Any]]) -> None:
-    printed, content = quick
-    check(content)
-    assert content["machine"]["command"].startswith("python benchmarks/memory.py --quick --json")
-    for row in content["results"]["waste"]:
-        assert f"{row['held_in']}" in printed and f"{row['waste']:.1%}" in printed
-
-
-def test_what_is_simulated_is_the_same_in_every_run(quick: tuple[str, dict[str, Any]]) -> None:
-    memory = import_benchmark("memory")
-    for name in ("waste", "savings"):
-        assert getattr(memory, name)(quick=True) == quick[1]["results"][name]
-
-
-def test_the_committed_results_are_of_a_full_run() -> None:
-    content = committed()
-    check(content)
-    assert "--quick" not in content["machine"]["command"]
-    assert max(row["num_blocks"] for row in content["results"]["operations"]) == 10**6
-    assert max(row["context"] for row in content["results"]["fragmentation"]) == 16384
-
-
-def test_the_tables_in_the_docs_are_those_of_the_committed_results() -> None:
-    page = (ROOT / "docs" / "memory.md").read_text()
-    printed = run_benchmark("--markdown", RESULTS / "memory-linux-cpu.json")
-    tables = [part for part in printed.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 5
-    for table in tables:
-        assert table in page
-    assert committed()["machine"]["command"] in page
-
-
-# -- the host's work ---------------------------------------------------------------------------------------------
-
-
 def check_host_work(content: dict[str, Any]) -> None:
     """Fails unless a file of results is complete and each number is one that could be."""
-    machine, results = content["machine"], content["results"]
-    keys = {"platform", "device", "cpu_count", "python", "numpy", "mlx", "preloaded", "command"}
-    assert set(machine) - SOMETIMES == keys
-    assert machine["command"].startswith("python benchmarks/host_overhead.py")
+    check_machine(content, "host_overhead.py", "numpy")
+    results = content["results"]
     assert list(results) == ["calibration", "host_work", "detokenising", "graph_building", "end_to_end"]
     for rows in results.values():
         for row in rows:
@@ -154,32 +76,6 @@ def check_host_work(content: dict[str, Any]) -> None:
     for row in results["end_to_end"]:
         shares = ("own_work", "model_graph", "sampling_graph", "submitting", "waiting", "detokenising")
         assert sum(row[share] for share in shares) == pytest.approx(1)
-
-
-def test_a_quick_run_of_the_hosts_work_writes_what_it_prints(tmp_path: Path) -> None:
-    file = tmp_path / "host.json"
-    printed = run_benchmark("--quick", "--json", file, script="host_overhead.py")
-    content = json.loads(file.read_text())
-    check_host_work(content)
-    for row in content["results"]["graph_building"]:
-        assert f"{row['mlx_paged_ms']:.2f}" in printed and f"{row['ratio']:.2f}" in printed
-
-
-def test_the_committed_results_of_the_hosts_work_are_of_a_full_run() -> None:
-    content = json.loads((RESULTS / "host-overhead-linux-cpu.json").read_text())
-    check_host_work(content)
-    assert "--quick" not in content["machine"]["command"]
-    sums = {
-        row["context"]: row["cpu_median_us"]
-        for row in content["results"]["host_work"]
-        if (row["step"], row["part"]) == ("decode", "sum of these")
-    }
-    assert list(sums) == [1000, 10_000, 100_000]
-    assert max(sums.values()) <= 2 * min(sums.values())
-    assert {row["sequences"] for row in content["results"]["graph_building"]} == {32, 256}
-
-
-# -- attention ---------------------------------------------------------------------------------------------------
 
 
 def check_attention(content: dict[str, Any]) -> None:
@@ -221,95 +117,6 @@ def check_attention(content: dict[str, Any]) -> None:
         assert row["compulsory_bytes"] == 2 * distinct * num_kv_heads * row["head_dim"] * size + 2 * q_bytes
 
 
-def test_a_quick_run_of_attention_writes_what_it_prints(tmp_path: Path) -> None:
-    file = tmp_path / "attention.json"
-    printed = run_benchmark("--quick", "--json", file, script="attention.py")
-    content = json.loads(file.read_text())
-    check_attention(content)
-    for row in content["results"]["decode"]:
-        assert f"{row['paged_us']:,.0f}" in printed and f"{row['gb_per_s']:,.1f}" in printed
-    assert {row["dtype"] for row in content["results"]["decode"]} <= {"float32", "float16", "bfloat16"}
-
-
-def test_the_committed_results_of_attention_are_of_a_full_run() -> None:
-    content = json.loads((RESULTS / "attention-linux-cpu.json").read_text())
-    check_attention(content)
-    assert "--quick" not in content["machine"]["command"]
-    assert content["machine"]["device"] == "Device(cpu, 0)"
-    decodes = content["results"]["decode"]
-    assert {(row["batch"], row["context"]) for row in decodes} == {(1, 1024), (1, 4096), (8, 1024), (8, 4096)}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "verdict"),
-    [
-        (lambda out: out * 1.001, "NOT paged"),
-        (lambda out: mx.roll(out, 1, axis=1), "NOT paged"),  # another head's
-        (lambda out: mx.where(mx.arange(out.shape[0])[:, None, None] == 2, mx.nan, out), "NOT paged"),
-        (lambda out: out, "yes"),
-    ],
-)
-def test_a_wrong_result_is_reported_beside_its_time(
-    wrong: Callable[[mx.array], mx.array], verdict: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    benchmark = import_benchmark("attention")
-    attend = benchmark.attend
-    monkeypatch.setattr(benchmark, "attend", lambda *arguments, **options: wrong(attend(*arguments, **options)))
-    heads = benchmark.Heads(6, 2, 32, mx.float32)
-    row = benchmark.compare(benchmark.Case(heads, 3, 37), benchmark.with_dense, quick=True)
-    assert row["agrees"] == verdict
-    assert row["paged_us"] > 0 and row["contiguous_error"] < 2e-5
-
-
-def test_block_tables_of_a_case_share_the_prefix_and_nothing_else() -> None:
-    case = import_benchmark("attention").Case(None, batch=3, context=85, prefix=32)
-    consecutive, scattered, shared = case.tables().values()
-    assert consecutive.ravel().tolist() == list(range(3 * 6))
-    assert sorted(scattered.ravel()) == list(range(3 * 6)) and scattered.tolist() != consecutive.tolist()
-    assert (shared[:, :2] == scattered[0, :2]).all() and (shared[:, 2:] == scattered[:, 2:]).all()
-    assert case.distinct_tokens() == 32 + 3 * 53
-
-
-def test_each_call_of_a_chain_takes_the_results_of_the_one_before_and_the_next_layer() -> None:
-    benchmark = import_benchmark("attention")
-    calls = []
-
-    def call(queries: mx.array, layer: int) -> mx.array:
-        calls.append((queries, layer))
-        return queries + 1
-
-    assert benchmark.seconds_of_call(benchmark.Contender(mx.zeros(1), call, num_layers=3), num_calls=5) > 0
-    assert [(queries.item(), layer) for queries, layer in calls] == [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1)]
-
-
-@pytest.mark.parametrize("num_queries", [1, 5])
-def test_kernels_are_what_is_timed_where_there_is_a_metal_device(num_queries: int, metal: Metal) -> None:
-    benchmark = import_benchmark("attention")
-    case = benchmark.Case(benchmark.Heads(6, 2, 64, mx.float16), 2, 37, num_queries=num_queries)
-    row = benchmark.compare(case, benchmark.with_dense, quick=True)
-    assert row["backend"] == "metal" and row["agrees"] == "yes"
-    name = "paged_decode" if num_queries == 1 else "paged_prefill"
-    assert all(report.kernel.startswith(name) for report in metal.reports[:-1])
-    assert len(metal.reports) > 3 * 2  # more than one chain of calls
-
-
-def test_shapes_that_memory_does_not_hold_are_left_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    benchmark = import_benchmark("attention")
-    case = benchmark.Case(benchmark.Heads(32, 8, 128, mx.float16), 4, 1000)
-    kv_bytes = 4 * 1000 * 8 * 128 * 2 * 2
-    monkeypatch.setattr(benchmark, "device_limit", lambda: (10 * kv_bytes, "RAM"))
-    assert case.num_layers() == 1
-    monkeypatch.setattr(benchmark, "device_limit", lambda: (6 * kv_bytes, "RAM"))
-    assert case.num_layers() == 0
-    assert benchmark.compare(case, benchmark.with_dense, quick=True) is None
-    assert "left out for want of memory: 32/8 x 128, batch 4, 1 of 1,000 tokens" in capsys.readouterr().err
-
-
-# -- what the kernels move ---------------------------------------------------------------------------------------
-
-
 def check_traffic(content: dict[str, Any]) -> None:
     """Fails unless a file of results is complete and each number is within what the kernels promise."""
     machine, results = content["machine"], content["results"]
@@ -338,75 +145,122 @@ def check_traffic(content: dict[str, Any]) -> None:
         assert row["batch_8_4096"] == pytest.approx(row["batch_1_32768"])
 
 
-needs_the_simulator = pytest.mark.skipif(sys.platform != "linux", reason="the simulator runs on Linux")
+# -- each benchmark ------------------------------------------------------------------------------------------------
 
 
-@needs_the_simulator
-def test_a_quick_run_of_the_kernels_traffic_writes_what_it_prints(tmp_path: Path) -> None:
-    file = tmp_path / "traffic.json"
-    printed = run_benchmark("--quick", "--json", file, script="kernel_traffic.py")
-    content = json.loads(file.read_text())
-    check_traffic(content)
-    assert "A BOUND, NOT A MEASUREMENT" in printed
-    for row in content["results"]["prefill"]:
-        assert f"{row['flops_per_byte']:.1f}" in printed and f"{row['threadgroup_memory']:,}" in printed
+class Benchmark(NamedTuple):
+    """A script, the file of its committed results, and the page that shows their tables."""
+
+    script: str
+    results: str
+    check: Callable[[dict[str, Any]], None]
+    page: str | None = None
 
 
-@needs_the_simulator
-def test_one_kv_head_stands_for_all() -> None:
-    benchmark = import_benchmark("kernel_traffic")
-    heads, batch, context = benchmark.Heads(6, 3, 64), 2, 700
-    row = benchmark.count_decode(heads, batch, context)
-    q = mx.random.normal((batch, 6, 64), mx.float16)
-    pool = mx.random.normal((2 * 44, 16, 3, 64), mx.float16)
-    tables = np.random.default_rng(0).permutation(2 * 44).astype(np.int32).reshape(2, 44)
-    lengths = np.full(batch, context, np.int32), np.arange(batch + 1, dtype=np.int32)
-    decode, merge = benchmark.launches(
-        lambda: paged_attention(q, pool, pool + 0, tables, *lengths, scale=1.0, backend="metal")
-    )
-    kv_bytes = 2 * batch * context * 3 * 64 * 2
-    caches = [decode.traffic.buffers[name] for name in ("k_cache", "v_cache")]
-    partial = [decode.traffic.buffers[name].bytes_written for name in ("out", "lse")]
-    partial += [merge.traffic.buffers[name].bytes_read for name in ("parts", "lse")]
-    assert row["kv_bytes"] == kv_bytes
-    assert row["threadgroups"] == decode.traffic.threadgroups > 2 * 3
-    assert row["read"] * kv_bytes == sum(cache.bytes_read for cache in caches)
-    assert row["lines"] * kv_bytes == 128 * sum(cache.lines_read for cache in caches)
-    assert row["partial"] * kv_bytes == pytest.approx(sum(partial))
-    assert row["barriers"] * batch * context * 3 == pytest.approx(decode.traffic.barriers)
-    assert row["simdgroup_functions"] * batch * context * 3 == pytest.approx(decode.traffic.collectives)
+BENCHMARKS = [
+    Benchmark("memory.py", "memory-linux-cpu.json", check_memory, "memory.md"),
+    Benchmark("host_overhead.py", "host-overhead-linux-cpu.json", check_host_work),
+    Benchmark("attention.py", "attention-linux-cpu.json", check_attention),
+    Benchmark("kernel_traffic.py", "kernel-traffic.json", check_traffic, "kernels.md"),
+]
 
 
-@needs_the_simulator
-def test_the_committed_results_of_the_kernels_traffic_are_those_of_these_kernels() -> None:
-    content = json.loads((RESULTS / "kernel-traffic.json").read_text())
-    check_traffic(content)
+def committed(file: str) -> dict[str, Any]:
+    return json.loads((RESULTS / file).read_text())
+
+
+def tables_of(script: str, file: Path) -> list[str]:
+    printed = run_benchmark("--markdown", file, script=script)
+    return [part.strip() for part in printed.split("\n\n") if part.startswith("|")]
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
+    """What a quick run of a script prints, and the JSON that it writes; each script runs once."""
+    runs: dict[str, tuple[str, dict[str, Any]]] = {}
+
+    def run(script: str) -> tuple[str, dict[str, Any]]:
+        if script not in runs:
+            file = tmp_path_factory.mktemp("benchmark") / "results.json"
+            printed = run_benchmark("--quick", "--json", file, script=script)
+            runs[script] = printed, json.loads(file.read_text())
+        return runs[script]
+
+    return run
+
+
+@pytest.mark.parametrize("measured", BENCHMARKS, ids=lambda measured: measured.script)
+def test_a_quick_run_writes_what_it_prints_in_the_form_of_the_committed_results(
+    measured: Benchmark, quick_run: QuickRun, tmp_path: Path
+) -> None:
+    if measured.script == "kernel_traffic.py" and sys.platform != "linux":
+        pytest.skip("the simulator runs on Linux")
+    printed, content = quick_run(measured.script)
+    measured.check(content)
+    assert content["machine"]["command"].startswith(f"python benchmarks/{measured.script} --quick --json")
+    for part, rows in committed(measured.results)["results"].items():
+        assert content["results"][part][0].keys() == rows[0].keys()
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    for table in tables_of(measured.script, tmp_path / "results.json"):
+        for cell in filter(None, (cell.strip() for line in table.split("\n") for cell in line.split("|"))):
+            assert cell in printed or set(cell) <= set("-:")
+
+
+@pytest.mark.parametrize("measured", BENCHMARKS, ids=lambda measured: measured.script)
+def test_the_committed_results_are_of_a_full_run_and_their_tables_are_in_the_docs(measured: Benchmark) -> None:
+    content = committed(measured.results)
+    measured.check(content)
     assert "--quick" not in content["machine"]["command"]
-    benchmark = import_benchmark("kernel_traffic")
-    results = content["results"]
-    assert max(row["partial"] for row in results["decode"] if row["heads"] != "64/4") <= 0.02
-    assert all(row["read"] + row["partial"] <= 1.1 for row in results["shared"] if row["sequences"] == 4)
-    for row in results["decode"]:
-        (heads,) = (heads for heads in benchmark.ALL_HEADS if heads.as_columns().items() <= row.items())
-        plan = kernels.plan_decode(np.full(row["batch"], row["context"], np.int32), None, heads.shape)
-        assert row["threadgroups"] == plan.own.num_items * heads.num_kv_heads, "run the benchmark again"
-    assert benchmark.count_decode(benchmark.LLAMA_8B, 1, 4096) == results["decode"][0], "run the benchmark again"
-    assert benchmark.count_prefill(benchmark.LLAMA_8B, 4, 4092) in results["prefill"], "run the benchmark again"
-    assert benchmark.bounds(quick=False) == results["bounds"]
+    if measured.page is not None:
+        page = (ROOT / "docs" / measured.page).read_text()
+        tables = tables_of(measured.script, RESULTS / measured.results)
+        assert len(tables) == len(content["results"])
+        for table in tables:
+            assert table in page
+        assert content["machine"]["command"] in page
 
 
-def test_the_tables_of_the_kernels_page_are_those_of_the_committed_results() -> None:
-    page = (ROOT / "docs" / "kernels.md").read_text()
-    content = json.loads((RESULTS / "kernel-traffic.json").read_text())
-    printed = run_benchmark("--markdown", RESULTS / "kernel-traffic.json", script="kernel_traffic.py")
-    tables = [part for part in printed.split("\n\n") if part.startswith("|")]
-    assert len(tables) == 5
-    for table in tables:
-        assert table in page
-    assert content["machine"]["command"] in page
+def test_full_runs_reach_the_sizes_that_are_claimed() -> None:
+    memory = committed("memory-linux-cpu.json")["results"]
+    assert max(row["num_blocks"] for row in memory["operations"]) == 10**6
+    assert max(row["context"] for row in memory["fragmentation"]) == 16384
+    host = committed("host-overhead-linux-cpu.json")["results"]
+    sums = {
+        row["context"]: row["cpu_median_us"]
+        for row in host["host_work"]
+        if (row["step"], row["part"]) == ("decode", "sum of these")
+    }
+    assert list(sums) == [1000, 10_000, 100_000]
+    assert max(sums.values()) <= 2 * min(sums.values())
+    assert {row["sequences"] for row in host["graph_building"]} == {32, 256}
+    attention = committed("attention-linux-cpu.json")
+    assert attention["machine"]["device"] == "Device(cpu, 0)"
+    decodes = attention["results"]["decode"]
+    assert {(row["batch"], row["context"]) for row in decodes} == {(1, 1024), (1, 4096), (8, 1024), (8, 4096)}
 
 
-# -- the command line of all ----
+def test_what_is_simulated_is_the_same_in_every_run(quick_run: QuickRun) -> None:
+    memory = importlib.import_module("memory")
+    for name in ("waste", "savings"):
+        assert getattr(memory, name)(quick=True) == quick_run("memory.py")[1]["results"][name]
+
+
+# -- the command line of all ---------------------------------------------------------------------------------------
+
+
+def test_parts_that_are_measured_one_by_one_come_together_in_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "memory.json"
+    for part in ("savings", "waste"):
+        run_benchmark("--quick", "--only", part, "--json", file)
+    content = json.loads(file.read_text())
+    assert list(content["results"]) == ["waste", "savings"]  # in the order of a whole run, whose command this names
+    assert content["machine"]["command"] == f"python benchmarks/memory.py --quick --json {file}"
+    file.write_text(json.dumps(content | {"machine": content["machine"] | {"cpu_count": 999}}))
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run_benchmark("--quick", "--only=savings", "--json", file)
+    assert "another cpu_count" in error.value.stderr
+    assert json.loads(file.read_text())["results"] == content["results"]
+
 
 SCRIPT = """
 import os, report
