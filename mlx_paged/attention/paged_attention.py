@@ -99,7 +99,7 @@ def backend_of(
 ) -> str:
     """The one that `attend` takes for such arrays. Raises ValueError if the one asked for is not to be had."""
     asked = (backend, q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3])
-    name: str = metadata.derive(asked, lambda: _chosen_backend(*asked))
+    name: str = metadata.plan_once(asked, lambda: _chosen_backend(*asked))
     return name
 
 
@@ -155,18 +155,18 @@ def _attend_with_kernels(
     arguments: dict[str, Any],
 ) -> mx.array:
     """A GPU's backend of `attend`: sequences with one query by the decode kernel, the others by the prefill's."""
-    groups: _Groups = metadata.derive("groups of kernels", lambda: _divide(metadata))
+    groups: _Groups = metadata.plan_once("groups of kernels", lambda: _divide(metadata))
     shape, window = shape_of(q, k_cache, v_cache), arguments["window"]
     outputs = []
     if groups.decodes is not None:
         tokens, part = groups.decodes
-        plan = part.derive(("decode", shape, window), lambda: _plan_decode(module, part, shape, window))
+        plan = part.plan_once(("decode", shape, window), lambda: _plan_decode(module, part, shape, window))
         options = {name: value for name, value in arguments.items() if name != "window"}  # which is in the plan
         outputs.append(module.decode(q[tokens], k_cache, v_cache, part.block_tables, plan, **options))
     if groups.prefills is not None:
         tokens, prompts = groups.prefills
         lengths = prompts.context_lens, prompts.cu_seqlens_q
-        plan = prompts.derive(("prefill", shape, window), lambda: module.plan_prefill(*lengths, window, shape))
+        plan = prompts.plan_once(("prefill", shape, window), lambda: module.plan_prefill(*lengths, window, shape))
         outputs.append(module.prefill(q[tokens], k_cache, v_cache, prompts.block_tables, plan, **arguments))
     if not outputs:
         return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
@@ -175,7 +175,7 @@ def _attend_with_kernels(
 
 
 def _plan_decode(module: ModuleType, metadata: AttentionMetadata, shape: Shape, window: int | None) -> DecodePlan:
-    contexts, find_shared = metadata.context_lens, metadata.find_shared
+    contexts, find_shared = metadata.context_lens, metadata.find_shared_prefixes
     shared = find_shared(np.arange(len(contexts))) if find_shared is not None and window is None else []
     plan: DecodePlan = module.plan_decode(contexts, window, shape, shared)
     return plan
@@ -194,7 +194,7 @@ def _divide(metadata: AttentionMetadata) -> _Groups:
         lengths = metadata.query_lens[seqs]
         cu_seqlens_q = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         tokens = np.repeat(starts[seqs] - cu_seqlens_q[:-1], lengths) + np.arange(cu_seqlens_q[-1])
-        groups.append(_Group(index_rows(tokens), metadata.pick(seqs, metadata.context_lens[seqs], cu_seqlens_q)))
+        groups.append(_Group(index_rows(tokens), metadata.select(seqs, cu_seqlens_q)))
         all_tokens.append(tokens)
     order = np.argsort(np.concatenate(all_tokens)).astype(np.int32)
     in_order = (order == np.arange(len(order))).all()

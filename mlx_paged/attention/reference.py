@@ -49,7 +49,7 @@ def attend(
     num_heads, value_dim = q.shape[1], v_cache.shape[3]
     scale = scale if softcap is None else scale / softcap
     shape = Shape(block_size, num_kv_heads, num_heads, key_dim + value_dim, window, scale, k_cache.dtype)
-    plan = metadata.derive(shape, lambda: make_plan(metadata, shape))
+    plan = metadata.plan_once(shape, lambda: make_plan(metadata, shape))
     caches = _Rows(k_cache.flatten(0, 2), v_cache.flatten(0, 2))
     outputs = []
     for group in plan.groups:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_paged.attention.metadata import StepInputs
+from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.cache.block_store import BlockContent
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.config import EngineConfig, parse_memory
@@ -40,12 +40,11 @@ class ModelRunner:
     def kv_bytes(self) -> int:
         return self._kv_cache.nbytes
 
-    def run(self, inputs: StepInputs) -> mx.array:
+    def run(self, inputs: ModelInputs) -> mx.array:
         """The logits of the step's rows, [num_rows, vocab_size], not evaluated yet; K and V are written with them."""
         logits = self._model(self._kv_cache, inputs)
-        for step in (inputs, inputs.of_logit_rows):
-            for group in [] if step is None else step.groups:
-                self.backends |= group.metadata.backends
+        for metadata in inputs.groups:
+            self.backends |= metadata.backends
         return logits
 
     def reset(self) -> None:

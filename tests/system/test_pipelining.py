@@ -134,9 +134,9 @@ class FewOperations:
     vocab_size = 8
 
     def __call__(self, cache: PagedKVCache, step: Any) -> mx.array:
-        block_ids = step.groups[0].block_ids
+        block_ids = step.groups[0].slot_block_ids
         rows = mx.zeros((step.token_ids.shape[0], 2, 32))
-        cache.write(0, block_ids, step.block_offsets, rows, rows)
+        cache.write(0, block_ids, step.groups[0].slot_offsets, rows, rows)
         return sum(pool[block_ids].sum(axis=(1, 2))[:, :8] for pool in (cache.keys[0], cache.values[0]))
 
 
