@@ -12,14 +12,17 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from mlx_paged.attention.backend import Backend
 from mlx_paged.attention.metadata import ModelInputs
+from mlx_paged.attention.paged_attention import choose_backend
 from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
 from mlx_paged.errors import ModelError
 from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache, PagedMask
@@ -45,6 +48,7 @@ class ShapeRecorder(PagedLayerCache):
         self.offset = inputs.positions
         self._window = window
         self.shape: LayerShape | None = None
+        self.num_heads = 0  # of the layers that attend to it
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
@@ -59,6 +63,7 @@ class ShapeRecorder(PagedLayerCache):
 
     def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
         assert self.shape is not None
+        self.num_heads = max(self.num_heads, queries.shape[1])
         _expect_shape(queries, (self._num_tokens, queries.shape[1], 1, self.shape.key_dim))
         if mask and mask.window and self._window and mask.window > self._window:
             raise ValueError(f"a layer attends to {mask.window} tokens and its cache keeps {self._window}")
@@ -69,7 +74,8 @@ class ShapeRecorder(PagedLayerCache):
         return self.inputs.token_ids.shape[0]
 
 
-class PatchedModel(NamedTuple):
+@dataclass(eq=False)
+class PatchedModel:
     """A model that can run on a paged cache, and what is known about it."""
 
     model: nn.Module
@@ -77,9 +83,12 @@ class PatchedModel(NamedTuple):
     """One per cache that the model makes, None where nothing is stored."""
     windows: list[int | None]
     """Likewise: the most keys that a cache keeps, None for all."""
+    num_heads: list[int]
+    """Likewise: the query heads of the layers that attend to what a cache stores."""
     vocab_size: int
     selects_logits: bool
     """Whether the model itself returns only the rows of `logits_indices`."""
+    _backends: dict[int, list[Backend | None]] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[int | None]:
@@ -92,14 +101,30 @@ class PatchedModel(NamedTuple):
         pairs = zip(self.layers, self.windows, strict=True)
         return [(shape, self.groups.index(window)) for shape, window in pairs if shape is not None]
 
+    def backends(self, block_size: int) -> list[Backend | None]:
+        """Choose, at the first call, what computes the attention to each cache: None where nothing is stored.
+
+        Raises ValueError if the environment asks for a backend that can't be had.
+        """
+        if block_size not in self._backends:
+            chosen: list[Backend | None] = []
+            for layer, num_heads in zip(self.layers, self.num_heads, strict=True):
+                if layer is None:
+                    chosen.append(None)
+                    continue
+                block_shape = block_size, layer.num_kv_heads, layer.key_dim
+                chosen.append(choose_backend(layer.dtype, num_heads, block_shape, layer.value_dim))
+            self._backends[block_size] = chosen
+        return self._backends[block_size]
+
     def __call__(self, kv_cache: PagedKVCache, inputs: ModelInputs) -> mx.array:
         """The logits of the tokens of `logits_indices`, [num_rows, vocab_size]."""
         caches: list[Any] = []
         stored = 0
         groups = {window: group for group, window in enumerate(self.groups)}
-        for shape, window in zip(self.layers, self.windows, strict=True):
-            caches.append(PagedLayerCache(kv_cache, stored, inputs, groups[window], window))
-            stored += shape is not None
+        for backend, window in zip(self.backends(kv_cache.block_size), self.windows, strict=True):
+            caches.append(PagedLayerCache(kv_cache, stored, backend, inputs, groups[window], window))
+            stored += backend is not None
         logits = self.model(inputs.token_ids[:, None], cache=caches)
         if not self.selects_logits and inputs.logits_indices is not None:
             logits = logits[inputs.logits_indices]
@@ -189,7 +214,8 @@ def _trace_step(model: nn.Module, windows: list[int | None]) -> PatchedModel:
     logits = model(tokens[:, None], cache=caches)
     selects_logits = logits.shape[0] == len(_TRACED_ROWS)
     _expect_shape(logits, (len(_TRACED_ROWS) if selects_logits else _NUM_TRACED_TOKENS, 1, logits.shape[-1]))
-    return PatchedModel(model, [cache.shape for cache in caches], windows, logits.shape[-1], selects_logits)
+    shapes, num_heads = [cache.shape for cache in caches], [cache.num_heads for cache in caches]
+    return PatchedModel(model, shapes, windows, num_heads, logits.shape[-1], selects_logits)
 
 
 def _expect_shape(array: mx.array, expected: tuple[int, ...]) -> None:

@@ -31,8 +31,6 @@ class AttentionMetadata:
     """int32 [num_tokens]: the block that each token's K and V go into. None: they are in place already."""
     slot_offsets: mx.array | None
     """int32 [num_tokens]: the place in that block."""
-    backends: set[str]
-    """Names of those that have computed it."""
 
     def __init__(
         self,
@@ -50,7 +48,6 @@ class AttentionMetadata:
         self.find_shared_prefixes = find_shared_prefixes
         self.slot_block_ids = slot_block_ids
         self.slot_offsets = slot_offsets
-        self.backends = set()
         self._plans: dict[Any, Any] = {}
 
     @cached_property

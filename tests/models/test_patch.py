@@ -24,6 +24,8 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_paged import LLM, ModelError, SamplingParams
+from mlx_paged.attention.backend import AttentionOptions, Backend
+from mlx_paged.attention.paged_attention import choose_backend
 from mlx_paged.models import layer_cache, patch
 
 TinyModel = Callable[..., nn.Module]
@@ -65,13 +67,14 @@ def test_a_models_windows_reach_the_attention_of_the_layers_that_have_them(
     family: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows: list[int | None] = []
-    attend = layer_cache.attend
+    chosen = choose_backend(mx.float32, 4, (8, 2, 16), 16)
+    attend = type(chosen).attend
 
-    def record(*args: Any, window: int | None, **kwargs: Any) -> mx.array:
-        windows.append(window)
-        return attend(*args, window=window, **kwargs)
+    def record(self: Backend, *args: Any) -> mx.array:
+        windows.append(next(arg for arg in args if isinstance(arg, AttentionOptions)).window)
+        return attend(self, *args)
 
-    monkeypatch.setattr(layer_cache, "attend", record)
+    monkeypatch.setattr(type(chosen), "attend", record)
     llm = LLM.from_model(tiny_model(family), block_size=8, num_kv_blocks=16)
     windows.clear()
     llm.generate([prompt_of(9)], SamplingParams(temperature=0, max_tokens=1))
