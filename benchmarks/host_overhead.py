@@ -31,7 +31,7 @@ from mlx_lm.models.cache import BatchKVCache
 from report import Part, Row
 
 from mlx_paged import LLM, SamplingParams
-from mlx_paged.attention.metadata import AttentionMetadata, GroupInputs, StepInputs
+from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.config import EngineConfig
 from mlx_paged.engine.engine import Engine
@@ -202,8 +202,8 @@ class StubRunner:
         self.plan = MemoryPlan([num_blocks], [1], [None], block_size, 0, 0, 0, "")
         self.vocab_size = vocab_size
 
-    def run(self, inputs: StepInputs) -> mx.array:
-        rows = inputs.token_ids if inputs.logit_rows is None else inputs.logit_rows
+    def run(self, inputs: ModelInputs) -> mx.array:
+        rows = inputs.token_ids if inputs.logits_indices is None else inputs.logits_indices
         return zeros(rows.shape[0], self.vocab_size)
 
     def reset(self) -> None:
@@ -420,10 +420,9 @@ def mlx_paged_decode(model: qwen2.Model, lengths: np.ndarray) -> Decode:
     def build() -> mx.array:
         positions = mx.array(lengths - 1)
         table = matrix[rows]
-        metadata = AttentionMetadata(table, lengths, np.arange(len(lengths) + 1, dtype=np.int32))
-        block_ids = table[rows, positions // BLOCK_SIZE]
-        group = GroupInputs(block_ids, metadata)
-        return patched(kv_cache, StepInputs(token_ids, positions, positions % BLOCK_SIZE, None, [group]))
+        slots = {"slot_block_ids": table[rows, positions // BLOCK_SIZE], "slot_offsets": positions % BLOCK_SIZE}
+        metadata = AttentionMetadata(table, lengths, np.arange(len(lengths) + 1, dtype=np.int32), **slots)
+        return patched(kv_cache, ModelInputs(token_ids, positions, None, [metadata]))
 
     return Decode(reset, build)
 

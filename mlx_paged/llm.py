@@ -202,7 +202,7 @@ class LLM:
 
     @property
     def attention_backends(self) -> list[str]:
-        """Which backends of `paged_attention` have computed attention so far: "metal", "cuda", "reference"."""
+        """The backends of `paged_attention` that were chosen for the layers: "metal", "cuda", "reference"."""
         return sorted(self._runner.backends)
 
     def describe_memory(self) -> str:

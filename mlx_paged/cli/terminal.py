@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
 
-_BACKENDS = {"metal": "Metal kernels", "cuda": "CUDA kernels", "reference": "plain MLX operations"}
+_BACKENDS = {
+    "metal": "Metal kernels",
+    "cuda": "CUDA kernels",
+    "cpu": "MLX operations arranged for a CPU",
+    "reference": "plain MLX operations",
+}
 
 
 class Terminal:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.attention.metadata import AttentionMetadata, GroupInputs, StepInputs, pick_tokens
+from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
 from mlx_paged.attention.shared_prefix import SharedPrefix, find_shared_prefixes
 from mlx_paged.scheduler.running_batch import BlockTables, Rows
 from mlx_paged.scheduler.scheduler import Schedule
@@ -22,7 +22,7 @@ class Drawn(NamedTuple):
 
 
 class BatchBuilder:
-    """Turns schedules into StepInputs.
+    """Turns schedules into ModelInputs.
 
     Block tables are kept on the device, a row per running sequence: a step sends the entries that have changed.
     num_sent_entries counts them.
@@ -40,7 +40,7 @@ class BatchBuilder:
     def num_sent_entries(self) -> int:
         return sum(tables.num_sent_entries for tables in self._tables)
 
-    def build(self, schedule: Schedule, drawn: Drawn | None) -> tuple[StepInputs, np.ndarray]:
+    def build(self, schedule: Schedule, drawn: Drawn | None) -> tuple[ModelInputs, np.ndarray]:
         """The arrays of a step, and the row of each of its logits.
 
         drawn: the tokens that are not known yet. At least one token must be scheduled.
@@ -58,7 +58,7 @@ class BatchBuilder:
             cu_seqlens_q = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
             positions = self._counts_to(cu_seqlens_q[-1]) + np.repeat(starts - cu_seqlens_q[:-1], lengths)
             token_rows = np.repeat(seq_rows, lengths)
-        offsets = positions % block_size
+        offsets = mx.array(positions % block_size)
         if seq_rows is not self._last_rows:
             if not np.array_equal(seq_rows, self._last_rows):
                 self._last_device_rows = mx.array(seq_rows.astype(np.int32))
@@ -73,16 +73,17 @@ class BatchBuilder:
             host = tables.host
             block_ids = host.matrix[token_rows, positions // block_size] if chunks else host.last[decodes]
             used = tables.synced()[:, :num_columns][self._last_device_rows]
-            metadata = AttentionMetadata(used, context_lens, cu_seqlens_q, find_shared if tables is first else None)
-            groups.append(GroupInputs(mx.array(block_ids), metadata))
-        inputs = StepInputs(self._token_ids(schedule, drawn), mx.array(positions), mx.array(offsets), None, groups)
+            find = find_shared if tables is first else None
+            slots = {"slot_block_ids": mx.array(block_ids), "slot_offsets": offsets}
+            groups.append(AttentionMetadata(used, context_lens, cu_seqlens_q, find, **slots))
+        inputs = ModelInputs(self._token_ids(schedule, drawn), mx.array(positions), None, groups)
         if not chunks:
             return inputs, decodes
         wanted = np.flatnonzero([*[True] * len(decodes), *[chunk.needs_logits for chunk in chunks]])
         wanted_rows = seq_rows[wanted]
         if len(wanted) == 0:
             wanted = np.array([len(seq_rows) - 1])  # a step needs a result that can be waited for
-        return pick_tokens(inputs, cu_seqlens_q[1:][wanted] - 1, wanted), wanted_rows
+        return inputs._replace(logits_indices=mx.array(cu_seqlens_q[1:][wanted] - 1)), wanted_rows
 
     def _counts_to(self, end: int) -> np.ndarray:
         """int32: 0 .. end - 1."""

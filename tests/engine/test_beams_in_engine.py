@@ -438,7 +438,8 @@ def test_a_search_in_numbers_that_are_none_ends_alone_with_an_error(
 
     def poisoned(inputs: Any) -> mx.array:
         logits = run_model(inputs)
-        ours = mx.array(np.array(inputs.positions)[np.array(inputs.logit_rows)] if inputs.logit_rows is not None
+        ours = mx.array(np.array(inputs.positions)[np.array(inputs.logits_indices)]
+                        if inputs.logits_indices is not None
                         else np.array(inputs.positions))  # fmt: skip
         return mx.where((ours == 10)[:, None], mx.nan, logits)
 

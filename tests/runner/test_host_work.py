@@ -14,7 +14,7 @@ import pytest
 
 import mlx_paged
 from mlx_paged import SamplingParams
-from mlx_paged.attention.metadata import StepInputs
+from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.config import EngineConfig
 from mlx_paged.engine.engine import Engine
 from mlx_paged.runner.memory_plan import MemoryPlan
@@ -33,11 +33,11 @@ class StubRunner:
 
     def __init__(self, num_blocks: int) -> None:
         self.plan = MemoryPlan([num_blocks], [1], [None], BLOCK_SIZE, 0, 0, 0, "")
-        self.steps: list[StepInputs] = []
+        self.steps: list[ModelInputs] = []
 
-    def run(self, inputs: StepInputs) -> mx.array:
+    def run(self, inputs: ModelInputs) -> mx.array:
         self.steps = [inputs]
-        rows = inputs.token_ids if inputs.logit_rows is None else inputs.logit_rows
+        rows = inputs.token_ids if inputs.logits_indices is None else inputs.logits_indices
         return mx.zeros((rows.shape[0], VOCAB_SIZE))
 
     def reset(self) -> None:
@@ -154,7 +154,7 @@ def test_the_devices_copy_of_the_block_tables_is_what_the_host_has() -> None:
         engine.step()
         rows, manager = engine._rows, engine.block_manager
         (group,) = engine._runner.steps[-1].groups  # type: ignore[attr-defined]
-        tables, contexts = np.array(group.metadata.block_tables), group.metadata.context_lens
+        tables, contexts = np.array(group.block_tables), group.context_lens
         for sequence, table, context in zip(engine._scheduler.running, tables, contexts.tolist(), strict=True):
             used = -(-context // BLOCK_SIZE)
             assert table[:used].tolist() == manager.block_table(sequence.seq_id)[:used]
@@ -197,10 +197,10 @@ def test_the_arrays_of_a_step_are_as_long_as_the_batch(context: int) -> None:
     engine.step()
     (inputs,) = engine._runner.steps  # type: ignore[attr-defined]
     (group,) = inputs.groups
-    for array in (inputs.token_ids, inputs.positions, inputs.block_offsets, group.block_ids):
+    for array in (inputs.token_ids, inputs.positions, group.slot_block_ids, group.slot_offsets):
         assert array.shape == (64,)
-    assert group.metadata.context_lens.shape == (64,) and group.metadata.cu_seqlens_q.shape == (65,)
-    assert group.metadata.block_tables.shape[0] == 64
+    assert group.context_lens.shape == (64,) and group.cu_seqlens_q.shape == (65,)
+    assert group.block_tables.shape[0] == 64
 
 
 def test_tokens_are_moved_to_their_sequences_together_and_only_now_and_then() -> None:
