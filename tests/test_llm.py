@@ -397,39 +397,6 @@ def test_interleaved_streams_and_a_generate_between_them_lose_nothing(make_llm: 
     assert all_free(llm)
 
 
-def test_a_run_yields_outputs_as_they_come_and_deltas_of_what_is_streamed(make_llm: MakeLLM) -> None:
-    llm = make_llm()
-    lengths = {4: 6, 5: 2, 6: 4}  # first token of the prompt -> how many tokens come
-    expected = [
-        samples(llm.generate([token] * 3, SamplingParams(temperature=0, max_tokens=most))[0])[0]
-        for token, most in lengths.items()
-    ]
-    requests = [
-        llm.engine.make_request([token] * 3, SamplingParams(temperature=0, max_tokens=most), stream=token == 6)
-        for token, most in lengths.items()
-    ]
-    outputs: list[Any] = list(llm.run(requests))
-    ended = [output.request_id for output in outputs if output.finished]
-    assert ended == [requests[1].request_id, requests[2].request_id, requests[0].request_id]
-    tokens: dict[int, list[int]] = {}
-    for output in outputs:
-        tokens[output.request_id] = tokens.get(output.request_id, []) + output.outputs[0].token_ids
-    assert [tokens[request.request_id] for request in requests] == expected
-    assert sum(output.request_id == requests[2].request_id for output in outputs) == 4
-    assert all_free(llm)
-
-
-def test_closing_a_run_ends_its_requests_and_keeps_what_others_wait_for(make_llm: MakeLLM) -> None:
-    llm = make_llm()
-    stream = llm.stream([3] * 4, SamplingParams(temperature=0, max_tokens=30))
-    doomed = llm.run([llm.engine.make_request([i + 4] * 5, SamplingParams(max_tokens=9 * i + 9)) for i in range(3)])
-    next(stream)
-    assert next(doomed).finished  # the first of three; by then the stream has come to some tokens that nobody has read
-    doomed.close()
-    assert len(list(stream)) == 29
-    assert all_free(llm)
-
-
 def test_closing_one_stream_leaves_the_other(make_llm: MakeLLM) -> None:
     llm = make_llm()
     expected = samples(llm.generate([[2] * 6], GREEDY)[0])[0]
@@ -475,15 +442,6 @@ def test_an_empty_conversation_and_a_model_without_template_are_refused(make_llm
         make_llm(tokenizer).chat([])
     with pytest.raises(ValueError, match="chat template"):
         make_llm().chat([{"role": "user", "content": "Hi"}])
-
-
-def test_a_template_that_does_not_take_a_conversation_says_why(
-    make_llm: MakeLLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refusing = "{{ raise_exception('System role not supported') }}"
-    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", refusing)
-    with pytest.raises(ValueError, match="template does not take this conversation: System role not supported"):
-        make_llm(tokenizer).chat([{"role": "user", "content": "Hi"}])
 
 
 # -- from_model -------------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ def _run(llm: LLM, requests: dict[int, Request], answers: _Answers, terminal: Te
                 answers.finish(positions[output.request_id], output)
             if not stream:
                 answers.show_ready()
-                bar.show()
+                if None in answers.results:
+                    bar.show()
     terminal.end_answer()
     if requests and terminal.shows_notes:
         for line in summary.lines(llm):
@@ -130,19 +131,19 @@ class _Answers:
             self._num_shown += 1
 
     def _show_samples(self, output: RequestOutput) -> None:
-        number, title = self._label()
+        number, title = self._number_and_title()
         for index, sample in enumerate(output.outputs, start=1):
-            label = number + [f"sample {index}"] * (len(output.outputs) > 1)
-            self._terminal.heading(", ".join(label) + title)
+            label = [number, f"sample {index}" if len(output.outputs) > 1 else ""]
+            self._terminal.heading(", ".join(filter(None, label)) + title)
             self._terminal.answer(sample.text)
             self._terminal.end_answer()
 
     def _show_hypotheses(self, output: BeamSearchOutput) -> None:
-        number, title = self._label()
+        number, title = self._number_and_title()
         if number:
-            self._terminal.heading(number[0] + title)
+            self._terminal.heading(number + title)
         for index, one in enumerate(output.sequences, start=1):
-            label = ", ".join([*number, f"hypothesis {index}"])
+            label = ", ".join(filter(None, [number, f"hypothesis {index}"]))
             self._terminal.heading(f"{label}: score {one.score:.4f}, log-probability {one.cum_logprob:.4f}")
             self._terminal.answer(one.text)
             self._terminal.end_answer()
@@ -150,15 +151,15 @@ class _Answers:
         saving = f" ({num_saved / output.num_unshared_blocks:.0%} saved by sharing)" if num_saved > 0 else ""
         self._terminal.answer(f"\nblocks {output.num_blocks} instead of {output.num_unshared_blocks}{saving}\n")
 
-    def _label(self) -> tuple[list[str], str]:
-        """How the prompt that is shown is told from others: its number and its beginning; nothing if it is alone."""
+    def _number_and_title(self) -> tuple[str, str]:
+        """Say which prompt is shown, by its number and its beginning. Returns nothing if it is alone."""
         if len(self.results) == 1:
-            return [], ""
-        return [f"{self._num_shown + 1}"], f": {excerpt(self._prompts[self._num_shown])}"
+            return "", ""
+        return f"{self._num_shown + 1}", f": {excerpt(self._prompts[self._num_shown])}"
 
 
 def _record(output: Output) -> dict[str, Any]:
-    """What JSON says of an output. Times are seconds, the first three since the request arrived."""
+    """Describe an output for JSON. Times are seconds, the first three since the request arrived."""
     samples: list[CompletionOutput] | list[BeamHypothesis]
     if isinstance(output, BeamSearchOutput):
         samples, name = output.sequences, "sequences"
@@ -214,12 +215,12 @@ def _durations(metrics: RequestMetrics | None, num_tokens: int) -> dict[str, flo
 
 
 def _finite(number: float) -> float | None:
-    """A number for JSON, which has no infinity."""
+    """Make a number fit for JSON, which has no infinity."""
     return float(number) if math.isfinite(number) else None
 
 
 def _invalid_prompt(prompt: str, raw: bool) -> str | None:
-    """What is wrong with a prompt before any model has seen it."""
+    """Say what is wrong with a prompt before any model has seen it. Returns None if nothing is."""
     if not (prompt if raw else prompt.strip()):
         return "the prompt is empty"
     try:
@@ -230,7 +231,7 @@ def _invalid_prompt(prompt: str, raw: bool) -> str | None:
 
 
 def _error_of(output: Output) -> str | None:
-    """What went wrong in the engine, if something did."""
+    """Say what went wrong in the engine. Returns None if nothing did."""
     if isinstance(output, BeamSearchOutput):
         return output.error
     errors = [sample.stop_reason for sample in output.outputs if sample.finish_reason == "error"]
@@ -238,7 +239,7 @@ def _error_of(output: Output) -> str | None:
 
 
 def _encode(llm: LLM, prompt: str, system: str | None, raw: bool) -> str | list[int]:
-    """What a model is given: a conversation of one message in its chat template, or the prompt as it is."""
+    """Put a prompt as a model takes it: as a conversation in its chat template, or as it is."""
     if raw or not llm.has_chat_template:
         if system is not None:
             raise ValueError("--system needs a chat template, and this model has none")
