@@ -24,7 +24,7 @@ from metalsim.fixture import Metal
 from mlx_paged import paged_attention
 from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.paged_attention import BACKENDS
-from mlx_paged.blocks.allocator import POLICIES
+from mlx_paged.blocks.free_lists import POLICIES
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
