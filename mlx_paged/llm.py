@@ -198,7 +198,7 @@ class LLM:
     def profile(self) -> Profile | None:
         """Where the time of steps went, if `profile=True` was given: its `table()`, and `write(path)` for a trace."""
         profile = self.engine.profile
-        return profile if isinstance(profile, Profile) else None
+        return profile if profile.enabled else None
 
     @property
     def attention_backends(self) -> list[str]:

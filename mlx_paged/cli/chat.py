@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from contextlib import closing
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from mlx_paged.cli.generate import make_request
@@ -62,7 +60,7 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, te
     pieces: list[str] = []
     error = None
     try:
-        with Interruption() as interruption, closing(llm.run([request])) as outputs:
+        with closing(llm.run([request])) as outputs:
             for output in outputs:
                 assert isinstance(output, RequestOutput)
                 summary.count(output)
@@ -74,8 +72,7 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, te
                     elif sample.finish_reason == "length":
                         terminal.end_answer()
                         terminal.note(f"(ended after {summary.generated_tokens} tokens; --max-tokens allows more)")
-                interruption.check()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # between two steps: the engine lets none be torn
         pass
     terminal.end_answer()
     if error is not None:
@@ -84,29 +81,6 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, te
         for line in summary.lines(llm):
             terminal.note(line)
     return "".join(pieces)
-
-
-class Interruption:
-    """Keeps Ctrl-C until somebody looks, so that what is at work is not torn; a second one is raised at once."""
-
-    def __init__(self) -> None:
-        self._requested = False
-
-    def __enter__(self) -> Interruption:
-        self._previous = signal.signal(signal.SIGINT, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def check(self) -> None:
-        """Raise the KeyboardInterrupt, if there was one."""
-        if self._requested:
-            raise KeyboardInterrupt
-
-    def _request(self, _signal: int, _frame: FrameType | None) -> None:
-        self.check()
-        self._requested = True
 
 
 def _read_line() -> str | None:

@@ -64,14 +64,15 @@ def test_chat_without_a_template_names_generate_raw(run: Run) -> None:
 
 def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on_with_its_beginning(run: Run) -> None:
     def before_output(self: StubLLM) -> None:
-        if self.num_outputs == 1:
+        if self.num_outputs == 2:
+            self.num_outputs += 1  # once
             os.kill(os.getpid(), signal.SIGINT)
 
     run.stub.before_output = before_output
     before = signal.getsignal(signal.SIGINT)
     result = run("chat", stdin="one two three\nnext\n")
     assert result.exit_code == 0
-    assert run.made[-1].num_closed == 1
+    assert run.made[-1].num_broken_off == 1
     assert result.stdout.splitlines()[0] == "re: user:one "
     assert run.prompts[1] == "user:one two three assistant:re: user:one  user:next"
     assert signal.getsignal(signal.SIGINT) is before

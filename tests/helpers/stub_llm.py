@@ -34,7 +34,7 @@ class StubLLM:
     def __init__(self, model: str | None, **settings: Any) -> None:
         self.model, self.settings = model, settings
         self.requests: list[SimpleNamespace] = []  # all that were run
-        self.num_outputs = self.num_closed = 0  # runs that were closed before their end
+        self.num_outputs = self.num_broken_off = 0  # runs that did not come to their end
         self.engine = self
 
     def describe_memory(self) -> str:
@@ -68,8 +68,8 @@ class StubLLM:
                     yield output
                     if output.finished:
                         break
-        except GeneratorExit:
-            self.num_closed += 1
+        except BaseException:
+            self.num_broken_off += 1
             raise
 
     def output(self, request: SimpleNamespace, text: str, finished: bool) -> RequestOutput | BeamSearchOutput:

@@ -16,7 +16,7 @@ import pytest
 from helpers.run_benchmark import RESULTS, ROOT, check_machine, run_benchmark
 
 from mlx_paged.attention.paged_attention import BACKENDS
-from mlx_paged.blocks.allocator import POLICIES
+from mlx_paged.blocks.free_lists import POLICIES
 
 QuickRun = Callable[[str], tuple[str, dict[str, Any]]]
 

@@ -79,7 +79,7 @@ def decoding(num_seqs: int, context: int = 1000, *, aligned: bool = False) -> En
     engine.step()
     for _ in range(4):
         engine.step()
-    assert len(engine._scheduler.running) == num_seqs and not engine._rows.is_filling.any()
+    assert len(engine._scheduler.running) == num_seqs and not engine._batch.is_prefilling.any()
     return engine
 
 
@@ -125,10 +125,10 @@ def test_the_sampling_parameters_of_a_steady_batch_are_not_rebuilt() -> None:
 
 def test_a_step_sends_exactly_the_table_entries_of_its_new_blocks() -> None:
     engine = decoding(256)
-    sent, held = engine._batch.num_sent_entries, num_held(engine)
+    sent, held = engine._input_builder.num_sent_entries, num_held(engine)
     for _ in range(40):
         engine.step()
-        new_sent, new_held = engine._batch.num_sent_entries, num_held(engine)
+        new_sent, new_held = engine._input_builder.num_sent_entries, num_held(engine)
         assert new_sent - sent == new_held - held
         assert 15 <= new_sent - sent <= 17
         sent, held = new_sent, new_held
@@ -137,13 +137,13 @@ def test_a_step_sends_exactly_the_table_entries_of_its_new_blocks() -> None:
 def test_a_request_that_joins_sends_its_own_entries_only() -> None:
     engine = decoding(64, aligned=True)
     skip_blocks(engine)
-    before = engine._batch.num_sent_entries
+    before = engine._input_builder.num_sent_entries
     engine.add_request([5] * 100, params(1))
     engine.step()
-    assert engine._batch.num_sent_entries - before == 7
+    assert engine._input_builder.num_sent_entries - before == 7
     for _ in range(3):
         engine.step()
-    assert engine._batch.num_sent_entries - before == 7
+    assert engine._input_builder.num_sent_entries - before == 7
 
 
 def test_the_devices_copy_of_the_block_tables_is_what_the_host_has() -> None:
@@ -152,7 +152,7 @@ def test_the_devices_copy_of_the_block_tables_is_what_the_host_has() -> None:
         if step in (5, 20):
             engine.add_request([5] * 40, params(1, max_tokens=step))
         engine.step()
-        rows, manager = engine._rows, engine.block_manager
+        rows, manager = engine._batch, engine.block_manager
         (group,) = engine._runner.steps[-1].groups  # type: ignore[attr-defined]
         tables, contexts = np.array(group.block_tables), group.context_lens
         for sequence, table, context in zip(engine._scheduler.running, tables, contexts.tolist(), strict=True):
@@ -172,7 +172,7 @@ def test_nothing_is_asked_of_a_block_manager_when_no_block_is_due() -> None:
     engine = decoding(64, aligned=True)
     skip_blocks(engine)
     calls = calls_of(engine, 10)
-    assert not [name for name in calls if name.startswith(("BlockManager.", "BlockAllocator.", "PrefixCache."))]
+    assert not [name for name in calls if name.startswith(("BlockManager.", "BlockAllocator.", "PrefixTree."))]
 
 
 def test_the_functions_called_in_a_step_do_not_depend_on_the_number_of_sequences_or_their_contexts() -> None:
