@@ -33,7 +33,7 @@ class ProgressBar:
         self.hide()
 
     def count(self, output: RequestOutput | BeamSearchOutput) -> None:
-        """A prompt is done."""
+        """Count a prompt that is done."""
         self._num_done += 1
         self._num_tokens += output.num_output_tokens
 
