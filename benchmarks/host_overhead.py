@@ -69,16 +69,15 @@ class Clock:
         self._last = 0
         self._outer_cost = self._inner_cost = 0
         self._to_subtract = {name: self._cost_of_a_call(clock) for name, clock in CLOCKS.items()}
-        scheduler: Any = engine._scheduler
-        self._wrap(scheduler, "scheduling", "schedule", "complete", "remove")
-        self._wrap(scheduler.groups, "block management", "grow", "own_tail", "extend", "allocate", "promise")
-        self._wrap(scheduler.groups, "block management", "mark_computed", "free")
-        self._wrap(engine._batch, "batch arrays", "build")
-        self._wrap(engine, "tokens and stops", "_receive")
-        self._wrap(engine, "waiting", "_wait")
-        self._wrap(engine._sampler, "sampling graph", "sample")
+        self._wrap(engine._scheduler, "scheduling", "schedule", "complete", "remove")
+        self._wrap(engine.cache_groups, "block management", "attach", "reserve", "append_blocks", "publish")
+        self._wrap(engine.cache_groups, "block management", "mark_computed", "free")
+        self._wrap(engine._input_builder, "batch arrays", "build")
+        self._wrap(engine._outputs, "tokens and stops", "process_tokens")
+        self._wrap(engine._steps, "waiting", "wait")
+        self._wrap(engine._sampling._sampler, "sampling graph", "sample")
         self._wrap(engine._runner, "model graph", "run")
-        self._wrap(engine._outputs, "detokenising", "_read")
+        self._wrap(engine._outputs, "detokenising", "_detokenize")
 
     def _cost_of_a_call(self, clock: Callable[[], int]) -> tuple[int, int]:
         """Nanoseconds that a call seems to cost the caller, and the function."""
@@ -257,7 +256,7 @@ def stub_engine(
     )
     runner: Any = StubRunner(num_blocks, vocab_size=len(tokenizer) if tokenizer is not None else VOCAB_SIZE)
     engine = Engine(runner, tokenizer, config, None)
-    engine._sampler = StubSampler(config.max_num_seqs, runner.vocab_size)
+    engine._sampling._sampler = StubSampler(config.max_num_seqs, runner.vocab_size)
     for number in range(num_seqs):
         engine.add_request([*shared, number % STOP], sampling(number, num_tokens + num_seqs), stream=stream)
         engine.step()
@@ -278,7 +277,7 @@ def measure(engine: Engine, clock: Clock, num_steps: int) -> None:
         for step in range(num_steps):
             clock.step()
             if step % 16 == 0:
-                mx.eval([tables.synced() for tables in engine._batch._tables])
+                mx.eval([tables.update() for tables in engine._input_builder._tables])
 
 
 def host_work(quick: bool) -> list[Row]:

@@ -267,7 +267,7 @@ def _manager_times(prompts: list[list[int]], num_decodes: int, prefix_caching: b
     def prefill() -> None:
         for seq_id, prompt in enumerate(prompts):
             manager.allocate(seq_id, prompt)
-            manager.promise(seq_id, len(prompt))
+            manager.publish(seq_id, len(prompt))
         for seq_id, prompt in enumerate(prompts):
             manager.mark_computed(seq_id, len(prompt))
 
