@@ -32,8 +32,7 @@ from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
 from mlx_paged.request import Request, Sequence
 from mlx_paged.runner.input_builder import BatchBuilder, Drawn
 from mlx_paged.runner.model_runner import ModelRunner
-from mlx_paged.sampling.candidates import beam_candidates
-from mlx_paged.sampling.sampler import SampledTokens, Sampler, stream_id
+from mlx_paged.sampling.sampler import SampledTokens, Sampler, best_tokens, sample_seed
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 from mlx_paged.scheduler.running_batch import Rows
 from mlx_paged.scheduler.scheduler import Schedule, Scheduler
@@ -144,7 +143,7 @@ class Engine:
             request.request_id = self._next_request_id
             self._next_request_id += 1
             seed = getattr(request.params, "seed", None)
-            request.seed = stream_id(self.config.seed, _UNSEEDED + request.request_id) if seed is None else seed
+            request.seed = sample_seed(self.config.seed, _UNSEEDED + request.request_id) if seed is None else seed
             self._arrived.append(request)
         return request.request_id
 
@@ -370,7 +369,7 @@ class Engine:
             step.beams = [beam for row in step.rows[beams].tolist() if (beam := rows.sequences[row]) is not None]
             searches = {beam.request.search for beam in step.beams}
             count = max(search.num_candidates for search in searches if search is not None)
-            step.candidates = beam_candidates(step.logits[mx.array(beams)], count)
+            step.candidates = best_tokens(step.logits[mx.array(beams)], count)
         told = [array for array in (*(step.sampled or ()), *(step.candidates or ())) if array is not None]
         step.results = told or [step.logits]
         with self.profile.part("submit"):
@@ -429,7 +428,7 @@ class Engine:
         for sequence in self._rows.take_joined():
             request, params = sequence.request, sequence.request.params
             if isinstance(params, SamplingParams):
-                stream = stream_id(request.seed, sequence.index)
+                stream = sample_seed(request.seed, sequence.index)
                 output = sequence.output_token_ids
                 self._sampler.set_row(sequence.row, params, stream, request.prompt_token_ids, output)
             watched = self._completer.has_to_watch(sequence)

@@ -93,7 +93,7 @@ class Sampler:
     def set_row(
         self, row: int, params: SamplingParams, stream: int, prompt: Sequence[int], output: Sequence[int]
     ) -> None:
-        """A sequence takes `row`, with the tokens it has so far. `stream`: its `stream_id`."""
+        """A sequence takes `row`, with the tokens it has so far. `stream`: its `sample_seed`."""
         self._params[row] = (
             0.0 if params.is_greedy else min(params.temperature, _LARGE),
             math.log(params.min_p) if params.min_p > 0 else -math.inf,
@@ -166,7 +166,24 @@ class Sampler:
         return _Batch(rows.copy(), bias, penalties, random, int(params["num_top"].max()))
 
 
-def stream_id(seed: int, index: int) -> int:
+def best_tokens(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """The k most likely tokens of each row, and their log-probabilities; of equal logits the lower token ids.
+
+    logits: [num_rows, vocab_size], any float type. Returns token ids, int32 [num_rows, min(k, vocab_size)], best
+    first, and their log-softmax, float32, not evaluated yet. A row with a NaN among its logits gives NaN.
+    """
+    vocab_size = logits.shape[-1]
+    k = min(k, vocab_size)
+    logits = logits.astype(mx.float32)
+    keys = mx.partition(_sort_keys(logits), k - 1, axis=-1)[:, :k] if k < vocab_size else _sort_keys(logits)
+    token_ids = mx.sort(keys, axis=-1).astype(mx.uint32).astype(mx.int32)  # the low half
+    normaliser = logsumexp(logits)
+    # Said outright, since the fast exponentials of a GPU need not pass a NaN on.
+    normaliser = mx.where(mx.isnan(logits).any(axis=-1, keepdims=True), mx.nan, normaliser)
+    return token_ids, mx.take_along_axis(logits, token_ids, axis=-1) - normaliser
+
+
+def sample_seed(seed: int, index: int) -> int:
     """64 bits that name the random stream of sample `index` under `seed` (splitmix64, Steele 2014)."""
     seed_bits, index_bits = np.array([[seed & _UINT64], [index & _UINT64]], np.uint64)
     return int(_mix(_mix(seed_bits) + index_bits)[0])
@@ -177,6 +194,17 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def _sort_keys(logits: mx.array) -> mx.array:
+    """uint64 keys that sort as the logits from the highest, then as the token ids from the lowest.
+
+    A partition leaves open which of equal values it keeps, and half types have many: so no two may be equal. The
+    high half is the float's bits, made to fall as the float rises; the low half is the token id.
+    """
+    bits = mx.where(logits == 0, 0, logits).view(mx.uint32)  # one zero, not two
+    falling = mx.where(bits >> 31, bits, ~bits & 0x7FFFFFFF)
+    return (falling.astype(mx.uint64) << 32) | mx.arange(logits.shape[-1]).astype(mx.uint64)
 
 
 def _gather_penalties(params: np.ndarray, slots: np.ndarray) -> _Penalties | None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from mlx_paged.sampling.beam_search import BeamSearch, Hypothesis
-from mlx_paged.sampling.candidates import beam_candidates
+from mlx_paged.sampling.sampler import best_tokens
 from mlx_paged.sampling_params import BeamSearchParams
 
 EARLY_STOPPING = (False, True, "never")
@@ -27,7 +27,7 @@ LENGTH_PENALTIES = (-0.5, 0.0, 0.8, 1.0, 2.0)
 NEAR_TIE = 1e-4  # float32 in two frameworks: where a decision is closer than this, either outcome is right
 
 
-def best_tokens(table: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def best_of(table: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best of each row in no particular order, of equal ones the lower token ids."""
     token_ids = np.argsort(-table, axis=-1, kind="stable")[:, :k][:, ::-1]
     return token_ids, np.take_along_axis(table, token_ids, axis=-1)
@@ -36,7 +36,7 @@ def best_tokens(table: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 def advance(search: BeamSearch, logprobs_of: LogprobsOf) -> None:
     """One step of a search; the new beams must grow out of the parents that it returns."""
     old = [beam.token_ids for beam in search.beams]
-    parents = search.advance(*best_tokens(logprobs_of([tuple(tokens) for tokens in old]), search.num_candidates))
+    parents = search.advance(*best_of(logprobs_of([tuple(tokens) for tokens in old]), search.num_candidates))
     assert len(parents) == len(search.beams)
     assert [beam.token_ids[:-1] for beam in search.beams] == [old[parent] for parent in parents]
 
@@ -250,7 +250,7 @@ def test_the_best_tokens_of_a_model_are_enough_for_the_search(tiny_model: Callab
         search = BeamSearch(params, 10, eos_token_ids)
         while not search.finished:
             inputs = mx.array([[*prompt, *beam.token_ids] for beam in search.beams])
-            token_ids, logprobs = beam_candidates(model(inputs)[:, -1], search.num_candidates)
+            token_ids, logprobs = best_tokens(model(inputs)[:, -1], search.num_candidates)
             search.advance(np.array(token_ids), np.array(logprobs))
         expected = unpaged_beam_search(model, prompt, params, eos_token_ids)
         assert expected.margin > NEAR_TIE
@@ -407,7 +407,7 @@ def test_candidates_are_the_best_tokens_and_of_equal_ones_the_lowest(
     logits[:, 0] = np.maximum(logits[:, 0], -3.0)  # a row without any possible token has no distribution
     given_logits = mx.array(logits.astype(np.float32)).astype(dtype)
     exact = np.array(given_logits.astype(mx.float32), dtype=np.float64)
-    token_ids, logprobs = (np.array(x) for x in beam_candidates(given_logits, k))
+    token_ids, logprobs = (np.array(x) for x in best_tokens(given_logits, k))
     order = np.argsort(-exact, axis=-1, kind="stable")[:, :k]
     assert token_ids.tolist() == order.tolist()
     shifted = exact - exact.max(axis=-1, keepdims=True)
@@ -419,7 +419,7 @@ def test_candidates_are_the_best_tokens_and_of_equal_ones_the_lowest(
 @pytest.mark.parametrize("vocab_size", [1000, 32003])
 def test_candidates_of_a_large_vocabulary_full_of_equal_logits(vocab_size: int) -> None:
     logits = np.random.default_rng(vocab_size).integers(-20, 20, (5, vocab_size)).astype(np.float32)
-    token_ids, _ = beam_candidates(mx.array(logits), 12)
+    token_ids, _ = best_tokens(mx.array(logits), 12)
     assert np.array(token_ids).tolist() == np.argsort(-logits, axis=-1, kind="stable")[:, :12].tolist()
 
 
@@ -429,6 +429,6 @@ def test_a_row_with_nan_has_nan_candidates_and_the_others_do_not(vocab_size: int
     logits = np.random.default_rng(0).normal(size=(4, vocab_size)).astype(np.float32)
     for row, position in ((0, 0), (1, vocab_size // 2), (2, vocab_size - 1)):
         logits[row, position] = not_a_number
-    _, logprobs = beam_candidates(mx.array(logits), 5)
+    _, logprobs = best_tokens(mx.array(logits), 5)
     assert np.isnan(np.array(logprobs)).all(axis=-1).tolist() == [True, True, True, False]
     assert not np.isnan(np.array(logprobs)[3]).any()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_paged import SamplingParams
-from mlx_paged.sampling.sampler import SampledTokens, Sampler, stream_id
+from mlx_paged.sampling.sampler import SampledTokens, Sampler, sample_seed
 
 VOCAB_SIZE = 41
 
@@ -111,7 +111,7 @@ def oracle(logits: np.ndarray, params: SamplingParams, prompt: Sequence[int], ou
 
 def frequencies(logits: np.ndarray, params: SamplingParams, num_draws: int, **tokens: list[int]) -> np.ndarray:
     """How often each token is drawn, as shares, in one batch of `num_draws` rows of the same logits."""
-    rows = [Row(params, stream_id(123, 0), position, **tokens) for position in range(num_draws)]
+    rows = [Row(params, sample_seed(123, 0), position, **tokens) for position in range(num_draws)]
     drawn = run(np.repeat(logits[None], num_draws, axis=0), rows).token_ids
     return np.bincount(drawn, minlength=len(logits)) / num_draws
 
@@ -257,7 +257,7 @@ def test_a_draw_depends_on_nothing_else_in_the_batch() -> None:
             SamplingParams(min_p=0.1, logit_bias={1: 2.0}, logprobs=3),
         ]
     )
-    rows = [Row(next(choices), stream_id(9, i), i, [1, 2], [3]) for i in range(12)]
+    rows = [Row(next(choices), sample_seed(9, i), i, [1, 2], [3]) for i in range(12)]
     together = run(logits, rows).token_ids.tolist()
     alone = [int(run(logits[i : i + 1], rows[i : i + 1]).token_ids[0]) for i in range(12)]
     assert together == alone
@@ -494,7 +494,7 @@ def test_a_row_alone_draws_what_it_draws_among_64_mixed_ones_step_after_step() -
     num_rows, num_steps = 64, 5
     rng = np.random.default_rng(1)
     rows = [
-        Row(SamplingParams(**MIXED[i % len(MIXED)]), stream_id(4, i), 3 * i, [i % 41, 5], [7, i % 3])
+        Row(SamplingParams(**MIXED[i % len(MIXED)]), sample_seed(4, i), 3 * i, [i % 41, 5], [7, i % 3])
         for i in range(num_rows)
     ]
     logits = [make_logits(num_rows, seed, spread=1.0) for seed in range(num_steps)]
@@ -659,7 +659,7 @@ def scalar_mix(x: int) -> int:
 @given(seed=st.integers(), index=st.integers(0, 2**41), position=st.integers(0, 2**31 - 1))
 def test_a_seeds_random_numbers_stay_the_same_from_release_to_release(seed: int, index: int, position: int) -> None:
     stream = scalar_mix(scalar_mix(seed % 2**64) + index)
-    assert stream_id(seed, index) == stream
+    assert sample_seed(seed, index) == stream
     draw = scalar_mix(stream + position)
     noise = mx.random.gumbel((VOCAB_SIZE,), key=mx.array([draw >> 32, draw % 2**32], mx.uint32))
     logits = make_logits(1, seed=20)
@@ -676,14 +676,14 @@ def test_the_generator_is_splitmix64() -> None:
 
 def test_seeds_and_indices_name_streams_of_their_own() -> None:
     seeds = [0, 1, 2, -1, -2, 2**31, 2**32, 2**63, 2**64 - 3, 123456789]
-    names = {stream_id(seed, index) for seed in seeds for index in range(100)}
+    names = {sample_seed(seed, index) for seed in seeds for index in range(100)}
     assert len(names) == len(seeds) * 100
     assert all(0 <= name < 1 << 64 for name in names)
 
 
 @pytest.mark.parametrize("seed", [-1, -(10**30), 2**64, 10**40])
 def test_seeds_of_any_size_name_streams_of_64_bits(seed: int) -> None:
-    names = {stream_id(seed, index) for index in range(150)}
+    names = {sample_seed(seed, index) for index in range(150)}
     assert len(names) == 150
     assert all(0 <= name < 1 << 64 for name in names)
 
