@@ -142,33 +142,33 @@ class BeamSearchOutput:
 
 @dataclass
 class EngineStats:
-    """Counters of an engine; memory figures are of this moment, the others since it was made."""
+    """Counters since the engine was made, and the state of its pool at this moment."""
 
     num_blocks: int
-    """Blocks in the pool."""
+    """Blocks of the pool of the layers that keep the whole context, which the counts of blocks and tokens are of."""
     num_free_blocks: int
-    """Blocks that nobody uses, cached ones included."""
+    """Blocks that no sequence holds; those that still cache a prefix are free too."""
     block_size: int
     """Tokens per block."""
     kv_bytes: int
-    """Size of the pools in bytes."""
+    """Bytes of all pools."""
     kv_tokens: int
-    """Tokens in blocks, shared ones counted once."""
+    """Tokens in blocks that sequences hold, shared ones counted once."""
     kv_waste: float
-    """Share of the slots of used blocks that hold no token, 0 to 1; 0 when idle."""
+    """Share of the slots of used blocks that holds no token, from 0 to 1; 0 while no block is used."""
     prefix_hit_tokens: int
-    """Prompt tokens found in the prefix cache."""
+    """Prompt tokens whose K and V were found in the prefix cache."""
     prefix_query_tokens: int
-    """Prompt tokens looked up there: whole prompts."""
+    """Prompt tokens that were looked up there."""
     num_preemptions: int
-    """How often a running sequence gave its blocks back."""
+    """How often a running sequence lost its blocks to others."""
     num_cow_copies: int
-    """Blocks copied before a write because others shared them."""
+    """Shared blocks that were copied before a write."""
     num_swapped_blocks: int
-    """Blocks that went to the second tier."""
+    """Blocks that went to the second tier, host memory or disk."""
     num_steps: int
-    """Steps of the engine."""
+    """Steps that computed something."""
     host_time_s: float
-    """Seconds spent on scheduling, batch building, stops and text."""
+    """Seconds of scheduling, batch building, stops and text."""
     model_time_s: float
-    """Seconds spent on building the model's graph, running it and sampling."""
+    """Seconds of building the model's graph, running it and sampling."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers.beam_oracle import LogprobsOf, dense_beam_search, unpaged_beam_search, unpaged_logprobs
 from helpers.beam_searches import EARLY_STOPPING, LENGTH_PENALTIES, NEAR_TIE, advance, random_tables, run
+from helpers.budget import budget
 from helpers.tiny_models import unpaged_greedy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -40,7 +41,7 @@ def problems(
     return tables, params, eos_token_ids
 
 
-@settings(max_examples=300)
+@settings(max_examples=budget(300, 30_000))
 @given(problems())
 def test_every_search_gives_what_the_plain_implementation_gives(problem: Any) -> None:
     found = run(*problem)
@@ -49,7 +50,7 @@ def test_every_search_gives_what_the_plain_implementation_gives(problem: Any) ->
     assert scores == sorted(scores, reverse=True)
 
 
-@settings(max_examples=100)
+@settings(max_examples=budget(100, 10_000))
 @given(problems(levels=(1 << 20,)), st.integers(1, 6))
 def test_a_search_given_up_returns_what_it_would_with_so_many_tokens_allowed(problem: Any, num_steps: int) -> None:
     tables, params, eos_token_ids = problem
@@ -62,7 +63,7 @@ def test_a_search_given_up_returns_what_it_would_with_so_many_tokens_allowed(pro
     assert [tuple(hypothesis) for hypothesis in search.hypotheses()] == expected.sequences
 
 
-@settings(max_examples=50)
+@settings(max_examples=budget(50, 5_000))
 @given(
     st.integers(0, 1 << 30),
     st.sampled_from([(2, 1), (2, 4), (3, 3), (4, 2)]),

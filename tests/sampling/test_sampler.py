@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.budget import budget
 from helpers.sampling_oracle import (
     OUTPUT,
     PROMPT,
@@ -74,7 +75,7 @@ def test_draws_follow_the_oracles_distribution(values: dict[str, Any]) -> None:
     assert statistic <= degrees + 6 * np.sqrt(2 * degrees) + 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=budget(60, 6_000), deadline=None)
 @given(
     seed=st.integers(0, 1000),
     values=st.fixed_dictionaries(

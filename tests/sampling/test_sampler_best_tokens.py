@@ -5,13 +5,14 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.budget import budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_paged.sampling.sampler import best_tokens
 
 
-@settings(max_examples=150)
+@settings(max_examples=budget(150, 15_000))
 @given(
     st.integers(1, 4),
     st.integers(1, 40),

@@ -7,6 +7,7 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.budget import budget
 from helpers.sampling_oracle import VOCAB_SIZE, Row, make_logits, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,7 +59,7 @@ def scalar_mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=budget(40, 4_000), deadline=None)
 @given(seed=st.integers(), index=st.integers(0, 2**41), position=st.integers(0, 2**31 - 1))
 def test_a_seeds_random_numbers_stay_the_same_from_release_to_release(seed: int, index: int, position: int) -> None:
     stream = scalar_mix(scalar_mix(seed % 2**64) + index)

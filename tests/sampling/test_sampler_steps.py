@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from helpers.budget import budget
 from helpers.sampling_oracle import VOCAB_SIZE, Row, bitmask, evaluated, make_logits, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,7 +57,7 @@ def test_a_row_alone_draws_what_it_draws_among_64_mixed_ones_step_after_step() -
         assert tokens([member], [99 - member])[:, 0].tolist() == together[:, member].tolist()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=budget(40, 4_000), deadline=None)
 @given(data=st.data(), seed=st.integers(0, 1000))
 def test_penalties_follow_the_tokens_through_steps_and_changes_of_rows(data: st.DataObject, seed: int) -> None:
     num_rows = 5

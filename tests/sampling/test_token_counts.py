@@ -7,6 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.budget import budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +37,7 @@ def test_prompt_tokens_occur_but_are_not_counted() -> None:
     assert {token: n for token, n in enumerate(num_out[0]) if n} == {3: 2, 7: 1, 9: 1, 10: 1}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=budget(60, 6_000), deadline=None)
 @given(data=st.data())
 def test_counts_are_those_of_the_sequence_that_has_the_row(data: st.DataObject) -> None:
     num_rows = data.draw(st.integers(1, 6))
