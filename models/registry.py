@@ -1,7 +1,7 @@
-"""Which of mlx-lm's model families run on a paged cache: what is tested, what can't, and why. Knows no mlx.
+"""Which of mlx-lm's model families run on a paged cache: which are tested, which can't and why. Knows no mlx.
 
 A family is named as mlx-lm names its module, and found by the `model_type` of a model's config.json. A family that is
-not listed may still run: what it does is looked at when it is loaded (`patch.patch_model`).
+not listed may still run: `patch.patch_model` looks at what it does when it is loaded.
 `python -m mlx_paged.models.registry` prints the table of docs/models.md.
 """
 
@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """One of mlx-lm's model families.
-
-    status: "verified" (results compared with unpaged ones over block sizes, chunks, batches and preemption), "tested"
-    (compared once) or "refused". note: for a refused family why, otherwise what is excepted.
-    """
+    """One of mlx-lm's model families."""
 
     name: str
+    """That of mlx-lm's module."""
     status: str
+    """How it runs: "verified" (results compared with unpaged ones over block sizes, chunks, batches and preemption),
+    "tested" (compared once) or "refused"."""
     note: str = ""
+    """Why it is refused; otherwise what is excepted."""
 
 
 VERIFIED = ("llama", "qwen2", "qwen3")
@@ -92,18 +92,18 @@ RENAMED = {
 
 
 def describe(model_type: str) -> Family | None:
-    """What is known of the family of a config.json's `model_type`; None: nothing."""
+    """Look up the family of a config.json's `model_type`. Returns None if nothing is known of it."""
     return FAMILIES.get(RENAMED.get(model_type, model_type))
 
 
 def unverified(model_type: str) -> bool:
-    """Whether no test has compared this family with its unpaged results."""
+    """Tell whether no test has compared this family with its unpaged results."""
     family = describe(model_type)
     return family is None or family.status == "refused"
 
 
 def table() -> str:
-    """All families, as the Markdown of docs/models.md."""
+    """Write the table of all families in docs/models.md, as Markdown."""
     rows = ["| families | |", "|---|---|"]
     for status, meaning in (
         ("verified", "verified: compared over block sizes, chunks, batches, orders and preemption"),

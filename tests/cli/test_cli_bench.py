@@ -170,6 +170,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
     return printed, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_a_quick_run_of_all_workloads_writes_what_it_prints(quick: tuple[str, dict[str, Any]]) -> None:
     printed, content = quick
     assert set(content["machine"]) - SOMETIMES == MACHINE
@@ -184,6 +185,7 @@ def rows_of(content: dict[str, Any], name: str, case: str = "") -> dict[str, dic
     return {row["system"]: row for row in content["results"][name] if case in row["case"]}
 
 
+@pytest.mark.slow
 def test_what_is_counted_is_what_the_workload_says(quick: tuple[str, dict[str, Any]]) -> None:
     _, content = quick
     for name in ("W1", "W2"):
