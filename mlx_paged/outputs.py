@@ -148,6 +148,8 @@ class EngineStats:
     """Blocks of the pool of the layers that keep the whole context, which the counts of blocks and tokens are of."""
     num_free_blocks: int
     """Blocks that no sequence holds; those that still cache a prefix are free too."""
+    peak_used_blocks: int
+    """The most blocks that sequences held at once."""
     block_size: int
     """Tokens per block."""
     kv_bytes: int

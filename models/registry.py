@@ -1,8 +1,8 @@
 """Which of mlx-lm's model families run on a paged cache: which are tested, which can't and why. Knows no mlx.
 
 A family is named as mlx-lm names its module, and found by the `model_type` of a model's config.json. A family that is
-not listed may still run: `patch.patch_model` looks at what it does when it is loaded.
-`python -m mlx_paged.models.registry` prints the table of docs/models.md.
+not listed may still run: what it does is looked at when it is loaded (`patch.patch_model`).
+`python docs/models_table.py` prints the table of docs/models.md.
 """
 
 from typing import NamedTuple
@@ -100,27 +100,3 @@ def unverified(model_type: str) -> bool:
     """Tell whether no test has compared this family with its unpaged results."""
     family = describe(model_type)
     return family is None or family.status == "refused"
-
-
-def table() -> str:
-    """Write the table of all families in docs/models.md, as Markdown."""
-    rows = ["| families | |", "|---|---|"]
-    for status, meaning in (
-        ("verified", "verified: compared over block sizes, chunks, batches, orders and preemption"),
-        ("tested", "tested: compared over one batch of prompts"),
-    ):
-        shown = [_with_note(family) for family in FAMILIES.values() if family.status == status]
-        rows.append(f"| {', '.join(sorted(shown, key=str.lower))} | {meaning} |")
-    rows += [
-        f"| {', '.join(f'`{name}`' for name in sorted(names))} | refused: {why} |" for why, names in _REFUSED.items()
-    ]
-    same = ", ".join(f"`{name}` as `{code}`" for name, code in RENAMED.items())
-    return "\n".join(rows) + f"\n\nFamilies that mlx-lm runs with another's code count as that one: {same}.\n"
-
-
-def _with_note(family: Family) -> str:
-    return f"`{family.name}` ({family.note})" if family.note else f"`{family.name}`"
-
-
-if __name__ == "__main__":
-    print(table(), end="")

@@ -94,6 +94,7 @@ class Engine:
         self._is_torn = False
         self._next_request_id = 0
         self._num_steps = 0
+        self._peak_used_blocks = 0
         self._host_time_s = 0.0
         self._prefill_s_per_token: float | None = None  # of steps with prompts, a moving average
 
@@ -198,6 +199,8 @@ class Engine:
             with self.profile.part("schedule"):
                 schedule = self._scheduler.schedule()
             assert schedule is not None
+        num_used = self.block_manager.num_blocks - self.block_manager.num_free_blocks
+        self._peak_used_blocks = max(self._peak_used_blocks, num_used)  # the step's blocks are taken, none given back
         self.profile.describe(
             num_tokens=schedule.num_tokens, num_decodes=len(schedule.rows), num_chunks=len(schedule.chunks)
         )
@@ -221,9 +224,8 @@ class Engine:
             self._scheduler.cancel(schedule)
             return None
         with self.profile.part("build"):
-            inputs, step.rows = self._input_builder.build(
-                schedule, self._in_flight
-            )  # unknown tokens stay on the device
+            # Tokens that are not known yet go from the graph in flight to this one.
+            inputs, step.rows = self._input_builder.build(schedule, self._in_flight)
             self._steps.launch(step, inputs)
             self._scheduler.complete(schedule)  # from here on these tokens count as computed
             self._sampling.register_rows()
@@ -277,9 +279,7 @@ class Engine:
         """
         steps, self._in_flight = self._steps.unfinished, None
         is_of_steps = bool(steps) and not isinstance(error, AssertionError)
-        failed = (
-            {sequence.request: None for step in steps for sequence in self._sequences_of(step)} if is_of_steps else {}
-        )
+        failed = {s.request: None for step in steps for s in self._sequences_of(step)} if is_of_steps else {}
         traceback.clear_frames(error.__traceback__)  # they hold what was being computed, and with it the pools
         self._steps.reset()
         self._input_builder = InputBuilder(self._batch)
@@ -320,6 +320,7 @@ class Engine:
             return EngineStats(
                 num_blocks=manager.num_blocks,
                 num_free_blocks=manager.num_free_blocks,
+                peak_used_blocks=self._peak_used_blocks,
                 block_size=manager.block_size,
                 kv_bytes=self._runner.kv_bytes,
                 kv_tokens=kv_tokens,

@@ -419,7 +419,7 @@ def test_aborting_an_id_that_was_never_given_is_a_key_error_and_an_ended_one_is_
 def test_an_idle_engine_holds_nothing_and_wastes_nothing(make_engine: MakeEngine) -> None:
     stats = make_engine().stats()
     assert (stats.num_blocks, stats.num_free_blocks, stats.block_size) == (64, 64, 4)
-    assert (stats.kv_tokens, stats.kv_waste, stats.num_steps) == (0, 0.0, 0)
+    assert (stats.kv_tokens, stats.kv_waste, stats.num_steps, stats.peak_used_blocks) == (0, 0.0, 0, 0)
     assert (stats.host_time_s, stats.model_time_s) == (0.0, 0.0)
     # K and V in 2 layers of 2 heads of 8 float32 values.
     assert stats.kv_bytes == 64 * 4 * 2 * 2 * 2 * 8 * 4
@@ -437,7 +437,7 @@ def test_counters_of_a_running_request_say_what_it_holds(make_engine: MakeEngine
     assert engine.stats().kv_waste == pytest.approx(1 - 10 / 12)
     run(engine)
     assert (engine.stats().kv_waste, engine.stats().num_free_blocks) == (0.0, 64)
-    assert engine.stats().num_steps == 6
+    assert (engine.stats().num_steps, engine.stats().peak_used_blocks) == (6, 4)
     assert engine.stats().model_time_s > 0 < engine.stats().host_time_s
 
 

@@ -278,7 +278,7 @@ def own_times_of_file(path: Path) -> list[dict[str, float]]:
 def test_a_file_that_cannot_be_written_is_bad_usage_in_one_line_before_anything_is_loaded(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlx_paged.cli.main, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mlx_paged.cli.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
     result = command("generate", "Hello", "--profile", tmp_path / file)
     assert result.exit_code == 2
     assert result.stderr.startswith("mlx-paged: --profile: ") and result.stderr.count("\n") == 1
@@ -296,7 +296,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_after_the_answers() -> None:
 def test_a_command_that_is_interrupted_or_fails_still_writes_its_profile(
     error: BaseException, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_paged.cli.terminal import Tally
+    from mlx_paged.cli.terminal import RunSummary
 
     counts = iter(range(100))
 
@@ -304,7 +304,7 @@ def test_a_command_that_is_interrupted_or_fails_still_writes_its_profile(
         if next(counts) == 3:
             raise error
 
-    monkeypatch.setattr(Tally, "count", break_off)
+    monkeypatch.setattr(RunSummary, "count", break_off)
     result = command("generate", "Tell me a story.", "--num-kv-blocks", 64, "--profile", tmp_path / "trace.json")
     assert result.exit_code == exit_code
     assert len(own_times_of_file(tmp_path / "trace.json")) >= 3
