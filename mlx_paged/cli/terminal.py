@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from mlx_paged.llm import LLM
     from mlx_paged.outputs import BeamSearchOutput, RequestOutput
 
-_BACKENDS = {"metal": "Metal kernels", "cuda": "CUDA kernels", "reference": "plain MLX operations"}
+_PLAIN = "plain MLX operations"
+_BACKENDS = {"metal": "Metal kernels", "cuda": "CUDA kernels", "cpu": _PLAIN, "reference": _PLAIN}
 
 
 class Terminal:
