@@ -136,7 +136,7 @@ class LLM:
         finally:
             for request_id in unfinished:
                 self.engine.abort(request_id)
-                del self._outputs[request_id]
+                self._outputs.pop(request_id, None)  # not there yet if its submission was interrupted
 
     def _complete(
         self,

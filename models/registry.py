@@ -1,7 +1,7 @@
 """Which of mlx-lm's model families run on a paged cache: which are tested, which can't and why. Knows no mlx.
 
 A family is named as mlx-lm names its module, and found by the `model_type` of a model's config.json. A family that is
-not listed may still run: what it does is looked at when it is loaded (`patch.patch_model`).
+not listed may still run: `patch.patch_model` looks at what it does when it is loaded.
 `python docs/models_table.py` prints the table of docs/models.md.
 """
 

@@ -189,6 +189,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", BENCHMARKS, ids=lambda measured: measured.script)
 def test_a_quick_run_writes_what_it_prints_in_the_form_of_the_committed_results(
     measured: Benchmark, quick_run: QuickRun, tmp_path: Path
@@ -239,6 +240,7 @@ def test_full_runs_reach_the_sizes_that_are_claimed() -> None:
     assert {(row["batch"], row["context"]) for row in decodes} == {(1, 1024), (1, 4096), (8, 1024), (8, 4096)}
 
 
+@pytest.mark.slow
 def test_what_is_simulated_is_the_same_in_every_run(quick_run: QuickRun) -> None:
     memory = importlib.import_module("memory")
     for name in ("waste", "savings"):
@@ -248,6 +250,7 @@ def test_what_is_simulated_is_the_same_in_every_run(quick_run: QuickRun) -> None
 # -- the command line of all ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parts_that_are_measured_one_by_one_come_together_in_one_file(tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
     for part in ("savings", "waste"):

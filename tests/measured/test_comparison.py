@@ -41,6 +41,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
     return printed, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_a_quick_run_of_all_workloads_writes_what_it_prints(quick: tuple[str, dict[str, Any]]) -> None:
     printed, content = quick
     check_machine(content, "workloads.py", "mlx_lm")
@@ -55,6 +56,7 @@ def rows_of(content: dict[str, Any], name: str, case: str = "") -> dict[str, dic
     return {row["system"]: row for row in content["results"][name] if case in row["case"]}
 
 
+@pytest.mark.slow
 def test_what_is_counted_is_what_the_workload_says(quick: tuple[str, dict[str, Any]]) -> None:
     _, content = quick
     for name in ("W1", "W2"):
@@ -75,6 +77,7 @@ def test_what_is_counted_is_what_the_workload_says(quick: tuple[str, dict[str, A
     assert in_order == sorted(in_order)
 
 
+@pytest.mark.slow
 def test_workloads_can_be_chosen_and_made_smaller_for_any_model(tmp_path: Path) -> None:
     file = tmp_path / "two.json"
     options = ("--model", ROOT / "models" / "demo", "--only", "W1,W8", "--scale", "32", "--repetitions", "1")
@@ -85,6 +88,7 @@ def test_workloads_can_be_chosen_and_made_smaller_for_any_model(tmp_path: Path) 
     assert f"W1, equal lengths, {ROOT / 'models' / 'demo'}" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
@@ -114,6 +118,7 @@ def concurrency(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return content["results"]
 
 
+@pytest.mark.slow
 def test_both_engines_serve_the_same_requests_at_each_concurrency(concurrency: dict[str, Any]) -> None:
     rows = concurrency["throughput"]
     assert [(row["most"], row["system"]) for row in rows] == [
@@ -129,6 +134,7 @@ def test_both_engines_serve_the_same_requests_at_each_concurrency(concurrency: d
             assert row["peak_concurrency"] == row["most"]
 
 
+@pytest.mark.slow
 def test_memory_over_time_is_what_the_sequences_take_step_by_step(concurrency: dict[str, Any]) -> None:
     rows = concurrency["memory_over_time"]
     (case,) = WORKLOADS["W3"].cases(32)
