@@ -49,6 +49,7 @@ from report import Part, Row
 import mlx_paged
 from mlx_paged import paged_attention
 from mlx_paged.attention import paged_attention as attention
+from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import attend
 from mlx_paged.runner.memory_plan import device_limit
@@ -249,7 +250,7 @@ class Layers:
         metadata, scale = self.metadata[table], self.case.heads.head_dim**-0.5
         return Contender(
             self.packed_queries,
-            lambda queries, layer: attend(queries, *self.pools[layer], metadata, scale=scale),
+            lambda queries, layer: attend(queries, *self.pools[layer], metadata, AttentionOptions(scale)),
             self.num_layers,
         )
 

@@ -31,7 +31,7 @@ from mlx_lm.models.cache import BatchKVCache
 from report import Part, Row
 
 from mlx_paged import LLM, SamplingParams
-from mlx_paged.attention.metadata import AttentionMetadata, GroupInputs, StepInputs
+from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.config import EngineConfig
 from mlx_paged.engine.engine import Engine
@@ -78,7 +78,7 @@ class Clock:
         self._wrap(engine, "waiting", "_wait")
         self._wrap(engine._sampler, "sampling graph", "sample")
         self._wrap(engine._runner, "model graph", "run")
-        self._wrap(engine._completer, "detokenising", "_read")
+        self._wrap(engine._outputs, "detokenising", "_read")
 
     def _cost_of_a_call(self, clock: Callable[[], int]) -> tuple[int, int]:
         """Nanoseconds that a call seems to cost the caller, and the function."""
@@ -202,8 +202,8 @@ class StubRunner:
         self.plan = MemoryPlan([num_blocks], [1], [None], block_size, 0, 0, 0, "")
         self.vocab_size = vocab_size
 
-    def run(self, inputs: StepInputs) -> mx.array:
-        rows = inputs.token_ids if inputs.logit_rows is None else inputs.logit_rows
+    def run(self, inputs: ModelInputs) -> mx.array:
+        rows = inputs.token_ids if inputs.logits_indices is None else inputs.logits_indices
         return zeros(rows.shape[0], self.vocab_size)
 
     def reset(self) -> None:
@@ -261,7 +261,7 @@ def stub_engine(
     for number in range(num_seqs):
         engine.add_request([*shared, number % STOP], sampling(number, num_tokens + num_seqs), stream=stream)
         engine.step()
-    while engine._rows.is_filling.any():
+    while engine._batch.is_prefilling.any():
         engine.step()
     return engine
 
@@ -420,10 +420,9 @@ def mlx_paged_decode(model: qwen2.Model, lengths: np.ndarray) -> Decode:
     def build() -> mx.array:
         positions = mx.array(lengths - 1)
         table = matrix[rows]
-        metadata = AttentionMetadata(table, lengths, np.arange(len(lengths) + 1, dtype=np.int32))
-        block_ids = table[rows, positions // BLOCK_SIZE]
-        group = GroupInputs(block_ids, metadata)
-        return patched(kv_cache, StepInputs(token_ids, positions, positions % BLOCK_SIZE, None, [group]))
+        slots = {"slot_block_ids": table[rows, positions // BLOCK_SIZE], "slot_offsets": positions % BLOCK_SIZE}
+        metadata = AttentionMetadata(table, lengths, np.arange(len(lengths) + 1, dtype=np.int32), **slots)
+        return patched(kv_cache, ModelInputs(token_ids, positions, None, [metadata]))
 
     return Decode(reset, build)
 

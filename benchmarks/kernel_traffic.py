@@ -31,9 +31,11 @@ from metalsim import simulator
 from metalsim.report import LINE_BYTES, LaunchReport
 
 from mlx_paged import paged_attention
-from mlx_paged.attention import metal as kernels
+from mlx_paged.attention.backend import AttentionOptions
+from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.work_items import Shape, decode_layout, tile_for
 
+METAL = MetalBackend()
 DTYPE = mx.float16
 BANDWIDTHS = {  # GB/s, as Apple publishes them
     "M1": 68,
@@ -141,12 +143,12 @@ def counts(reports: list[LaunchReport], heads: Heads, kv_bytes: int, num_keys: i
 
 def count_decode(heads: Heads, batch: int, context: int, block_size: int = 16, window: int | None = None) -> Row:
     arrays = make_arrays(heads, batch, context, 1, block_size)
-    plan = kernels.plan_decode(np.full(batch, context, np.int32), window, heads.shape)
+    plan = METAL.plan_decode(np.full(batch, context, np.int32), window, heads.shape)
     num_keys = batch * (context if window is None else min(window, context))
-    reports = launches(lambda: kernels.decode(*arrays, plan, scale=heads.head_dim**-0.5))
+    reports = launches(lambda: METAL.decode(*arrays, plan, AttentionOptions(heads.head_dim**-0.5)))
     row = {**heads.as_columns(), "batch": batch, "context": context}
     row |= counts(reports, heads, heads.kv_bytes(num_keys), num_keys)
-    return row | {"private_words": decode_layout(heads.shape).private_words}
+    return row | {"private_words": decode_layout(heads.shape).register_words}
 
 
 def decode(quick: bool) -> list[Row]:
@@ -221,10 +223,10 @@ def shared(quick: bool) -> list[Row]:
 def count_prefill(heads: Heads, chunk: int, prior: int) -> Row:
     context, group, tile = chunk + prior, heads.shape.heads_per_kv_head, tile_for(heads.shape)
     arrays = make_arrays(heads, 1, context, chunk, block_size=16)
-    plan = kernels.plan_prefill(
+    plan = METAL.plan_prefill(
         np.array([context], np.int32), np.array([0, chunk], np.int32), window=None, shape=heads.shape
     )
-    reports = launches(lambda: kernels.prefill(*arrays, plan, scale=heads.head_dim**-0.5))
+    reports = launches(lambda: METAL.prefill(*arrays, plan, AttentionOptions(heads.head_dim**-0.5)))
     last_rows = np.minimum(np.arange(tile.rows, chunk * group + tile.rows, tile.rows), chunk * group) - 1
     seen_by_tiles = heads.kv_bytes(int((prior + last_rows // group + 1).sum()))
     counted = counts(reports, heads, heads.kv_bytes(context), context)

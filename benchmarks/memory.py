@@ -22,9 +22,10 @@ import report
 from report import Part, Row
 
 from mlx_paged import LLM, BlockManager, SamplingParams
+from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import attend
-from mlx_paged.blocks.allocator import POLICIES
+from mlx_paged.blocks.free_lists import POLICIES
 from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
 
 BLOCK_SIZE = 16
@@ -301,7 +302,7 @@ def _fragmentation(context: int, repetitions: int) -> Iterator[Row]:
     num_blocks = 2 * num_held
     cache = PagedKVCache([LayerShape(kv_heads, dim, dim, mx.float32)], [num_blocks], BLOCK_SIZE, 64 << 20)
     keys, values = (mx.random.normal(cache.keys[0].shape) for _ in range(2))
-    cache.write(0, mx.arange(num_blocks)[:, None], mx.arange(BLOCK_SIZE), keys, values)
+    cache.keys[0][:], cache.values[0][:] = keys, values
     del keys, values
     q = mx.random.normal((num_seqs, heads, dim))
     permuted = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
@@ -313,7 +314,7 @@ def _fragmentation(context: int, repetitions: int) -> Iterator[Row]:
     metadata = {kind: AttentionMetadata(table, lengths, starts) for kind, table in tables.items()}
 
     def attention(kind: str) -> None:
-        mx.eval(attend(q, cache.keys[0], cache.values[0], metadata[kind], scale=dim**-0.5))
+        mx.eval(attend(q, cache.keys[0], cache.values[0], metadata[kind], AttentionOptions(dim**-0.5)))
 
     def move_blocks(kind: str) -> None:
         cache.move_blocks(list(zip(held[kind].tolist(), free[kind].tolist(), strict=True)))

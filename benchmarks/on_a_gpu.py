@@ -47,9 +47,8 @@ from comparison.workloads import Case, Length, MlxLm, System, mixed_lengths, pag
 from report import Part, Row
 
 from mlx_paged import LLM, SamplingParams
-from mlx_paged.attention import cuda as cuda_kernels
-from mlx_paged.attention import paged_attention as attention
-from mlx_paged.attention.kernel_backend import prepare_merge
+from mlx_paged.attention.backend import AttentionOptions, Backend
+from mlx_paged.attention.cuda import CudaBackend
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import attend
 from mlx_paged.tools import speed as bench
@@ -58,6 +57,7 @@ from mlx_paged.tools.random_models import make_random_model
 ROOT = Path(__file__).parents[1]
 
 BLOCK_SIZE = 16
+CUDA = CudaBackend()
 QUICK = "qwen2-tiny"  # the model of quick runs
 EXACT = {"MLX_ENABLE_TF32": "0"}
 
@@ -89,11 +89,11 @@ class Step(NamedTuple):
     v_cache: mx.array
     metadata: AttentionMetadata
 
-    def attend(self, **options: Any) -> mx.array:
-        return attend(*self, scale=self.q.shape[2] ** -0.5, **options)
+    def attend(self) -> mx.array:
+        return attend(*self, AttentionOptions(self.q.shape[2] ** -0.5), "cuda")
 
     def attend_with(self, q: mx.array) -> mx.array:
-        return self._replace(q=q).attend(backend="cuda")
+        return self._replace(q=q).attend()
 
 
 def make_step(
@@ -108,6 +108,12 @@ def make_step(
     mx.eval(q, *caches, tables)
     starts = np.arange(batch + 1, dtype=np.int32) * num_queries
     return Step(q, *caches, AttentionMetadata(tables, np.full(batch, context, np.int32), starts))
+
+
+def slots_of(block_ids: mx.array, offsets: mx.array) -> AttentionMetadata:
+    """Metadata that tells where new keys and values go, and nothing else."""
+    nothing = np.zeros(0, np.int32)
+    return AttentionMetadata(mx.array(nothing), nothing, nothing, slot_block_ids=block_ids, slot_offsets=offsets)
 
 
 def run_python(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -150,11 +156,12 @@ def wrapper(quick: bool) -> list[Row]:
         os.dup2(captured.fileno(), 1)
         try:
             decode, prefill = (make_step(1, 9, queries, (4, 1), 64, mx.float16) for queries in (1, 2))
-            mx.eval(decode.attend(backend="cuda"), prefill.attend(backend="cuda"))
-            merge = prepare_merge(cuda_kernels.CUDA, mx.float16, (2, 8), 64, mx.zeros(8, mx.int32))
+            mx.eval(decode.attend(), prefill.attend())
+            merge = CUDA.prepare_merge(mx.zeros((2, 8, 8), mx.float16), 64, mx.zeros(8, mx.int32))
             mx.eval(merge([mx.zeros((4, 8, 64), mx.float16), mx.zeros((4, 8))]))
             pools = [mx.zeros((3, 16, 2, 64), mx.float16) for _ in "kv"]
-            mx.eval(cuda_kernels.write(*pools, mx.arange(3), mx.arange(3), *(pool[0, :3] for pool in pools)))
+            metadata = slots_of(mx.arange(3), mx.arange(3))
+            mx.eval(CUDA.write(*pools, metadata, *(pool[0, :3] for pool in pools)))
         finally:
             os.dup2(saved, 1)
             os.close(saved)
@@ -213,7 +220,7 @@ def step_at_the_end_of_a_pool(num_elements: int) -> Step:
     slots = np.arange(num_blocks * BLOCK_SIZE, dtype=np.int32)
     where = mx.array(first + slots // BLOCK_SIZE), mx.array(slots % BLOCK_SIZE)
     new = [mx.random.normal((len(slots), heads[1], head_dim)).astype(mx.bfloat16) for _ in "kv"]
-    mx.eval(cuda_kernels.write(*caches, *where, *new))
+    mx.eval(CUDA.write(*caches, slots_of(*where), *new))
     q = mx.random.normal((1, heads[0], head_dim)).astype(mx.bfloat16)
     tables, context = mx.arange(first, first + num_blocks, dtype=mx.int32)[None], np.array([len(slots)], np.int32)
     return Step(q, *caches, AttentionMetadata(tables, context, np.array([0, 1], np.int32)))
@@ -223,7 +230,7 @@ def relative_error(step: Step) -> float:
     """Of the attention of one sequence, against float64."""
     (context,), num_queries = step.metadata.context_lens, step.q.shape[0]
     contents = [cache[step.metadata.block_tables[0]].flatten(0, 1)[: int(context)] for cache in step[1:3]]
-    arrays = (step.attend(backend="cuda"), step.q, *contents)
+    arrays = (step.attend(), step.q, *contents)
     found, *inputs = (np.array(array.astype(mx.float32)).astype(np.float64) for array in arrays)
     expected = dense_attention(*inputs, positions=np.arange(context - num_queries, context))
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
@@ -320,9 +327,9 @@ def writes(quick: bool) -> list[Row]:
     """With a pool large enough that a copy of one layer's is seen."""
     model, rows = make_random_model(QUICK if quick else "qwen2-0.5b", "bfloat16").model, []
     batch, num_tokens, num_blocks = (2, 4, 64) if quick else (32, 256, 1 << 15)
-    for name, writers in (("kernel", attention.WRITERS.copy()), ("scatter", {})):
+    for name, write in (("kernel", CudaBackend.write), ("scatter", Backend.write)):
         for pipelining in ("off",) if quick else ("auto", "off", "build", "submit"):
-            with mock.patch.dict(attention.WRITERS, writers, clear=True):
+            with mock.patch.object(CudaBackend, "write", write):
                 llm = LLM.from_model(model, num_kv_blocks=num_blocks, pipelining=pipelining, prefix_caching=False)
                 run = decode_run(llm, batch, num_tokens)
             pool = llm.stats().kv_bytes / len(model.layers) / 2
@@ -493,7 +500,7 @@ PARTS = [
 ]
 
 if __name__ == "__main__":
-    if not cuda_kernels.is_available():
+    if not CUDA.is_available():
         sys.exit(
             "on_a_gpu.py: there is no CUDA device here; `pip install mlx[cuda13]` beside a card brings MLX's backend"
         )

@@ -3,7 +3,7 @@
 //
 // MLX has no kernel that changes an input, and its own way to write, a scatter into a donated array, copies a whole
 // pool as long as anything that reads it is not over. This kernel changes the pools where they lie and says nothing
-// about it. What reads them next takes `written` as an input, which is what puts it after this kernel; what read them
+// about it. What reads them next takes `write_done` as an input, which is what puts it after this kernel; what read them
 // before was given to the same stream with an earlier step.
 //
 // Inputs
@@ -15,7 +15,7 @@
 //   v_cache       [num_blocks, block_size, num_kv_heads, VALUE_DIM], T: changed
 //   All are contiguous.
 // Output
-//   written       [1], int32: 0
+//   write_done    [1], int32: 0
 //
 // Grid           a thread for every 16 bytes, token by token, its keys and then its values; those past the end do
 //                nothing
@@ -30,7 +30,7 @@ const int thread = blockIdx.x * blockDim.x + threadIdx.x;
 const int token = thread / (key_pieces + value_pieces);
 const int piece = thread % (key_pieces + value_pieces);
 
-if (thread == 0) *written = 0;
+if (thread == 0) *write_done = 0;
 if (token < block_ids_shape[0]) {
   const size_t slot = size_t(block_ids[token]) * k_cache_shape[1] + offsets[token];
   if (piece < key_pieces) {

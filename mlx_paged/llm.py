@@ -207,11 +207,11 @@ class LLM:
     def profile(self) -> Profile | None:
         """Where the time of steps went, if `profile=True` was given: its `table()`, and `write(path)` for a trace."""
         profile = self.engine.profile
-        return profile if isinstance(profile, Profile) else None
+        return profile if profile.enabled else None
 
     @property
     def attention_backends(self) -> list[str]:
-        """Which backends of `paged_attention` have computed attention so far: "metal", "cuda", "reference"."""
+        """The backends of `paged_attention` that were chosen for the layers: "metal", "cuda", "reference"."""
         return sorted(self._runner.backends)
 
     def describe_memory(self) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_paged.attention.metadata import StepInputs
-from mlx_paged.attention.paged_attention import WRITERS, attend, backend_of
+from mlx_paged.attention.backend import AttentionOptions, Backend
+from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.cache.kv_cache import PagedKVCache
 
 
@@ -32,64 +32,49 @@ class PagedKV:
 class PagedLayerCache:
     """One layer of a paged KV cache during one step, with the interface of an mlx-lm cache."""
 
-    def __init__(self, kv_cache: PagedKVCache, layer: int, step: StepInputs, group: int, window: int | None) -> None:
+    def __init__(
+        self,
+        kv_cache: PagedKVCache,
+        layer: int,
+        backend: Backend | None,
+        inputs: ModelInputs,
+        group: int,
+        window: int | None,
+    ) -> None:
+        """backend: None where nothing is stored, and so nothing asked of it."""
+        self.inputs = inputs
+        self.offset = inputs.positions
         self._kv_cache = kv_cache
         self._layer = layer
-        self._group = group
-        self._inputs = step.groups[group]
+        self._backend: Any = backend
+        self._metadata = inputs.groups[group]
         self._window = window
-        self.step = step
-        self.offset = step.positions
-        self.stores = self.attends = True
-        self.of_logit_rows: PagedLayerCache | None = None  # of a last layer that returns only what needs logits
-        self._new: tuple[mx.array, mx.array] | None = None  # keys and values that are not in their slots yet
-
-    def divide(self) -> None:
-        """Where not all tokens need logits, have the layer called once for all tokens and once for those that do."""
-        if self.step.of_logit_rows is not None:
-            self.of_logit_rows = self._for_step(self.step.of_logit_rows)
-            self.of_logit_rows.stores = False
-
-    def _for_step(self, step: StepInputs) -> PagedLayerCache:
-        return PagedLayerCache(self._kv_cache, self._layer, step, self._group, self._window)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
-        """Take keys and values, [num_tokens, num_kv_heads, 1, dim], which `attend` writes: it knows the backend."""
-        if self.stores:
-            self._new = keys.squeeze(2), values.squeeze(2)
+        """Put keys and values, [num_tokens, num_kv_heads, 1, dim], into their slots."""
+        write_done = self._backend.write(*self._pools, self._metadata, keys.squeeze(2), values.squeeze(2))
+        self._kv_cache.write_done[self._layer] = write_done
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
-        """What is stored, for layers that share it."""
-        dtype = self._kv_cache.keys[self._layer].dtype
+        """Handles of what is stored, for layers that share it."""
+        dtype = self._pools[0].dtype
         return PagedKV(self, dtype), PagedKV(self, dtype)
 
     def make_mask(self, N: int, *, return_array: bool = False, window_size: int | None = None) -> PagedMask:
         return PagedMask(window_size or self._window)
 
     def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
-        """queries [num_tokens, num_heads, 1, head_dim] -> [num_tokens, num_heads, 1, value_dim]."""
+        """Attention of queries [num_tokens, num_heads, 1, head_dim]. Returns [num_tokens, num_heads, 1, value_dim]."""
         window = self._window
         if mask is not None and mask.window is not None:
             window = mask.window if window is None else min(window, mask.window)
-        q, metadata = queries.squeeze(2).astype(self._kv_cache.keys[self._layer].dtype), self._inputs.metadata
-        self._write(q)
-        keys, values = self._kv_cache.keys[self._layer], self._kv_cache.values[self._layer]
-        if not self.attends:
-            return mx.zeros((*queries.shape[:3], values.shape[3]), queries.dtype)
-        written = self._kv_cache.written[self._layer]
-        out = attend(q, keys, values, metadata, scale=scale, window=window, sinks=sinks, written=written)
+        options = AttentionOptions(scale, window, None, sinks)
+        write_done = self._kv_cache.write_done[self._layer]
+        q = queries.squeeze(2).astype(self._pools[0].dtype)
+        out = self._backend.attend(q, *self._pools, self._metadata, options, write_done)
         return mx.expand_dims(out, 2).astype(queries.dtype)
 
-    def _write(self, q: mx.array) -> None:
-        """Put what is new into its slots, with the writer of the backend that reads it, if that has one."""
-        if self._new is None:
-            return
-        new, self._new = self._new, None
-        cache, layer = self._kv_cache, self._layer
-        where = self._inputs.block_ids, self.step.block_offsets
-        writer = WRITERS.get(backend_of(q, cache.keys[layer], cache.values[layer], self._inputs.metadata))
-        if writer is None:
-            cache.write(layer, *where, *new)
-        else:
-            cache.write_with(writer, layer, *where, *new)
+    @property
+    def _pools(self) -> tuple[mx.array, mx.array]:
+        return self._kv_cache.keys[self._layer], self._kv_cache.values[self._layer]

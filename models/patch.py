@@ -3,7 +3,7 @@
 A model is fed packed tokens, [num_tokens, 1], with the position of each as `cache.offset`, so its own code applies
 projections and rope token by token. `PagedLayerCache` takes the place of mlx-lm's cache and hands the model opaque
 objects, which only the attention function in `_dispatch` understands. A model that touches K, V or the mask in between
-fails at load, in `_probe`, instead of computing something wrong.
+fails at load, in `_trace`, instead of computing something wrong.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_paged.attention.metadata import StepInputs
+from mlx_paged.attention.backend import Backend
+from mlx_paged.attention.metadata import ModelInputs
+from mlx_paged.attention.paged_attention import choose_backend
 from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
 from mlx_paged.errors import ModelError
-from mlx_paged.models import logit_rows
 from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache, PagedMask
+from mlx_paged.models.select_logits import select_logits
 
 SEAM: dict[Callable[..., Any], list[str]] = {
     base.scaled_dot_product_attention: ["queries", "keys", "values", "cache", "scale", "mask", "sinks"],
@@ -33,23 +36,19 @@ SEAM: dict[Callable[..., Any], list[str]] = {
 }
 _ATTENTION = "scaled_dot_product_attention"
 _INNER_NAMES = ("model", "transformer", "backbone", "decoder")
-_NUM_PROBE_TOKENS = 11  # unlike any number of heads, so that code which mixes up axes can't pass by chance
-_PROBE_ROWS = [4, 8, 10]  # those that need logits; several, so that they are not broadcast by chance
+_NUM_TRACED_TOKENS = 11  # unlike any number of heads, so that code which mixes up axes can't pass by chance
+_TRACED_ROWS = [4, 8, 10]  # those that need logits; several, so that they are not broadcast by chance
 
 
-class _ProbeLayerCache(PagedLayerCache):
-    """Takes the place of a layer's cache to learn what the layer would store; computes nothing."""
+class ShapeRecorder(PagedLayerCache):
+    """Takes the place of a layer's cache to learn what the layer would store. Computes nothing."""
 
-    def __init__(self, step: StepInputs, window: int | None) -> None:
-        self.step = step
-        self.offset = step.positions
+    def __init__(self, inputs: ModelInputs, window: int | None) -> None:
+        self.inputs = inputs
+        self.offset = inputs.positions
         self._window = window
-        self.stores = self.attends = True
-        self.of_logit_rows = None
         self.shape: LayerShape | None = None
-
-    def _for_step(self, step: StepInputs) -> PagedLayerCache:
-        return _ProbeLayerCache(step, self._window)
+        self.num_heads = 0  # of the layers that attend to it
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
@@ -64,6 +63,7 @@ class _ProbeLayerCache(PagedLayerCache):
 
     def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
         assert self.shape is not None
+        self.num_heads = max(self.num_heads, queries.shape[1])
         _expect_shape(queries, (self._num_tokens, queries.shape[1], 1, self.shape.key_dim))
         if mask and mask.window and self._window and mask.window > self._window:
             raise ValueError(f"a layer attends to {mask.window} tokens and its cache keeps {self._window}")
@@ -71,23 +71,24 @@ class _ProbeLayerCache(PagedLayerCache):
 
     @property
     def _num_tokens(self) -> int:
-        return self.step.token_ids.shape[0]
+        return self.inputs.token_ids.shape[0]
 
 
-class PatchedModel(NamedTuple):
-    """A model that can run on a paged cache, and what is known about it.
-
-    layers: one shape per cache the model makes, None where nothing is stored; windows: likewise the most keys that
-    its cache kind keeps, None for all. picks_rows: it returns only the rows that need logits; divides: its last layer
-    does.
-    """
+@dataclass(eq=False)
+class PatchedModel:
+    """A model that can run on a paged cache, and what is known about it."""
 
     model: nn.Module
     layers: list[LayerShape | None]
+    """One per cache that the model makes, None where nothing is stored."""
     windows: list[int | None]
+    """Likewise: the most keys that a cache keeps, None for all."""
+    num_heads: list[int]
+    """Likewise: the query heads of the layers that attend to what a cache stores."""
     vocab_size: int
-    picks_rows: bool
-    divides: bool
+    selects_logits: bool
+    """Whether the model itself returns only the rows of `logits_indices`."""
+    _backends: dict[int, list[Backend | None]] = field(default_factory=dict)
 
     @property
     def groups(self) -> list[int | None]:
@@ -100,19 +101,33 @@ class PatchedModel(NamedTuple):
         pairs = zip(self.layers, self.windows, strict=True)
         return [(shape, self.groups.index(window)) for shape, window in pairs if shape is not None]
 
-    def __call__(self, kv_cache: PagedKVCache, step: StepInputs) -> mx.array:
-        """The logits of the step's `logit_rows`, [num_rows, vocab_size]."""
+    def backends(self, block_size: int) -> list[Backend | None]:
+        """Choose, at the first call, what computes the attention to each cache: None where nothing is stored.
+
+        Raises ValueError if the environment asks for a backend that can't be had.
+        """
+        if block_size not in self._backends:
+            chosen: list[Backend | None] = []
+            for layer, num_heads in zip(self.layers, self.num_heads, strict=True):
+                if layer is None:
+                    chosen.append(None)
+                    continue
+                block_shape = block_size, layer.num_kv_heads, layer.key_dim
+                chosen.append(choose_backend(layer.dtype, num_heads, block_shape, layer.value_dim))
+            self._backends[block_size] = chosen
+        return self._backends[block_size]
+
+    def __call__(self, kv_cache: PagedKVCache, inputs: ModelInputs) -> mx.array:
+        """The logits of the tokens of `logits_indices`, [num_rows, vocab_size]."""
         caches: list[Any] = []
         stored = 0
         groups = {window: group for group, window in enumerate(self.groups)}
-        for shape, window in zip(self.layers, self.windows, strict=True):
-            caches.append(PagedLayerCache(kv_cache, stored, step, groups[window], window))
-            stored += shape is not None
-        if self.divides:
-            caches[-1].divide()
-        logits = self.model(step.token_ids[:, None], cache=caches)
-        if not self.picks_rows and step.logit_rows is not None:
-            logits = logits[step.logit_rows]
+        for backend, window in zip(self.backends(kv_cache.block_size), self.windows, strict=True):
+            caches.append(PagedLayerCache(kv_cache, stored, backend, inputs, groups[window], window))
+            stored += backend is not None
+        logits = self.model(inputs.token_ids[:, None], cache=caches)
+        if not self.selects_logits and inputs.logits_indices is not None:
+            logits = logits[inputs.logits_indices]
         return logits[:, 0]
 
 
@@ -128,11 +143,8 @@ def patch_model(model: nn.Module) -> PatchedModel:
         _patch_attention(sys.modules[type(module).__module__])
     inner = _inner_model(model)
     if inner is not None:
-        logit_rows.pick(type(inner))
-    layers = getattr(model, "layers", None)
-    if layers:
-        logit_rows.divide(type(layers[-1]))
-    return _probe(model, name, windows)
+        select_logits(type(inner))
+    return _trace(model, name, windows)
 
 
 def check_seam() -> None:
@@ -184,14 +196,10 @@ def _inner_model(model: nn.Module) -> nn.Module | None:
     return next((inner for inner in found if isinstance(inner, nn.Module)), None)
 
 
-def _probe(model: nn.Module, name: str, windows: list[int | None]) -> PatchedModel:
-    """Build, without running it, the graph of a step, and see what each layer stores and what the last one returns."""
+def _trace(model: nn.Module, name: str, windows: list[int | None]) -> PatchedModel:
+    """Build the graph of a step, without running it, to see what each layer stores and what the model returns."""
     try:
-        return _probe_step(model, windows, divides=True)
-    except Exception:  # the last layer takes more than its tokens, or other layers need what it returns
-        pass
-    try:
-        return _probe_step(model, windows, divides=False)
+        return _trace_step(model, windows)
     except Exception as error:  # whatever a model's code does to an opaque object
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
@@ -199,20 +207,15 @@ def _probe(model: nn.Module, name: str, windows: list[int | None]) -> PatchedMod
         ) from error
 
 
-def _probe_step(model: nn.Module, windows: list[int | None], divides: bool) -> PatchedModel:
+def _trace_step(model: nn.Module, windows: list[int | None]) -> PatchedModel:
     """Raises any error if the model's code does not take what it is given for what it is."""
-    tokens, rows = mx.arange(_NUM_PROBE_TOKENS, dtype=mx.int32), mx.array(_PROBE_ROWS, mx.int32)
-    of_rows = StepInputs(rows, rows, rows, None, [])
-    step = StepInputs(tokens, tokens, tokens, rows, [], of_rows)
-    caches = [_ProbeLayerCache(step, window) for window in windows]
-    if divides:
-        caches[-1].divide()
+    tokens, rows = mx.arange(_NUM_TRACED_TOKENS, dtype=mx.int32), mx.array(_TRACED_ROWS, mx.int32)
+    caches = [ShapeRecorder(ModelInputs(tokens, tokens, rows, []), window) for window in windows]
     logits = model(tokens[:, None], cache=caches)
-    picks_rows = logits.shape[0] == len(_PROBE_ROWS)
-    _expect_shape(logits, (len(_PROBE_ROWS) if picks_rows or divides else _NUM_PROBE_TOKENS, 1, logits.shape[-1]))
-    return PatchedModel(
-        model, [cache.shape for cache in caches], windows, logits.shape[-1], picks_rows=picks_rows, divides=divides
-    )
+    selects_logits = logits.shape[0] == len(_TRACED_ROWS)
+    _expect_shape(logits, (len(_TRACED_ROWS) if selects_logits else _NUM_TRACED_TOKENS, 1, logits.shape[-1]))
+    shapes, num_heads = [cache.shape for cache in caches], [cache.num_heads for cache in caches]
+    return PatchedModel(model, shapes, windows, num_heads, logits.shape[-1], selects_logits)
 
 
 def _expect_shape(array: mx.array, expected: tuple[int, ...]) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from helpers.llms import GREEDY, SMALL, MakeLLM, all_free, samples
@@ -88,29 +86,6 @@ def test_text_without_a_tokenizer_is_refused_naming_the_tokenizer(make_llm: Make
     for call in (make_llm().generate, make_llm().stream):
         with pytest.raises(ValueError, match="tokenizer"):
             call("Once")
-
-
-@pytest.mark.parametrize("moment", [1, 2, 3, 5])
-def test_an_interrupted_generate_frees_everything_and_the_next_one_works(
-    make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch, moment: int
-) -> None:
-    prompts, params = [[1] * 9, [1] * 9 + [2], [5] * 3], SamplingParams(seed=1, n=2, max_tokens=7)
-    expected = [samples(output) for output in make_llm().generate(prompts, params)]
-    llm = make_llm(max_num_batched_tokens=8)
-    original, calls = llm._runner.run, itertools.count(1)
-
-    def interrupted(inputs: Any) -> mx.array:
-        if next(calls) == moment:
-            raise KeyboardInterrupt
-        return original(inputs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(llm._runner, "run", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(prompts, params)
-    assert all_free(llm)
-    assert [samples(output) for output in llm.generate(prompts, params)] == expected
-    assert all_free(llm)
 
 
 class BeamEngine:

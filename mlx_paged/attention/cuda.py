@@ -1,4 +1,4 @@
-"""The CUDA kernels: the twins of the Metal ones, with the same calls, and one that writes new keys and values.
+"""The CUDA kernels, twins of the Metal ones: how they are made and launched, and one that writes new keys and values.
 
 A kernel is made at its first use, by `mx.fast.cuda_kernel` as it is found then, so that a simulator can take its place.
 MLX compiles it for the card that is there, once for each set of template arguments and dtypes.
@@ -6,18 +6,15 @@ MLX compiles it for the card that is there, once for each set of template argume
 As with Metal no input is ever copied to make it contiguous. Written for Ampere (sm_80) and newer.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_paged.attention import metal
-from mlx_paged.attention.kernel_backend import DecodePlan, Gpu, Kernel, Launch, Plan
-from mlx_paged.attention.metal import Division
-from mlx_paged.attention.shared_prefix import SharedPrefix
+from mlx_paged.attention.kernel_backend import Kernel, KernelBackend, Launch
+from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.work_items import Shape, Tile
 
 _AMPERE = 8  # the first with the instructions of intrinsics.cuh
@@ -25,31 +22,6 @@ _MAX_SHARED_BYTES = 96 << 10  # of a block, which every card since Ampere has
 _ROWS = 16  # that a warp computes at once with its matrix instructions
 _THREADS_OF_WRITE = 256
 _HEADERS = ("intrinsics.cuh", "tiles.cuh")
-
-
-def is_available() -> bool:
-    """Whether CUDA kernels run here: there is a new enough device, and work was not put on the CPU instead of it."""
-    on_cpu_by_choice = mx.is_available(mx.gpu) and mx.default_device() == mx.cpu
-    if not mx.cuda.is_available() or on_cpu_by_choice:
-        return False
-    return int(mx.device_info().get("compute_capability_major", _AMPERE)) >= _AMPERE
-
-
-def unsupported(dtype: mx.Dtype, num_heads: int, block_shape: Sequence[int], value_dim: int) -> str | None:
-    """Why no kernel takes arrays like these, or None if one does. block_shape: block_size, num_kv_heads, head_dim."""
-    reason = metal.unsupported(dtype, num_heads, block_shape, value_dim)
-    return reason and reason.replace("Metal", "CUDA")
-
-
-@cache
-def num_multiprocessors() -> int:
-    """Of the card: MLX does not tell, so the number that cards of the architecture commonly have."""
-    architecture = str(mx.device_info().get("architecture", ""))
-    common = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_103": 148, "sm_120": 170}
-    return common.get(architecture, 128)
-
-
-# ---- how the work is divided ----
 
 
 class DecodeLayout(NamedTuple):
@@ -101,103 +73,105 @@ def _row_bytes(dim: int, element_size: int) -> int:
     return elements * element_size + 16
 
 
-def plan_decode(
-    context_lens: np.ndarray, window: int | None, shape: Shape, prefixes: Sequence[SharedPrefix] = ()
-) -> DecodePlan:
-    """As `metal.plan_decode`."""
-    return metal.plan_decode(context_lens, window, shape, prefixes, _division(shape))
+class CudaBackend(KernelBackend):
+    """The kernels in cuda/, for NVIDIA's cards since Ampere."""
 
+    name = "cuda"
+    title = "CUDA"
+    writes_in_place = True
 
-def plan_prefill(context_lens: np.ndarray, cu_seqlens_q: np.ndarray, window: int | None, shape: Shape) -> Plan:
-    """As `metal.plan_prefill`."""
-    return metal.plan_prefill(context_lens, cu_seqlens_q, window, shape, _division(shape))
+    def is_available(self) -> bool:
+        on_cpu_by_choice = mx.is_available(mx.gpu) and mx.default_device() == mx.cpu
+        if not mx.cuda.is_available() or on_cpu_by_choice:
+            return False
+        return int(mx.device_info().get("compute_capability_major", _AMPERE)) >= _AMPERE
 
+    @cached_property
+    def num_cores(self) -> int:
+        """A fourth of the card's multiprocessors: eight blocks to a "core" are then two to a multiprocessor, as many as
+        it holds at once, each of 4 warps. MLX does not tell their number, so it is the one that cards of the
+        architecture commonly have.
+        """
+        architecture = str(mx.device_info().get("architecture", ""))
+        common = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_103": 148, "sm_120": 170}
+        return common.get(architecture, 128) // 4
 
-def _division(shape: Shape) -> Division:
-    """Eight blocks to a "core" are two to a multiprocessor: as many as it holds at once, each of 4 warps."""
-    return Division(num_multiprocessors() // 4, prefill_layout(shape).tile)
+    def prefill_tile(self, shape: Shape) -> Tile:
+        return prefill_layout(shape).tile
 
+    def grid(self, threads: int, second: int, items: int) -> tuple[int, int, int]:
+        return threads * items, second, 1  # only the first dimension is large enough for items
 
-# ---- calls ----
+    def launch_decode(self, shape: Shape) -> Launch:
+        layout = decode_layout(shape)
+        template = {
+            "HEADS": shape.heads_per_kv_head,
+            "WARPS": layout.warps,
+            "STAGES": layout.stages,
+            "TILE_KEYS": layout.tile_keys,
+        }
+        return Launch("paged_decode", 32 * layout.warps, template, layout.shared_bytes)
 
+    def launch_prefill(self, shape: Shape) -> Launch:
+        layout = prefill_layout(shape)
+        template = {"TILE_ROWS": layout.tile.rows, "TILE_KEYS": layout.tile.keys, "MATRICES": layout.matrices}
+        return Launch("paged_prefill", 2 * layout.tile.rows // layout.matrices, template, layout.shared_bytes)
 
-def _launch_decode(shape: Shape) -> Launch:
-    layout = decode_layout(shape)
-    template = {
-        "HEADS": shape.heads_per_kv_head,
-        "WARPS": layout.warps,
-        "STAGES": layout.stages,
-        "TILE_KEYS": layout.tile_keys,
-    }
-    return Launch("paged_decode", 32 * layout.warps, template, layout.shared_bytes)
+    def write(
+        self, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, keys: mx.array, values: mx.array
+    ) -> mx.array:
+        """Put K and V of at least one token into their slots, in the pools' own memory.
 
+        MLX does not know that the pools change: it never copies them for that, whoever still reads them, and would
+        compute what reads them next too early. So that has to be `attend` with what is returned here as `write_done`,
+        or come after `mx.synchronize()`. What read them before has to have been submitted to the device before.
+        """
+        assert metadata.slot_block_ids is not None and metadata.slot_offsets is not None
+        inputs = {
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "block_ids": metadata.slot_block_ids,
+            "offsets": metadata.slot_offsets,
+            "keys": mx.contiguous(keys.astype(k_cache.dtype)),
+            "values": mx.contiguous(values.astype(k_cache.dtype)),
+        }
+        num_kv_heads, head_dim = k_cache.shape[2:]
+        value_dim, size = v_cache.shape[3], k_cache.dtype.size
+        num_threads = keys.shape[0] * num_kv_heads * (head_dim + value_dim) * size // 16
+        kernel = self.make_kernel("paged_write", inputs, ("write_done",), 0)
+        return kernel(
+            inputs=list(inputs.values()),
+            template=[("T", k_cache.dtype), ("HEAD_DIM", head_dim), ("VALUE_DIM", value_dim)],
+            grid=(-(-num_threads // _THREADS_OF_WRITE) * _THREADS_OF_WRITE, 1, 1),
+            threadgroup=(_THREADS_OF_WRITE, 1, 1),
+            output_shapes=[(1,)],
+            output_dtypes=[mx.int32],
+        )[0]
 
-def _launch_tiles(shape: Shape) -> Launch:
-    layout = prefill_layout(shape)
-    template = {"TILE_ROWS": layout.tile.rows, "TILE_KEYS": layout.tile.keys, "MATRICES": layout.matrices}
-    return Launch("paged_prefill", 2 * layout.tile.rows // layout.matrices, template, layout.shared_bytes)
-
-
-def write(
-    k_cache: mx.array, v_cache: mx.array, block_ids: mx.array, offsets: mx.array, keys: mx.array, values: mx.array
-) -> mx.array:
-    """Put K and V of at least one token into their slots, in the pools' own memory.
-
-    block_ids, offsets: int32 [num_tokens]; keys, values: [num_tokens, num_kv_heads, dim]. MLX does not know that the
-    pools change: it never copies them for that, whoever still reads them, and would compute what reads them next too
-    early. So that has to be `decode` or `prefill`, with what is returned here as `written`, or come after
-    `mx.synchronize()`; and what read them before has to have been submitted to the device before.
-    """
-    dtype, num_tokens = k_cache.dtype, block_ids.shape[0]
-    (num_kv_heads, head_dim), value_dim = k_cache.shape[2:], v_cache.shape[3]
-    new = (mx.contiguous(array.astype(dtype)) for array in (keys, values))
-    names = ("k_cache", "v_cache", "block_ids", "offsets", "keys", "values")
-    inputs = dict(zip(names, (k_cache, v_cache, block_ids, offsets, *new), strict=True))
-    num_threads = num_tokens * num_kv_heads * (head_dim + value_dim) * dtype.size // 16
-    kernel = _kernel("paged_write", inputs, ("written",), 0)
-    return kernel(
-        inputs=list(inputs.values()),
-        template=[("T", dtype), ("HEAD_DIM", head_dim), ("VALUE_DIM", value_dim)],
-        grid=(-(-num_threads // _THREADS_OF_WRITE) * _THREADS_OF_WRITE, 1, 1),
-        threadgroup=(_THREADS_OF_WRITE, 1, 1),
-        output_shapes=[(1,)],
-        output_dtypes=[mx.int32],
-    )[0]
-
-
-def _check(q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.array, sinks: mx.array | None) -> None:
-    """Raise ValueError for arrays that do not fit together or that no kernel takes."""
-    if reason := unsupported(q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3]):
-        raise ValueError(reason)
-    metal.check(q, k_cache, v_cache, block_tables, sinks)
-
-
-def _kernel(stem: str, inputs: dict[str, mx.array], outputs: tuple[str, ...], shared_bytes: int) -> Kernel:
-    """The kernel cuda/{stem}.cu with so much shared memory."""
-    if not mx.cuda.is_available():
-        raise RuntimeError("CUDA kernels need a CUDA device, and there is none here")
-    return _make(mx.fast.cuda_kernel, stem, tuple(inputs), outputs, shared_bytes)
+    def make_kernel(
+        self, kernel_name: str, inputs: dict[str, mx.array], outputs: tuple[str, ...], shared_bytes: int
+    ) -> Kernel:
+        if not mx.cuda.is_available():
+            raise RuntimeError("CUDA kernels need a CUDA device, and there is none here")
+        return _make(mx.fast.cuda_kernel, kernel_name, tuple(inputs), outputs, shared_bytes)
 
 
 @cache
 def _make(
-    cuda_kernel: Callable[..., Any], stem: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_bytes: int
+    cuda_kernel: Callable[..., Any], kernel_name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared: int
 ) -> Kernel:
-    return cuda_kernel(
-        name=stem,
+    kernel: Kernel = cuda_kernel(
+        name=kernel_name,
         input_names=list(inputs),
         output_names=list(outputs),
         header="\n".join(map(read_source, _HEADERS)),
-        source=read_source(f"{stem}.cu"),
+        source=read_source(f"{kernel_name}.cu"),
         ensure_row_contiguous=False,
-        shared_memory=shared_bytes,
+        shared_memory=shared,
     )
+    return kernel
 
 
 def read_source(file: str) -> str:
     """The text of a file in cuda/."""
     return files("mlx_paged.cuda").joinpath(file).read_text()
-
-
-CUDA = Gpu(_kernel, _launch_decode, _launch_tiles, _check, is_flat=True, writes=True)
-decode, prefill = CUDA.decode, CUDA.prefill

@@ -13,15 +13,14 @@ multiplies num_kv_heads times as often and still is faster, up to 8 of them: mem
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_paged.attention.backend import AttentionOptions, Backend
+from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.reference_plan import Blocks, Chunks, Decodes, Merge, Prompts, Shape, SharedKeys, make_plan
 from mlx_paged.cpu.exponential import exp, exp_is_slow
-
-if TYPE_CHECKING:
-    from mlx_paged.attention.metadata import AttentionMetadata
 
 _LEAST_FOR_OWN_EXP = 8192  # scores: with fewer its operations cost more than they save
 
@@ -33,23 +32,35 @@ class _Rows(NamedTuple):
     v: mx.array
 
 
+class ReferenceBackend(Backend):
+    """Plain MLX operations."""
+
+    name = "reference"
+
+    def is_available(self) -> bool:
+        return True
+
+    def attend(
+        self,
+        q: mx.array,
+        k_cache: mx.array,
+        v_cache: mx.array,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+        write_done: mx.array | None = None,
+    ) -> mx.array:
+        return attend(q, k_cache, v_cache, metadata, options)
+
+
 def attend(
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    metadata: AttentionMetadata,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: mx.array | None,
+    q: mx.array, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, options: AttentionOptions
 ) -> mx.array:
-    """The reference backend of `paged_attention`; shapes as there."""
+    scale, window, softcap, sinks = options
     _, block_size, num_kv_heads, key_dim = k_cache.shape
     num_heads, value_dim = q.shape[1], v_cache.shape[3]
     scale = scale if softcap is None else scale / softcap
     shape = Shape(block_size, num_kv_heads, num_heads, key_dim + value_dim, window, scale, k_cache.dtype)
-    plan = metadata.derive(shape, lambda: make_plan(metadata, shape))
+    plan = metadata.plan_once(shape, lambda: make_plan(metadata, shape))
     caches = _Rows(k_cache.flatten(0, 2), v_cache.flatten(0, 2))
     outputs = []
     for group in plan.groups:

@@ -125,8 +125,8 @@ def make_plan(metadata: AttentionMetadata, shape: Shape) -> Plan:
             seqs = np.flatnonzero((lengths == num_queries) & (contexts > 0))
         num_keys = contexts if shape.window is None else np.minimum(contexts, num_queries + shape.window - 1)
         prefixes = []
-        if num_queries == 1 and shape.window is None and metadata.find_shared is not None:
-            prefixes = _worth_sharing(metadata.find_shared(seqs))
+        if num_queries == 1 and shape.window is None and metadata.find_shared_prefixes is not None:
+            prefixes = _worth_sharing(metadata.find_shared_prefixes(seqs))
             num_keys = _without(prefixes, seqs, num_keys)
         most, spread = max_keys, int(_PARTS[-1]) if num_queries == 1 else 2
         if num_queries > 1 and mx.default_device() == mx.cpu:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_paged.attention.shared_prefix import SharedPrefix
 
-MAX_PRIVATE_WORDS = 96
+MAX_REGISTER_WORDS = 96
 MAX_THREADGROUP_BYTES = 32 << 10
 SIMDGROUPS = 8  # of a threadgroup of paged_decode
 SCRATCH = 2048  # floats of threadgroup memory of paged_decode
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
     element_size: int
 
 
-class Items(NamedTuple):
+class WorkItems(NamedTuple):
     """The work of a kernel, and where the parts of each of its results lie.
 
     work: int32 [num_items, ...], a row per item; its columns are those of `decode_items` or `prefill_items`.
@@ -55,14 +55,14 @@ class Items(NamedTuple):
 
 
 class DecodeLayout(NamedTuple):
-    """Which lanes of paged_decode do what; see there. private_words: what a thread keeps, in words of 32 bits."""
+    """Which lanes of paged_decode do what; see there. register_words: what a thread keeps, in words of 32 bits."""
 
     lanes: int
     parts: int
     width: int
     batch: int
     query_in_registers: bool
-    private_words: int
+    register_words: int
 
 
 @cache
@@ -83,7 +83,7 @@ def decode_layout(shape: Shape) -> DecodeLayout:
         output = heads * value_loads * width
         for batch in (8, 4, 2):
             words = query + output + heads + batch * (row_bytes // 4 + 1) + 2
-            if batch * row_bytes <= 64 and words <= MAX_PRIVATE_WORDS:
+            if batch * row_bytes <= 64 and words <= MAX_REGISTER_WORDS:
                 return DecodeLayout(lanes, parts, width, batch, query_in_registers, words)
     raise AssertionError(f"no layout for {shape}")
 
@@ -112,7 +112,7 @@ def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:
     return max(step, equal_share // step * step, least)
 
 
-def decode_items(context_lens: np.ndarray, num_keys: np.ndarray, size: int) -> Items:
+def decode_items(context_lens: np.ndarray, num_keys: np.ndarray, size: int) -> WorkItems:
     """The last `num_keys` keys of each sequence's context in parts of `size`; without keys one empty part.
 
     Columns: sequence, first key, past the last key, 1 if it is the sequence's first part.
@@ -120,10 +120,10 @@ def decode_items(context_lens: np.ndarray, num_keys: np.ndarray, size: int) -> I
     contexts, num_keys = context_lens.astype(np.int64), num_keys.astype(np.int64)
     num_parts = np.maximum(1, -(-num_keys // size))
     sequence = np.repeat(np.arange(len(contexts)), num_parts)
-    part = _count_up(num_parts)
+    part = _ranges(num_parts)
     begin = (contexts - num_keys)[sequence] + part * size
     end = np.minimum(begin + size, contexts[sequence])
-    return Items(_columns(sequence, begin, end, part == 0), _cumulative(num_parts))
+    return WorkItems(_columns(sequence, begin, end, part == 0), _cumulative(num_parts))
 
 
 # ---- prefill: several queries per sequence ----
@@ -145,7 +145,7 @@ def tile_for(shape: Shape) -> Tile:
     return Tile(rows, next(keys for keys in (32, 16, 8) if keys * (longer + pad) <= room))
 
 
-def parts_of_keys(
+def num_key_splits(
     num_tiles: np.ndarray, num_keys: np.ndarray, shape: Shape, num_cores: int, tile: Tile | None = None
 ) -> np.ndarray:
     """[num_seqs]: into how many parts the keys of a sequence's tiles are split.
@@ -166,7 +166,7 @@ def prefill_items(
     shape: Shape,
     num_cores: int,
     tile: Tile | None = None,
-) -> Items:
+) -> WorkItems:
     """Tiles of each sequence's rows, of which a query has one per query head of a KV head; and parts of their keys.
 
     Columns: sequence, its first token in q, its number of queries, the position of the first one in the context
@@ -190,38 +190,40 @@ def _tiles(
     shape: Shape,
     num_cores: int,
     tile: Tile,
-) -> Items:
+) -> WorkItems:
     """The items of paged_prefill, columns as `prefill_items` tells; each array has a value for each run of queries."""
     num_tiles = -(-query_lens * shape.heads_per_kv_head // tile.rows)
-    num_parts = parts_of_keys(num_tiles, num_keys, shape, num_cores, tile)
+    num_parts = num_key_splits(num_tiles, num_keys, shape, num_cores, tile)
     cu_parts = _cumulative(np.repeat(num_parts, query_lens))
     first_parts = cu_parts[np.cumsum(query_lens) - query_lens]
     num_items = num_tiles * num_parts
     run = np.repeat(np.arange(len(num_items)), num_items)
-    in_tile, part = np.divmod(_count_up(num_items), num_parts[run])
+    in_tile, part = np.divmod(_ranges(num_items), num_parts[run])
     of_run = (sequences, first_tokens, query_lens, first_positions, num_parts, first_parts)
     sequence, first, queries, position, parts, first_part = (values[run] for values in of_run)
-    return Items(_columns(sequence, first, queries, position, in_tile * tile.rows, part, parts, first_part), cu_parts)
+    return WorkItems(
+        _columns(sequence, first, queries, position, in_tile * tile.rows, part, parts, first_part), cu_parts
+    )
 
 
 # ---- decode of sequences that share their first blocks ----
 
 
-class SharedItems(NamedTuple):
+class SharedWorkItems(NamedTuple):
     """Prefixes that several sequences share, each computed once for the queries of all its members.
 
     items: of paged_prefill, which takes the members of a prefix for its queries; members: int32, those of all prefixes.
     ranges: int32 [num_seqs, 2], the first and past the last of the parts of each sequence's prefix.
     """
 
-    items: Items
+    items: WorkItems
     members: np.ndarray
     ranges: np.ndarray
 
 
 def shared_items(
     prefixes: Sequence[SharedPrefix], num_seqs: int, shape: Shape, num_cores: int, tile: Tile | None = None
-) -> SharedItems:
+) -> SharedWorkItems:
     """Each prefix as a run of queries, which all see all of its keys."""
     counts = np.array([len(prefix.members) for prefix in prefixes])
     lengths = np.array([prefix.num_tokens for prefix in prefixes])
@@ -230,10 +232,10 @@ def shared_items(
     items = _tiles(members[first], first, counts, lengths - 1, lengths, shape, num_cores, tile or tile_for(shape))
     ranges = np.zeros((num_seqs, 2), np.int32)
     ranges[members] = np.stack([items.cu_parts[:-1], items.cu_parts[1:]], axis=1)
-    return SharedItems(items, members.astype(np.int32), ranges)
+    return SharedWorkItems(items, members.astype(np.int32), ranges)
 
 
-def _count_up(counts: np.ndarray) -> np.ndarray:
+def _ranges(counts: np.ndarray) -> np.ndarray:
     """0 .. counts[0] - 1, 0 .. counts[1] - 1, ..."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 

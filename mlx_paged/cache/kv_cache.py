@@ -1,6 +1,6 @@
 """The arrays that hold K and V: one pool of blocks per layer, allocated once and only ever written in place."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -32,7 +32,7 @@ class PagedKVCache:
         """num_blocks: of each layer's pool. max_staging: bytes that copies may hold beside the pools."""
         self._max_staging = max_staging
         self._shapes = list(zip(layers, num_blocks, strict=True))
-        self._block_size = block_size
+        self.block_size = block_size
         self.clear()
 
     def clear(self) -> None:
@@ -40,39 +40,15 @@ class PagedKVCache:
         self.keys: list[mx.array] = []
         self.values: list[mx.array] = []
         for layer, count in self._shapes:
-            rows = (count, self._block_size, layer.num_kv_heads)
+            rows = (count, self.block_size, layer.num_kv_heads)
             self.keys.append(mx.zeros((*rows, layer.key_dim), layer.dtype))
             self.values.append(mx.zeros((*rows, layer.value_dim), layer.dtype))
         mx.eval(self.keys, self.values)
-        self.written: list[mx.array | None] = [None] * len(self.keys)  # by `write_with`, the last of each layer
+        self.write_done: list[mx.array | None] = [None] * len(self.keys)  # what `Backend.write` returned last
 
     @property
     def nbytes(self) -> int:
         return sum(pool.nbytes for pool in (*self.keys, *self.values))
-
-    def write(self, layer: int, block_ids: mx.array, offsets: mx.array, keys: mx.array, values: mx.array) -> None:
-        """Put the K and V of tokens into their slots.
-
-        block_ids, offsets: int32 [num_tokens]; keys, values: [num_tokens, num_kv_heads, dim].
-        """
-        self.keys[layer][block_ids, offsets] = keys
-        self.values[layer][block_ids, offsets] = values
-
-    def write_with(
-        self,
-        writer: Callable[..., mx.array],
-        layer: int,
-        block_ids: mx.array,
-        offsets: mx.array,
-        keys: mx.array,
-        values: mx.array,
-    ) -> None:
-        """As `write`, by a backend's own writer: of the pools' memory, without MLX's knowing of it.
-
-        What reads them next has to be an attention of that backend and take `written[layer]`, or wait for the device.
-        """
-        pools = self.keys[layer], self.values[layer]
-        self.written[layer] = writer(*pools, block_ids, offsets, keys, values)
 
     def read_block(self, block_id: int, layers: Sequence[int]) -> dict[str, mx.array]:
         """A copy of a block in the given layers: "k0", "v0", "k1", ... [block_size, num_kv_heads, dim]."""

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_paged.attention.metadata import StepInputs
+from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.cache.block_store import BlockContent
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.config import EngineConfig, parse_memory
@@ -24,12 +24,12 @@ class ModelRunner:
 
     def __init__(self, model: PatchedModel, config: EngineConfig, max_model_len: int | None) -> None:
         self._model = model
+        self.backends = {backend.name for backend in model.backends(config.block_size) if backend is not None}
         self.plan = plan_memory(model, config, max_model_len)
         layers = [layer for layer, _ in model.stored_layers]
         self._group_of_layer = [group for _, group in model.stored_layers]
         num_blocks = [self.plan.num_blocks[group] for group in self._group_of_layer]
         self.may_submit_early = may_submit_early(model, config)
-        self.backends: set[str] = set()  # of attention, those that steps have used
         self._kv_cache = PagedKVCache(layers, num_blocks, config.block_size, parse_memory(config.max_staging))
 
     @property
@@ -40,13 +40,9 @@ class ModelRunner:
     def kv_bytes(self) -> int:
         return self._kv_cache.nbytes
 
-    def run(self, inputs: StepInputs) -> mx.array:
+    def run(self, inputs: ModelInputs) -> mx.array:
         """The logits of the step's rows, [num_rows, vocab_size], not evaluated yet; K and V are written with them."""
-        logits = self._model(self._kv_cache, inputs)
-        for step in (inputs, inputs.of_logit_rows):
-            for group in [] if step is None else step.groups:
-                self.backends |= group.metadata.backends
-        return logits
+        return self._model(self._kv_cache, inputs)
 
     def reset(self) -> None:
         """After an error, of which the pools may be part: new ones."""

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.attention.metadata import AttentionMetadata, GroupInputs, StepInputs, pick_tokens
+from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.config import EngineConfig
 from mlx_paged.models.patch import PatchedModel
@@ -76,7 +76,7 @@ def _keep_busy() -> None:
         mx.async_eval(product)
 
 
-def _one_sequence(model: PatchedModel, config: EngineConfig, num_tokens: int, num_rows: int) -> tuple[StepInputs, int]:
+def _one_sequence(model: PatchedModel, config: EngineConfig, num_tokens: int, num_rows: int) -> tuple[ModelInputs, int]:
     """A step of `num_tokens` tokens of one prompt with logits for its last `num_rows`, and the blocks that it takes."""
     positions = np.arange(num_tokens, dtype=np.int32)
     num_blocks = -(-num_tokens // config.block_size)
@@ -84,16 +84,11 @@ def _one_sequence(model: PatchedModel, config: EngineConfig, num_tokens: int, nu
         mx.arange(num_blocks, dtype=mx.int32)[None],
         np.array([num_tokens], np.int32),
         np.array([0, num_tokens], np.int32),
+        slot_block_ids=mx.array(positions // config.block_size),
+        slot_offsets=mx.array(positions % config.block_size),
     )
-    group = GroupInputs(mx.array(positions // config.block_size), metadata)
-    inputs = StepInputs(
-        mx.zeros(num_tokens, mx.int32),
-        mx.array(positions),
-        mx.array(positions % config.block_size),
-        None,
-        [group] * len(model.groups),
-    )
-    return pick_tokens(inputs, positions[num_tokens - num_rows :], np.zeros(num_rows, np.int64)), num_blocks
+    token_ids, logits_indices = mx.zeros(num_tokens, mx.int32), mx.array(positions[num_tokens - num_rows :])
+    return ModelInputs(token_ids, mx.array(positions), logits_indices, [metadata] * len(model.groups)), num_blocks
 
 
 def _cache(model: PatchedModel, config: EngineConfig, num_blocks: int) -> PagedKVCache:

@@ -16,7 +16,7 @@ import pytest
 from cudasim import Cuda
 from cudasim.fixture import cuda as cuda
 from helpers.attention_cases import DTYPES, Case, assert_close, check, dense_attention, exact, make_arrays, points_of
-from helpers.cuda_text import recorded_calls
+from helpers.cuda_text import recorded_calls, slots_of
 from helpers.planted import with_mistake
 from helpers.tiny_models import VOCAB_SIZE
 
@@ -25,11 +25,13 @@ from mlx_paged.attention import cuda as cuda_kernels
 from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention import work_items as kernel_plan
+from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.kernel_backend import shape_of
 from mlx_paged.attention.work_items import Shape
 from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
 from mlx_paged.errors import EngineWarning
 
+CUDA: Any = attention.BACKENDS["cuda"]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -73,7 +75,7 @@ NUM_PARTS = 4
 def split(monkeypatch: pytest.MonkeyPatch, part_size: int = 80) -> None:
     """Have the keys of short contexts computed in parts, too."""
     monkeypatch.setattr(kernel_plan, "keys_per_item", lambda *_: part_size)
-    monkeypatch.setattr(kernel_plan, "parts_of_keys", lambda _, num_keys, *__: (-(-num_keys // part_size)).clip(1))
+    monkeypatch.setattr(kernel_plan, "num_key_splits", lambda _, num_keys, *__: (-(-num_keys // part_size)).clip(1))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_blocks_outside_the_window_are_never_read(num_queries: int, cuda: Cuda) 
     for table, context in zip(tables, (200, 49), strict=True):
         table[: (context - num_queries + 1 - 33) // 16] = 2**26  # reading there would be out of bounds
     metadata = attention.AttentionMetadata(mx.array(tables), arrays.context_lens, arrays.cu_seqlens_q)
-    out = attention.attend(*arrays[:3], metadata, **arrays.options, backend="cuda")
+    out = attention.attend(*arrays[:3], metadata, AttentionOptions(**arrays.options), "cuda")
     assert_close(out, dense_attention(arrays))
     read = cuda.report.traffic.buffers["k_cache"].bytes_read
     assert read == 2 * (33 + num_queries - 1) * 2 * 64 * 2  # sequences, keys, KV heads, head_dim, bytes
@@ -133,12 +135,10 @@ def test_rows_of_queries_and_tables_may_have_any_stride(lengths: Any, cuda: Cuda
     arrays = make_arrays(Case(lengths, heads=(6, 2), dtype="float32"))
     shape, scale = shape_of(*arrays[:3]), arrays.options["scale"]
     if len(lengths) == 3:
-        out = cuda_kernels.decode(
-            *strided(arrays), cuda_kernels.plan_decode(arrays.context_lens, None, shape), scale=scale
-        )
+        out = CUDA.decode(*strided(arrays), CUDA.plan_decode(arrays.context_lens, None, shape), AttentionOptions(scale))
     else:
-        plan = cuda_kernels.plan_prefill(arrays.context_lens, arrays.cu_seqlens_q, None, shape)
-        out = cuda_kernels.prefill(*strided(arrays), plan, scale=scale)
+        plan = CUDA.plan_prefill(arrays.context_lens, arrays.cu_seqlens_q, None, shape)
+        out = CUDA.prefill(*strided(arrays), plan, AttentionOptions(scale))
     assert_close(out, dense_attention(arrays))
 
 
@@ -150,7 +150,7 @@ def test_offsets_have_64_bits(lengths: Any, cuda: Cuda) -> None:
     tables[0, 0] = (1 << 32) // (16 * 2 * 128)  # with 32 bits of offset this is block 0
     metadata = attention.AttentionMetadata(mx.array(tables), arrays.context_lens, arrays.cu_seqlens_q)
     with pytest.raises(AssertionError, match="out-of-bounds read"):
-        attention.attend(*arrays[:3], metadata, **arrays.options, backend="cuda")
+        attention.attend(*arrays[:3], metadata, AttentionOptions(**arrays.options), "cuda")
 
 
 # -- prefixes that sequences share --
@@ -233,7 +233,7 @@ def test_new_keys_and_values_are_put_into_their_slots_and_nowhere_else(part: int
             new = [mx.concatenate([rows, rows + 1], axis=2)[:, :, : rows.shape[2]] for rows in new]
         mx.eval(pools, new)
         expected = written_by_hand(pools, where, new)
-        written = cuda_kernels.write(*pools, *map(mx.array, where), *new)
+        written = CUDA.write(*pools, slots_of(*where), *new)
         mx.eval(written)
         assert written.tolist() == [0]
         for pool, content in zip(pools, expected, strict=True):
@@ -242,10 +242,9 @@ def test_new_keys_and_values_are_put_into_their_slots_and_nowhere_else(part: int
 
 def test_a_pool_that_something_still_reads_is_written_where_it_lies(cuda: Cuda) -> None:
     cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)], [16], 8, 1)
-    where, rows, pools = mx.array([5], mx.int32), mx.ones((1, 4, 64)), (cache.keys[0], cache.values[0])
+    where, rows, pools = np.array([5], np.int32), mx.ones((1, 4, 64)), (cache.keys[0], cache.values[0])
     views = [pool[5] for pool in pools]  # on a card: a step that is not over
-    cache.write_with(cuda_kernels.write, 0, where, where, rows, rows)
-    mx.eval(cache.written)
+    mx.eval(CUDA.write(*pools, slots_of(where, where), rows, rows))
     assert cache.keys[0] is pools[0] and cache.values[0] is pools[1]
     for view, pool in zip(views, pools, strict=True):
         assert (view[5] == 1).all().item() and pool.sum().item() == 4 * 64
@@ -255,9 +254,9 @@ def test_slots_past_the_32_bits_of_a_pool_are_found(cuda: Cuda) -> None:
     cuda.only_simulated("memory that is not there is written")
     pools = [mx.zeros((2, 16, 2, 128), mx.float16) for _ in "kv"]
     new = [mx.ones((1, 2, 128), mx.float16) for _ in "kv"]
-    block_id = mx.array([(1 << 32) // (16 * 2 * 128)], mx.int32)  # with 32 bits of offset this is block 0
+    block_id = np.array([(1 << 32) // (16 * 2 * 128)], np.int32)  # with 32 bits of offset this is block 0
     with pytest.raises(AssertionError, match="out-of-bounds write"):
-        cuda_kernels.write(*pools, block_id, mx.zeros(1, mx.int32), *new)
+        CUDA.write(*pools, slots_of(block_id, np.zeros(1, np.int32)), *new)
 
 
 WRITE_MISTAKES = {
@@ -266,7 +265,7 @@ WRITE_MISTAKES = {
     "the values of the token before": ("token) * value_pieces", "max(token - 1, 0)) * value_pieces"),
     "keys among the values": ("piece < key_pieces", "piece <= key_pieces"),
     "a thread past the end writes": ("token < block_ids_shape[0]", "token <= block_ids_shape[0]"),
-    "nobody is told": ("*written = 0", "{}"),
+    "nobody is told": ("*write_done = 0", "{}"),
     "an input is written in secret": ("const_cast<T*>(v_cache)", "(T*)v_cache"),
 }
 
@@ -287,7 +286,7 @@ def test_a_mistake_in_writing_is_noticed(name: str, cuda: Cuda, monkeypatch: pyt
     mx.eval(pools, new)
     expected = written_by_hand(pools, where, new)
     with pytest.raises(AssertionError):  # a SimulationError is one
-        cuda_kernels.write(*pools, *map(mx.array, where), *new)
+        CUDA.write(*pools, slots_of(*where), *new)
         for pool, content in zip(pools, expected, strict=True):
             np.testing.assert_array_equal(exact(pool), content)
 
@@ -306,7 +305,7 @@ def test_what_reads_a_pool_waits_for_what_was_written_into_it(family: str, tiny_
         if call.kernel == "paged_write":
             (last[id(call.inputs["k_cache"])],) = call.outputs
         elif call.kernel != "paged_merge":
-            assert call.inputs["written"] is last[id(call.inputs["k_cache"])]
+            assert call.inputs["write_done"] is last[id(call.inputs["k_cache"])]
     assert {call.kernel for call in calls} >= {"paged_write", "paged_decode", "paged_prefill"}
     assert any("SHARED = true" in call.text for call in calls if call.kernel == "paged_prefill")
     assert len(pools) == len(tiny_model(family).layers), "pools stay where they are"
@@ -472,9 +471,9 @@ def test_without_a_device_the_wrapper_says_so() -> None:
     if mx.cuda.is_available():
         pytest.skip("there is one")
     arrays = make_arrays(Case(decodes(9)))
-    plan = cuda_kernels.plan_decode(arrays.context_lens, None, shape_of(*arrays[:3]))
+    plan = CUDA.plan_decode(arrays.context_lens, None, shape_of(*arrays[:3]))
     with pytest.raises(RuntimeError, match="CUDA device"):
-        cuda_kernels.decode(*arrays[:4], plan, scale=1.0)
+        CUDA.decode(*arrays[:4], plan, AttentionOptions(1.0))
 
 
 def test_what_has_no_kernel_is_named(cuda: Cuda) -> None:
@@ -492,7 +491,7 @@ def test_an_older_card_takes_plain_operations(cuda: Cuda, monkeypatch: pytest.Mo
     cuda.only_simulated("the card is another")
     for generation, expected in ((7, False), (8, True), (9, True)):
         monkeypatch.setattr(mx, "device_info", lambda major=generation: {"compute_capability_major": major})
-        assert cuda_kernels.is_available() is expected
+        assert CUDA.is_available() is expected
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from mlx_paged import paged_attention
-from mlx_paged.attention import metal as kernels
 from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention import work_items as kernel_plan
+from mlx_paged.attention.backend import AttentionOptions
+from mlx_paged.attention.kernel_plan import Plan, to_device
+from mlx_paged.attention.metadata import AttentionMetadata
+from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.work_items import Shape
 from mlx_paged.errors import EngineWarning
 
@@ -50,20 +53,21 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     return fake
 
 
+METAL = MetalBackend()
 SHAPE = Shape(2, 2, 16, 24, 4)
 
 
-def call_decode(num_seqs: int = 3, max_blocks: int = 4, plan: kernels.Plan | None = None, **changes: Any) -> mx.array:
+def call_decode(num_seqs: int = 3, max_blocks: int = 4, plan: Plan | None = None, **changes: Any) -> mx.array:
     """One query per sequence, 4 query and 2 KV heads."""
-    plan = plan or kernels.plan_decode(np.full(num_seqs, 9, np.int32), None, SHAPE)
-    return kernels.decode(*arrays(num_seqs, max_blocks, changes), plan, scale=1.0, **changes)
+    plan = plan or METAL.plan_decode(np.full(num_seqs, 9, np.int32), None, SHAPE)
+    return METAL.decode(*arrays(num_seqs, max_blocks, changes), plan, AttentionOptions(1.0, **changes))
 
 
 def call_prefill(num_seqs: int = 3, max_blocks: int = 4, **changes: Any) -> mx.array:
     """One query per sequence here as well, so that both take the same arrays."""
     cu_seqlens_q = np.arange(num_seqs + 1, dtype=np.int32)
-    plan = kernels.plan_prefill(np.full(num_seqs, 9, np.int32), cu_seqlens_q, None, SHAPE)
-    return kernels.prefill(*arrays(num_seqs, max_blocks, changes), plan, scale=1.0, **changes)
+    plan = METAL.plan_prefill(np.full(num_seqs, 9, np.int32), cu_seqlens_q, None, SHAPE)
+    return METAL.prefill(*arrays(num_seqs, max_blocks, changes), plan, AttentionOptions(1.0, **changes))
 
 
 CALLS = pytest.mark.parametrize("call", [call_decode, call_prefill])
@@ -99,8 +103,8 @@ def test_no_queries_need_no_kernel(call: Callable[..., mx.array], device: FakeDe
 
 def test_a_context_in_several_parts_is_merged(device: FakeDevice) -> None:
     contexts = np.array([20, 5, 0], np.int32)
-    plan = kernels.put_on_device(kernel_plan.decode_items(contexts, contexts, 8))
-    assert call_decode(plan=kernels.DecodePlan(plan, None)).shape == (3, 4, 24)
+    plan = to_device(kernel_plan.decode_items(contexts, contexts, 8))
+    assert call_decode(plan=plan).shape == (3, 4, 24)
     assert [name.split("_")[1] for name, _ in device.calls] == ["decode", "merge"]
     assert device.calls[0][1]["output_shapes"] == [(5, 4, 24), (5, 4)]
 
@@ -182,10 +186,8 @@ def test_kernels_whose_text_differs_have_names_that_differ(call: Callable[..., m
 
 def test_the_number_of_cores_is_told_from_the_architecture(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     for architecture, cores in (("applegpu_g13g", 20), ("applegpu_g15d", 80), ("applegpu_g99x", 40), ("cpu", 40)):
-        kernels.num_cores.cache_clear()
         monkeypatch.setattr(mx, "device_info", lambda name=architecture: {"architecture": name})
-        assert kernels.num_cores() == cores
-    kernels.num_cores.cache_clear()
+        assert MetalBackend().num_cores == cores
 
 
 # -- which backend --
@@ -197,7 +199,7 @@ def test_work_that_was_put_on_the_cpu_beside_a_gpu_stays_there(
     monkeypatch.setattr(mx, "is_available", lambda _: True)
     for default, expected in ((mx.cpu, False), (mx.gpu, True)):
         monkeypatch.setattr(mx, "default_device", lambda default=default: default)
-        assert kernels.is_available() is expected
+        assert METAL.is_available() is expected
 
 
 def arguments_of_attention(dtype: mx.Dtype = mx.float32, block_size: int = 8, head_dim: int = 16) -> list[Any]:
@@ -248,24 +250,24 @@ def test_what_has_no_kernel_is_computed_without_and_said_once(device: FakeDevice
 
 
 def test_the_layers_of_a_step_share_one_plan(device: FakeDevice) -> None:
-    metadata = attention.AttentionMetadata(
+    metadata = AttentionMetadata(
         mx.array([[0, 1, 2], [3, 4, 0]], mx.int32), np.array([20, 10], np.int32), np.array([0, 1, 2], np.int32)
     )
     q, k_cache, v_cache = arguments_of_attention()[:3]
     for window in (None, None, 8, 8):
-        attention.attend(q, k_cache, v_cache, metadata, scale=1.0, window=window)
+        attention.attend(q, k_cache, v_cache, metadata, AttentionOptions(1.0, window))
     works = [call["inputs"][4] for _, call in device.calls]
     assert works[0] is works[1] and works[2] is works[3] and works[0] is not works[2]
     assert all(call["inputs"][3] is metadata.block_tables for _, call in device.calls)
 
 
 def test_decodes_and_prompts_of_a_step_have_a_kernel_each_and_share_the_tables(device: FakeDevice) -> None:
-    metadata = attention.AttentionMetadata(
+    metadata = AttentionMetadata(
         mx.array([[0, 1, 2], [3, 4, 0]], mx.int32), np.array([20, 10], np.int32), np.array([0, 1, 8], np.int32)
     )
     q, (k_cache, v_cache) = mx.zeros((8, 4, 16)), arguments_of_attention()[1:3]
     for _ in range(2):
-        assert attention.attend(q, k_cache, v_cache, metadata, scale=1.0).shape == q.shape
+        assert attention.attend(q, k_cache, v_cache, metadata, AttentionOptions(1.0)).shape == q.shape
     assert [name.split("_")[1] for name, _ in device.calls] == ["decode", "prefill"] * 2
     tables = [call["inputs"][3] for _, call in device.calls]
     assert tables[0] is tables[2] and tables[1] is tables[3]

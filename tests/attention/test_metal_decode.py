@@ -22,11 +22,14 @@ from helpers.attention_cases import (
 from helpers.planted import Mistake, plant
 from metalsim.fixture import Metal
 
-from mlx_paged.attention import metal as kernels
+from mlx_paged.attention import metal as metal_module
 from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention import work_items as kernel_plan
+from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.kernel_backend import shape_of
 from mlx_paged.attention.work_items import DecodeLayout, Shape
+
+METAL: Any = attention.BACKENDS["metal"]
 
 
 def decodes(*context_lens: int) -> tuple[tuple[int, int], ...]:
@@ -97,7 +100,7 @@ def test_blocks_outside_the_window_are_never_read(metal: Metal) -> None:
     tables[0, : 167 // 16] = tables[1, : 16 // 16] = 2**26  # reading there would be out of bounds
     # The public function would refuse these ids.
     metadata = attention.AttentionMetadata(mx.array(tables), arrays.context_lens, arrays.cu_seqlens_q)
-    out = attention.attend(*arrays[:3], metadata, **arrays.options, backend="metal")
+    out = attention.attend(*arrays[:3], metadata, AttentionOptions(**arrays.options), "metal")
     assert_close(out, dense_attention(arrays))
     read = metal.report.traffic.buffers["k_cache"].bytes_read
     assert read == 2 * 33 * 2 * 64 * 2  # sequences, keys, KV heads, head_dim, bytes
@@ -106,10 +109,10 @@ def test_blocks_outside_the_window_are_never_read(metal: Metal) -> None:
 def test_rows_of_queries_and_tables_may_have_any_stride(metal: Metal) -> None:
     arrays = make_arrays(Case(decodes(40, 0, 33), heads=(6, 2), dtype="float32"))
     metadata = attention.AttentionMetadata(arrays.block_tables, arrays.context_lens, arrays.cu_seqlens_q)
-    plan = kernels.plan_decode(metadata.context_lens, None, shape_of(*arrays[:3]))
+    plan = METAL.plan_decode(metadata.context_lens, None, shape_of(*arrays[:3]))
     q = mx.concatenate([arrays.q + 1, arrays.q, arrays.q - 1], axis=2)[:, :, 64:128]
     tables = mx.concatenate([arrays.block_tables] * 3, axis=1)[:, 8:16]
-    out = kernels.decode(q, arrays.k_cache, arrays.v_cache, tables, plan, scale=arrays.options["scale"])
+    out = METAL.decode(q, arrays.k_cache, arrays.v_cache, tables, plan, AttentionOptions(arrays.options["scale"]))
     assert_close(out, dense_attention(arrays))
 
 
@@ -138,11 +141,11 @@ def test_keys_and_values_are_read_once_in_whole_lines(read: Read, metal: Metal) 
     """Batch 1, 4096 keys, divided as for 8 KV heads, of which one is run."""
     dtype, num_keys = DTYPES[read.dtype], 4096
     shape = Shape(8, read.ratio, read.head_dim, read.head_dim, dtype.size)
-    plan = kernels.plan_decode(np.array([num_keys], np.int32), None, shape)
+    plan = METAL.plan_decode(np.array([num_keys], np.int32), None, shape)
     pool = mx.random.normal((256, 16, 1, read.head_dim)).astype(dtype)
     tables = mx.array(np.random.default_rng(0).permutation(256).astype(np.int32)[None])
     q = mx.random.normal((1, read.ratio, read.head_dim)).astype(dtype)
-    kernels.decode(q, pool, pool + 0, tables, plan, scale=0.1)
+    METAL.decode(q, pool, pool + 0, tables, plan, AttentionOptions(0.1))
     decode, merge = (report.traffic for report in metal.reports)
     compulsory = num_keys * read.head_dim * dtype.size
     for name in ("k_cache", "v_cache"):
@@ -201,7 +204,7 @@ MISTAKES: dict[str, tuple[Mistake, Setting]] = {
 def run_setting(setting: Setting, metal: Metal, patches: pytest.MonkeyPatch) -> None:
     split(patches, setting.part_size)
     if setting.layout is not None:
-        patches.setattr(kernels, "decode_layout", lambda _: setting.layout)
+        patches.setattr(metal_module, "decode_layout", lambda _: setting.layout)
     check(setting.case, backend="metal")
 
 

@@ -13,6 +13,7 @@ from helpers.tiny_models import VOCAB_SIZE
 from metalsim.fixture import Metal
 
 from mlx_paged import LLM, SamplingParams
+from mlx_paged.attention import kernel_backend as kernel_backend
 from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention import work_items as kernel_plan
 from mlx_paged.cli.main import cli
@@ -22,14 +23,14 @@ from mlx_paged.errors import EngineWarning
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """Which kernels the steps needed, in order."""
-    divide, steps = attention._divide, []
+    split, steps = kernel_backend.split_by_kernel, []
 
-    def recorded(metadata: attention.AttentionMetadata) -> Any:
-        groups = divide(metadata)
-        steps.append({name for name in ("decodes", "prefills") if getattr(groups, name) is not None})
-        return groups
+    def recorded(*arguments: Any) -> Any:
+        parts = split(*arguments)
+        steps.append({name for name in ("decodes", "prefills") if getattr(parts, name) is not None})
+        return parts
 
-    monkeypatch.setattr(attention, "_divide", recorded)
+    monkeypatch.setattr(kernel_backend, "split_by_kernel", recorded)
     return steps
 
 

@@ -23,11 +23,13 @@ from helpers.attention_cases import (
 from helpers.planted import Mistake, plant
 from metalsim.fixture import Metal
 
-from mlx_paged.attention import metal as kernels
+from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention import work_items as kernel_plan
+from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.kernel_backend import shape_of
 from mlx_paged.attention.work_items import tile_for
 
+METAL: Any = attention.BACKENDS["metal"]
 GRID: dict[str, list[Any]] = {
     # (queries, context) of each sequence: a prompt, a chunk, several tokens each, everything, padding, a long context
     "lengths": [
@@ -58,14 +60,14 @@ def prefill(arrays: Arrays) -> mx.array:
     """The prefill kernel's result, also for sequences with one query, which `paged_attention` gives to the other."""
     options = arrays.options
     shape = shape_of(*arrays[:3])
-    plan = kernels.plan_prefill(arrays.context_lens, arrays.cu_seqlens_q, options["window"], shape)
-    return kernels.prefill(*arrays[:4], plan, **options)
+    plan = METAL.plan_prefill(arrays.context_lens, arrays.cu_seqlens_q, options["window"], shape)
+    return METAL.prefill(*arrays[:4], plan, AttentionOptions(**options))
 
 
 def split(patches: pytest.MonkeyPatch) -> None:
     """Have the keys of short contexts split, too."""
     patches.setattr(kernel_plan, "_LEAST_KEYS_PER_ROW", 1)
-    patches.setattr(kernels, "num_cores", lambda: 10_000)
+    patches.setattr(METAL, "num_cores", 10_000)
 
 
 @pytest.mark.parametrize("part", range(NUM_PARTS))

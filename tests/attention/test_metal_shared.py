@@ -24,10 +24,10 @@ from helpers.tiny_models import VOCAB_SIZE
 from metalsim.fixture import Metal
 
 from mlx_paged import LLM, BeamSearchParams, SamplingParams
-from mlx_paged.attention import metal as kernels
 from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention import work_items as kernel_plan
+from mlx_paged.attention.backend import AttentionOptions
 
 # Two groups, one sequence that shares nothing, and one that is padding; then as many as make several tiles.
 GROUPS = (((1, 70), (1, 81), (1, 66), (1, 34), (1, 0), (1, 47), (1, 40)), (((0, 1, 2), 4), ((5, 6), 2)))
@@ -62,7 +62,7 @@ def split(patches: pytest.MonkeyPatch) -> None:
     """Have short contexts and prefixes split, too."""
     patches.setattr(kernel_plan, "_LEAST_KEYS_PER_ROW", 1)
     patches.setattr(kernel_plan, "keys_per_item", lambda *_: 32)
-    patches.setattr(kernels, "num_cores", lambda: 10_000)
+    patches.setattr(attention.BACKENDS["metal"], "num_cores", 10_000)
 
 
 def case_of(point: Sequence[Any]) -> Case:
@@ -106,7 +106,7 @@ def test_with_a_window_every_sequence_reads_its_own_keys(metal: Metal) -> None:
 def test_nobody_looks_for_prefixes_unless_asked(metal: Metal) -> None:
     arrays = make_arrays(BEAMS)
     metadata = attention.AttentionMetadata(arrays.block_tables, arrays.context_lens, arrays.cu_seqlens_q)
-    out = attention.attend(*arrays[:3], metadata, **arrays.options, backend="metal")
+    out = attention.attend(*arrays[:3], metadata, AttentionOptions(**arrays.options), "metal")
     assert_close(out, dense_attention(arrays))
     assert kernels_run(metal) == ["decode"]
 
@@ -117,8 +117,8 @@ def test_four_beams_read_little_more_than_the_distinct_blocks(
 ) -> None:
     """A prompt of 2048 tokens and 64 of each beam's own, divided as for 8 KV heads, of which one is run."""
     case = Case(((1, 2112),) * 4, heads, (128, 128), shared=(((0, 1, 2, 3), 128),))
-    items, keys = kernel_plan.parts_of_keys, kernel_plan.keys_per_item
-    monkeypatch.setattr(kernel_plan, "parts_of_keys", lambda *a: items(*a[:2], a[2]._replace(num_kv_heads=8), a[3]))
+    items, keys = kernel_plan.num_key_splits, kernel_plan.keys_per_item
+    monkeypatch.setattr(kernel_plan, "num_key_splits", lambda *a: items(*a[:2], a[2]._replace(num_kv_heads=8), a[3]))
     monkeypatch.setattr(kernel_plan, "keys_per_item", lambda *a: keys(a[0], a[1]._replace(num_kv_heads=8), a[2]))
     check(case, backend="metal")
     decode, prefill, merge = (report.traffic for report in metal.reports)

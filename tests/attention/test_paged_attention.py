@@ -17,6 +17,7 @@ from mlx_paged import paged_attention
 from mlx_paged.attention import reference as reference
 from mlx_paged.attention import reference_plan as reference_plan
 from mlx_paged.attention import shared_prefix as shared_prefix
+from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import attend
 from mlx_paged.attention.shared_prefix import SharedPrefix
@@ -168,7 +169,7 @@ def test_long_contexts_cost_the_host_nothing_until_the_device_computes(window: i
     before = mx.get_active_memory()
     tracemalloc.start()
     try:
-        out = attend(q, k_cache, k_cache, metadata, scale=1.0, window=window, backend="reference")
+        out = attend(q, k_cache, k_cache, metadata, AttentionOptions(1.0, window), "reference")
         _, host_peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

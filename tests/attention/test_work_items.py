@@ -14,7 +14,7 @@ from mlx_paged.attention.work_items import (
     decode_items,
     decode_layout,
     keys_per_item,
-    parts_of_keys,
+    num_key_splits,
     prefill_items,
     tile_for,
 )
@@ -79,7 +79,7 @@ def test_parts_cover_each_context_once() -> None:
 def test_every_shape_has_a_layout_that_fits() -> None:
     for element_size, ratio, dim, value_dim in itertools.product((2, 4), range(1, 17), DIMS, DIMS):
         layout = decode_layout(Shape(1, ratio, dim, value_dim, element_size))
-        assert layout.private_words <= 96
+        assert layout.register_words <= 96
         assert dim % layout.width == value_dim % layout.width == 0
         assert layout.lanes % layout.batch == 0
         assert layout.width * element_size >= 8
@@ -107,7 +107,7 @@ def test_tiles_fit_every_head_dim(element_size: int) -> None:
 
 
 def test_work_is_listed_sequence_by_sequence_tile_by_tile_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_plan, "parts_of_keys", lambda *_: np.array([2, 1, 1, 1]))
+    monkeypatch.setattr(kernel_plan, "num_key_splits", lambda *_: np.array([2, 1, 1, 1]))
     cu_seqlens_q, context_lens = np.array([0, 1, 1, 18, 20], np.int32), np.array([9, 5, 40, 0], np.int32)
     items = prefill_items(context_lens, cu_seqlens_q, None, Shape(1, 3, 192, 192, 2), 40)
     assert items.work.tolist() == [
@@ -138,4 +138,4 @@ def test_work_is_listed_sequence_by_sequence_tile_by_tile_part_by_part(monkeypat
     ],
 )
 def test_keys_are_split_where_threadgroups_are_few_or_uneven(num_tiles: Any, num_keys: Any, parts: Any) -> None:
-    assert parts_of_keys(np.array(num_tiles), np.array(num_keys), ONE_HEAD, 40).tolist() == parts
+    assert num_key_splits(np.array(num_tiles), np.array(num_keys), ONE_HEAD, 40).tolist() == parts

@@ -49,7 +49,7 @@ def test_a_copy_of_a_pool_would_be_seen() -> None:
 
     def write(hold: bool) -> None:
         view = cache.keys[0][0] if hold else None
-        cache.write(0, where, where, row, row)
+        cache.keys[0][where, where], cache.values[0][where, where] = row, row
         mx.eval(cache.keys[0][1, 0, 0, 0], cache.values[0][1, 0, 0, 0])
         del view
 
@@ -127,7 +127,7 @@ def test_a_device_that_holds_what_it_has_read_for_a_while_makes_no_copies(monkey
 
     def step() -> None:
         for layer in range(2):
-            cache.write(layer, where, where, rows, rows)
+            cache.keys[layer][where, where], cache.values[layer][where, where] = rows, rows
         evaluate(*(pool[5, 5, 0, 0] for pool in (*cache.keys, *cache.values)))
 
     def all_that_touches_blocks() -> None:

@@ -173,7 +173,7 @@ def test_preempted_beams_can_be_aborted_while_they_wait(llama: Lab) -> None:
     waiting: list[Any] = []
     while not waiting:
         outputs |= {output.request_id: output for output in engine.step()}
-        waiting = [sequence.request for sequence in engine._scheduler.waiting if sequence.trunk is not None]
+        waiting = [sequence.request for sequence in engine._scheduler.waiting if sequence.num_shared_tokens is not None]
     assert len(waiting[0].sequences) == 4, "one waits for all of them"
     aborted = engine.abort(waiting[0].request_id)
     assert aborted is not None and aborted.sequences
@@ -191,7 +191,7 @@ def test_a_search_in_numbers_that_are_none_ends_alone_with_an_error(
 
     def poisoned(inputs: Any) -> mx.array:
         logits = run_model(inputs)
-        ours = mx.array(np.array(inputs.positions)[np.array(inputs.logit_rows)] if inputs.logit_rows is not None
+        ours = mx.array(np.array(inputs.positions)[np.array(inputs.logits_indices)] if inputs.logits_indices is not None
                         else np.array(inputs.positions))  # fmt: skip
         return mx.where((ours == 10)[:, None], mx.nan, logits)
 

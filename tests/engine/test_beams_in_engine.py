@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from helpers.beam_lab import (
     EARLY_STOPPING,
@@ -15,7 +14,6 @@ from helpers.beam_lab import (
     EndTokens,
     Lab,
     assert_same,
-    is_idle,
     lab_of,
     run,
     search,
@@ -106,22 +104,22 @@ def test_beams_that_lose_their_blocks_come_back_by_what_they_share(lab: Lab, con
     params = [BeamSearchParams(4, 14, 0.0), BeamSearchParams(3, 16, 0.7), BeamSearchParams(5, 11)]
     samples = engine.add_request(PROMPTS[0], SamplingParams(temperature=0, max_tokens=25))
     ids = [engine.add_request(PROMPTS[i], each) for i, each in enumerate(params)]
-    trunks = []
-    unfold = engine._scheduler._unfold
+    shared = []
+    split_beams = engine._scheduler._split_beams
 
-    def recorded_unfold(sequence: Any) -> None:
-        trunks.append((sequence.trunk, len(sequence.request.prompt_token_ids)))
-        unfold(sequence)
+    def recorded_split(sequence: Any) -> None:
+        shared.append((sequence.num_shared_tokens, len(sequence.request.prompt_token_ids)))
+        split_beams(sequence)
 
-    engine._scheduler._unfold = recorded_unfold  # type: ignore[method-assign]
+    engine._scheduler._split_beams = recorded_split  # type: ignore[method-assign]
     outputs = run(engine)
     for i, each in zip(ids, params, strict=True):
         lab.compare(outputs[i], each)
     assert outputs[samples].outputs[0].token_ids == unpaged_greedy(lab.model, PROMPTS[0], 25).token_ids
     assert engine.stats().num_preemptions > 0
-    assert trunks, "the premise: beams were preempted, not only prompts and samples"
+    assert shared, "the premise: beams were preempted, not only prompts and samples"
     if not config:
-        assert any(trunk > prompt for trunk, prompt in trunks), "what they have in common beyond the prompt counts"
+        assert any(common > prompt for common, prompt in shared), "what they have in common beyond the prompt counts"
     if config.get("swap_space"):
         assert engine.stats().num_swapped_blocks > 0
 
@@ -133,31 +131,6 @@ def test_searches_of_different_priority_and_salt_keep_to_themselves(lab: Lab) ->
     outputs = run(engine)
     for i, each in zip(ids, params, strict=True):
         lab.compare(outputs[i], each)
-
-
-def test_a_step_that_breaks_off_changes_no_search(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = BeamSearchParams(3, 6)
-    for failing_step in range(7):
-        engine = llama.engine()
-        run_model, calls = engine._runner.run, []
-
-        def failing(inputs: Any, when: int = failing_step, run: Any = run_model, calls: Any = calls) -> mx.array:
-            calls.append(None)
-            if len(calls) - 1 == when:
-                raise KeyboardInterrupt
-            return run(inputs)
-
-        monkeypatch.setattr(engine._runner, "run", failing)
-        engine.add_request(PROMPTS[1], params)
-        outputs: dict[int, Any] = {}
-        while engine.has_unfinished():
-            try:
-                outputs |= {output.request_id: output for output in engine.step()}
-            except KeyboardInterrupt:
-                engine.cache_groups.check()
-        llama.compare(outputs[0], params)
-        assert len(calls) > failing_step or failing_step == 6
-        assert is_idle(engine)
 
 
 def test_one_beam_is_greedy_decoding(lab: Lab) -> None:

@@ -413,47 +413,6 @@ def test_aborting_an_id_that_was_never_given_is_a_key_error_and_an_ended_one_is_
         engine.abort(1)
 
 
-@pytest.mark.parametrize("failing_step", range(5))
-@pytest.mark.parametrize("after", [False, True], ids=["before the model ran", "after it ran"])
-def test_a_step_that_breaks_off_is_made_up_for_by_the_next(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, failing_step: int, after: bool
-) -> None:
-    def requests(engine: Engine) -> None:
-        engine.add_request([3] * 9, SamplingParams(seed=1, n=3, max_tokens=5))
-        engine.add_request([3] * 9 + [4], SamplingParams(seed=2, max_tokens=6))
-
-    calm = make_engine(max_num_batched_tokens=8)
-    requests(calm)
-    expected = {i: [one.token_ids for one in output.outputs] for i, output in run(calm).items()}
-
-    engine = make_engine(max_num_batched_tokens=8)
-    original, calls = engine._runner.run, []
-
-    def failing(inputs: Any) -> mx.array:
-        calls.append(None)
-        if len(calls) - 1 != failing_step:
-            return original(inputs)
-        if after:
-            mx.eval(original(inputs))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine._runner, "run", failing)
-    requests(engine)
-    finished: dict[int, RequestOutput] = {}
-    interruptions = 0
-    for _ in range(100):
-        try:
-            finished |= {output.request_id: output for output in engine.step()}
-        except KeyboardInterrupt:
-            interruptions += 1
-            engine.cache_groups.check()
-        if not engine.has_unfinished():
-            break
-    assert interruptions == 1
-    assert {i: [one.token_ids for one in output.outputs] for i, output in finished.items()} == expected
-    assert is_idle(engine)
-
-
 # -- counters ---------------------------------------------------------------------------------------------------
 
 

@@ -103,8 +103,8 @@ def is_idle(engine: Engine) -> bool:
         nothing == []
         and stats.num_free_blocks == stats.num_blocks
         and engine.block_manager.seq_ids == []
-        and engine._scheduler._num_forks_to_come == 0
-        and engine._under_way is None
+        and engine._scheduler._num_reserved_rows == 0
+        and engine._in_flight is None
     )
 
 

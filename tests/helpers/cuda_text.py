@@ -16,9 +16,10 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.attention import cuda as cuda_kernels
-from mlx_paged.attention import kernel_backend as kernel_calls
+from mlx_paged.attention.backend import AttentionOptions
+from mlx_paged.attention.cuda import CudaBackend
 from mlx_paged.attention.kernel_backend import shape_of
+from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.shared_prefix import SharedPrefix
 
 _TYPES = {
@@ -132,16 +133,16 @@ def record(
     q = mx.zeros((2, heads, dims[0]), dtype)
     caches = [mx.zeros((2, 16, 1, dim), dtype) for dim in dims]
     tables, shape = mx.zeros((2, 2), mx.int32), shape_of(q, *caches)
-    options: dict[str, Any] = {"scale": 1.0, "softcap": softcap, "sinks": mx.zeros(heads, dtype) if sinks else None}
+    options = AttentionOptions(1.0, None, softcap, mx.zeros(heads, dtype) if sinks else None)
     context_lens = np.array([20, 20], np.int32)
     prefixes = [SharedPrefix(np.arange(2), 16)] if kind == "shared" else []
     with recorded_calls() as calls:
         if kind == "prefill":
-            plan = cuda_kernels.plan_prefill(context_lens[:1], np.array([0, 2], np.int32), None, shape)
-            cuda_kernels.prefill(q, *caches, tables[:1], plan, **options)
+            plan = CudaBackend().plan_prefill(context_lens[:1], np.array([0, 2], np.int32), None, shape)
+            CudaBackend().prefill(q, *caches, tables[:1], plan, options)
         else:
-            decode_plan = cuda_kernels.plan_decode(context_lens, None, shape, prefixes)
-            cuda_kernels.decode(q, *caches, tables, decode_plan, **options)
+            plan = CudaBackend().plan_decode(context_lens, None, shape, prefixes)
+            CudaBackend().decode(q, *caches, tables, plan, options)
     return calls[1 if kind == "shared" else 0]
 
 
@@ -150,14 +151,20 @@ def record_merge(dtype: mx.Dtype, value_dim: int, is_shared: bool = False) -> Ca
     parts, numbers = [mx.zeros((4, 8, value_dim), dtype), mx.zeros((4, 8))], mx.zeros(8, mx.int32)
     ranges = numbers.reshape(4, 2) if is_shared else None
     with recorded_calls() as calls:
-        kernel_calls.prepare_merge(cuda_kernels.CUDA, dtype, (2, 8), value_dim, numbers, ranges)(parts)
+        CudaBackend().prepare_merge(mx.zeros((2, 8, 8), dtype), value_dim, numbers, ranges)(parts)
     return calls[0]
 
 
 def record_write(dtype: mx.Dtype, dims: tuple[int, int]) -> Call:
     """The call of the kernel that writes K and V, of 3 tokens with 2 KV heads. dims: their head sizes."""
     pools, new = ([mx.zeros((*rows, 2, dim), dtype) for dim in dims] for rows in ((2, 16), (3,)))
-    where = mx.zeros(3, mx.int32)
     with recorded_calls() as calls:
-        cuda_kernels.write(*pools, where, where, *new)
+        CudaBackend().write(*pools, slots_of(np.zeros(3, np.int32), np.zeros(3, np.int32)), *new)
     return calls[0]
+
+
+def slots_of(block_ids: np.ndarray, offsets: np.ndarray) -> AttentionMetadata:
+    """Metadata that tells where new keys and values go, and nothing else."""
+    nothing = np.zeros(0, np.int32)
+    slots = {"slot_block_ids": mx.array(block_ids), "slot_offsets": mx.array(offsets)}
+    return AttentionMetadata(mx.array(nothing), nothing, nothing, **slots)

@@ -38,6 +38,6 @@ def assert_idle(engine: Engine) -> None:
     stats = engine.stats()
     assert (stats.num_free_blocks, stats.kv_tokens) == (stats.num_blocks, 0)
     assert engine.block_manager.seq_ids == []
-    assert engine._rows.sequences == [None] * engine.config.max_num_seqs
-    assert engine._scheduler._num_forks_to_come == 0
-    assert engine._under_way is None and engine._at_work == []
+    assert engine._batch.sequences == [None] * engine.config.max_num_seqs
+    assert engine._scheduler._num_reserved_rows == 0
+    assert engine._in_flight is None and engine._steps.unfinished == []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from helpers.budget import budget
 
@@ -60,10 +60,10 @@ def test_at_least_95_percent_of_held_out_questions_are_answered_right(llm: LLM) 
 
 def test_a_block_of_another_sequence_in_a_table_ruins_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     class MixedUp(AttentionMetadata):
-        def __init__(self, block_tables: mx.array, *rest: np.ndarray) -> None:
+        def __init__(self, block_tables: mx.array, *rest: Any, **slots: mx.array) -> None:
             block_tables = mx.array(block_tables)
             block_tables[:, 1] = mx.roll(block_tables[:, 1], 1)  # each reads its second block from its neighbour
-            super().__init__(block_tables, *rest)
+            super().__init__(block_tables, *rest, **slots)
 
     monkeypatch.setattr(batch, "AttentionMetadata", MixedUp)
     llm = LLM(block_size=BLOCK_SIZE, num_kv_blocks=2000, max_num_seqs=32, prefix_caching=False)

@@ -24,6 +24,8 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_paged import LLM, ModelError, SamplingParams
+from mlx_paged.attention.backend import AttentionOptions, Backend
+from mlx_paged.attention.paged_attention import choose_backend
 from mlx_paged.models import layer_cache, patch
 
 TinyModel = Callable[..., nn.Module]
@@ -60,38 +62,19 @@ def test_mlx_lms_caches_have_what_the_paged_one_stands_in_for(cache: Any) -> Non
         assert callable(getattr(layer_cache.PagedLayerCache, name))
 
 
-def test_the_last_layer_stores_all_tokens_and_computes_those_that_need_logits(
-    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attended: list[int] = []
-    model = tiny_model("qwen2")
-    attend = layer_cache.attend
-
-    def record(q: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        attended.append(q.shape[0])
-        return attend(q, *args, **kwargs)
-
-    monkeypatch.setattr(layer_cache, "attend", record)
-    llm = LLM.from_model(model, block_size=8, num_kv_blocks=16, max_num_batched_tokens=24)
-    attended.clear()
-    reference = unpaged_greedy(model, prompt_of(41), 3)
-    output = llm.generate([prompt_of(41)], SamplingParams(temperature=0, max_tokens=3))[0].outputs[0]
-    assert output.token_ids == reference.token_ids
-    assert attended == [24, 24, 1, 17, 17, 1, *[1] * 6]  # three layers; a chunk of 24, one of 17, two decodes
-
-
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
 def test_a_models_windows_reach_the_attention_of_the_layers_that_have_them(
     family: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows: list[int | None] = []
-    attend = layer_cache.attend
+    chosen = choose_backend(mx.float32, 4, (8, 2, 16), 16)
+    attend = type(chosen).attend
 
-    def record(*args: Any, window: int | None, **kwargs: Any) -> mx.array:
-        windows.append(window)
-        return attend(*args, window=window, **kwargs)
+    def record(self: Backend, *args: Any) -> mx.array:
+        windows.append(next(arg for arg in args if isinstance(arg, AttentionOptions)).window)
+        return attend(self, *args)
 
-    monkeypatch.setattr(layer_cache, "attend", record)
+    monkeypatch.setattr(type(chosen), "attend", record)
     llm = LLM.from_model(tiny_model(family), block_size=8, num_kv_blocks=16)
     windows.clear()
     llm.generate([prompt_of(9)], SamplingParams(temperature=0, max_tokens=1))

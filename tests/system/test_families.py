@@ -297,15 +297,6 @@ def test_a_listed_family_gives_its_unpaged_results(family: str) -> None:
         assert logprobs == pytest.approx(reference.logprobs, abs=1e-4)
 
 
-# In their last layers tokens meet what only all of them have together: positions, or keys of other layers.
-UNDIVIDED = {"gemma3n", "gemma4", "gemma4_text", "hunyuan", "iquestloopcoder"}
-
-
-@pytest.mark.parametrize("family", MATCHING)
-def test_a_familys_last_layer_computes_what_needs_logits_unless_its_code_takes_all_tokens(family: str) -> None:
-    assert patch_model(make_model(family, **config_of(family))).divides == (family not in UNDIVIDED)
-
-
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_can_not_be_paged_is_refused_by_name_even_if_no_list_names_it(family: str) -> None:
     model = make_model(family, **config_of(family))

@@ -21,7 +21,7 @@ def order_of_events(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str
     events: list[str] = []
     steps: list[Any] = []
     logits: list[mx.array] = []
-    run_model, wait, async_eval = engine._runner.run, engine._wait, mx.async_eval
+    run_model, wait, async_eval = engine._runner.run, engine._steps.wait, mx.async_eval
 
     def recorded_run(inputs: Any) -> mx.array:
         events.append(f"build {len(logits)}")
@@ -40,7 +40,7 @@ def order_of_events(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str
 
     with monkeypatch.context() as patch:
         patch.setattr(engine._runner, "run", recorded_run)
-        patch.setattr(engine, "_wait", recorded_wait)
+        patch.setattr(engine._steps, "wait", recorded_wait)
         patch.setattr(mx, "async_eval", recorded_eval)
         engine.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=3))
         run(engine)

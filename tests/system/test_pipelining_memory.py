@@ -11,6 +11,8 @@ from helpers.pipelined import MEGABYTE, make_engine, run
 from helpers.tiny_models import make_model
 
 from mlx_paged import BeamSearchParams, EngineConfig, SamplingParams
+from mlx_paged.attention.backend import Backend
+from mlx_paged.attention.reference import ReferenceBackend
 from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
 from mlx_paged.config import PIPELINING
 from mlx_paged.engine.engine import Engine
@@ -66,14 +68,14 @@ def test_a_copy_of_the_pool_would_be_seen(
 ) -> None:
     engine = make_engine(flat_model, num_kv_blocks=8192, block_size=16, pipelining=pipelining, check_invariants=False)
     views = []
-    write = PagedKVCache.write
+    write = Backend.write
 
-    def write_with_a_view_around(self: PagedKVCache, layer: int, *arguments: mx.array) -> None:
-        view = self.keys[layer][0]
-        write(self, layer, *arguments)
+    def write_with_a_view_around(self: Backend, k_cache: mx.array, *arguments: Any) -> None:
+        view = k_cache[0]
+        write(self, k_cache, *arguments)
         views[:] = [view]
 
-    monkeypatch.setattr(PagedKVCache, "write", write_with_a_view_around)
+    monkeypatch.setattr(Backend, "write", write_with_a_view_around)
     assert steps_of_all_kinds(engine) > engine.stats().kv_bytes / 4
 
 
@@ -86,9 +88,9 @@ class FewOperations:
     vocab_size = 8
 
     def __call__(self, cache: PagedKVCache, step: Any) -> mx.array:
-        block_ids = step.groups[0].block_ids
+        block_ids = step.groups[0].slot_block_ids
         rows = mx.zeros((step.token_ids.shape[0], 2, 32))
-        cache.write(0, block_ids, step.block_offsets, rows, rows)
+        ReferenceBackend().write(cache.keys[0], cache.values[0], step.groups[0], rows, rows)
         return sum(pool[block_ids].sum(axis=(1, 2))[:, :8] for pool in (cache.keys[0], cache.values[0]))
 
 

@@ -1,0 +1,87 @@
+"""A step's plan for the kernels: which sequences each of them computes, and its work items on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_paged.attention.metadata import AttentionMetadata, index_rows
+from mlx_paged.attention.work_items import WorkItems
+
+MIN_INPUT_SIZE = 8  # MLX binds smaller inputs as `constant`, which changes a Metal kernel's text: plans are padded
+
+Call = Callable[[mx.array, mx.array, mx.array, mx.array, mx.array | None, mx.array | None], mx.array]
+
+
+@dataclass(eq=False)
+class Plan:
+    """A step's work items on the device, the same for all layers of one shape and window: `WorkItems` tells."""
+
+    work: mx.array
+    """At least MIN_INPUT_SIZE elements, as `cu_parts`."""
+    num_items: int
+    num_parts: int
+    cu_parts: mx.array
+    is_split: bool
+    """Whether what `cu_parts` tells has to be merged."""
+    shared: SharedPlan | None = None
+    """Of a decode: the keys that several sequences share, which the items above leave out."""
+    calls: dict[Any, Call] = field(default_factory=dict)
+
+
+class SharedPlan(NamedTuple):
+    """The work items of shared prefixes on the device: `SharedWorkItems` tells."""
+
+    plan: Plan
+    members: mx.array
+    ranges: mx.array
+
+
+class Part(NamedTuple):
+    """The sequences of a step that one kernel computes."""
+
+    tokens: slice | mx.array
+    """Their rows in q."""
+    metadata: AttentionMetadata
+
+
+class Parts(NamedTuple):
+    decodes: Part | None
+    prefills: Part | None
+    token_order: mx.array | None
+    """The row of each token in the parts' outputs. None: the same as in q."""
+
+
+def split_by_kernel(metadata: AttentionMetadata, max_decode_queries: int) -> Parts:
+    """Which sequences go to which kernel."""
+    is_decode = (metadata.query_lens > 0) & (metadata.query_lens <= max_decode_queries)
+    if is_decode.all():
+        return Parts(Part(slice(None), metadata) if len(is_decode) else None, None, None)
+    if not is_decode.any():
+        return Parts(None, Part(slice(None), metadata), None)
+    starts = metadata.cu_seqlens_q
+    parts, all_tokens = [], []
+    for seqs in (np.flatnonzero(is_decode), np.flatnonzero(~is_decode)):
+        lengths = metadata.query_lens[seqs]
+        cu_seqlens_q = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        tokens = np.repeat(starts[seqs] - cu_seqlens_q[:-1], lengths) + np.arange(cu_seqlens_q[-1])
+        parts.append(Part(index_rows(tokens), metadata.select(seqs, cu_seqlens_q)))
+        all_tokens.append(tokens)
+    order = np.argsort(np.concatenate(all_tokens)).astype(np.int32)
+    in_order = (order == np.arange(len(order))).all()
+    return Parts(parts[0], parts[1], None if in_order else mx.array(order))
+
+
+def to_device(items: WorkItems) -> Plan:
+    """The items as the kernels take them."""
+    return Plan(padded(items.work), len(items.work), items.num_parts, padded(items.cu_parts), items.is_split)
+
+
+def padded(values: np.ndarray) -> mx.array:
+    """int32 on the device, with zeros for rows until there are MIN_INPUT_SIZE elements."""
+    missing = max(0, -(-MIN_INPUT_SIZE // max(1, values[:1].size)) - len(values))
+    return mx.array(np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)))
