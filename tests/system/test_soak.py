@@ -16,7 +16,7 @@ import pytest
 from helpers.budget import budget
 from helpers.workload import FAMILIES, Alone, Asked, Results, assert_idle, make_engine, random_requests
 
-NUM_ROUNDS = budget(18, 1800)
+NUM_ROUNDS = budget(8, 1800)
 FIRST_SEED = int(os.environ.get("MLX_PAGED_SOAK_SEED") or 0)
 ROUNDS_PER_SET = 18  # that draw from the same requests, whose results are known then
 MOST_STEPS = 5000
