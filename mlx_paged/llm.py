@@ -202,7 +202,7 @@ class LLM:
 
     @property
     def attention_backends(self) -> list[str]:
-        """The backends of `paged_attention` that were chosen for the layers: "metal", "cuda", "reference"."""
+        """The backends of `paged_attention` that were chosen for the layers: "metal", "cuda", "cpu", "reference"."""
         return sorted(self._runner.backends)
 
     def describe_memory(self) -> str:

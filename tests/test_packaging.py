@@ -83,6 +83,7 @@ def _generates(python: Path, cwd: Path, package_root: Path, *command: str | Path
     assert len(text.split()) >= 4
 
 
+@pytest.mark.slow
 def test_installed_from_a_wheel_it_generates(wheel: Path, fresh_python: Path, tmp_path: Path) -> None:
     _run(fresh_python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=tmp_path)
     _generates(fresh_python, tmp_path, tmp_path / "venv", fresh_python.parent / "mlx-paged")
@@ -90,6 +91,7 @@ def test_installed_from_a_wheel_it_generates(wheel: Path, fresh_python: Path, tm
     assert "probe.metal" in _run(fresh_python, "-c", kernels, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_installed_editable_it_generates(checkout: Path, fresh_python: Path, tmp_path: Path) -> None:
     install = (fresh_python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
     _run(*install, "-e", checkout, cwd=tmp_path)

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention.backend import AttentionOptions, Backend
+from mlx_paged.attention.cpu import CpuBackend
 from mlx_paged.attention.cuda import CudaBackend
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.metal import MetalBackend
@@ -18,7 +19,7 @@ from mlx_paged.attention.reference import ReferenceBackend
 from mlx_paged.attention.shared_prefix import SharedPrefix, find_shared_prefixes
 from mlx_paged.errors import EngineWarning
 
-_ALL: tuple[Backend, ...] = (MetalBackend(), CudaBackend(), ReferenceBackend())
+_ALL: tuple[Backend, ...] = (MetalBackend(), CudaBackend(), CpuBackend(), ReferenceBackend())
 BACKENDS = {backend.name: backend for backend in _ALL}
 """By name, the best first."""
 BACKEND_VARIABLE = "MLX_PAGED_BACKEND"

@@ -17,12 +17,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
 
-_BACKENDS = {
-    "metal": "Metal kernels",
-    "cuda": "CUDA kernels",
-    "cpu": "MLX operations arranged for a CPU",
-    "reference": "plain MLX operations",
-}
+_PLAIN = "plain MLX operations"
+_BACKENDS = {"metal": "Metal kernels", "cuda": "CUDA kernels", "cpu": _PLAIN, "reference": _PLAIN}
 
 
 class Terminal:

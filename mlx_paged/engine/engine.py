@@ -31,7 +31,7 @@ from mlx_paged.request import Request, Sequence
 from mlx_paged.runner.in_flight import StepInFlight, StepRunner
 from mlx_paged.runner.input_builder import InputBuilder
 from mlx_paged.runner.model_runner import ModelRunner
-from mlx_paged.sampling.sampler import stream_id
+from mlx_paged.sampling.sampler import sample_seed
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.schedule import Schedule
@@ -131,7 +131,7 @@ class Engine:
             request.request_id = self._next_request_id
             self._next_request_id += 1
             seed = getattr(request.params, "seed", None)
-            request.seed = stream_id(self.config.seed, _UNSEEDED + request.request_id) if seed is None else seed
+            request.seed = sample_seed(self.config.seed, _UNSEEDED + request.request_id) if seed is None else seed
             self._arrivals.append(request)
         return request.request_id
 

@@ -94,7 +94,8 @@ class Profile:
 
     def describe(self, **about: int) -> None:
         """Add numbers that the trace shows with this step."""
-        self._about |= about
+        if self.enabled:
+            self._about |= about
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each part in all steps together."""

@@ -9,8 +9,7 @@ from mlx_paged.engine.forking import Forking
 from mlx_paged.engine.output_processor import OutputProcessor
 from mlx_paged.engine.profile import Profile
 from mlx_paged.runner.in_flight import StepInFlight, StepRunner
-from mlx_paged.sampling.candidates import beam_candidates
-from mlx_paged.sampling.sampler import Sampler, stream_id
+from mlx_paged.sampling.sampler import Sampler, best_tokens, sample_seed
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
 
@@ -44,7 +43,7 @@ class SamplingStep:
         for sequence in self._batch.pop_added():
             request, params = sequence.request, sequence.request.params
             if isinstance(params, SamplingParams):
-                seed = stream_id(request.seed, sequence.index)
+                seed = sample_seed(request.seed, sequence.index)
                 prompt, output = request.prompt_token_ids, sequence.output_token_ids
                 self._sampler.set_row(sequence.row, params, seed, prompt, output)
             stop_ids = self._outputs.stop_ids(request)
@@ -97,7 +96,7 @@ class SamplingStep:
         searches = {beam.request.search for beam in step.beams}
         count = max(search.num_candidates for search in searches if search is not None)
         assert step.logits is not None
-        step.beam_candidates = beam_candidates(step.logits[mx.array(sources)], count)
+        step.beam_candidates = best_tokens(step.logits[mx.array(sources)], count)
 
     def _grammar_masks(self, rows: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """Make the masks of the tokens that grammars allow, while the device computes the logits.

@@ -85,7 +85,7 @@ class StepRunner:
         """Give arrays to the device. A CPU has computed most of them when this returns: not the host's own time."""
         started = time.perf_counter()
         with self._timer.part("submit"):
-            mx.async_eval(arrays)
+            mx.async_eval(*arrays)
         self.model_time_s += time.perf_counter() - started
 
     def wait(self, step: StepInFlight) -> list[np.ndarray]:

@@ -517,6 +517,7 @@ def test_a_model_generates_the_same_tokens_through_the_kernels(
 # -- the benchmark --
 
 
+@pytest.mark.slow
 def test_everything_to_be_measured_on_a_card_can_be(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.only_simulated("the benchmark is run without measuring")
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -67,6 +67,7 @@ def split(monkeypatch: pytest.MonkeyPatch, part_size: int | None) -> None:
 
 
 @pytest.mark.parametrize("part", range(NUM_PARTS))
+@pytest.mark.slow
 def test_it_equals_dense_attention_over_the_grid(part: int, metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(arrays: Arrays, part_size: int | None) -> mx.array:
         with monkeypatch.context() as patches:
@@ -207,6 +208,7 @@ def run_setting(setting: Setting, metal: Metal, patches: pytest.MonkeyPatch) -> 
     check(setting.case, backend="metal")
 
 
+@pytest.mark.slow
 def test_planted_mistakes_are_noticed(metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
     def is_noticed(mistake: Mistake, setting: Setting) -> bool:
         with monkeypatch.context() as patches:

@@ -71,6 +71,7 @@ def case_of(point: Sequence[Any]) -> Case:
 
 
 @pytest.mark.parametrize("part", range(NUM_PARTS))
+@pytest.mark.slow
 def test_it_equals_dense_attention_over_the_grid(part: int, metal: Metal, monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(arrays: Arrays, is_split: bool) -> mx.array:
         with monkeypatch.context() as patches:

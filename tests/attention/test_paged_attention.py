@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ import pytest
 from helpers.attention_cases import DTYPES, Case, check, points_of
 
 from mlx_paged import paged_attention
+from mlx_paged.attention import cpu as cpu
 from mlx_paged.attention import reference as reference
-from mlx_paged.attention import reference_plan as reference_plan
-from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import attend
-from mlx_paged.attention.shared_prefix import SharedPrefix
 
 # (query length, context length) of each sequence of a batch
 BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -48,93 +45,73 @@ GRID: dict[str, list[Any]] = {
 CASES = [Case(*values) for values in points_of(GRID)]
 
 
-@pytest.mark.parametrize("part", range(8))
-def test_it_equals_dense_attention_over_the_grid(part: int) -> None:
-    for number, case in enumerate(CASES[part::8]):
-        check(case, seed=number, backend="reference")
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpu"])
+on_a_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="there is no cpu backend beside a GPU")
 
 
+def skip_without(backend: str) -> None:
+    if backend == "cpu" and mx.default_device() != mx.cpu:
+        pytest.skip("work goes to a GPU here")
+
+
+@BACKENDS
+@pytest.mark.parametrize("part", range(4))
+def test_it_equals_dense_attention_over_the_grid(part: int, backend: str) -> None:
+    skip_without(backend)
+    for number, case in enumerate(CASES[part::4]):
+        check(case, seed=number, backend=backend)
+
+
+@on_a_cpu
 @pytest.mark.parametrize("slow", [False, True], ids=["MLX's exponentials", "our own"])
 def test_it_equals_dense_attention_with_exponentials_of_either_kind(
     slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "exp_is_slow", lambda: slow)
-    monkeypatch.setattr(reference, "_LEAST_FOR_OWN_EXP", 1)
-    for number, case in enumerate(CASES[::8]):
-        check(case, seed=number, backend="reference")
+    monkeypatch.setattr(cpu, "exp_is_slow", lambda: slow)
+    monkeypatch.setattr(cpu, "_MIN_OWN_EXP", 1)
+    for number, case in enumerate(CASES[::4]):
+        check(case, seed=number, backend="cpu")
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="on a GPU tiles are bounded by memory alone")
+@on_a_cpu
 def test_on_a_cpu_prompts_are_computed_in_tiles_that_see_no_more_than_they_need(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reference_plan, "_CACHED_BYTES", 4 * 4 * 16 * 100)
-    seen = []
-    original = reference_plan._prompts
+    monkeypatch.setattr(cpu, "_CACHED_BYTES", 4 * 4 * 16 * 100)
+    seen, original = [], reference._tile
 
-    def prompts(*args: Any) -> Any:
-        group = original(*args)
-        seen.append((group.tokens.shape[1], group.rows.shape[2]))
-        return group
+    def recorded(*args: Any) -> reference.Tile:
+        tile = original(*args)
+        seen.append((tile.tokens.shape[1], tile.rows.shape[2]))
+        return tile
 
-    monkeypatch.setattr(reference_plan, "_prompts", prompts)
-    check(Case(((64, 100),), (4, 2), (64, 64), 8, None, None, False, "float32", False), seed=1, backend="reference")
+    monkeypatch.setattr(reference, "_tile", recorded)
+    check(Case(((64, 100),), (4, 2), (64, 64), 8, None, None, False, "float32", False), seed=1, backend="cpu")
     assert seen == [(16, 52), (16, 68), (16, 84), (16, 100)]
 
 
+@BACKENDS
 @pytest.mark.parametrize("limit", [1, 20_000])
-def test_tiles_and_groups_bounded_by_memory_give_the_same_result(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_plan, "_MAX_BYTES", limit)
+def test_tiles_and_groups_bounded_by_memory_give_the_same_result(
+    limit: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without(backend)
+    monkeypatch.setattr(reference, "_MAX_BYTES", limit)
+    tiles, original = [], reference._tile
+    monkeypatch.setattr(reference, "_tile", lambda *args: tiles.append(args) or original(*args))
     for batch, window, consecutive in itertools.product(("mixed", "similar decodes"), (None, 33), (False, True)):
         case = Case(BATCHES[batch], (4, 2), (64, 64), 8, window, None, True, "float32", consecutive)
-        check(case, seed=1, backend="reference")
+        check(case, seed=1, backend=backend)
+    assert len(tiles) >= 4 * (6 + 17)
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="on a GPU keys are gathered")
-@pytest.mark.parametrize(
-    "heads, window, dtype, expected",
-    [
-        ((8, 8), None, "float32", True),
-        ((14, 2), None, "float32", True),
-        ((16, 16), None, "float32", False),
-        ((8, 2), 33, "float32", False),
-        ((8, 2), None, "bfloat16", False),
-    ],
-)
-def test_keys_are_read_where_they_lie_where_that_is_faster(
-    heads: tuple[int, int], window: int | None, dtype: str, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, calls = reference._scores_in_blocks, []
-    monkeypatch.setattr(reference, "_scores_in_blocks", lambda *args: calls.append(args) or original(*args))
-    check(Case(BATCHES["mixed"], heads, (64, 64), 16, window, None, True, dtype, False), seed=3, backend="reference")
-    assert bool(calls) == expected
-
-
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="on a GPU one stream is enough")
-@pytest.mark.parametrize("window", [None, 11])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_decodes_in_two_streams_are_those_in_one(
-    dtype: str, window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    second, calls = reference_plan._second_stream, []
-    monkeypatch.setattr(reference_plan, "_second_stream", lambda: calls.append(1) or second())
-    case = Case(BATCHES["mixed"], (14, 2), (64, 64), 16, window, None, True, dtype, False)
-    monkeypatch.setattr(reference_plan, "_LEAST_FOR_TWO_STREAMS", 10**9)
-    check(case, seed=4, backend="reference")
-    assert not calls
-    monkeypatch.setattr(reference_plan, "_LEAST_FOR_TWO_STREAMS", 1)
-    with ThreadPoolExecutor(1) as other_thread:  # MLX's streams belong to threads
-        other_thread.submit(check, case, seed=4, backend="reference").result()
-    check(case, seed=4, backend="reference")
-    assert calls
-
-
+@BACKENDS
 @pytest.mark.parametrize("spread", [7, 200], ids=["similar", "different"])
 def test_a_batch_of_decodes_builds_no_more_operations_than_a_few(
-    spread: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spread: int, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference_plan, "_LEAST_FOR_TWO_STREAMS", 1)
-    monkeypatch.setattr(reference, "_LEAST_FOR_OWN_EXP", 1)
+    skip_without(backend)
+    monkeypatch.setattr(cpu, "_MIN_OWN_EXP", 1)
 
     def num_operations(batch_size: int) -> int:
         k_cache = mx.zeros((28 * batch_size, 8, 2, 32))
@@ -146,12 +123,32 @@ def test_a_batch_of_decodes_builds_no_more_operations_than_a_few(
             mx.array([25 + 37 * i % spread for i in range(batch_size)], mx.int32),
             mx.arange(batch_size + 1, dtype=mx.int32),
             scale=1.0,
-            backend="reference",
+            backend=backend,
         )
         mx.export_to_dot(str(tmp_path / "graph.dot"), out)
         return (tmp_path / "graph.dot").read_text().count("shape=rectangle")
 
-    assert num_operations(64) == num_operations(4) > 0
+    assert num_operations(64) == num_operations(16) > 0
+
+
+def test_sequences_are_computed_with_others_of_at_most_twice_their_keys() -> None:
+    lengths = np.array([1, 40, 128, 129, 200, 258, 259, 5000, 9000])
+    groups = reference._similar_lengths(np.arange(9) + 10, lengths, max_keys=20_000)
+    assert [group.tolist() for group in groups] == [[10, 11, 12], [13, 14, 15], [16], [17, 18]]
+    groups = reference._similar_lengths(np.arange(9) + 10, lengths, max_keys=400)
+    assert [group.tolist() for group in groups] == [[10, 11, 12], [13, 14], [15], [16], [17], [18]]
+
+
+def test_a_step_keeps_its_plan_for_all_layers_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles, original = [], reference._tile
+    monkeypatch.setattr(reference, "_tile", lambda *args: tiles.append(args) or original(*args))
+    metadata = AttentionMetadata(
+        mx.array([[0, 1], [2, 3]], mx.int32), np.array([20, 10], np.int32), np.array([0, 1, 4], np.int32)
+    )
+    q, k_cache = mx.zeros((4, 4, 8)), mx.zeros((4, 16, 2, 8))
+    for window, scale in ((None, 1.0), (None, 2.0), (8, 1.0), (8, 1.0)):
+        attend(q, k_cache, k_cache, metadata, AttentionOptions(scale, window), "reference")
+    assert len(tiles) == 2 * 2
 
 
 @pytest.mark.parametrize("num_queries", [1, 3])
@@ -240,37 +237,3 @@ def test_no_tokens_give_an_empty_result() -> None:
         cu_seqlens_q=mx.zeros(1, mx.int32),
     )
     assert paged_attention(**empty).shape == (0, 4, 16)
-
-
-SHARING = (
-    Case(((1, 70), (1, 81), (1, 66), (1, 34), (1, 0), (1, 47), (1, 40)), shared=(((0, 1, 2), 4), ((5, 6), 2))),
-    Case(((1, 65), (1, 65)), heads=(7, 1), shared=(((0, 1), 4),), sinks=True),
-    Case(((1, 33), (9, 40), (1, 700), (1, 34), (1, 2000), (1, 49)), shared=(((0, 2, 3, 5), 2),), softcap=30.0),
-    Case(((1, 100), (1, 130), (1, 101)), shared=(((0, 1, 2), 6),), window=64),
-)
-
-
-@pytest.mark.parametrize("max_bytes", [1 << 27, 20_000])
-@pytest.mark.parametrize("case", SHARING, ids=range(len(SHARING)))
-def test_prefixes_that_are_computed_once_for_all_change_no_result(
-    case: Case, max_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shared_prefix, "LEAST_KEYS_SAVED", 1)
-    monkeypatch.setattr(reference_plan, "_LEAST_SAVED", 1)
-    monkeypatch.setattr(reference_plan, "_MAX_BYTES", max_bytes)
-    computed = []
-    original = reference._attend_shared
-
-    def counted(*arguments: Any) -> Any:
-        computed.append(arguments[2])
-        return original(*arguments)
-
-    monkeypatch.setattr(reference, "_attend_shared", counted)
-    check(case._replace(dtype="float32"), backend="reference")
-    assert bool(computed) == (case.window is None)
-
-
-def test_only_the_prefixes_that_save_the_most_are_computed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    prefixes = [SharedPrefix(np.arange(2), tokens) for tokens in (4096, 9000, 4095, 8000, 7000, 6000)]
-    assert [prefix.num_tokens for prefix in reference_plan._worth_sharing(prefixes)] == [9000, 8000, 7000, 6000]
-    assert reference_plan._worth_sharing(prefixes[2:3]) == []

@@ -10,7 +10,7 @@ from helpers.tiny_models import make_model
 
 import mlx_paged.engine.profile
 from mlx_paged import LLM, BeamSearchParams, SamplingParams
-from mlx_paged.engine.profile import PARTS, NoProfile, Profile
+from mlx_paged.engine.profile import PARTS, Profile
 
 GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
 PROMPTS = [list(range(1, 24)), [5] * 9, [7, 8]]
@@ -149,9 +149,10 @@ def test_events_that_take_no_time_still_nest(tmp_path: Path) -> None:
 
 
 def test_without_a_profile_a_part_makes_nothing() -> None:
-    off = NoProfile()
-    assert off.step() is off and off.part("schedule") is off
-    assert vars(off) == {}
+    off = Profile(enabled=False)
+    with off.step() as step, off.part("schedule") as part:
+        off.describe(num_tokens=3)
+    assert step is part is None and off.num_steps == 0 and not any(off.seconds().values())
 
 
 # -- an engine's ---------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def test_results_are_the_same_with_a_profile_and_without() -> None:
     llms = [LLM.from_model(model, num_kv_blocks=100, profile=on) for on in (False, True)]
     one, other = ([output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)] for llm in llms)
     assert one == other
-    assert llms[0].profile is None and isinstance(llms[0].engine.profile, NoProfile)
+    assert llms[0].profile is None and not llms[0].engine.profile.enabled
     assert llms[1].profile is not None
 
 
