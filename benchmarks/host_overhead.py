@@ -194,7 +194,7 @@ def calibration(quick: bool) -> list[Row]:
 class StubRunner:
     """In place of a ModelRunner: logits of zeros, which are there already."""
 
-    may_submit_early = True
+    overlap_is_safe = True
     kv_bytes = 0
 
     def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE, vocab_size: int = VOCAB_SIZE) -> None:
@@ -408,13 +408,14 @@ def mlx_paged_decode(model: qwen2.Model, lengths: np.ndarray) -> Decode:
     matrix = mx.array(tables)
     layers = [layer for layer, _ in patched.stored_layers]
     kv_cache = PagedKVCache(layers, [int(num_blocks.sum())] * len(layers), BLOCK_SIZE, 1)
-    pools = (list(kv_cache.keys), list(kv_cache.values))
+    arrays = [dict(pool.arrays) for pool in kv_cache.pools]
     token_ids = mx.zeros(len(lengths), mx.int32)
     rows = mx.arange(len(lengths), dtype=mx.int32)
     mx.eval(matrix, token_ids, rows)
 
     def reset() -> None:
-        kv_cache.keys, kv_cache.values = list(pools[0]), list(pools[1])
+        for pool, before in zip(kv_cache.pools, arrays, strict=True):
+            pool.arrays = dict(before)
 
     def build() -> mx.array:
         positions = mx.array(lengths - 1)

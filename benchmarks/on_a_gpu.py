@@ -337,7 +337,7 @@ def writes(quick: bool) -> list[Row]:
                 {
                     "writes": name,
                     "pipelining": pipelining,
-                    "submits": "yes" if llm.engine._runner.may_submit_early else "no",
+                    "submits": "yes" if llm.engine._runner.overlap_is_safe else "no",
                     "tokens": run.num_tokens / run.seconds,
                     "peak_mb": run.peak_bytes / 1e6,
                     "pool_mb": pool / 1e6,

@@ -10,7 +10,7 @@ from mlx_paged.blocks.cache_groups import blocks_for_window
 from mlx_paged.config import EngineConfig, format_memory, parse_memory
 from mlx_paged.models.loading import weight_bytes
 from mlx_paged.models.patch import PatchedModel
-from mlx_paged.runner.warmup import measure_reserve
+from mlx_paged.runner.warmup import measure_step_bytes
 
 _GPU_SHARE = 0.75  # of what the device recommends, for weights, activations and cache together
 _CPU_SHARE = 0.10  # of RAM, for the cache
@@ -64,7 +64,7 @@ def plan_memory(model: PatchedModel, config: EngineConfig, max_model_len: int | 
             f"the weights take {format_memory(weights)} and there is {format_memory(limit)} of {device}: take a "
             "smaller or a quantised model"
         )
-    reserve = measure_reserve(model, config, max_model_len, on_cpu)
+    reserve = measure_step_bytes(model, config, max_model_len, on_cpu)
     room = limit - weights - reserve
     windows = model.groups
     block_bytes = [0] * len(windows)

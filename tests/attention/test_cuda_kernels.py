@@ -28,7 +28,8 @@ from mlx_paged.attention import work_items as kernel_plan
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.kernel_backend import shape_of
 from mlx_paged.attention.work_items import Shape
-from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
+from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.errors import EngineWarning
 
 CUDA: Any = attention.BACKENDS["cuda"]
@@ -241,11 +242,11 @@ def test_new_keys_and_values_are_put_into_their_slots_and_nowhere_else(part: int
 
 
 def test_a_pool_that_something_still_reads_is_written_where_it_lies(cuda: Cuda) -> None:
-    cache = PagedKVCache([LayerShape(4, 64, 64, mx.float32)], [16], 8, 1)
-    where, rows, pools = np.array([5], np.int32), mx.ones((1, 4, 64)), (cache.keys[0], cache.values[0])
+    cache = PagedKVCache([LayerSpec(4, 64, 64, mx.float32)], [16], 8, 1)
+    where, rows, pools = np.array([5], np.int32), mx.ones((1, 4, 64)), (cache.pools[0].keys, cache.pools[0].values)
     views = [pool[5] for pool in pools]  # on a card: a step that is not over
     mx.eval(CUDA.write(*pools, slots_of(where, where), rows, rows))
-    assert cache.keys[0] is pools[0] and cache.values[0] is pools[1]
+    assert cache.pools[0].keys is pools[0] and cache.pools[0].values is pools[1]
     for view, pool in zip(views, pools, strict=True):
         assert (view[5] == 1).all().item() and pool.sum().item() == 4 * 64
 
