@@ -75,7 +75,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 # mlx-lm's names for families that share the code of another one.
-RENAMED = {
+SAME_CODE = {
     "deepseek_v41_text": "deepseek_v41",
     "falcon_mamba": "mamba",
     "gemma4_unified": "gemma4",
@@ -91,14 +91,14 @@ RENAMED = {
 }
 
 
-def describe(model_type: str) -> Family | None:
+def family_of(model_type: str) -> Family | None:
     """What is known of the family of a config.json's `model_type`; None: nothing."""
-    return FAMILIES.get(RENAMED.get(model_type, model_type))
+    return FAMILIES.get(SAME_CODE.get(model_type, model_type))
 
 
-def unverified(model_type: str) -> bool:
+def is_untested(model_type: str) -> bool:
     """Whether no test has compared this family with its unpaged results."""
-    family = describe(model_type)
+    family = family_of(model_type)
     return family is None or family.status == "refused"
 
 
@@ -114,7 +114,7 @@ def table() -> str:
     rows += [
         f"| {', '.join(f'`{name}`' for name in sorted(names))} | refused: {why} |" for why, names in _REFUSED.items()
     ]
-    same = ", ".join(f"`{name}` as `{code}`" for name, code in RENAMED.items())
+    same = ", ".join(f"`{name}` as `{code}`" for name, code in SAME_CODE.items())
     return "\n".join(rows) + f"\n\nFamilies that mlx-lm runs with another's code count as that one: {same}.\n"
 
 
