@@ -33,7 +33,7 @@ from mlx_paged.attention.paged_attention import BACKEND_VARIABLE
 # Two groups, one sequence that shares nothing, and one that is padding; then as many as make several tiles.
 GROUPS = (((1, 70), (1, 81), (1, 66), (1, 34), (1, 0), (1, 47), (1, 40)), (((0, 1, 2), 4), ((5, 6), 2)))
 ONE = (((1, 65), (1, 65)), (((0, 1), 4),))
-MANY = (tuple((1, 33 + i) for i in range(40)), ((tuple(range(40)), 2),))
+MANY = (tuple((1, 33 + i) for i in range(19)), ((tuple(range(19)), 2),))
 
 GRID: dict[str, list[Any]] = {
     "groups": [GROUPS, ONE, MANY],
@@ -71,6 +71,12 @@ def test_it_equals_dense_attention_over_the_grid(part: int, gpu: Gpu, monkeypatc
     check_points(points, attend, gpu)
     if gpu.simulated:
         assert gpu.kernels_run == ["decode", "prefill", "merge"] * len(points)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_members_than_a_tile_has_rows_for_share_a_prefix(dtype: str, gpu: Gpu) -> None:
+    gpu.check(Case(tuple((1, 33 + i) for i in range(40)), (8, 2), shared=((tuple(range(40)), 2),), dtype=dtype))
+    assert gpu.kernels_run == ["decode", "prefill", "merge"]
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32, 64])
