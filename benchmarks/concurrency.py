@@ -16,7 +16,7 @@ import report
 from comparison.compare import COLUMNS, compare
 from comparison.workloads import WORKLOADS, Case, MlxLm, Paged, System, mixed_lengths, paged
 from report import Part, Row
-from workloads import QUICK_SCALE, REPETITIONS, model
+from workloads import QUICK_SCALE, REPETITIONS, random_model
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.tools.random_models import make_random_model
@@ -31,9 +31,9 @@ def throughput(quick: bool) -> list[Row]:
     rows = []
     for most in AT_ONCE[::3] if quick else AT_ONCE:
         lengths = mixed_lengths(2 * most, scale)
-        systems: list[System] = [MlxLm(at_once=most), paged(max_num_seqs=most)]
+        systems: list[System] = [MlxLm(concurrency=most), paged(max_num_seqs=most)]
         case = Case("concurrency", f"{most} at once", lengths, systems)
-        rows += [{"most": most} | row for row in compare(case, model(quick), repetitions)]
+        rows += [{"most": most} | row for row in compare(case, random_model(quick), repetitions)]
     return rows
 
 

@@ -78,7 +78,7 @@ class Clock:
         self._wrap(engine, "waiting", "_wait")
         self._wrap(engine._sampler, "sampling graph", "sample")
         self._wrap(engine._runner, "model graph", "run")
-        self._wrap(engine._completer, "detokenising", "_read")
+        self._wrap(engine._outputs, "detokenising", "_read")
 
     def _cost_of_a_call(self, clock: Callable[[], int]) -> tuple[int, int]:
         """Nanoseconds that a call seems to cost the caller, and the function."""
@@ -261,7 +261,7 @@ def stub_engine(
     for number in range(num_seqs):
         engine.add_request([*shared, number % STOP], sampling(number, num_tokens + num_seqs), stream=stream)
         engine.step()
-    while engine._rows.is_filling.any():
+    while engine._batch.is_prefilling.any():
         engine.step()
     return engine
 

@@ -25,7 +25,7 @@ from mlx_paged import LLM, BlockManager, SamplingParams
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import attend
-from mlx_paged.blocks.allocator import POLICIES
+from mlx_paged.blocks.free_lists import POLICIES
 from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
 
 BLOCK_SIZE = 16

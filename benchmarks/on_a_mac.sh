@@ -61,7 +61,7 @@ run() {  # run NAME ARGUMENTS...: a step in the environment
 }
 
 tests=(tests/attention/test_kernels_*.py tests/attention/test_kernel_backend.py tests/attention/test_paged_attention.py tests/system/test_parity.py tests/cache/test_kv_cache.py)
-tests+=(tests/system/test_memory_flat.py tests/system/test_pipelining.py tests/models/test_demo.py)
+tests+=(tests/system/test_memory_flat.py tests/system/test_pipelining*.py tests/models/test_demo.py)
 sizes=()
 bench=(-p 512 -g 128 -b 1,8,32 -n 5)
 if [ -n "$quick" ]; then

@@ -1,9 +1,10 @@
-"""Pictures of what the benchmarks have measured: SVG files for the docs, from the raw numbers.
+"""Pictures for the docs, as SVG files: what the benchmarks have measured, and what caches take by arithmetic.
 
     python benchmarks/plots.py [RESULTS] [IMAGES]       by default benchmarks/results and docs/images
 
 Of each workloads-MACHINE.json and concurrency-MACHINE.json there is in the first folder: waste by system, throughput by
-concurrency, and memory over time. A title names the machine that its file names. Needs the extra `plots`.
+concurrency, and memory over time; a title names the machine. reserved_and_used.svg is arithmetic, the same everywhere,
+by the rules of `mlx-paged inspect`. Needs the extra `plots`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from mlx_paged.cache.kv_cache import LayerShape
+from mlx_paged.tools.cache_cost import LayerGroup, compare, typical_lengths
 
 Row = dict[str, Any]
 
@@ -118,7 +123,7 @@ PLOTS: dict[str, list[tuple[str, str, Plot]]] = {  # file -> of its parts: part,
 
 
 def machine_of(content: Row) -> str:
-    """The machine of a file of results, in a few words."""
+    """Name the machine of a file of results in a few words."""
     machine = content["machine"]
     kind = "CPU" if "cpu" in machine["device"] else "GPU"
     return f"{machine['platform']}, {machine['cpu_count']} cores, MLX {machine['mlx']} on the {kind}"
@@ -133,11 +138,57 @@ def draw(plot: Plot, rows: list[Row], machine: str, path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": "benchmarks/plots.py"})
 
 
+# -- what eight requests take and use, held in three ways ---------------------------------------------------------
+
+CONTEXT, BLOCK_SIZE, NUM_REQUESTS = 2048, 16, 8
+ONE_BYTE = LayerGroup(1, LayerShape(num_kv_heads=1, key_dim=1, value_dim=0, dtype=mx.uint8), window=None)  # per token
+ROW, STEP, TOP, COLUMN, LEFT = 11, 15, 46, 272, 20  # pixels; a column for each way, a step from row to row
+PER_TOKEN = 240 / CONTEXT  # pixels
+TITLES = {
+    "reserved": f"{CONTEXT:,} tokens reserved for each",
+    "padded": "padded, as in mlx-lm's batch",
+    "blocks": f"blocks of {BLOCK_SIZE}",
+}
+
+
+def reserved_and_used() -> str:
+    """Draw a row per request, as wide as the tokens that it takes room for; the filled part holds its tokens."""
+
+    def row_of(x: int, y: int, num_tokens: int, style: str) -> str:
+        return f'<rect x="{x}" y="{y}" width="{num_tokens * PER_TOKEN:.2f}" height="{ROW}" {style}/>'
+
+    def text(x: int, y: int, words: str) -> str:
+        return f'<text x="{x}" y="{y}">{words}</text>'
+
+    lengths = typical_lengths(NUM_REQUESTS, CONTEXT)
+    foot = TOP + NUM_REQUESTS * STEP + 16
+    shapes = []
+    for number, way in enumerate(compare([ONE_BYTE], lengths, CONTEXT, BLOCK_SIZE)):
+        x = LEFT + number * COLUMN
+        shapes.append(text(x, TOP - 18, TITLES[way.name]))
+        for row, length in enumerate(lengths):
+            # Blocks are a request's own; a row that is reserved or padded is like all others.
+            taken = -(-length // BLOCK_SIZE) * BLOCK_SIZE if way.name == "blocks" else way.taken // NUM_REQUESTS
+            y = TOP + row * STEP
+            shapes.append(row_of(x, y, taken, f'fill="{ORANGE}" fill-opacity="0.25" stroke="{ORANGE}"'))
+            shapes.append(row_of(x, y, length, f'fill="{BLUE}"'))
+        shapes.append(text(x, foot, f"room for {way.taken:,} tokens"))
+        shapes.append(text(x, foot + 18, f"{way.needed:,} in use, {way.waste:.1%} empty"))
+    font = 'font-size="13" font-family="ui-sans-serif, system-ui, Helvetica, Arial, sans-serif"'
+    size = f"0 0 {LEFT + 3 * COLUMN} {foot + 36}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" fill="{INK}" {font}>'
+    ground = f'<rect width="100%" height="100%" rx="10" fill="{PANEL}"/>'
+    return "\n".join([head, ground, *shapes, "</svg>", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", nargs="?", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("images", nargs="?", type=Path, default=ROOT / "docs" / "images")
     folders = parser.parse_args()
+    picture = folders.images / "reserved_and_used.svg"
+    picture.write_text(reserved_and_used(), encoding="utf-8")
+    print(picture)
     for source, plots in PLOTS.items():
         for file in sorted(folders.results.glob(f"{source}-*.json")):
             content = json.loads(file.read_text())

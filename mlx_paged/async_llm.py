@@ -2,7 +2,7 @@
 
 MLX's arrays and streams belong to the thread that made them, so that thread alone loads the model, runs it and
 releases it. It tokenises as well, since tokenizers don't bear two threads at a time. Callers send it letters through
-a queue; what comes back goes into an inbox in the caller's event loop.
+a queue; outputs and errors come back into an inbox in the caller's event loop.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 
 class AsyncLLM:
-    """A model with a paged KV cache that any number of tasks, in any number of event loops, share.
+    """Serve a model with a paged KV cache to any number of tasks, in any number of event loops.
 
         async with AsyncLLM("qwen2") as llm:
             async for output in llm.generate("Once upon a time"):
@@ -41,7 +41,7 @@ class AsyncLLM:
 
     @classmethod
     def from_loader(cls, load: Callable[[], LLM]) -> "AsyncLLM":
-        """An engine for the LLM that `load` makes. It is called in the engine's thread and makes its arrays there."""
+        """Serve the LLM that `load` returns. `load` runs in the engine's thread and makes its arrays there."""
         llm = cls.__new__(cls)
         llm._start(load)
         return llm
@@ -52,44 +52,47 @@ class AsyncLLM:
         self._thread.wait_until_loaded()
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[RequestOutput, None]:
-        """Complete one prompt piece by piece, as `LLM.stream` does, batched with all that runs meanwhile.
+        """Complete one prompt piece by piece, batched with all that runs meanwhile.
 
-        The request begins with the first `__anext__`, which raises ValueError or TypeError for a bad one, and
-        RuntimeError if the engine is closed or broke. It ends, and its blocks are freed, when its task is cancelled,
-        when the iterator is closed, or when nobody holds it any more, as after a `break` out of `async for`.
+        Returns an iterator of deltas, as `LLM.stream` does. The request begins with the first `__anext__`. It ends, and
+        its blocks are freed, when its task is cancelled, when the iterator is closed, or when nobody holds it any more,
+        as after a `break` out of `async for`.
+
+        The first `__anext__` raises ValueError or TypeError for a bad request. It raises RuntimeError if the engine is
+        closed or broke.
         """
         return self._outputs(lambda llm: llm.engine.make_request(prompt, params or SamplingParams(), stream=True))
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a conversation through the model's chat template; otherwise like `generate`."""
+        """Answer a conversation through the model's chat template. Returns and raises as `generate` does."""
         return self._outputs(
             lambda llm: llm.engine.make_request(llm.encode_chat(messages), params or SamplingParams(), stream=True)
         )
 
     async def beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> BeamSearchOutput:
-        """The best hypotheses for one prompt. Raises as `generate` does; cancelling it frees its blocks."""
+        """Search the best hypotheses for one prompt. Raises as `generate` does. Cancelling it frees its blocks."""
         outputs = self._outputs(lambda llm: llm.engine.make_request(prompt, params or BeamSearchParams()))
         return [output async for output in outputs][-1]
 
     async def stats(self) -> EngineStats:
-        """Counters of the engine and the state of its block pool, after all that was asked of it before."""
+        """Read the engine's counters and the state of its block pool, after all that was asked of it before."""
         inbox = _Inbox()
         self._thread.send(inbox, lambda llm: inbox.put(llm.stats()))
         return await inbox.take()
 
     def close(self) -> None:
-        """End the engine and release the model; returns when that is done, after at most one step.
+        """End the engine and release the model. Returns when that is done, after at most one step.
 
         Iterators that still run get a last output with finish_reason "abort" (a beam search one with `aborted`).
-        What is asked afterwards raises RuntimeError. Safe to call twice and from any thread. At the end of the
-        process this happens by itself.
+        Later requests raise RuntimeError. Safe to call twice and from any thread. At the end of the process this
+        happens by itself.
         """
         self._thread.close()
 
     async def aclose(self) -> None:
-        """`close` without blocking the event loop."""
+        """Close it as `close` does, without blocking the event loop."""
         await asyncio.to_thread(self.close)
 
     async def __aenter__(self) -> "AsyncLLM":
@@ -113,18 +116,19 @@ class AsyncLLM:
 
 
 class _Inbox:
-    """What the engine thread has for one caller: outputs, or the exception that ends its waiting."""
+    """Hold what the engine thread has for one caller: outputs, or the exception that ends its waiting."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.items: asyncio.Queue[Any] = asyncio.Queue()
-        self.request_id: int | None = None  # the engine thread's own note
+        self.request_id: int | None = None  # read and written by the engine's thread alone
 
     def put(self, item: Any) -> None:
         """Put something in, from any thread."""
         _put_all(self.loop, [(self, item)])
 
     async def take(self) -> Any:
+        """Wait for the next output. Raises an exception that was put in."""
         item = await self.items.get()
         if isinstance(item, BaseException):
             raise item
@@ -135,7 +139,7 @@ Letter = tuple[_Inbox, Callable[[LLM], None]]
 
 
 class _EngineThread:
-    """The thread, and what other threads may ask of it.
+    """Run an LLM in a thread, and take what other threads ask of it.
 
     Letters are put into a SimpleQueue because finalizers send them too, at any moment and in any thread.
     """
@@ -155,6 +159,7 @@ class _EngineThread:
     # -- for other threads --------------------------------------------------------------------------------------
 
     def wait_until_loaded(self) -> None:
+        """Wait for the model. Raises what loading it raised."""
         self._ready.wait()
         error, self._load_error = self._load_error, None
         if error is not None:
@@ -162,7 +167,7 @@ class _EngineThread:
             raise error
 
     def submit(self, inbox: _Inbox, make_request: Callable[[LLM], Request]) -> None:
-        """Have a request made and run; its outputs, or why it could not be made, come into the inbox."""
+        """Have a request made and run. Its outputs, or why it could not be made, come into the inbox."""
 
         def begin(llm: LLM) -> None:
             request = make_request(llm)
@@ -233,7 +238,7 @@ class _EngineThread:
                 self._hand_out(llm, [output])
 
     def _read_letters(self, llm: LLM) -> bool:
-        """Do what was asked for, sleeping while there is nothing to do; False to end."""
+        """Do what was asked for, sleeping while there is nothing to do. Returns False when the thread has to end."""
         while True:
             try:
                 letter = self._letters.get(block=not llm.engine.has_unfinished())
@@ -251,7 +256,7 @@ class _EngineThread:
                 raise
 
     def _hand_out(self, llm: LLM, outputs: Sequence[RequestOutput | BeamSearchOutput]) -> None:
-        """Put outputs into their inboxes, waking each event loop once; where one is gone, its requests end."""
+        """Put outputs into their inboxes, waking each event loop once. The requests of a loop that is gone end."""
         by_loop = defaultdict(list)
         for output in outputs:
             inbox = self._inboxes.get(output.request_id)
@@ -266,6 +271,7 @@ class _EngineThread:
                         llm.engine.abort(output.request_id)
 
     def _refuse_letters(self) -> None:
+        """Answer all letters with why there is no engine any more."""
         while True:
             try:
                 letter = self._letters.get(block=False)
@@ -282,7 +288,7 @@ class _EngineThread:
 
 
 def _put_all(loop: asyncio.AbstractEventLoop, items: list[tuple[_Inbox, Any]]) -> bool:
-    """Put things into inboxes of an event loop, from any thread; False if the loop is closed, its tasks gone."""
+    """Put things into inboxes of an event loop, from any thread. Returns False if the loop is closed."""
 
     def put() -> None:
         for inbox, item in items:
@@ -296,7 +302,7 @@ def _put_all(loop: asyncio.AbstractEventLoop, items: list[tuple[_Inbox, Any]]) -
 
 
 def _without_frames(error: BaseException) -> BaseException:
-    """The exception without the frames that it came through: in another thread they would keep the model alive."""
+    """Drop the frames that an exception came through: in another thread they would keep the model alive."""
     if not isinstance(error, ValueError | TypeError | ImportError | OSError):  # those speak for themselves
         error.add_note(_details(error))
     error.__cause__ = error.__context__ = None

@@ -15,9 +15,10 @@ PIPELINING = ("auto", "submit", "build", "off")
 
 
 def parse_memory(size: int | str, total: int | None = None) -> int:
-    """The bytes that `size` means: a count, "4GB" (4e9), "4GiB" (2**32), or "30%" of `total` bytes.
+    """Read a size of memory: a count of bytes, "4GB" (4e9), "4GiB" (2**32), or "30%" of `total` bytes.
 
-    Raises ValueError if it can't be read, is not positive, or is a share above 100% or of an unknown total.
+    Returns bytes. Raises ValueError if the size can't be read, is not positive, or is a share above 100% or of an
+    unknown total.
     """
     match = _SIZE.fullmatch(str(size).strip())
     unit = match.group(2).upper() if match else ""
@@ -34,7 +35,7 @@ def parse_memory(size: int | str, total: int | None = None) -> int:
 
 
 def format_memory(num_bytes: float) -> str:
-    """`num_bytes` for people, in decimal units: 1536000 -> "1.5 MB"."""
+    """Write bytes for people, in decimal units: 1536000 -> "1.54 MB"."""
     units = ["B", "KB", "MB", "GB", "TB"]
     while num_bytes >= 999.5 and len(units) > 1:
         num_bytes /= 1000
@@ -44,38 +45,41 @@ def format_memory(num_bytes: float) -> str:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything `LLM` takes beside the model. Raises ValueError for a value out of range.
-
-    block_size: tokens per block. num_kv_blocks: blocks in the pool, or kv_cache_memory: their bytes ("4GB", "30%"
-    of what the device recommends); with neither, a share of the device's memory. max_num_seqs: sequences that run
-    at once. max_num_batched_tokens: tokens computed per step, so the largest chunk of a prompt. max_model_len:
-    longest prompt plus output, in tokens (None: the model's own limit). prefix_caching: reuse the blocks of equal
-    prefixes. allocator: order in which free blocks are reused. swap_space: where blocks of preempted requests and
-    evicted prefixes go: a size ("8GB") or a folder. prefix_cache_dir: a folder in which the blocks of prompts outlive
-    the process. dtype: of weights and cache (None: as stored; float32 on a CPU). seed: decides the random streams of
-    requests that have no seed of their own. check_invariants: verify the block manager after every step (slow).
-    max_staging: most bytes that copying blocks may hold beside the pool.
-    pipelining: while a step runs on the device, the next one is built and submitted ("submit"), only built ("build"),
-    or neither ("off"); "auto" tries at start whether submitting is safe here, which means that it copies no pool.
-    profile: keep where each step's time goes, for `LLM.profile`.
-    """
+    """Everything `LLM` takes beside the model. Raises ValueError for a value out of range."""
 
     block_size: int = 16
+    """Tokens per block."""
     num_kv_blocks: int | None = None
+    """Blocks in the pool. With neither this nor kv_cache_memory the pool gets a share of the device's memory."""
     kv_cache_memory: int | str | None = None
+    """Size of the pool instead: bytes, "4GB", or "30%" of what the device recommends (a CPU: of its RAM)."""
     max_num_seqs: int = 64
+    """Sequences that run at once."""
     max_num_batched_tokens: int = 2048
+    """Most tokens computed per step, so also the largest chunk of a prompt."""
     max_model_len: int | None = None
+    """Longest prompt plus output, in tokens; None: the model's own limit."""
     prefix_caching: bool = True
+    """Reuse the blocks of equal prefixes."""
     allocator: str = "lru"
+    """Order in which free blocks are reused: "lru", "fifo" or "buddy"."""
     swap_space: int | str | os.PathLike[str] | None = None
+    """Where blocks of preempted requests and evicted prefixes go: a size of host memory ("8GB") or a folder."""
     prefix_cache_dir: str | os.PathLike[str] | None = None
+    """A folder in which the blocks of prompts outlive the process."""
     dtype: str | None = None
+    """Of weights and cache: "float32", "float16" or "bfloat16"; None: as stored, and float32 on a CPU."""
     seed: int = 0
+    """Decides the random numbers of requests that have no seed of their own."""
     check_invariants: bool = False
+    """Verify the block manager after every step (slow)."""
     max_staging: int | str = "64MB"
+    """Most bytes that copying blocks may hold beside the pool."""
     pipelining: str = "auto"
+    """What happens while a step runs on the device: the next one is built and submitted ("submit"), only built
+    ("build"), or neither ("off"). "auto" tries at start whether submitting is safe here: it must copy no pool."""
     profile: bool = False
+    """Keep where each step's time goes, for `LLM.profile`."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):

@@ -1,4 +1,4 @@
-"""The errors and warnings that callers may want to tell apart; other errors are a ValueError or KeyError."""
+"""Errors and warnings that callers may want to tell apart; other errors are a ValueError or KeyError."""
 
 
 class OutOfBlocks(RuntimeError):
@@ -6,8 +6,8 @@ class OutOfBlocks(RuntimeError):
 
 
 class ModelError(ValueError):
-    """A model can't be found, read or run; the message is one line that says what to do."""
+    """A model can't be found, read or run. The message is one line and says what to do."""
 
 
 class EngineWarning(UserWarning):
-    """Something works less well than it was asked to, and goes on."""
+    """Something works less well than it was asked to, and the engine goes on."""

@@ -1,6 +1,8 @@
 """The Python API: load a model, generate, chat, stream."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -44,7 +46,7 @@ class LLM:
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer: Any = None, **config: Any) -> "LLM":
-        """An engine for an mlx-lm model that is already loaded, and which goes on working in mlx-lm.
+        """Make an engine for an mlx-lm model that is already loaded, and which goes on working in mlx-lm.
 
         tokenizer: mlx-lm's TokenizerWrapper; without one prompts are token ids and no text comes out. The weights
         are converted only if `dtype` is given.
@@ -68,7 +70,7 @@ class LLM:
                 )
             max_model_len = config.max_model_len
         self.tokenizer = loaded.tokenizer
-        self._outputs: dict[int, list[Output]] = {}
+        self._outputs: dict[int, deque[Output]] = {}  # where the run that a request belongs to finds its outputs
         self._runner = ModelRunner(patch_model(loaded.model), config, max_model_len)
         self.engine = Engine(self._runner, loaded.tokenizer, config, max_model_len)
 
@@ -79,7 +81,7 @@ class LLM:
         *,
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Complete prompts, all of them batched; the results are in the prompts' order.
+        """Complete prompts, all of them batched. Returns their outputs in the prompts' order.
 
         prompts: texts or lists of token ids, or a single one. params: for all prompts, or one for each. progress:
         show a bar on stderr if that is a terminal. Everything is validated before anything runs: raises ValueError,
@@ -94,8 +96,47 @@ class LLM:
         *,
         progress: bool = False,
     ) -> list[BeamSearchOutput]:
-        """The best hypotheses for each prompt, all prompts batched; arguments and errors are those of `generate`."""
+        """Find the best hypotheses for each prompt, all prompts batched. Arguments and errors are `generate`'s."""
         return cast(list[BeamSearchOutput], self._complete(prompts, params, BeamSearchParams, progress))
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
+        """Answer a conversation, [{"role": ..., "content": ...}, ...], through the model's chat template."""
+        return self.generate([self.encode_chat(messages)], params)[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt piece by piece: each output has the text and tokens that are new, the last is finished.
+
+        The prompt is validated at once. Closing the iterator ends the request and frees its blocks.
+        """
+        request = self.engine.make_request(prompt, params or SamplingParams(), stream=True)
+        return cast(Iterator[RequestOutput], self.run([request]))
+
+    def run(self, requests: Sequence[Request]) -> Generator[Output]:
+        """Run requests that `engine.make_request` made; yields what is new of them as it comes.
+
+        That is the whole output of a request when it has ended, and the deltas of one that is streamed. Several runs
+        may be read in turn: each makes steps for all of them. Closing a run ends its requests and frees their blocks.
+        """
+        arrived: deque[Output] = deque()
+        unfinished: set[int] = set()
+        try:
+            for request in requests:
+                unfinished.add(request_id := self.engine.submit(request))
+                self._outputs[request_id] = arrived
+            while arrived or unfinished:
+                while not arrived:
+                    for output in self.engine.step():
+                        if output.request_id in self._outputs:
+                            self._outputs[output.request_id].append(output)
+                output = arrived.popleft()
+                if output.finished:
+                    unfinished.remove(output.request_id)
+                    del self._outputs[output.request_id]
+                yield output
+        finally:
+            for request_id in unfinished:
+                self.engine.abort(request_id)
+                self._outputs.pop(request_id, None)  # not there yet if its submission was interrupted
 
     def _complete(
         self,
@@ -116,64 +157,14 @@ class LLM:
                 raise TypeError(f"the parameters must be {kind.__name__}, got {type(one).__name__}")
         pairs = zip(cast(Sequence[Prompt], prompts), params, strict=True)
         requests = [self.engine.make_request(prompt, p) for prompt, p in pairs]
-        request_ids = [self._submit(request) for request in requests]
-        try:
-            with ProgressBar(len(requests), shown=progress) as bar:
-                own = set(request_ids)
-
-                def show(outputs: Sequence[Output]) -> None:
-                    for output in outputs:
-                        if output.request_id in own:
-                            bar.count(output)
-                    bar.show()
-
-                return [self._wait(request_id, show)[-1] for request_id in request_ids]
-        finally:
-            for request_id in request_ids:
-                self._forget(request_id)
-
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
-        """Answer a conversation, [{"role": ..., "content": ...}, ...], through the model's chat template."""
-        return self.generate([self.encode_chat(messages)], params)[0]
-
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Complete one prompt piece by piece: each output has the text and tokens that are new, the last is finished.
-
-        The prompt is validated at once. Closing the iterator ends the request and frees its blocks.
-        """
-        return self._stream(self.engine.make_request(prompt, params or SamplingParams(), stream=True))
-
-    def _stream(self, request: Request) -> Iterator[RequestOutput]:
-        request_id = self._submit(request)
-        try:
-            finished = False
-            while not finished:
-                for output in cast(list[RequestOutput], self._wait(request_id)):
-                    finished = output.finished
-                    yield output
-        finally:
-            self._forget(request_id)
-
-    def _submit(self, request: Request) -> int:
-        request_id = self.engine.submit(request)
-        self._outputs[request_id] = []
-        return request_id
-
-    def _wait(self, request_id: int, after_step: Callable[[Sequence[Output]], None] = lambda _: None) -> list[Output]:
-        """Step until the request has outputs, and take them. Those of other requests are kept for their callers."""
-        while not self._outputs[request_id]:
-            outputs = self.engine.step()
-            for output in outputs:
-                if output.request_id in self._outputs:
-                    self._outputs[output.request_id].append(output)
-            after_step(outputs)
-        taken, self._outputs[request_id] = self._outputs[request_id], []
-        return taken
-
-    def _forget(self, request_id: int) -> None:
-        """End a request, if it has not ended, and drop what nobody has taken of it."""
-        self.engine.abort(request_id)
-        del self._outputs[request_id]
+        outputs = []
+        with ProgressBar(len(requests), shown=progress) as bar, closing(self.run(requests)) as arriving:
+            bar.show()
+            for output in arriving:
+                outputs.append(output)
+                bar.count(output)
+                bar.show()
+        return sorted(outputs, key=lambda output: output.request_id)  # ids are given in the prompts' order
 
     @property
     def has_chat_template(self) -> bool:
@@ -181,7 +172,7 @@ class LLM:
         return self.tokenizer is not None and bool(self.tokenizer.has_chat_template)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation, ready for the model's answer.
+        """Write a conversation as the model's chat template does. Returns its token ids, ready for the answer.
 
         Raises ValueError if there is no chat template, or if it does not take this conversation.
         """
@@ -196,18 +187,18 @@ class LLM:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the model chooses among: their ids are below."""
+        """Size of the model's vocabulary: token ids are below it."""
         return self._runner.vocab_size
 
     def stats(self) -> EngineStats:
-        """Counters of the engine and the state of its block pool."""
+        """Count what the engine has done, and look at its block pool."""
         return self.engine.stats()
 
     @property
     def profile(self) -> Profile | None:
         """Where the time of steps went, if `profile=True` was given: its `table()`, and `write(path)` for a trace."""
         profile = self.engine.profile
-        return profile if isinstance(profile, Profile) else None
+        return profile if profile.enabled else None
 
     @property
     def attention_backends(self) -> list[str]:
@@ -215,5 +206,5 @@ class LLM:
         return sorted(self._runner.backends)
 
     def describe_memory(self) -> str:
-        """One line on how the device's memory is divided."""
+        """Say in one line how the device's memory is divided."""
         return str(self._runner.plan)

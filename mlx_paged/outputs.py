@@ -5,22 +5,23 @@ from dataclasses import dataclass, field
 
 @dataclass
 class CompletionOutput:
-    """One sample of a request.
-
-    token_ids include the stop token that ended it, text ends before the stop string. cumulative_logprob is the sum
-    of the tokens' log-probabilities under the model, before penalties and temperature; logprobs has, per token,
-    {token id: logprob} of the token and the k best, if asked for. finish_reason: "stop" (end token, stop token or
-    stop string), "length" (max_tokens or the end of the context), "abort", "error", or None while it runs.
-    stop_reason: the stop token id or string, what went wrong, None for the end token or length.
-    """
+    """One sample of a request."""
 
     index: int
+    """Which of the request's n samples it is, from 0."""
     text: str
+    """Decoded from the tokens; it ends before the stop string."""
     token_ids: list[int]
+    """The output's tokens, the stop token that ended it included."""
     cumulative_logprob: float
+    """Sum of the tokens' log-probabilities in the model's own distribution, before penalties and temperature."""
     logprobs: list[dict[int, float]] | None = None
+    """Per token, {token id: log-probability} of the token and the k most likely ones, if asked for."""
     finish_reason: str | None = None
+    """Why it ended: "stop" (end token, stop token or stop string), "length" (max_tokens or the end of the context),
+    "abort" or "error"; None while it runs."""
     stop_reason: int | str | None = None
+    """The stop token id, the stop string, or what went wrong; None for the end token and for "length"."""
 
 
 @dataclass
@@ -31,9 +32,13 @@ class RequestMetrics:
     """
 
     arrival_time: float
+    """When the request was added."""
     first_scheduled_time: float | None = None
+    """When a step first computed some of it."""
     first_token_time: float | None = None
+    """When its first token was known."""
     finished_time: float | None = None
+    """When its last sample ended."""
 
     @property
     def queue_time(self) -> float | None:
@@ -51,7 +56,10 @@ class RequestMetrics:
         return self._since_arrival(self.finished_time)
 
     def time_per_output_token(self, num_tokens: int) -> float | None:
-        """Mean seconds from one token to the next, for a longest sample of `num_tokens`; None if there was no next."""
+        """Compute the mean seconds from one token to the next. `num_tokens` is the length of the longest sample.
+
+        Returns None if there was no next token, or while it runs.
+        """
         if self.first_token_time is None or self.finished_time is None or num_tokens < 2:
             return None
         return (self.finished_time - self.first_token_time) / (num_tokens - 1)
@@ -62,18 +70,22 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """The state of a request: whole, or in a stream what is new since the output before.
-
-    num_cached_tokens: prompt tokens whose K/V came from the prefix cache.
-    """
+    """The state of a request: whole, or in a stream what is new since the output before."""
 
     request_id: int
+    """Its number in the engine, as `add_request` returns it."""
     prompt: str | None
+    """The prompt's text; None if it came as token ids."""
     prompt_token_ids: list[int]
+    """The prompt's tokens."""
     outputs: list[CompletionOutput] = field(default_factory=list)
+    """A completion per sample."""
     finished: bool = False
+    """Whether all samples have ended."""
     num_cached_tokens: int = 0
+    """Prompt tokens whose K and V came from the prefix cache."""
     metrics: RequestMetrics | None = None
+    """When what happened."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -83,37 +95,44 @@ class RequestOutput:
 
 @dataclass
 class BeamHypothesis:
-    """A finished hypothesis of a beam search. token_ids: the output's, the end token included.
-
-    cum_logprob: sum of their log-probabilities; score: that divided by len(token_ids)**length_penalty.
-    """
+    """A finished hypothesis of a beam search."""
 
     token_ids: list[int]
+    """The output's tokens, the end token included."""
     text: str
+    """Decoded from the tokens."""
     cum_logprob: float
+    """Sum of the tokens' log-probabilities."""
     score: float
+    """cum_logprob / len(token_ids)**length_penalty."""
 
 
 @dataclass
 class BeamSearchOutput:
-    """The result of a beam search: hypotheses, best first.
-
-    num_cached_tokens: prompt tokens whose K/V came from the prefix cache. num_blocks: the most blocks that its beams
-    held at once; num_unshared_blocks: what they would have held if they shared none. error: what went wrong, if
-    something did; `aborted`: ended by `abort`.
-    """
+    """The result of a beam search."""
 
     request_id: int
+    """Its number in the engine, as `add_request` returns it."""
     prompt: str | None
+    """The prompt's text; None if it came as token ids."""
     prompt_token_ids: list[int]
+    """The prompt's tokens."""
     sequences: list[BeamHypothesis] = field(default_factory=list)
+    """The hypotheses, best first."""
     finished: bool = False
+    """Whether the search is over."""
     num_cached_tokens: int = 0
+    """Prompt tokens whose K and V came from the prefix cache."""
     metrics: RequestMetrics | None = None
+    """When what happened."""
     num_blocks: int = 0
+    """The most blocks that its beams held at once."""
     num_unshared_blocks: int = 0
+    """What they would have held then if they shared none."""
     error: str | None = None
+    """What went wrong, if something did."""
     aborted: bool = False
+    """Whether `abort` ended it."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -123,25 +142,35 @@ class BeamSearchOutput:
 
 @dataclass
 class EngineStats:
-    """Counters of an engine; memory figures are of this moment, the others since it was made.
-
-    kv_bytes: size of the pools. num_free_blocks: cached blocks that nobody uses are free too. kv_tokens: tokens in
-    blocks, shared ones counted once. kv_waste: share of the slots of used blocks that hold no token. prefix_*_tokens:
-    prompt tokens looked up and found. num_swapped_blocks: blocks that went to the second tier. host_time_s:
-    scheduling, batch building, stops and text; model_time_s: building the model's graph, running it and sampling.
-    """
+    """Counters since the engine was made, and the state of its pool at this moment."""
 
     num_blocks: int
+    """Blocks of the pool of the layers that keep the whole context, which the counts of blocks and tokens are of."""
     num_free_blocks: int
+    """Blocks that no sequence holds; those that still cache a prefix are free too."""
+    peak_used_blocks: int
+    """The most blocks that sequences held at once."""
     block_size: int
+    """Tokens per block."""
     kv_bytes: int
+    """Bytes of all pools."""
     kv_tokens: int
+    """Tokens in blocks that sequences hold, shared ones counted once."""
     kv_waste: float
+    """Share of the slots of used blocks that holds no token, from 0 to 1; 0 while no block is used."""
     prefix_hit_tokens: int
+    """Prompt tokens whose K and V were found in the prefix cache."""
     prefix_query_tokens: int
+    """Prompt tokens that were looked up there."""
     num_preemptions: int
+    """How often a running sequence lost its blocks to others."""
     num_cow_copies: int
+    """Shared blocks that were copied before a write."""
     num_swapped_blocks: int
+    """Blocks that went to the second tier, host memory or disk."""
     num_steps: int
+    """Steps that computed something."""
     host_time_s: float
+    """Seconds of scheduling, batch building, stops and text."""
     model_time_s: float
+    """Seconds of building the model's graph, running it and sampling."""

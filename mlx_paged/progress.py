@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class ProgressBar:
-    """A line at the bottom of stderr while prompts run, which leaves nothing behind.
+    """Show progress in a line at the bottom of stderr while prompts run; nothing of it stays behind.
 
-    shown: False, or a stderr that is not a terminal, makes it write nothing at all.
+    Nothing at all is written if `shown` is False or stderr is not a terminal.
     """
 
     def __init__(self, num_prompts: int, *, shown: bool = True) -> None:
@@ -33,7 +33,7 @@ class ProgressBar:
         self.hide()
 
     def count(self, output: RequestOutput | BeamSearchOutput) -> None:
-        """A prompt is done."""
+        """Count a finished prompt and its output tokens."""
         self._num_done += 1
         self._num_tokens += output.num_output_tokens
 

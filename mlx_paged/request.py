@@ -1,7 +1,4 @@
-"""Requests and their sequences: what the engine knows of each. No tensors, no blocks.
-
-While a sequence runs it has a row (rows.py), which also holds its latest tokens until they are flushed to it.
-"""
+"""Requests and their sequences: what the engine knows of each. No arrays, no blocks."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,29 +10,33 @@ from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 @dataclass(eq=False)
 class Sequence:
-    """One sample of a request, or one of its beams: its tokens, prompt included, and its text so far.
-
-    trunk: while it is computed for its siblings too, how many of its tokens they share; else None.
-    """
+    """One sample of a request, or one of its beams."""
 
     seq_id: int
     request: "Request"
     index: int
     token_ids: list[int]
-    row: int = -1  # among those that run
-    trunk: int | None = None
+    """Prompt and output: the one list of them, which the block managers read too."""
+    row: int = -1
+    """Its row in the running batch; -1: it does not run."""
+    num_shared_tokens: int | None = None
+    """While it is computed for its sibling beams too, how many tokens they share; else None."""
     cumulative_logprob: float = 0.0
+    """As of its last token that was checked."""
     logprobs: list[dict[int, float]] | None = None
-    text_stream: Any = None  # detokenizer.TextStream, where there is a tokenizer
-    num_read: int = 0  # output tokens that text_stream has
-    matcher: Any = None  # structured_output.GrammarMatcher, where the output must have a form
-    candidates: Any = None  # of a beam: token ids and log-probabilities to go on with, until its siblings have theirs
+    text_stream: Any = None
+    """A TextStream, where there is a tokenizer."""
+    num_detokenized: int = 0
+    """Output tokens that the text stream has."""
+    matcher: Any = None
+    """A GrammarMatcher, where the output must follow a grammar."""
+    beam_candidates: Any = None
+    """Of a beam: token ids and log-probabilities to go on with, until its siblings have theirs."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
     @property
-    def num_output(self) -> int:
-        """Tokens put out so far, those not flushed yet not counted."""
+    def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
@@ -43,9 +44,26 @@ class Sequence:
         return self.token_ids[len(self.request.prompt_token_ids) :]
 
     @property
-    def num_wanted(self) -> int:
+    def num_target_tokens(self) -> int:
         """How many of its tokens are to be computed before something else happens to it."""
-        return len(self.token_ids) if self.trunk is None else self.trunk
+        return len(self.token_ids) if self.num_shared_tokens is None else self.num_shared_tokens
+
+    @property
+    def num_pending_forks(self) -> int:
+        """How many sequences will be forked from this one, and need rows kept for them."""
+        if self.num_shared_tokens is not None:
+            return len(self.request.sequences) - 1
+        return 0 if self.request.is_forked else self.request.max_num_sequences - 1
+
+    @property
+    def num_rows_needed(self) -> int:
+        """How many sequences may run once this one does."""
+        return self.request.max_num_sequences if self.request.search is not None else self.num_pending_forks + 1
+
+    @property
+    def preempted_with(self) -> "list[Sequence]":
+        """The sequences that lose their blocks when this one does: beams go together."""
+        return self.request.sequences if self.request.search is not None else [self]
 
     @property
     def finished(self) -> bool:
@@ -54,7 +72,7 @@ class Sequence:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, its parameters and the sequences made of it: one at first, `width` once the prompt is computed."""
+    """A prompt, its parameters and the sequences made of it: one at first, more once the prompt is computed."""
 
     request_id: int
     prompt: str | None
@@ -65,21 +83,33 @@ class Request:
     stream: bool
     metrics: RequestMetrics
     search: BeamSearch | None = None
-    matcher: Any = None  # the state from which its sequences start, where the output must have a form
-    sequences: list[Sequence] = field(default_factory=list)  # beams: those that are kept, best first
-    num_made: int = 0
-    is_forked: bool = False  # the sequences that start from its prompt have been made
-    num_sent: list[tuple[int, int]] = field(default_factory=list)  # of a stream: each sequence's tokens and characters
+    matcher: Any = None
+    """The state from which its sequences start, where the output must follow a grammar."""
+    sequences: list[Sequence] = field(default_factory=list)
+    """Of a beam search those that are kept, best first."""
+    num_sequences_made: int = 0
+    is_forked: bool = False
+    """The sequences that start from its prompt have been made."""
+    num_streamed: list[tuple[int, int]] = field(default_factory=list)
+    """Of a stream: how many tokens and characters of each sequence have been handed out."""
     num_cached_tokens: int = 0
-    num_blocks: int = 0  # of a beam search: the most that it held at once,
-    num_unshared_blocks: int = 0  # and what that would have been without sharing
+    num_blocks: int = 0
+    """Of a beam search: the most blocks that it held at once."""
+    num_unshared_blocks: int = 0
+    """What that would have been without sharing."""
     error: str | None = None
 
     @property
-    def width(self) -> int:
+    def max_num_sequences(self) -> int:
         """The most sequences that it runs at once."""
         return self.params.n if isinstance(self.params, SamplingParams) else self.params.beam_width
 
     @property
     def finished(self) -> bool:
         return self.is_forked and all(sequence.finished for sequence in self.sequences)
+
+
+def common_prefix_len(token_ids: list[list[int]]) -> int:
+    """Count the tokens that lists of one length have in common at their start, short of the last."""
+    first, *others = token_ids
+    return min(next(i for i in range(len(first)) if i == len(first) - 1 or o[i] != first[i]) for o in others)

@@ -7,43 +7,68 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class _RequestParams:
+    """What both kinds of requests have. No dataclass of its own, so that the order of their fields stays theirs."""
+
+    cache_salt: str | None
+    priority: int
+
+    def _require(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def _require_priority(self) -> None:
+        self._require("priority", is_count(self.priority), "a whole number")
+
+
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(_RequestParams):
     """Sampling parameters of one request. Raises ValueError for a value out of range.
 
     Applied in vLLM's order: logit_bias, penalties, temperature, min_p, top_k, top_p.
-
-    n: samples of the prompt, each with a random stream of its own. temperature: 0 is greedy. top_p, min_p:
-    probabilities; top_k: tokens, 0 is all. repetition_penalty: > 1 discourages tokens of prompt and output (Keskar
-    et al. 2019); presence_penalty, frequency_penalty: subtracted once, or per occurrence, for tokens of the output.
-    max_tokens: None runs to the end of the context. stop: strings that end the text, which ends before them.
-    stop_token_ids: tokens that end it and stay in `token_ids`. ignore_eos: run on past the end token. seed: makes
-    the request repeatable whatever else runs. logprobs: k best tokens to report per token. logit_bias: added to the
-    logits of token ids. cache_salt: requests share cached prefixes only with those of an equal salt. priority: higher
-    ones are served first and preempted last. json_schema (a JSON schema, as text or as Python objects), regex (Rust
-    syntax), grammar (Lark syntax): the output's form, at most one of them; needs the extra `structured`.
     """
 
     n: int = 1
+    """Samples of the prompt, each with random numbers of its own."""
     temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
     top_p: float = 1.0
+    """Keeps the fewest of the most likely tokens whose probabilities sum to at least this."""
     top_k: int = 0
+    """Keeps this many of the most likely tokens; 0 keeps all."""
     min_p: float = 0.0
+    """Keeps tokens whose probability is at least this share of the most likely one's."""
     repetition_penalty: float = 1.0
+    """Above 1 it discourages tokens of prompt and output (Keskar et al. 2019)."""
     presence_penalty: float = 0.0
+    """Subtracted once from the logits of tokens that the output has."""
     frequency_penalty: float = 0.0
+    """Subtracted from the logits of a token for each time the output has it."""
     max_tokens: int | None = None
+    """Most tokens of an output; None runs to the end of the context."""
     stop: str | Sequence[str] | None = None
+    """Strings that end the text, which ends before them."""
     stop_token_ids: Sequence[int] | None = None
+    """Tokens that end the output and stay in its `token_ids`."""
     ignore_eos: bool = False
+    """Run on past the end token."""
     seed: int | None = None
+    """Makes the request repeatable whatever else runs."""
     logprobs: int | None = None
+    """How many of the most likely tokens to report per token, beside the one taken; None reports nothing."""
     logit_bias: Mapping[int, float] | None = None
+    """Numbers to add to the logits of token ids."""
     cache_salt: str | None = None
+    """Cached prefixes are shared only with requests of an equal salt."""
     priority: int = 0
+    """Higher ones are served first and preempted last."""
     json_schema: Mapping[str, Any] | bool | str | None = None
+    """JSON schema of the output, as text or as Python objects. It, `regex` and `grammar` need the extra `structured`;
+    at most one of them is given."""
     regex: str | None = None
+    """Regular expression of the output, in Rust's syntax."""
     grammar: str | None = None
+    """Grammar of the output, in Lark's syntax."""
 
     def __post_init__(self) -> None:
         self._require("n", is_count(self.n, 1), "a whole number of at least 1")
@@ -65,10 +90,10 @@ class SamplingParams:
         bias = self.logit_bias or {}
         valid = all(is_count(token, 0) and is_number(value) for token, value in bias.items())
         self._require("logit_bias", valid, "a mapping of token ids to finite numbers")
-        self._require("priority", is_count(self.priority), "a whole number")
-        forms = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
-        if len(forms) > 1:
-            raise ValueError(f"give one of json_schema, regex and grammar, got {' and '.join(forms)}")
+        self._require_priority()
+        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of json_schema, regex and grammar, got {' and '.join(given)}")
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             self._require(name, value is None or (isinstance(value, str) and value != ""), "text that is not empty")
@@ -76,46 +101,49 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def is_greedy(self) -> bool:
+        """Whether the best token is taken and none is drawn."""
         return self.temperature < 1e-5
 
     @property
     def has_penalties(self) -> bool:
+        """Whether a penalty changes anything."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def is_constrained(self) -> bool:
-        """Whether the output must have a form."""
-        return any(form is not None for form in (self.json_schema, self.regex, self.grammar))
-
-    def _require(self, name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+        """Whether the output must fit a grammar: a JSON schema, a regex or a Lark grammar."""
+        return any(given is not None for given in (self.json_schema, self.regex, self.grammar))
 
 
 @dataclass(frozen=True)
-class BeamSearchParams:
+class BeamSearchParams(_RequestParams):
     """Parameters of a beam search, with the meaning they have in Hugging Face's `generate(num_beams=...)`.
 
-    beam_width: hypotheses kept while searching. max_tokens: most tokens of a hypothesis. length_penalty: hypotheses
-    are ranked by cum_logprob / num_tokens**length_penalty, so above 0 favours longer ones. early_stopping: False
-    stops when no running beam is likely to beat the worst of beam_width finished ones, True as soon as there are so
-    many, "never" when none can. num_return_sequences: how many come back, best first (None: beam_width).
-    cache_salt, priority: as in SamplingParams. Raises ValueError for a value out of range.
+    Raises ValueError for a value out of range.
     """
 
     beam_width: int = 4
+    """Hypotheses kept while searching."""
     max_tokens: int = 64
+    """Most tokens of a hypothesis."""
     length_penalty: float = 1.0
+    """Hypotheses are ranked by cum_logprob / num_tokens**length_penalty, so above 0 favours longer ones."""
     early_stopping: bool | str = False
+    """False stops when no running beam is likely to beat the worst of beam_width finished ones, True as soon as there
+    are so many, "never" when none can."""
     num_return_sequences: int | None = None
+    """How many hypotheses come back, best first; None: beam_width."""
     cache_salt: str | None = None
+    """Cached prefixes are shared only with requests of an equal salt."""
     priority: int = 0
+    """Higher ones are served first and preempted last."""
 
     def __post_init__(self) -> None:
         self._require("beam_width", is_count(self.beam_width, 1), "a whole number of at least 1")
@@ -125,11 +153,7 @@ class BeamSearchParams:
         num = self.num_return_sequences
         valid = num is None or (is_count(num, 1) and num <= self.beam_width)
         self._require("num_return_sequences", valid, f"between 1 and beam_width={self.beam_width}")
-        self._require("priority", is_count(self.priority), "a whole number")
-
-    def _require(self, name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+        self._require_priority()
 
 
 def _is_schema(schema: object) -> bool:

@@ -35,7 +35,7 @@ _ANY_MODEL = "an alias (mlx-paged generate --help lists them), a Hugging Face re
 
 
 def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None, config_only: bool = False) -> Path:
-    """The folder that holds `model`, downloaded first if it has to be.
+    """Find the folder that holds `model`, and download it first if need be.
 
     Args:
         model: None (the bundled demo model), an alias, a folder, or a repository "org/name". A plain string that is an
@@ -45,7 +45,7 @@ def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None
         config_only: of a repository, download config.json and nothing else.
 
     Raises:
-        ModelError: there is no such model, or it cannot be had just now.
+        ModelError: there is no such model, or it can't be downloaded now.
     """
     if model is None:
         return _folder_with_config(DEMO_FOLDER)
@@ -67,9 +67,9 @@ def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None
 
 
 def check_files(folder: Path) -> None:
-    """Raise ModelError, naming the file, unless `folder` holds a config and whole safetensors files.
+    """Check that `folder` holds a config and whole safetensors files. Raises ModelError, naming the file, otherwise.
 
-    Reads headers only: it is cheap for a model of any size.
+    Only headers are read, so it is cheap for a model of any size.
     """
     _folder_with_config(folder)
     read_json(folder / "config.json")
@@ -108,7 +108,7 @@ def _folder_with_config(folder: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """The object in a JSON file of a model. Raises ModelError."""
+    """Read the object in a JSON file of a model. Raises ModelError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -119,7 +119,10 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """A safetensors file: 8 bytes little-endian length, that much JSON, then the tensors that it describes."""
+    """Check that a safetensors file is whole. Raises ModelError.
+
+    The format: a length in 8 bytes, little-endian; that much JSON; then the tensors that it describes.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -146,7 +149,10 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _download(repo: str, revision: str | None, config_only: bool) -> Path:
-    """The repository's folder in the local cache; huggingface-hub draws its progress on stderr."""
+    """Download what is missing of a repository; huggingface-hub draws its progress on stderr.
+
+    Returns its folder in the local cache. Raises ModelError for what a person can put right.
+    """
     from huggingface_hub import snapshot_download
 
     try:
@@ -163,7 +169,7 @@ def _download(repo: str, revision: str | None, config_only: bool) -> Path:
 
 
 def _explain(error: Exception, repo: str, revision: str | None) -> str | None:
-    """One line for what huggingface-hub raised, None for what is no fault of network, disk or name."""
+    """Explain in one line what huggingface-hub raised. Returns None if network, disk and name are not at fault."""
     from huggingface_hub import constants, errors
 
     endpoint, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
@@ -199,7 +205,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str | None:
 
 
 def _errno(error: BaseException | None) -> int | None:
-    """The system's error number, wherever in the chain of causes it is."""
+    """Find the system's error number in the chain of causes."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno

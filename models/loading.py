@@ -16,17 +16,20 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length
 
 
 class LoadedModel(NamedTuple):
-    """An mlx-lm model, its TokenizerWrapper, and the longest context it was made for (None: it does not say)."""
+    """An mlx-lm model in memory, not patched yet."""
 
     model: nn.Module
     tokenizer: Any
+    """mlx-lm's TokenizerWrapper."""
     max_model_len: int | None
+    """The longest context it was made for, in tokens; None if it does not say."""
 
 
 def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
     """Load an alias, a Hugging Face repository, a folder, or None for the bundled demo model.
 
-    dtype: of the weights; None keeps them as stored, except that a CPU gets float32. Raises ModelError.
+    dtype is that of the weights; None keeps them as stored, except that a CPU gets float32. Raises ModelError. Warns of
+    a family that was not tested.
     """
     _check_family(hub.resolve(name, config_only=True))  # before gigabytes of weights are fetched in vain
     folder = hub.resolve(name)
@@ -47,7 +50,7 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
 
 
 def _check_family(folder: Path) -> None:
-    """Raise ModelError for a family that is known not to run."""
+    """Check that the family is not known to fail. Raises ModelError."""
     name = str(hub.read_json(folder / "config.json").get("model_type"))
     family = registry.family_of(name)
     if family is not None and family.status == "refused":
@@ -63,12 +66,12 @@ def set_dtype(model: nn.Module, dtype: str | None) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What a model's weights take, by their shapes: nothing is evaluated."""
+    """Sum the bytes of a model's weights, by their shapes: nothing is evaluated."""
     return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
 
 
 def context_of(config: dict[str, Any]) -> int | None:
-    """The longest context that a model's configuration names."""
+    """Find the longest context, in tokens, that a model's configuration names. Returns None if it names none."""
     text_config = config.get("text_config") or {}
     for section in (config, text_config if isinstance(text_config, dict) else vars(text_config)):
         for name in _CONTEXT_NAMES:

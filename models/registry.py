@@ -1,23 +1,23 @@
-"""Which of mlx-lm's model families run on a paged cache: what is tested, what can't, and why. Knows no mlx.
+"""Which of mlx-lm's model families run on a paged cache: which are tested, which can't and why. Knows no mlx.
 
 A family is named as mlx-lm names its module, and found by the `model_type` of a model's config.json. A family that is
-not listed may still run: what it does is looked at when it is loaded (`patch.patch_model`).
-`python -m mlx_paged.models.registry` prints the table of docs/models.md.
+not listed may still run: `patch.patch_model` looks at what it does when it is loaded.
+`python docs/models_table.py` prints the table of docs/models.md.
 """
 
 from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """One of mlx-lm's model families.
-
-    status: "verified" (results compared with unpaged ones over block sizes, chunks, batches and preemption), "tested"
-    (compared once) or "refused". note: for a refused family why, otherwise what is excepted.
-    """
+    """One of mlx-lm's model families."""
 
     name: str
+    """That of mlx-lm's module."""
     status: str
+    """How it runs: "verified" (results compared with unpaged ones over block sizes, chunks, batches and preemption),
+    "tested" (compared once) or "refused"."""
     note: str = ""
+    """Why it is refused; otherwise what is excepted."""
 
 
 VERIFIED = ("llama", "qwen2", "qwen3")
@@ -92,35 +92,11 @@ SAME_CODE = {
 
 
 def family_of(model_type: str) -> Family | None:
-    """What is known of the family of a config.json's `model_type`; None: nothing."""
+    """Look up the family of a config.json's `model_type`. Returns None if nothing is known of it."""
     return FAMILIES.get(SAME_CODE.get(model_type, model_type))
 
 
 def is_untested(model_type: str) -> bool:
-    """Whether no test has compared this family with its unpaged results."""
+    """Tell whether no test has compared this family with its unpaged results."""
     family = family_of(model_type)
     return family is None or family.status == "refused"
-
-
-def table() -> str:
-    """All families, as the Markdown of docs/models.md."""
-    rows = ["| families | |", "|---|---|"]
-    for status, meaning in (
-        ("verified", "verified: compared over block sizes, chunks, batches, orders and preemption"),
-        ("tested", "tested: compared over one batch of prompts"),
-    ):
-        shown = [_with_note(family) for family in FAMILIES.values() if family.status == status]
-        rows.append(f"| {', '.join(sorted(shown, key=str.lower))} | {meaning} |")
-    rows += [
-        f"| {', '.join(f'`{name}`' for name in sorted(names))} | refused: {why} |" for why, names in _REFUSED.items()
-    ]
-    same = ", ".join(f"`{name}` as `{code}`" for name, code in SAME_CODE.items())
-    return "\n".join(rows) + f"\n\nFamilies that mlx-lm runs with another's code count as that one: {same}.\n"
-
-
-def _with_note(family: Family) -> str:
-    return f"`{family.name}` ({family.note})" if family.note else f"`{family.name}`"
-
-
-if __name__ == "__main__":
-    print(table(), end="")

@@ -1,76 +1,22 @@
-"""AsyncLLM: streams for many tasks from one engine thread, and an end of that thread that is always clean."""
+"""AsyncLLM: streams for many tasks from one engine thread, and requests that end when nobody reads them."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
-import subprocess
-import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
+from helpers.async_llms import GREEDY, LONG, SMALL, all_free, collect, engine_threads, load, run
+from helpers.async_llms import no_thread_is_left as no_thread_is_left
 from helpers.tiny_models import make_model
 from mlx_lm.utils import load_tokenizer
 
-import mlx_paged
 from mlx_paged import LLM, AsyncLLM, BeamSearchParams, ModelError, SamplingParams
-from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, EngineStats, RequestOutput
-
-SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
-GREEDY = SamplingParams(temperature=0, max_tokens=8)
-LONG = SamplingParams(temperature=0, max_tokens=150)
-
-
-def load(tokenizer: Any = None, **config: Any) -> LLM:
-    """A tiny random model in blocks of 4 that verifies itself after every step; always the same one."""
-    model = make_model("llama", **SMALL, **({"vocab_size": len(tokenizer)} if tokenizer else {}))
-    config = {"block_size": 4, "num_kv_blocks": 64, "max_num_seqs": 8, "check_invariants": True} | config
-    return LLM.from_model(model, tokenizer, **config)
-
-
-def run(main: Coroutine[Any, Any, Any]) -> Any:
-    """asyncio.run, where a hang fails instead of lasting."""
-
-    async def limited() -> Any:
-        async with asyncio.timeout(120):
-            return await main
-
-    return asyncio.run(limited())
-
-
-async def collect(stream: AsyncIterator[RequestOutput]) -> list[list[int]]:
-    """The token ids of each sample of a stream, put together."""
-    samples: dict[int, list[int]] = {}
-    async for output in stream:
-        for sample in output.outputs:
-            samples.setdefault(sample.index, []).extend(sample.token_ids)
-    return list(samples.values())
-
-
-def all_free(stats: EngineStats) -> bool:
-    return stats.num_free_blocks == stats.num_blocks
-
-
-def engine_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "mlx-paged engine"]
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    yield
-    for thread in engine_threads():  # one that a finalizer has just asked to end
-        thread.join(timeout=60)
-    assert engine_threads() == []
-
-
-# -- outputs ----------------------------------------------------------------------------------------------------
+from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, RequestOutput
 
 
 def test_what_many_tasks_get_at_once_is_what_each_would_get_alone() -> None:
@@ -169,9 +115,6 @@ def test_a_beam_search_among_generates_is_what_it_is_alone() -> None:
     assert [one.token_ids for one in found.sequences] == [one.token_ids for one in alone.sequences]
 
 
-# -- ends of a request ------------------------------------------------------------------------------------------
-
-
 async def _cancel(stream: Any) -> None:
     begun = asyncio.Event()
 
@@ -267,9 +210,6 @@ def test_a_bad_prompt_is_its_callers_error_and_nobody_elses(prompt: Any, error: 
     run(main())
 
 
-# -- loading ----------------------------------------------------------------------------------------------------
-
-
 def test_a_model_that_cannot_be_had_is_the_callers_error_and_leaves_no_thread(capfd: pytest.CaptureFixture) -> None:
     with pytest.raises(ModelError, match="did you mean") as caught:
         AsyncLLM("qwen22")
@@ -301,303 +241,3 @@ def test_it_may_be_made_beside_a_running_loop() -> None:
             assert len(await collect(llm.generate([1, 2], GREEDY))) == 1
 
     run(main())
-
-
-# -- the end ----------------------------------------------------------------------------------------------------
-
-
-def test_closing_ends_what_runs_with_abort_and_refuses_what_comes() -> None:
-    async def main() -> None:
-        llm = AsyncLLM.from_loader(load)
-        streams = [llm.generate([i + 1] * 5, LONG) for i in range(3)]
-        for stream in streams:
-            await anext(stream)
-        late = llm.generate([9], GREEDY)
-        tasks = [asyncio.create_task(collect_outputs(stream)) for stream in streams]
-        await llm.aclose()
-        for outputs in await asyncio.gather(*tasks):
-            assert outputs[-1].finished and outputs[-1].outputs[0].finish_reason == "abort"
-            assert not any(output.finished for output in outputs[:-1])
-        for refused in (anext(late), llm.stats(), llm.beam_search([1])):
-            with pytest.raises(RuntimeError, match="this AsyncLLM is closed"):
-                await refused
-        await llm.aclose()
-        llm.close()
-
-    async def collect_outputs(stream: AsyncIterator[RequestOutput]) -> list[RequestOutput]:
-        return [output async for output in stream]
-
-    run(main())
-
-
-@pytest.mark.parametrize("how", ["closed", "forgotten", "broken"])
-def test_the_model_is_released_in_the_thread_that_ran_it(how: str) -> None:
-    ended_in: list[str] = []
-
-    def loader() -> LLM:
-        llm = load()
-        weakref.finalize(llm._runner, lambda: ended_in.append(threading.current_thread().name))
-        if how == "broken":
-            llm._runner.run = None  # type: ignore[assignment, method-assign]
-            llm.engine.step = lambda: llm._runner.run(1)  # type: ignore[assignment, method-assign]
-        return llm
-
-    async def main() -> Any:
-        llm = AsyncLLM.from_loader(loader)
-        thread = llm._thread._thread
-        caught = None
-        try:
-            await collect(llm.generate([1, 2], GREEDY))
-        except RuntimeError as error:
-            caught = error
-        if how == "closed":
-            llm.close()
-        del llm
-        gc.collect()
-        await asyncio.to_thread(thread.join, 60)
-        assert not thread.is_alive()
-        return caught
-
-    caught = run(main())
-    assert (caught is not None) == (how == "broken")
-    assert ended_in == ["mlx-paged engine"]
-
-
-@pytest.mark.parametrize("error", [ValueError("odd"), SystemExit(3), KeyboardInterrupt(), MemoryError("full")])
-def test_an_engine_that_breaks_tells_all_who_wait_and_all_who_come(
-    error: BaseException, capfd: pytest.CaptureFixture
-) -> None:
-    def loader() -> LLM:
-        llm = load()
-        step, calls = llm.engine.step, iter(range(100))
-
-        def breaking() -> list[RequestOutput]:
-            if next(calls) == 5:
-                raise error
-            return step()
-
-        llm.engine.step = breaking  # type: ignore[method-assign]
-        return llm
-
-    async def main() -> None:
-        llm = AsyncLLM.from_loader(loader)
-        streams = [collect(llm.generate([i + 1] * 5, LONG)) for i in range(3)]
-        results = await asyncio.gather(*streams, return_exceptions=True)
-        results += await asyncio.gather(llm.stats(), collect(llm.generate([1])), return_exceptions=True)
-        for result in results:
-            assert isinstance(result, RuntimeError)
-            assert str(result) == f"the engine of this AsyncLLM broke: {type(error).__name__}: {error}"
-            assert "in breaking" in result.__notes__[0]
-        await llm.aclose()
-
-    run(main())
-    assert capfd.readouterr() == ("", "")
-
-
-def test_even_an_exit_from_within_a_request_leaves_nobody_waiting() -> None:
-    def loader() -> LLM:
-        llm = load()
-
-        def make_request(*_: object, **__: object) -> None:
-            raise SystemExit
-
-        llm.engine.make_request = make_request  # type: ignore[assignment, method-assign]
-        return llm
-
-    async def main() -> None:
-        llm = AsyncLLM.from_loader(loader)
-        results = await asyncio.gather(*[collect(llm.generate([1])) for _ in range(3)], return_exceptions=True)
-        assert [type(result) for result in results] == [RuntimeError] * 3
-        llm.close()
-
-    run(main())
-
-
-def test_what_is_asked_while_it_closes_is_answered_or_refused_but_never_left_waiting() -> None:
-    async def main() -> None:
-        for _ in range(10):
-            llm = AsyncLLM.from_loader(load)
-            tasks = []
-            closing = asyncio.create_task(llm.aclose())
-            while not closing.done():
-                tasks.append(asyncio.create_task(collect(llm.generate([1, 2, 3], GREEDY))))
-                await asyncio.sleep(0.001)
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-            assert all(isinstance(result, list | RuntimeError) for result in results)
-
-    run(main())
-
-
-# -- threads and loops ------------------------------------------------------------------------------------------
-
-
-def test_several_event_loops_may_share_it() -> None:
-    llm = AsyncLLM.from_loader(load)
-    expected = [[one.token_ids for one in load().generate([i + 1] * 5, GREEDY)[0].outputs] for i in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda i: run(collect(llm.generate([i + 1] * 5, GREEDY))), range(4)))
-    assert results == expected
-    assert all_free(run(llm.stats()))
-    llm.close()
-
-
-def test_a_loop_that_is_closed_in_the_middle_takes_its_requests_with_it() -> None:
-    llm = AsyncLLM.from_loader(lambda: load(num_kv_blocks=512))
-    loop = asyncio.new_event_loop()
-    stream = llm.generate([1] * 5, SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True))
-    loop.run_until_complete(anext(stream))  # type: ignore[arg-type]
-    loop.close()
-
-    async def steps_until_free() -> int:
-        while not all_free(stats := await llm.stats()):
-            pass
-        return stats.num_steps
-
-    assert run(steps_until_free()) < 1000
-    llm.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        run(llm.stats())
-
-
-def test_an_idle_engine_sleeps() -> None:
-    looks: list[str] = []
-
-    def loader() -> LLM:
-        llm = load()
-        has_unfinished = llm.engine.has_unfinished
-        llm.engine.has_unfinished = lambda: looks.append("") or has_unfinished()  # type: ignore[method-assign, func-returns-value]
-        return llm
-
-    async def main() -> None:
-        async with AsyncLLM.from_loader(loader) as llm:
-            await collect(llm.generate([1, 2], GREEDY))
-            await llm.stats()
-            before = len(looks)
-            load()  # something that takes a while
-            await llm.stats()
-            assert len(looks) <= before + 2
-
-    run(main())
-
-
-def test_a_hundred_lives_leave_no_thread_and_no_memory() -> None:
-    async def main() -> None:
-        llm = AsyncLLM.from_loader(lambda: load(num_kv_blocks=40))
-        stream = llm.generate([1, 2, 3], LONG)
-        await anext(stream)
-        await llm.aclose()
-        assert [output.finished async for output in stream][-1]
-
-    for life in range(100):
-        run(main())
-        assert engine_threads() == []
-        if life == 9:
-            gc.collect()
-            used = mx.get_active_memory()
-    gc.collect()
-    assert mx.get_active_memory() <= used
-
-
-# -- ends of a process ------------------------------------------------------------------------------------------
-
-PROCESS = """
-import asyncio, signal, sys, threading
-from helpers.tiny_models import make_model
-from mlx_paged import LLM, AsyncLLM, SamplingParams
-
-state = sys.argv[1]
-LONG = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
-
-def load():
-    model = make_model("llama", num_hidden_layers=2, hidden_size=32, intermediate_size=48)
-    return LLM.from_model(model, block_size=4, num_kv_blocks=256)
-
-async def finished(llm):
-    async for _ in llm.generate([1, 2, 3], SamplingParams(temperature=0, max_tokens=5)):
-        pass
-
-async def begun(llm):
-    stream = llm.generate([4, 5, 6], LONG)
-    await anext(stream)
-    return stream
-
-async def main():
-    llm = AsyncLLM.from_loader(load)
-    if state == "finished":
-        await finished(llm)
-        await llm.aclose()
-    elif state == "middle":
-        stream = await begun(llm)
-    elif state == "not closed":
-        await finished(llm)
-    elif state == "closed in the middle":
-        stream = await begun(llm)
-        llm.close()
-    elif state == "exception":
-        await begun(llm)
-        raise ValueError("on purpose")
-    elif state == "exit":
-        stream = await begun(llm)
-        sys.exit(3)
-    elif state == "interrupted":
-        stream = await begun(llm)
-        signal.raise_signal(signal.SIGINT)
-        await asyncio.sleep(60)
-
-if state == "never used":
-    llm = AsyncLLM.from_loader(load)
-elif state == "loop left behind":
-    llm = AsyncLLM.from_loader(load)
-    loop = asyncio.new_event_loop()
-    stream = loop.run_until_complete(begun(llm))
-elif state == "another thread's":
-    thread = threading.Thread(target=lambda: asyncio.run(begun(AsyncLLM.from_loader(load))))
-    thread.start()
-elif state == "load error":
-    try:
-        AsyncLLM.from_loader(lambda: (load(), 1 / 0))
-    except ZeroDivisionError:
-        pass
-elif state == "several":
-    llms = [AsyncLLM.from_loader(load) for _ in range(3)]
-    for llm in llms:
-        asyncio.run(finished(llm))
-    llms[0].close()
-    streams = asyncio.run(begun(llms[1]))
-else:
-    asyncio.run(main())
-"""
-EXPECTED_ENDS = {
-    "finished": (0, ""),
-    "middle": (0, ""),
-    "never used": (0, ""),
-    "not closed": (0, ""),
-    "closed in the middle": (0, ""),
-    "exception": (1, "ValueError: on purpose"),
-    "exit": (3, ""),
-    "interrupted": (-2, "KeyboardInterrupt"),
-    "loop left behind": (0, ""),
-    "another thread's": (0, ""),
-    "load error": (0, ""),
-    "several": (0, ""),
-}
-NUM_ENDS = 100 if os.environ.get("MLX_PAGED_LONG_TESTS") == "1" else len(EXPECTED_ENDS)
-
-
-def end_of_process(state: str) -> tuple[int, str]:
-    """Exit code and the last line of stderr of a process that ends in a state."""
-    roots = [str(Path(__file__).parent), str(Path(next(iter(mlx_paged.__path__))).parent)]
-    path = os.pathsep.join(filter(None, [*roots, os.environ.get("PYTHONPATH")]))
-    result = subprocess.run(
-        [sys.executable, "-c", PROCESS, state], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
-    )
-    return result.returncode, "" if not result.stderr else result.stderr.splitlines()[-1]
-
-
-def test_a_process_ends_cleanly_a_hundred_times() -> None:
-    """Twelve times, each in another state; with MLX_PAGED_LONG_TESTS=1 the hundred."""
-    states = [list(EXPECTED_ENDS)[number % len(EXPECTED_ENDS)] for number in range(NUM_ENDS)]
-    with ThreadPoolExecutor(2) as pool:
-        ends = list(pool.map(end_of_process, states))
-    unclean = [(state, end) for state, end in zip(states, ends, strict=True) if end != EXPECTED_ENDS[state]]
-    assert unclean == []

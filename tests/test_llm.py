@@ -1,62 +1,25 @@
-"""The Python API: generate, stream, chat and from_model, as a user sees them."""
+"""The Python API as a user sees it: generate, beam_search and from_model."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from helpers.llms import GREEDY, SMALL, MakeLLM, all_free, samples
 from helpers.tiny_models import unpaged_greedy
-from mlx_lm.utils import load_tokenizer
 
 from mlx_paged import LLM, BeamSearchParams, SamplingParams
-from mlx_paged.outputs import BeamSearchOutput, RequestOutput
-
-SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
-GREEDY = SamplingParams(temperature=0, max_tokens=8)
-
-MakeLLM = Callable[..., LLM]
-
-
-@pytest.fixture
-def make_llm(tiny_model: Callable[..., nn.Module]) -> MakeLLM:
-    """An LLM over a tiny random model, in blocks of 4, that verifies itself after every step."""
-
-    def make(tokenizer: Any = None, **config: Any) -> LLM:
-        model = tiny_model("llama", **SMALL, **({"vocab_size": len(tokenizer)} if tokenizer else {}))
-        config = {"block_size": 4, "num_kv_blocks": 64, "max_num_seqs": 8, "check_invariants": True} | config
-        return LLM.from_model(model, tokenizer, **config)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_folder: Path) -> Any:
-    return load_tokenizer(demo_folder, eos_token_ids=4)
+from mlx_paged.outputs import BeamSearchOutput
 
 
 @pytest.fixture(scope="module")
 def demo() -> LLM:
     return LLM(num_kv_blocks=128, max_num_batched_tokens=256, check_invariants=True)
-
-
-def samples(output: RequestOutput) -> list[list[int]]:
-    return [one.token_ids for one in output.outputs]
-
-
-def all_free(llm: LLM) -> bool:
-    stats = llm.stats()
-    return stats.num_free_blocks == stats.num_blocks and not llm.engine.has_unfinished() and not llm._outputs
-
-
-# -- generate ---------------------------------------------------------------------------------------------------
 
 
 def test_no_prompts_give_no_outputs(make_llm: MakeLLM) -> None:
@@ -125,32 +88,6 @@ def test_text_without_a_tokenizer_is_refused_naming_the_tokenizer(make_llm: Make
             call("Once")
 
 
-@pytest.mark.parametrize("moment", [1, 2, 3, 5])
-def test_an_interrupted_generate_frees_everything_and_the_next_one_works(
-    make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch, moment: int
-) -> None:
-    prompts, params = [[1] * 9, [1] * 9 + [2], [5] * 3], SamplingParams(seed=1, n=2, max_tokens=7)
-    expected = [samples(output) for output in make_llm().generate(prompts, params)]
-    llm = make_llm(max_num_batched_tokens=8)
-    original, calls = llm._runner.run, itertools.count(1)
-
-    def interrupted(inputs: Any) -> mx.array:
-        if next(calls) == moment:
-            raise KeyboardInterrupt
-        return original(inputs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(llm._runner, "run", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(prompts, params)
-    assert all_free(llm)
-    assert [samples(output) for output in llm.generate(prompts, params)] == expected
-    assert all_free(llm)
-
-
-# -- beam search ------------------------------------------------------------------------------------------------
-
-
 class BeamEngine:
     """Finishes the searches asked of it in the third step, the last one first."""
 
@@ -189,7 +126,7 @@ def test_searches_come_in_the_order_of_the_prompts_with_one_parameter_for_all_or
         found = llm.beam_search(prompts, params)
         assert [output.prompt_token_ids for output in found] == [prompt for prompt, _ in engine.asked]
         assert [p for _, p in engine.asked] == expected
-        assert engine.aborted == list(range(len(expected))) and not llm._outputs
+        assert engine.aborted == [] and not llm._outputs
 
 
 def test_nothing_is_searched_if_one_prompt_or_parameter_is_bad(make_llm: MakeLLM) -> None:
@@ -216,9 +153,6 @@ def test_a_beam_search_of_width_one_is_greedy_and_frees_its_blocks(make_llm: Mak
     assert all_free(llm)
 
 
-# -- progress ---------------------------------------------------------------------------------------------------
-
-
 def test_progress_is_shown_on_a_terminal_only_and_counts_the_prompts_of_this_call(
     make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -242,209 +176,6 @@ def test_progress_is_shown_on_a_terminal_only_and_counts_the_prompts_of_this_cal
     monkeypatch.setattr(sys, "stderr", Screen())
     llm.generate(prompts, params)
     assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
-
-
-# -- random streams ---------------------------------------------------------------------------------------------
-
-
-def test_samples_of_a_seed_differ_from_each_other_and_repeat(make_llm: MakeLLM) -> None:
-    llm = make_llm()
-    params = SamplingParams(seed=7, n=4, max_tokens=12)
-    first, again = (samples(llm.generate([3, 1, 4], params)[0]) for _ in range(2))
-    assert first == again
-    assert len({tuple(sample) for sample in first}) == 4
-    other = samples(llm.generate([3, 1, 4], SamplingParams(seed=8, n=4, max_tokens=12))[0])
-    assert not {tuple(sample) for sample in first} & {tuple(sample) for sample in other}
-
-
-def test_fewer_samples_of_a_seed_are_the_first_ones(make_llm: MakeLLM) -> None:
-    llm = make_llm()
-    four, two = (samples(llm.generate([3, 1, 4], SamplingParams(seed=7, n=n, max_tokens=9))[0]) for n in (4, 2))
-    assert two == four[:2]
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"block_size": 1, "num_kv_blocks": 300},
-        {"block_size": 3},
-        {"block_size": 16},
-        {"max_num_batched_tokens": 3},
-        {"max_num_batched_tokens": 7, "block_size": 5},
-        {"max_num_seqs": 3},
-        {"num_kv_blocks": 7},
-        {"num_kv_blocks": 7, "allocator": "fifo"},
-        {"num_kv_blocks": 7, "allocator": "buddy"},
-        {"num_kv_blocks": 7, "prefix_caching": False, "max_num_batched_tokens": 5},
-        {"seed": 99},
-    ],
-    ids=str,
-)
-def test_seeded_tokens_do_not_depend_on_blocks_chunks_places_or_preemption(
-    make_llm: MakeLLM, config: dict[str, Any]
-) -> None:
-    prompts = [[i + 1] * (2 + 3 * i) for i in range(5)]
-    params = [SamplingParams(seed=i, n=1 + i % 3, max_tokens=6 + i) for i in range(5)]
-    alone = [samples(make_llm().generate([prompt], p)[0]) for prompt, p in zip(prompts, params, strict=True)]
-    llm = make_llm(**config)
-    assert [samples(output) for output in llm.generate(prompts, params)] == alone
-    if "num_kv_blocks" in config and config["num_kv_blocks"] == 7:
-        assert llm.stats().num_preemptions > 0
-    backwards = llm.generate(prompts[::-1], params[::-1])[::-1]
-    assert [samples(output) for output in backwards] == alone
-    assert all_free(llm)
-
-
-def test_without_a_seed_successive_calls_differ_and_a_new_engine_repeats_them(make_llm: MakeLLM) -> None:
-    params = SamplingParams(max_tokens=12)
-    first, second = (
-        [samples(llm.generate([2, 7], params)[0]) for _ in range(3)] for llm in (make_llm(seed=5), make_llm(seed=5))
-    )
-    assert first == second
-    assert len({str(one) for one in first}) == 3
-    assert samples(make_llm(seed=6).generate([2, 7], params)[0]) not in first
-
-
-def test_equal_prompts_without_a_seed_are_sampled_apart(make_llm: MakeLLM) -> None:
-    outputs = make_llm().generate([[2, 7]] * 6, SamplingParams(max_tokens=12))
-    assert len({str(samples(output)) for output in outputs}) == 6
-
-
-def test_mlx_own_random_state_is_neither_used_nor_changed(make_llm: MakeLLM) -> None:
-    params = SamplingParams(seed=1, max_tokens=6)
-    llm = make_llm()
-    mx.random.seed(1)
-    first, drawn = samples(llm.generate([2, 7], params)[0]), mx.random.uniform().item()
-    mx.random.seed(1)
-    assert mx.random.uniform().item() == drawn
-    mx.random.seed(2)
-    assert samples(llm.generate([2, 7], params)[0]) == first
-
-
-# -- stream -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("stop", [None, "e", "and the"])
-def test_deltas_put_together_are_the_whole_result(make_llm: MakeLLM, tokenizer: Any, n: int, stop: str | None) -> None:
-    llm = make_llm(tokenizer)
-    params = SamplingParams(seed=11, n=n, max_tokens=25, logprobs=1, stop=stop)
-    (whole,) = llm.generate("Anna had a", params)
-    deltas = list(llm.stream("Anna had a", params))
-    assert [delta.finished for delta in deltas] == [False] * (len(deltas) - 1) + [True]
-    logprobs = [list(map(set, one.logprobs or [])) for one in whole.outputs]
-    for index, expected in enumerate(whole.outputs):
-        parts = [one for delta in deltas for one in delta.outputs if one.index == index]
-        assert "".join(one.text for one in parts) == expected.text
-        assert [token for one in parts for token in one.token_ids] == expected.token_ids
-        assert [set(entry) for one in parts for entry in one.logprobs or []] == logprobs[index]
-        assert (parts[-1].finish_reason, parts[-1].stop_reason) == (expected.finish_reason, expected.stop_reason)
-    assert all_free(llm)
-
-
-def test_a_stream_never_hands_out_text_that_a_stop_string_takes_back(make_llm: MakeLLM, tokenizer: Any) -> None:
-    llm = make_llm(tokenizer)
-    plain = llm.generate("Anna had a", SamplingParams(seed=3, max_tokens=30, ignore_eos=True))[0].outputs[0].text
-    stop = plain[12:18]
-    params = SamplingParams(seed=3, max_tokens=30, ignore_eos=True, stop=stop)
-    text = "".join(delta.outputs[0].text for delta in llm.stream("Anna had a", params))
-    assert text == plain[: plain.find(stop)]
-
-
-def test_closing_a_stream_frees_its_blocks(make_llm: MakeLLM) -> None:
-    llm = make_llm()
-    stream = llm.stream([1] * 10, SamplingParams(temperature=0, max_tokens=50))
-    next(stream)
-    next(stream)
-    assert not all_free(llm)
-    stream.close()  # type: ignore[attr-defined]
-    assert all_free(llm)
-
-
-def test_a_stream_that_is_never_begun_holds_nothing(make_llm: MakeLLM) -> None:
-    llm = make_llm()
-    stream = llm.stream([1] * 10, GREEDY)
-    assert all_free(llm)
-    del stream
-    assert all_free(llm)
-
-
-def test_a_bad_prompt_is_refused_before_the_stream_is_read(make_llm: MakeLLM) -> None:
-    llm = make_llm()
-    with pytest.raises(ValueError, match="empty"):
-        llm.stream([])
-    with pytest.raises(ValueError, match="tokenizer"):
-        llm.stream("text")
-    assert all_free(llm)
-
-
-def test_interleaved_streams_and_a_generate_between_them_lose_nothing(make_llm: MakeLLM) -> None:
-    llm = make_llm()
-    params = SamplingParams(temperature=0, max_tokens=10)
-    prompts = [[1] * 5, [2] * 6, [3] * 7]
-    expected = [samples(output)[0] for output in llm.generate(prompts, params)]
-    first, second = llm.stream(prompts[0], params), llm.stream(prompts[1], params)
-    taken: list[list[int]] = [[], []]
-    for _ in range(3):
-        taken[0] += next(first).outputs[0].token_ids
-        taken[1] += next(second).outputs[0].token_ids
-    (between,) = llm.generate([prompts[2]], params)
-    for position, stream in enumerate((first, second)):
-        for delta in stream:
-            taken[position] += delta.outputs[0].token_ids
-    assert taken == expected[:2]
-    assert samples(between) == [expected[2]]
-    assert all_free(llm)
-
-
-def test_closing_one_stream_leaves_the_other(make_llm: MakeLLM) -> None:
-    llm = make_llm()
-    expected = samples(llm.generate([[2] * 6], GREEDY)[0])[0]
-    doomed, survivor = llm.stream([1] * 5, GREEDY), llm.stream([2] * 6, GREEDY)
-    next(doomed)
-    tokens = next(survivor).outputs[0].token_ids
-    doomed.close()  # type: ignore[attr-defined]
-    for delta in survivor:
-        tokens = tokens + delta.outputs[0].token_ids
-    assert tokens == expected
-    assert all_free(llm)
-
-
-# -- chat -------------------------------------------------------------------------------------------------------
-
-
-def test_chat_applies_the_models_template(make_llm: MakeLLM, tokenizer: Any) -> None:
-    llm = make_llm(tokenizer)
-    messages = [{"role": "user", "content": "Where is the ball?"}]
-    output = llm.chat(messages, GREEDY)
-    text = "<|user|>Where is the ball?<|end|><|assistant|>"
-    assert output.prompt_token_ids == tokenizer.encode(text, add_special_tokens=False)
-    assert samples(output) == samples(llm.generate([output.prompt_token_ids], GREEDY)[0])
-
-
-def test_the_second_turn_of_a_conversation_starts_from_the_blocks_of_the_first(
-    make_llm: MakeLLM, tokenizer: Any
-) -> None:
-    llm = make_llm(tokenizer)
-    messages = [{"role": "user", "content": "Anna had a red ball. Where is the ball?"}]
-    first = llm.chat(messages, GREEDY)
-    assert first.num_cached_tokens == 0
-    messages += [
-        {"role": "assistant", "content": first.outputs[0].text},
-        {"role": "user", "content": "And Anna?"},
-    ]
-    second = llm.chat(messages, GREEDY)
-    assert second.num_cached_tokens >= len(first.prompt_token_ids) // 4 * 4
-
-
-def test_an_empty_conversation_and_a_model_without_template_are_refused(make_llm: MakeLLM, tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="empty"):
-        make_llm(tokenizer).chat([])
-    with pytest.raises(ValueError, match="chat template"):
-        make_llm().chat([{"role": "user", "content": "Hi"}])
-
-
-# -- from_model -------------------------------------------------------------------------------------------------
 
 
 def test_the_model_goes_on_working_in_mlx_lm(tiny_model: Callable[..., nn.Module]) -> None:
@@ -476,9 +207,6 @@ def test_an_unknown_option_or_a_bad_value_is_refused_by_name(make_llm: MakeLLM) 
         make_llm(block_size=0)
     with pytest.raises(ValueError, match=r"max_model_len=5000 .* 2048"):
         make_llm(max_model_len=5000)
-
-
-# -- the bundled model ------------------------------------------------------------------------------------------
 
 
 def test_the_bundled_model_tells_a_story(demo: LLM) -> None:

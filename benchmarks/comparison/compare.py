@@ -8,15 +8,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from comparison.systems import Contender, Memory, Run, make_contender
+from comparison.systems import Memory, Run, SystemUnderTest, make_system
 from comparison.workloads import Case
+from mlx_paged.errors import ModelError
 from mlx_paged.models.loading import LoadedModel
 from mlx_paged.tools.report import Columns, Row
 
 COLUMNS: Columns = {
     "case": ("case", ""),
     "system": ("system", ""),
-    "at_once": ("at once", ",d"),
+    "peak_concurrency": ("at once", ",d"),
     "tokens_per_s": ("tokens/s", ",.1f"),
     "speedup": ("speedup", ".2f"),
     "cpu_speedup": ("by CPU time", ".2f"),
@@ -35,47 +36,45 @@ COLUMNS: Columns = {
 def compare(
     case: Case, loaded: LoadedModel, repetitions: int, progress: Callable[[str], None] = lambda _: None
 ) -> list[Row]:
-    """A row for each system of a case: medians over repetitions, in which the systems take turns to be first.
+    """Have the systems of a case serve it, taking turns to be first. Returns a row for each: medians of repetitions.
 
-    Times are in milliseconds, memory is in 10**6 bytes. Raises ValueError if the model's context is too short.
+    Times are in milliseconds, memory is in 10**6 bytes. Raises ModelError if the model's context is too short.
     """
     if loaded.max_model_len is not None and case.longest > loaded.max_model_len:
-        raise ValueError(
+        raise ModelError(
             f"{case.workload} ({case.label}) takes {case.longest:,} tokens of context, and the model was made for "
             f"{loaded.max_model_len:,}"
         )
     vocab_size = vocab_size_of(loaded)
     tasks = case.tasks(-1, vocab_size)
-    contenders: list[Contender] = []
+    systems: list[SystemUnderTest] = []
     memories: list[Memory] = []
-    for system in case.systems:
-        progress(f"{case.workload} {case.label}: {system.name}, warming up")
-        contender = make_contender(loaded.model, system, tasks)
-        contenders.append(contender)
-        memories.append(contender.fit(tasks))
-    runs: list[list[Run]] = [[] for _ in contenders]
+    for description in case.systems:
+        progress(f"{case.workload} {case.label}: {description.name}, warming up")
+        systems.append(make_system(loaded.model, description, tasks))
+        memories.append(systems[-1].size_pool(tasks))
+    runs: list[list[Run]] = [[] for _ in systems]
     for repetition in range(repetitions):
         tasks = case.tasks(repetition, vocab_size)
-        turns = list(enumerate(contenders))
-        for number, contender in turns if repetition % 2 == 0 else reversed(turns):
-            progress(f"{case.workload} {case.label}: {contender.system.name}, {repetition + 1} of {repetitions}")
+        turns = list(enumerate(systems))
+        for number, system in turns if repetition % 2 == 0 else reversed(turns):
+            progress(f"{case.workload} {case.label}: {system.system.name}, {repetition + 1} of {repetitions}")
             gc.collect()
-            runs[number].append(contender.run(tasks))
+            runs[number].append(system.run(tasks))
     return [
-        {"workload": case.workload, "case": case.label, "system": contender.system.name}
-        | _summary(own, runs[0], memory)
-        for contender, own, memory in zip(contenders, runs, memories, strict=True)
+        {"workload": case.workload, "case": case.label, "system": system.system.name} | _summary(own, runs[0], memory)
+        for system, own, memory in zip(systems, runs, memories, strict=True)
     ]
 
 
 def _summary(runs: list[Run], of_the_first: list[Run], memory: Memory) -> Row:
-    """What a system's runs took. speedup, cpu_speedup: tokens per second over the first system's, run by run."""
+    """Sum up a system's runs. speedup, cpu_speedup: tokens per second over the first system's, run by run."""
 
     def median(value: Callable[[Run], float]) -> float:
         return statistics.median(map(value, runs))
 
     def quantile(name: str, q: float) -> float:
-        return 1e3 * median(lambda run: float(np.quantile([getattr(life, name) for life in run.lives], q)))
+        return 1e3 * median(lambda run: float(np.quantile([getattr(times, name) for times in run.times], q)))
 
     def speedup(name: str) -> float:
         def pace(run: Run) -> float:
@@ -84,8 +83,8 @@ def _summary(runs: list[Run], of_the_first: list[Run], memory: Memory) -> Row:
         return statistics.median(pace(run) / pace(first) for run, first in zip(runs, of_the_first, strict=True))
 
     return {
-        "requests": len(runs[0].lives),
-        "at_once": round(median(lambda run: run.most_at_once)),
+        "requests": len(runs[0].times),
+        "peak_concurrency": round(median(lambda run: run.peak_concurrency)),
         "output_tokens": round(median(lambda run: run.num_tokens)),
         "tokens_per_s": median(lambda run: run.num_tokens / run.seconds),
         "speedup": speedup("seconds"),

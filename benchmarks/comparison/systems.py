@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -16,79 +17,78 @@ from mlx_lm.sample_utils import make_sampler
 
 from comparison.workloads import MlxLm, Paged, System, Task
 from mlx_paged.llm import LLM
+from mlx_paged.outputs import BeamSearchOutput, RequestMetrics
+from mlx_paged.request import Request
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 _PREFILL_STEP = 2048  # mlx-lm's
 
 
 @dataclass
-class Life:
-    """Moments of a request, in seconds of one clock, and the tokens of its longest sample."""
+class RequestTimes:
+    """Moments in the life of a request, whoever served it."""
 
-    arrival: float
-    scheduled: float = 0.0
-    first_token: float = 0.0
-    finished: float = 0.0
+    moments: RequestMetrics
+    """In seconds of `time.monotonic()`."""
     num_tokens: int = 0
+    """Tokens of its longest sample."""
 
     @property
     def time_to_first_token(self) -> float:
-        return self.first_token - self.arrival
+        return self.moments.time_to_first_token or 0.0
 
     @property
     def time_per_token(self) -> float:
-        """From one token to the next, on average."""
-        return (self.finished - self.first_token) / max(1, self.num_tokens - 1)
+        """Mean seconds from one token to the next; 0 if there was no next."""
+        return self.moments.time_per_output_token(self.num_tokens) or 0.0
 
 
 @dataclass
 class Run:
-    """What serving all tasks of a case took. num_tokens: of all outputs. peak_bytes: beside the weights.
-
-    cpu_seconds: of all threads of the process; where a CPU computes, a measure that other processes disturb less.
-    prefix_hits: tokens; what is counted from here on is the paged engine's, 0 for others.
-    """
+    """What serving all tasks of a case took."""
 
     seconds: float
     num_tokens: int
-    lives: list[Life]
+    """Tokens of all outputs."""
+    times: list[RequestTimes]
     cpu_seconds: float = 0.0
+    """Of all threads of the process; where a CPU computes, a measure that other processes disturb less."""
     peak_bytes: int = 0
+    """The most memory beside the weights."""
     prefix_hits: int = 0
+    """Prompt tokens that were found cached; this and what follows is the paged engine's, 0 for others."""
     preemptions: int = 0
     host_ms_per_step: float = 0.0
 
     @property
-    def most_at_once(self) -> int:
+    def peak_concurrency(self) -> int:
         """The most requests that were being served at one moment."""
-        moments = [(life.scheduled, 1) for life in self.lives] + [(life.finished, -1) for life in self.lives]
-        running = most = 0
-        for _, change in sorted(moments):
-            running += change
-            most = max(most, running)
-        return most
+        moments = [(one.moments.first_scheduled_time or 0.0, 1) for one in self.times]
+        moments += [(one.moments.finished_time or 0.0, -1) for one in self.times]
+        return max(accumulate(change for _, change in sorted(moments)))
 
 
 @dataclass
 class Memory:
-    """What K and V took while requests were served, looked at after every step: most bytes, and the share unused."""
+    """What K and V took while requests were served, recorded after every step."""
 
     peak_bytes: int = 0
     taken: float = 0.0
     used: float = 0.0
 
-    def look(self, taken: float, used: float) -> None:
-        """taken, used: at this moment, in one unit."""
+    def record(self, taken: float, used: float) -> None:
+        """Add what is taken, and how much of it is used, at this moment; both in one unit, tokens say."""
         self.taken += taken
         self.used += used
 
     @property
     def waste(self) -> float:
+        """Share of what was taken that was not used, from 0 to 1."""
         return 1 - self.used / self.taken if self.taken else 0.0
 
 
-class PagedContender:
-    """This engine, with its pool resident. `fit` makes the pool what a case takes, unless its size is given."""
+class PagedSystem:
+    """This engine, with its pool resident. `size_pool` makes the pool what a case takes, unless its size is given."""
 
     def __init__(self, model: nn.Module, system: Paged, tasks: Sequence[Task]) -> None:
         """tasks: of the case; a pool without a given size first holds them all at once."""
@@ -114,24 +114,19 @@ class PagedContender:
         for seq in seqs:
             manager.free(seq)
 
-    def fit(self, tasks: Sequence[Task]) -> Memory:
+    def size_pool(self, tasks: Sequence[Task]) -> Memory:
         """Serve the tasks once, to see what they take, and go on with a pool of that size."""
         engine, memory = self._llm.engine, Memory()
-        manager = engine.block_manager
-        peak = 0
-
-        def look() -> None:
-            nonlocal peak
+        manager, row = engine.block_manager, self.system.row
+        for request in self._requests(tasks):
+            engine.submit(request)
+        while engine.has_unfinished():
+            engine.step()
             stats = engine.stats()
-            taken = stats.num_blocks - stats.num_free_blocks
-            peak = max(peak, taken)
-            room, row = taken * stats.block_size, self.system.row
+            taken = (stats.num_blocks - stats.num_free_blocks) * stats.block_size
             lengths = [manager.num_tokens(seq_id) for seq_id in manager.seq_ids]
-            if row is not None and lengths:
-                room = len(lengths) * row(lengths)
-            memory.look(room, stats.kv_tokens)
-
-        self._serve(tasks, look)
+            memory.record(taken if row is None or not lengths else len(lengths) * row(lengths), stats.kv_tokens)
+        peak = engine.stats().peak_used_blocks
         if "num_kv_blocks" not in self.system.config:
             del engine, manager
             del self._llm
@@ -140,8 +135,9 @@ class PagedContender:
         return memory
 
     def run(self, tasks: Sequence[Task]) -> Run:
+        """Serve the tasks, and measure what that takes."""
         before = self._llm.stats()
-        run = measured(lambda: self._serve(tasks, lambda: None))
+        run = measured(lambda: self._serve(tasks))
         stats = self._llm.stats()
         run.peak_bytes += stats.kv_bytes
         steps = stats.num_steps - before.num_steps
@@ -150,68 +146,57 @@ class PagedContender:
         run.host_ms_per_step = 1e3 * (stats.host_time_s - before.host_time_s) / steps
         return run
 
-    def _serve(self, tasks: Sequence[Task], look: Callable[[], None]) -> Run:
-        engine = self._llm.engine
+    def _serve(self, tasks: Sequence[Task]) -> Run:
         started = time.monotonic()
-        for task in tasks:
-            for params in self._params(task):
-                engine.add_request(task.prompt, params)
-        lives = []
-        num_tokens = 0
-        while engine.has_unfinished():
-            for output in engine.step():
-                metrics = output.metrics
-                assert output.finished and metrics is not None and metrics.first_scheduled_time is not None
-                assert metrics.first_token_time is not None and metrics.finished_time is not None
-                num_tokens += output.num_output_tokens
-                samples = output.sequences if hasattr(output, "sequences") else output.outputs
-                lives.append(
-                    Life(
-                        metrics.arrival_time,
-                        metrics.first_scheduled_time,
-                        metrics.first_token_time,
-                        metrics.finished_time,
-                        max(len(sample.token_ids) for sample in samples),
-                    )
-                )
-            look()
-        return Run(time.monotonic() - started, num_tokens, lives)
+        outputs = list(self._llm.run(self._requests(tasks)))
+        seconds = time.monotonic() - started
+        times = []
+        for output in outputs:
+            assert output.metrics is not None
+            samples = output.sequences if isinstance(output, BeamSearchOutput) else output.outputs
+            times.append(RequestTimes(output.metrics, max(len(sample.token_ids) for sample in samples)))
+        return Run(seconds, sum(output.num_output_tokens for output in outputs), times)
+
+    def _requests(self, tasks: Sequence[Task]) -> list[Request]:
+        make_request = self._llm.engine.make_request
+        return [make_request(task.prompt, params) for task in tasks for params in self._params(task)]
 
     def _params(self, task: Task) -> list[SamplingParams | BeamSearchParams]:
         if task.beam_width:
             return [BeamSearchParams(beam_width=task.beam_width, max_tokens=task.num_tokens)]
         temperature = 0.0 if task.num_samples == 1 else 1.0
-        count, n = (task.num_samples, 1) if self.system.one_by_one else (1, task.num_samples)
+        count, n = (task.num_samples, 1) if self.system.as_separate_requests else (1, task.num_samples)
         return [SamplingParams(n=n, temperature=temperature, max_tokens=task.num_tokens, ignore_eos=True)] * count
 
 
-class MlxLmContender:
+class MlxLmSystem:
     """mlx-lm's BatchGenerator, a new one for each run. Samples of a prompt are requests of their own."""
 
     def __init__(self, model: nn.Module, system: MlxLm, tasks: Sequence[Task]) -> None:
         self.system = system
         self._model = model
 
-    def fit(self, tasks: Sequence[Task]) -> Memory:
+    def size_pool(self, tasks: Sequence[Task]) -> Memory:
         """Serve the tasks once, to see what they take."""
         memory = Memory()
 
-        def look(generator: BatchGenerator) -> None:
+        def record(generator: BatchGenerator) -> None:
             taken = generator.prompt_cache_nbytes
             memory.peak_bytes = max(memory.peak_bytes, taken)
             batch = generator._generation_batch
             rows = batch.prompt_cache[0].keys if batch.prompt_cache else None
             if rows is not None:
-                memory.look(rows.shape[0] * rows.shape[2], sum(map(len, batch.tokens)))
+                memory.record(rows.shape[0] * rows.shape[2], sum(map(len, batch.tokens)))
 
-        self._serve(tasks, look)
+        self._serve(tasks, record)
         return memory
 
     def run(self, tasks: Sequence[Task]) -> Run:
+        """Serve the tasks, and measure what that takes."""
         return measured(lambda: self._serve(tasks, lambda _: None))
 
-    def _serve(self, tasks: Sequence[Task], look: Callable[[BatchGenerator], None]) -> Run:
-        at_once = self.system.at_once
+    def _serve(self, tasks: Sequence[Task], after_step: Callable[[BatchGenerator], None]) -> Run:
+        concurrency = self.system.concurrency
         sampler = make_sampler(temp=1.0) if any(task.num_samples > 1 for task in tasks) else None
         started = time.monotonic()
         requests = [task for task in tasks for _ in range(task.num_samples)]
@@ -222,33 +207,33 @@ class MlxLmContender:
         generator = BatchGenerator(
             self._model,
             sampler=sampler,
-            completion_batch_size=at_once,
-            prefill_batch_size=min(at_once, 8),
+            completion_batch_size=concurrency,
+            prefill_batch_size=min(concurrency, 8),
             prefill_step_size=_PREFILL_STEP,
         )
         uids = generator.insert(prompts, [task.num_tokens for task in requests], caches, cached_tokens)
-        lives = {uid: Life(started) for uid in uids}
+        times = {uid: RequestTimes(RequestMetrics(started)) for uid in uids}
         num_left = len(uids)
         while num_left:
             progress, responses = generator.next()
             now = time.monotonic()
             for part in progress:
-                life = lives[part.uid]
-                life.scheduled = life.scheduled or now
+                moments = times[part.uid].moments
+                moments.first_scheduled_time = moments.first_scheduled_time or now
             for response in responses:
-                life = lives[response.uid]
-                life.first_token = life.first_token or now
-                life.num_tokens += 1
+                moments = times[response.uid].moments
+                moments.first_token_time = moments.first_token_time or now
+                times[response.uid].num_tokens += 1
                 if response.finish_reason is not None:
-                    life.finished = now
+                    moments.finished_time = now
                     num_left -= 1
-            look(generator)
+            after_step(generator)
         generator.close()
-        num_tokens = sum(life.num_tokens for life in lives.values())
-        return Run(time.monotonic() - started, num_tokens, list(lives.values()))
+        num_tokens = sum(one.num_tokens for one in times.values())
+        return Run(time.monotonic() - started, num_tokens, list(times.values()))
 
     def _cached(self, prompts: list[list[int]]) -> tuple[list[list[int]], list[Any]]:
-        """What is left of prompts after their common beginning, which is computed once, and a cache of it for each."""
+        """Compute the prompts' common beginning once. Returns what is left of each, and a cache of it for each."""
         prefix = prompts[0][: self.system.shared_prefix]
         cache = make_prompt_cache(self._model)
         for start in range(0, len(prefix), _PREFILL_STEP):
@@ -260,15 +245,16 @@ class MlxLmContender:
         return [rest for _, rest in fetched], [cache for cache, _ in fetched]
 
 
-Contender = PagedContender | MlxLmContender
+SystemUnderTest = PagedSystem | MlxLmSystem
 
 
-def make_contender(model: nn.Module, system: System, tasks: Sequence[Task]) -> Contender:
-    return (PagedContender if isinstance(system, Paged) else MlxLmContender)(model, system, tasks)  # type: ignore[arg-type]
+def make_system(model: nn.Module, system: System, tasks: Sequence[Task]) -> SystemUnderTest:
+    """Make what serves the tasks of a case as `system` says."""
+    return (PagedSystem if isinstance(system, Paged) else MlxLmSystem)(model, system, tasks)  # type: ignore[arg-type]
 
 
 def measured(serve: Callable[[], Run]) -> Run:
-    """A run with the most memory that it took beside what was there before."""
+    """Serve, and add to the run its CPU time and the most memory that it took beside what was there before."""
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()

@@ -1,7 +1,7 @@
 """The workloads that engines are compared on: named, seeded, the same requests for everybody.
 
 A workload is one case or several; a case has requests, which all arrive at once, and the systems that serve them. What
-a system is, and how it is run, is in contenders.py: here there are numbers only.
+a system is, and how it is run, is in systems.py: here there are numbers only.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from typing import Any, NamedTuple
 
 from mlx_paged.tools.cache_cost import TYPICAL_OUTPUT, TYPICAL_PROMPT
 
-AT_ONCE = 16  # requests served at once, unless memory is what decides
+CONCURRENCY = 16  # requests served at once, unless memory is what decides
 BLOCK_SIZE = 16
 _GROWTH = 256  # tokens by which mlx-lm's caches grow
 _SPREAD = 1.0  # standard deviation of the logarithm of a mixed length
 
 
 class Task(NamedTuple):
-    """A request: what it is given, as token ids, and how many tokens it gets; none ends before.
-
-    num_samples: of the prompt, drawn at temperature 1 if there are several. beam_width: of a beam search; 0: none.
-    """
+    """A request."""
 
     prompt: list[int]
+    """Token ids."""
     num_tokens: int
+    """How many tokens it gets; it never ends before."""
     num_samples: int = 1
+    """Samples of the prompt, drawn at temperature 1 if there are several."""
     beam_width: int = 0
+    """Of a beam search; 0: it is none."""
 
     @property
     def longest(self) -> int:
@@ -57,50 +58,49 @@ class ReservedRow:
 
 @dataclass(frozen=True)
 class Paged:
-    """This engine. config: of its EngineConfig; without `num_kv_blocks` its pool is what the case takes at its peak.
-
-    one_by_one: samples of a prompt are requests of their own. scattered: free blocks are in random order. row: it
-    stands for an engine without blocks, which has room for so many tokens in each row, given the lengths of all.
-    """
+    """This engine."""
 
     name: str = "mlx-paged"
     config: dict[str, Any] = field(default_factory=dict)
-    one_by_one: bool = False
+    """Of its EngineConfig; without `num_kv_blocks` its pool is what the case takes at its peak."""
+    as_separate_requests: bool = False
+    """Whether samples of a prompt are requests of their own."""
     scattered: bool = False
+    """Whether free blocks are in random order."""
     row: Callable[[Sequence[int]], int] | None = None
+    """Where it stands for an engine without blocks: the tokens that each row has room for, given the lengths of all."""
 
 
 @dataclass(frozen=True)
 class MlxLm:
-    """mlx-lm's BatchGenerator. shared_prefix: tokens of each prompt that its prompt cache has.
-
-    at_once: requests that decode at a time; it may be computing up to 8 further prompts beside them.
-    """
+    """mlx-lm's BatchGenerator."""
 
     name: str = "mlx-lm"
-    at_once: int = AT_ONCE
+    concurrency: int = CONCURRENCY
+    """Requests that decode at a time; it may be computing up to 8 further prompts beside them."""
     shared_prefix: int = 0
+    """Tokens of each prompt that its prompt cache has."""
 
 
 System = Paged | MlxLm
 
 
 class Case(NamedTuple):
-    """Requests and who serves them; the first system is what the others are measured by.
-
-    lengths: of the tasks; shared: the tokens that all prompts begin with; the rest of a prompt is random, and other in
-    every repetition.
-    """
+    """Requests and who serves them."""
 
     workload: str
     label: str
     lengths: list[Length]
+    """Of the tasks."""
     systems: list[System]
+    """The first is what the others are measured by."""
     shared: int = 0
+    """Tokens that all prompts begin with; the rest of a prompt is random, and other in every repetition."""
     num_samples: int = 1
     beam_width: int = 0
 
     def tasks(self, repetition: int, vocab_size: int) -> list[Task]:
+        """Make the tasks of a repetition, the same each time that it is asked for."""
         draw = random.Random(f"{self.workload} {self.label} {repetition}")
         shared = draw.choices(range(vocab_size), k=self.shared)
         return [
@@ -120,11 +120,12 @@ class Case(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """cases: made for a scale, by which numbers of tokens are divided: 1 is what is claimed, more is to try it out."""
+    """A named set of cases."""
 
     name: str
     about: str
     cases: Callable[[int], Iterator[Case]]
+    """Makes them for a scale, by which numbers of tokens are divided: 1 is what is claimed, more is to try it out."""
 
 
 # -- W1, W2: equal and mixed lengths -----------------------------------------------------------------------------
@@ -132,11 +133,11 @@ class Workload(NamedTuple):
 
 def uniform(scale: int) -> Iterator[Case]:
     tokens = 128 // scale
-    yield Case("W1", f"{tokens} in, {tokens} out", [Length(tokens, tokens)] * (2 * AT_ONCE), [MlxLm(), paged()])
+    yield Case("W1", f"{tokens} in, {tokens} out", [Length(tokens, tokens)] * (2 * CONCURRENCY), [MlxLm(), paged()])
 
 
 def mixed(scale: int) -> Iterator[Case]:
-    yield Case("W2", mixed_label(scale), mixed_lengths(4 * AT_ONCE, scale), [MlxLm(), paged()])
+    yield Case("W2", mixed_label(scale), mixed_lengths(4 * CONCURRENCY, scale), [MlxLm(), paged()])
 
 
 def mixed_label(scale: int) -> str:
@@ -159,7 +160,7 @@ def mixed_lengths(count: int, scale: int, most: int = 2048) -> list[Length]:
 
 def paged(name: str = "mlx-paged", **config: Any) -> Paged:
     """This engine, as many sequences at once as mlx-lm serves."""
-    return Paged(name, {"max_num_seqs": AT_ONCE, "block_size": BLOCK_SIZE} | config)
+    return Paged(name, {"max_num_seqs": CONCURRENCY, "block_size": BLOCK_SIZE} | config)
 
 
 # -- W3: a fixed budget of memory --------------------------------------------------------------------------------
@@ -169,8 +170,8 @@ def fixed_budget(scale: int) -> Iterator[Case]:
     """Memory for the K and V of four requests of the greatest length: how many run in it?"""
     most = 2048 // scale
     budget = 4 * most
-    lengths = mixed_lengths(2 * AT_ONCE, scale)
-    padded = most_at_once(lengths, budget)
+    lengths = mixed_lengths(2 * CONCURRENCY, scale)
+    padded = max_concurrency(lengths, budget)
     blocks = {"num_kv_blocks": budget // BLOCK_SIZE, "block_size": BLOCK_SIZE}
     systems: list[System] = [
         Paged(f"{most:,} tokens reserved", blocks | {"max_num_seqs": budget // most}, row=ReservedRow(most)),
@@ -186,18 +187,18 @@ def _padded_row(lengths: Sequence[int]) -> int:
     return -(-max(lengths) // _GROWTH) * _GROWTH
 
 
-def most_at_once(lengths: Sequence[Length], budget: int) -> int:
+def max_concurrency(lengths: Sequence[Length], budget: int) -> int:
     """The most requests that mlx-lm's batch may serve at once without ever taking more than `budget` tokens."""
     return max((count for count in range(1, len(lengths) + 1) if padded_peak(lengths, count) <= budget), default=1)
 
 
-def padded_peak(lengths: Sequence[Length], at_once: int) -> int:
+def padded_peak(lengths: Sequence[Length], concurrency: int) -> int:
     """The most tokens that a batch takes in which every row is as long as the longest, a multiple of 256."""
     running: list[tuple[int, Length, int]] = []  # a heap: the step at which it ends, its length, and when it started
     peak = step = 0
     waiting = list(reversed(lengths))
     while waiting or running:
-        while waiting and len(running) < at_once:
+        while waiting and len(running) < concurrency:
             length = waiting.pop()
             heapq.heappush(running, (step + length.output, length, step))
         step = running[0][0]
@@ -214,7 +215,7 @@ def shared_prefix(scale: int) -> Iterator[Case]:
     """Prefixes as in Kwon et al. 2023 (one and five examples of a translation), and a long one; then one not shared."""
     own, output = 64 // scale, 64 // scale
     for prefix in (80 // scale, 341 // scale, 2048 // scale):
-        lengths = [Length(prefix + own, output)] * AT_ONCE
+        lengths = [Length(prefix + own, output)] * CONCURRENCY
         systems: list[System] = [
             MlxLm(),
             MlxLm("mlx-lm, prompt cache", shared_prefix=prefix),
@@ -231,12 +232,16 @@ def shared_prefix(scale: int) -> Iterator[Case]:
 def samples_and_beams(scale: int) -> Iterator[Case]:
     lengths = [Length(512 // scale, 128 // scale)] * 4
     for count in (2, 4, 6):
-        at_once = len(lengths) * count
+        seats = {"max_num_seqs": len(lengths) * count}
         systems: list[System] = [
-            MlxLm(f"mlx-lm, {count} requests", at_once),
-            Paged(f"mlx-paged, {count} requests", {"max_num_seqs": at_once, "prefix_caching": False}, one_by_one=True),
-            Paged(f"mlx-paged, {count} requests, prefix cache", {"max_num_seqs": at_once}, one_by_one=True),
-            Paged(f"mlx-paged, n={count}", {"max_num_seqs": at_once}),
+            MlxLm(f"mlx-lm, {count} requests", seats["max_num_seqs"]),
+            Paged(
+                f"mlx-paged, {count} requests",
+                {**seats, "prefix_caching": False},
+                as_separate_requests=True,
+            ),
+            Paged(f"mlx-paged, {count} requests, prefix cache", seats, as_separate_requests=True),
+            Paged(f"mlx-paged, n={count}", seats),
         ]
         yield Case("W5", f"{count} samples", lengths, systems, num_samples=count)
     for width in (2, 4, 6):
@@ -249,14 +254,14 @@ def samples_and_beams(scale: int) -> Iterator[Case]:
 
 def long_context(scale: int) -> Iterator[Case]:
     """As many tokens at once in all cases; more of one context would take a CPU an hour."""
-    for context, at_once in ((4096, 4), (16384, 1)) if scale == 1 else ((4096 // scale, 4),):
-        config = {"max_num_seqs": at_once, "block_size": BLOCK_SIZE, "allocator": "fifo"}
+    for context, count in ((4096, 4), (16384, 1)) if scale == 1 else ((4096 // scale, 4),):
+        config = {"max_num_seqs": count, "block_size": BLOCK_SIZE, "allocator": "fifo"}
         systems: list[System] = [
-            MlxLm(at_once=at_once),
+            MlxLm(concurrency=count),
             Paged("mlx-paged, blocks in order", config),
             Paged("mlx-paged, scattered", config, scattered=True),
         ]
-        yield Case("W6", f"{at_once} x {context:,} in", [Length(context, max(2, 64 // scale))] * at_once, systems)
+        yield Case("W6", f"{count} x {context:,} in", [Length(context, max(2, 64 // scale))] * count, systems)
 
 
 # -- W7: more than fits ------------------------------------------------------------------------------------------
@@ -264,9 +269,9 @@ def long_context(scale: int) -> Iterator[Case]:
 
 def overload(scale: int) -> Iterator[Case]:
     """Half of the memory that its requests would take: some are preempted, and go on later."""
-    lengths = mixed_lengths(2 * AT_ONCE, scale)
+    lengths = mixed_lengths(2 * CONCURRENCY, scale)
     by_size = sorted(map(sum, lengths), reverse=True)
-    room = sum(by_size[:AT_ONCE]) // 2 // BLOCK_SIZE
+    room = sum(by_size[:CONCURRENCY]) // 2 // BLOCK_SIZE
     room = max(room, by_size[0] // BLOCK_SIZE + 2)
     systems: list[System] = [
         paged("mlx-paged, all of it"),
@@ -281,7 +286,7 @@ def overload(scale: int) -> Iterator[Case]:
 
 def block_sizes(scale: int) -> Iterator[Case]:
     systems: list[System] = [paged(f"blocks of {size}", block_size=size) for size in (16, 8, 32, 64, 128)]
-    yield Case("W8", mixed_label(scale), mixed_lengths(AT_ONCE, scale), systems)
+    yield Case("W8", mixed_label(scale), mixed_lengths(CONCURRENCY, scale), systems)
 
 
 WORKLOADS = {

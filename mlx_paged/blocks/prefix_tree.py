@@ -1,11 +1,13 @@
-"""Which block holds which prefix: full blocks found by the tokens from the start of a sequence up to their end.
+"""The prefix tree: which block holds which prefix.
+
+A full block is found by the tokens from the start of a sequence up to its end.
 
 A prefix is a path in a tree: a node stands for the tokens of one full block after those of its parent, and is found
 by (parent, tokens). Tokens are compared, not only their hashes, and the parent is a node and not a hash of it, so no
 collision can serve another prompt's block.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from weakref import WeakValueDictionary
 
@@ -13,22 +15,22 @@ from weakref import WeakValueDictionary
 class PrefixNode:
     """The tokens from the start of a sequence to the end of one full block, and the block that has their K/V.
 
-    is_wanted: the block has been hit, or its sequence will come back, so it is worth keeping when it is evicted.
+    `worth_storing`: the block has been hit, or its sequence will come back, so it should outlive its eviction.
     """
 
-    __slots__ = ("__weakref__", "_digest", "block_id", "is_wanted", "num_children", "parent", "tokens")
+    __slots__ = ("__weakref__", "_digest", "block_id", "num_children", "parent", "tokens", "worth_storing")
 
     def __init__(self, parent: "PrefixNode | None", tokens: tuple[int, ...], digest: bytes | None = None) -> None:
         self.parent = parent
         self.tokens = tokens
         self.block_id: int | None = None
         self.num_children = 0
-        self.is_wanted = False
+        self.worth_storing = False
         self._digest = digest
 
     @property
     def digest(self) -> bytes:
-        """Names the prefix outside this process: SHA-256 of what it consists of, block by block."""
+        """The prefix's name outside this process: SHA-256 of what it consists of, block by block."""
         missing = []
         node = self
         while node._digest is None:
@@ -43,12 +45,12 @@ class PrefixNode:
 
 
 def next_digest(digest: bytes, tokens: tuple[int, ...]) -> bytes:
-    """The digest of the prefix that goes on with `tokens`."""
+    """Return the digest of the prefix that goes on with `tokens`."""
     return sha256(digest + b",".join(b"%d" % token for token in tokens)).digest()
 
 
-class PrefixCache:
-    """Finds blocks by prefix. Every operation costs what hashing one block's tokens costs."""
+class PrefixTree:
+    """Find blocks by prefix. Every operation costs what hashing one block's tokens costs."""
 
     def __init__(self) -> None:
         # A root lives as long as a sequence or a longer prefix refers to it, so that salts don't pile up.
@@ -59,29 +61,43 @@ class PrefixCache:
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._node_of_block
 
-    def __len__(self) -> int:
-        return len(self._node_of_block)
-
-    def held(self, block_ids: Iterable[int]) -> list[int]:
-        """Those of the blocks that can be found."""
+    def cached_blocks(self, block_ids: Iterable[int]) -> list[int]:
+        """Return those of the blocks that can be found."""
         nodes = self._node_of_block
         return [block_id for block_id in block_ids if block_id in nodes]
 
     def root(self, salt: Hashable = None) -> PrefixNode:
-        """The empty prefix of the requests with this salt; others never see theirs."""
+        """Return the empty prefix of the requests with this salt; others never see theirs."""
         return self._roots.setdefault(salt, PrefixNode(None, (), sha256(repr(salt).encode()).digest()))
 
-    def blocks_of(self, node: PrefixNode | None, chunks: list[tuple[int, ...]]) -> list[int | None]:
-        """The block of each prefix that goes on with the chunks one by one; None where no block holds it."""
+    def find_blocks(self, node: PrefixNode | None, chunks: list[tuple[int, ...]]) -> list[int | None]:
+        """Return the block of each prefix that goes on with the chunks one by one; None where no block holds it."""
         blocks = []
         for chunk in chunks:
             node = self._nodes.get((node, chunk)) if node is not None else None
             blocks.append(node.block_id if node is not None else None)
         return blocks
 
+    def walk(
+        self, salt: Hashable, tokens: Sequence[int], block_size: int, num_blocks: int, store: Container[bytes] | None
+    ) -> Iterator[bool]:
+        """Say of each of the first `num_blocks` blocks of `tokens` whether the pool or the store has it.
+
+        Ends where neither knows of a longer prefix. store: the digests of the prefixes that it has.
+        """
+        node: PrefixNode | None = self.root(salt)
+        digest = b"" if node is None or store is None else node.digest
+        for start in range(0, num_blocks * block_size, block_size):
+            block_tokens = tuple(tokens[start : start + block_size])
+            node = self.find(node, block_tokens) if node is not None else None
+            if store is None and node is None:
+                return
+            digest = b"" if store is None else next_digest(digest, block_tokens)
+            yield (node is not None and node.block_id is not None) or (store is not None and digest in store)
+
     def child(self, parent: PrefixNode, tokens: tuple[int, ...]) -> PrefixNode:
-        """The node of `tokens` after `parent`, made if it is not known."""
-        parent = self._in_tree(parent)
+        """Return the node of `tokens` after `parent`, made if it is not known."""
+        parent = self._reattach(parent)
         node = self._nodes.get((parent, tokens))
         if node is None:
             node = self._nodes[parent, tokens] = PrefixNode(parent, tokens)
@@ -89,11 +105,11 @@ class PrefixCache:
         return node
 
     def find(self, parent: PrefixNode, tokens: tuple[int, ...]) -> PrefixNode | None:
-        """The node of `tokens` after `parent`, if it is known; its block may have been evicted."""
+        """Return the node of `tokens` after `parent`, if it is known; its block may have been evicted."""
         return self._nodes.get((parent, tokens))
 
     def insert(self, parent: PrefixNode, tokens: tuple[int, ...], block_id: int) -> PrefixNode:
-        """The node of `tokens` after `parent`, held by `block_id` from now on unless another block has them."""
+        """Return the node of `tokens` after `parent`, held by `block_id` from now on unless another block has them."""
         node = self.child(parent, tokens)
         if node.block_id is None:
             node.block_id = block_id
@@ -101,7 +117,7 @@ class PrefixCache:
         return node
 
     def evict(self, block_id: int) -> PrefixNode | None:
-        """`block_id` will be overwritten: it can't be found any more. Returns the node that it held, if any."""
+        """Let a block that will be overwritten be found no more. Returns the node that it held, if any."""
         evicted = node = self._node_of_block.pop(block_id, None)
         if node is None:
             return None
@@ -113,22 +129,21 @@ class PrefixCache:
             node.num_children -= 1
         return evicted
 
-    def want(self, block_id: int) -> None:
-        """The block's content is worth keeping, if it is known by a prefix."""
-        node = self._node_of_block.get(block_id)
-        if node is not None:
-            node.is_wanted = True
+    def mark_worth_storing(self, block_ids: Iterable[int]) -> None:
+        """Note that the content of these blocks should outlive their eviction, where they are known by a prefix."""
+        for block_id in self.cached_blocks(block_ids):
+            self._node_of_block[block_id].worth_storing = True
 
     def move(self, src: int, dst: int) -> None:
-        """The content of `src` is in `dst` now; what `dst` held is gone."""
+        """Follow the content of `src` to `dst`; what `dst` held is gone."""
         self.evict(dst)
         node = self._node_of_block.pop(src, None)
         if node is not None:
             node.block_id = dst
             self._node_of_block[dst] = node
 
-    def _in_tree(self, node: PrefixNode) -> PrefixNode:
-        """The node of the same prefix that is in the tree: a live sequence may hold one that eviction has dropped."""
+    def _reattach(self, node: PrefixNode) -> PrefixNode:
+        """Return the same prefix's node in the tree: a live sequence may hold one that eviction has dropped."""
         dropped = []
         while node.parent is not None and self._nodes.get((node.parent, node.tokens)) is not node:
             dropped.append(node.tokens)

@@ -5,7 +5,8 @@ import statistics
 import time
 from collections.abc import Callable, Hashable
 
-from mlx_paged.blocks.cache_groups import BlockCopy, BlockLoad, BlockSave, CacheGroups, Transfer
+from mlx_paged.blocks.cache_groups import CacheGroups
+from mlx_paged.blocks.transfers import BlockCopy, BlockLoad, BlockSave, Transfer
 from mlx_paged.cache.block_store import Stores
 from mlx_paged.cache.kv_cache import independent_pieces
 from mlx_paged.runner.model_runner import ModelRunner
@@ -29,7 +30,7 @@ class BlockMover:
         return self._stores.num_swapped_blocks if self._stores is not None else 0
 
     @property
-    def seconds_per_block(self) -> float | None:
+    def round_trip_s(self) -> float | None:
         """What it lately took to move a block to the second tier and back; None before the first one."""
         if not self._save_times:
             return None
@@ -59,10 +60,10 @@ class BlockMover:
                 if self._load(first):
                     self._load_times = [*self._load_times[1 - _NUM_TIMES :], time.perf_counter() - started]
                 else:
-                    self._groups.managers[first.group].withdraw([first.node])
+                    self._groups.managers[first.group].unpublish([first.node])
                     complete = False
             del transfers[:count]
-        self._groups.settle()
+        self._groups.transfers_done()
         return complete
 
     def _load(self, load: BlockLoad) -> bool:
@@ -77,7 +78,7 @@ class BlockMover:
             return False
         return True
 
-    def keep_prompt(self, seq_id: Hashable) -> None:
+    def store_prompt(self, seq_id: Hashable) -> None:
         """Store the blocks of a prompt that has just been computed for a later run, if there is a place for them."""
         if self._stores is None or not self._stores.takes_prompts:
             return

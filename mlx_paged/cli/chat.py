@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from types import FrameType
+from contextlib import closing
 from typing import TYPE_CHECKING
 
-from mlx_paged.cli.batch import INTERRUPTED, encode_chat, submit
-from mlx_paged.cli.terminal import Tally, Terminal
+from mlx_paged.cli.generate import make_request
+from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal
 from mlx_paged.outputs import RequestOutput
 from mlx_paged.sampling_params import SamplingParams
 
@@ -20,8 +19,8 @@ HELP = """/reset (or /clear)  forget the conversation
 Ctrl-C              stop the current answer"""
 
 
-def run(llm: LLM, params: SamplingParams, *, system: str | None, terminal: Terminal) -> int:
-    """Talks until the input ends and returns the exit code: 1 if a turn of piped input could not be answered."""
+def hold_conversation(llm: LLM, params: SamplingParams, *, system: str | None, terminal: Terminal) -> int:
+    """Talk until the input ends. Returns the exit code: 1 if a turn of piped input could not be answered."""
     if not llm.has_chat_template:
         terminal.failure("this model has no chat template; mlx-paged generate --raw continues a text with it")
         return 1
@@ -40,9 +39,9 @@ def run(llm: LLM, params: SamplingParams, *, system: str | None, terminal: Termi
         if line in ("/reset", "/clear"):
             messages = list(opening)
         elif line == "/help":
-            terminal.say(HELP)
+            terminal.to_stderr(HELP)
         elif line[:1] == "/" and line[1:].isalpha():
-            terminal.say(f"there is no {line}; /help shows what can be typed")
+            terminal.to_stderr(f"there is no {line}; /help shows what can be typed")
         elif line:
             turn = [*messages, {"role": "user", "content": line}]
             try:
@@ -55,57 +54,37 @@ def run(llm: LLM, params: SamplingParams, *, system: str | None, terminal: Termi
 
 
 def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, terminal: Terminal) -> str:
-    """Streams the answer and returns it, as far as it came if Ctrl-C stopped it. Raises ValueError if it can't fit."""
-    request_id = submit(llm, encode_chat(llm, messages), params, stream=True)
-    tally = Tally()
+    """Stream the answer and return it, as far as it came if Ctrl-C stopped it. Raises ValueError if there is none."""
+    request = make_request(llm, llm.encode_chat(messages), params, stream=True)
+    summary = RunSummary()
     pieces: list[str] = []
-    with Interruption() as interruption:
-        while llm.engine.has_unfinished():
-            if interruption.requested:
-                llm.engine.abort(request_id)
-                break
-            for output in llm.engine.step():
+    error = None
+    try:
+        with closing(llm.run([request])) as outputs:
+            for output in outputs:
                 assert isinstance(output, RequestOutput)
-                tally.count(output)
+                summary.count(output)
                 for sample in output.outputs:
                     pieces.append(sample.text)
                     terminal.answer(sample.text)
                     if sample.finish_reason == "error":
+                        error = str(sample.stop_reason)
+                    elif sample.finish_reason == "length":
                         terminal.end_answer()
-                        raise ValueError(str(sample.stop_reason))
-                    if sample.finish_reason == "length":
-                        terminal.end_answer()
-                        terminal.note(f"(ended after {tally.generated_tokens} tokens; --max-tokens allows more)")
-            if terminal.verbose:
-                tally.look_at_pool(llm)
+                        terminal.note(f"(ended after {summary.generated_tokens} tokens; --max-tokens allows more)")
+    except KeyboardInterrupt:  # between two steps: the engine lets none be torn
+        pass
     terminal.end_answer()
+    if error is not None:
+        raise ValueError(error)
     if terminal.verbose:
-        for text in tally.lines():
-            terminal.note(text)
+        for line in summary.lines(llm):
+            terminal.note(line)
     return "".join(pieces)
 
 
-class Interruption:
-    """Ctrl-C as a request that is looked at between steps, so that a step is never torn; a second one raises."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> Interruption:
-        self._previous = signal.signal(signal.SIGINT, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _request(self, _signal: int, _frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
 def _read_line() -> str | None:
-    """The next line without surrounding space, None at the end of the input."""
+    """Read a line. Returns it without surrounding space, None at the end of the input."""
     if sys.stdin is None:
         return None
     if sys.stdin.isatty() and sys.stdout.isatty():

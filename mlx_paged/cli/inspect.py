@@ -20,8 +20,8 @@ _NUM_BEAMS, _NUM_STEPS = 4, 24
 _MOST = 1_000_000  # requests compared, or tokens drawn: beyond that nobody reads the answer
 
 
-def run(*, name: str | None, model: str | None, blocks: bool, svg: str | None, **settings: Any) -> int:
-    """Checks the options and does what they ask for; returns the exit code. Raises click.UsageError."""
+def inspect_cache(*, name: str | None, model: str | None, blocks: bool, svg: str | None, **settings: Any) -> int:
+    """Check the options and do what they ask for. Returns the exit code; raises click.UsageError."""
     given = settings.pop("lengths")
     lengths = None if given is None else parse_numbers("--lengths", given)
     for option in ("context", "concurrency", "block_size"):
@@ -57,22 +57,22 @@ def analyse(
     dtype: str | None,
     as_json: bool,
 ) -> int:
-    """Shows what the caches of some requests take, held in three ways. Raises ModelError and click.UsageError."""
+    """Show what the caches of some requests take, held in three ways. Raises ModelError and click.UsageError."""
     from mlx_paged import _require_mlx
-    from mlx_paged.tools import cache_cost as analysis
+    from mlx_paged.tools import cache_cost
 
     _require_mlx()
     from mlx_paged.models import hub
     from mlx_paged.runner.memory_plan import device_limit
 
     folder = hub.resolve(model, config_only=True)
-    size = analysis.read_model(folder, dtype)
+    size = cache_cost.read_model(folder, dtype)
     if context is None:
         context = min(_DEFAULT_CONTEXT, size.context or _DEFAULT_CONTEXT)
     elif size.context is not None and context > size.context:
         raise click.UsageError(f"--context {context} is more than the {size.context} tokens the model was made for")
     if lengths is None:
-        requests = analysis.typical_lengths(concurrency or _DEFAULT_CONCURRENCY, context)
+        requests = cache_cost.typical_lengths(concurrency or _DEFAULT_CONCURRENCY, context)
     elif max(lengths) > context:
         raise click.UsageError(f"a length of {max(lengths)} tokens is more than the context of {context}")
     else:
@@ -84,7 +84,7 @@ def analyse(
         except ValueError as error:
             raise click.UsageError(f"--memory: {error}") from None
     room = limit - size.weight_bytes
-    ways = analysis.compare(size.groups, requests, context, block_size)
+    ways = cache_cost.compare(size.groups, requests, context, block_size)
     report = {
         "model": model or "the demo model",
         "family": size.family,
@@ -93,8 +93,16 @@ def analyse(
         "context": context,
         "block_size": block_size,
         "layers": [
-            group._asdict()
-            | {"bytes_per_token": group.bytes_per_token, "bytes_per_block": group.bytes_per_token * block_size}
+            {
+                "num_layers": group.num_layers,
+                "num_kv_heads": group.shape.num_kv_heads,
+                "key_dim": group.shape.key_dim,
+                "value_dim": group.shape.value_dim,
+                "element_bytes": group.shape.dtype.size,
+                "window": group.window,
+                "bytes_per_token": group.bytes_per_token,
+                "bytes_per_block": group.bytes_per_token * block_size,
+            }
             for group in size.groups
         ],
         "bytes_per_token": sum(group.bytes_per_token for group in size.groups),
@@ -174,7 +182,7 @@ def _as_text(report: dict[str, Any]) -> str:
 
 
 def draw(lengths: list[int], *, block_size: int, svg: str | None) -> int:
-    """Draws the pool of a small workload, the same each time, and saves it as `svg`."""
+    """Draw the pool of a small workload, the same each time, and save it as `svg`."""
     from rich.console import Console
 
     from mlx_paged.tools.block_picture import BlockPicture, save_svg
@@ -190,7 +198,7 @@ def draw(lengths: list[int], *, block_size: int, svg: str | None) -> int:
 
 
 def _workload(lengths: list[int], block_size: int) -> tuple[BlockManager, dict[int, str]]:
-    """Prompts of `lengths` tokens with a common beginning; the last becomes 4 beams, the first has ended by then."""
+    """Lay out prompts of `lengths` tokens with a common beginning; the last becomes 4 beams, the first has ended."""
     num_blocks = sum(-(-length // block_size) for length in lengths) + _NUM_BEAMS * (2 + _NUM_STEPS // block_size)
     manager = BlockManager(-(-num_blocks // 16) * 16, block_size)
     common = min(lengths) // 2

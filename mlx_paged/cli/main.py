@@ -1,4 +1,4 @@
-"""The command line: commands, exit codes, and what bad input is told. What the commands do is in cli_*.py.
+"""The command line: commands, exit codes, and what bad input is told. What a command does is in a file of its name.
 
 Exit codes: 0, 1 (it failed: one line on stderr), 2 (bad usage, a value out of range too), 130 (Ctrl-C). Nothing heavy
 is imported until a model is loaded, so that --help answers at once.
@@ -7,57 +7,48 @@ is imported until a model is loaded, so that --help answers at once.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import re
-import signal
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
-from click.core import ParameterSource
 
 from mlx_paged import __version__
-from mlx_paged.cli import batch as cli_batch
-from mlx_paged.cli import beam_search as cli_beam_search
-from mlx_paged.cli import bench as cli_bench
-from mlx_paged.cli import chat as cli_chat
-from mlx_paged.cli import generate as cli_generate
-from mlx_paged.cli import inspect as cli_inspect
+from mlx_paged.cli.bench import measure_model
+from mlx_paged.cli.chat import hold_conversation
+from mlx_paged.cli.generate import answer_prompts
+from mlx_paged.cli.inspect import inspect_cache
+from mlx_paged.cli.loading import load_model, model_loader
 from mlx_paged.cli.options import (
+    PromptArguments,
     bench_options,
-    decimal,
     engine_options,
     flag,
+    float_option,
+    int_option,
     model_option,
     profile_option,
     prompt_options,
-    random_weights_option,
+    read_text,
     report_options,
     sampling_options,
     system_option,
     text,
-    whole,
 )
-from mlx_paged.cli.terminal import Terminal, one_line
+from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
 from mlx_paged.config import DTYPES, EngineConfig
-from mlx_paged.errors import EngineWarning
 from mlx_paged.models.aliases import ALIASES
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
-if TYPE_CHECKING:
-    from mlx_paged.llm import LLM
-
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)
-Made = TypeVar("Made")
 
-_FLAGS = {
+_OPTION_NAMES = {  # of settings
     field.name: "--" + field.name.replace("_", "-")
     for settings in (EngineConfig, SamplingParams, BeamSearchParams)
     for field in dataclasses.fields(settings)
@@ -88,12 +79,6 @@ class EngineCommand(click.Command):
             return 1
 
 
-class EngineSubgroup(EngineCommand, click.Group):
-    """A command that has commands of its own beside what it does itself."""
-
-    command_class = EngineCommand
-
-
 class EngineGroup(click.Group):
     """The top command: says what is wrong with a command line in one line."""
 
@@ -117,7 +102,7 @@ class EngineGroup(click.Group):
             click.echo(f"mlx-paged: {one_line(error.format_message())}{hint}", err=True)
             code = error.exit_code
         except click.Abort:
-            code = cli_batch.INTERRUPTED
+            code = INTERRUPTED
         except OSError as error:  # --help > /dev/full
             Terminal().failure(str(error))
             code = 1
@@ -141,88 +126,58 @@ def cli() -> None:
 
 @cli.command(epilog=_ALIASES_EPILOG)
 @prompt_options
-@whole("-n", default=1, help="Samples per prompt.")
+@int_option("-n", default=1, help="Samples per prompt.")
 @sampling_options
 @text("--json-schema", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
       help="The output is JSON of the form that this JSON schema gives.")  # fmt: skip
 @text("--regex", help="The output matches this regular expression.")
-@flag("--json", "as_json", help="One JSON object per prompt and line.")
-@whole("--logprobs", help="With --json: the N best tokens and their log-probabilities.")
+@int_option("--logprobs", help="With --json: the N best tokens and their log-probabilities.")
 @engine_options
 @profile_option
 @report_options
-def generate(
-    prompts: tuple[str, ...],
-    more_prompts: tuple[str, ...],
-    files: tuple[Path, ...],
-    model: str | None,
-    system: str | None,
-    raw: bool,
-    json_schema: Path | None,
-    as_json: bool,
-    profile: Path | None,
-    verbose: bool,
-    quiet: bool,
-    **settings: Any,
-) -> int:
+def generate(json_schema: Path | None, **settings: Any) -> int:
     """Generate text for one prompt or many at once.
 
     Prompts are arguments, -p, -f, or piped in. A model with a chat template answers; with --raw it continues.
     """
-    _check_system(system, raw)
-    if settings["logprobs"] is not None and not as_json:
+    if settings["logprobs"] is not None and not settings["as_json"]:
         raise click.UsageError("--logprobs are shown with --json only")
     if json_schema is not None and settings["regex"] is not None:
         raise click.UsageError("give --json-schema or --regex, not both")
     settings["json_schema"] = None if json_schema is None else _read_schema(json_schema)
-    params, engine = split_settings(settings, SamplingParams)
-    texts = read_prompts(prompts, more_prompts, files)
-    terminal = Terminal(verbose=verbose, quiet=quiet)
-    with profiled(lambda more: load(model, engine | more, terminal), profile, terminal) as load_model:
-        return cli_generate.run(texts, load_model, params, system=system, raw=raw, as_json=as_json, terminal=terminal)
+    return _answer(SamplingParams, settings)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
 @prompt_options
-@whole("--beam-width", default=4, help="Hypotheses kept while searching. Default: 4.")
-@whole("-m", "--max-tokens", default=64, help="Most tokens of a hypothesis. Default: 64.")
-@decimal("--length-penalty", default=1.0, help="The score is log-probability / tokens**X. Default: 1.")
+@int_option("--beam-width", default=4, help="Hypotheses kept while searching. Default: 4.")
+@int_option("-m", "--max-tokens", default=64, help="Most tokens of a hypothesis. Default: 64.")
+@float_option("--length-penalty", default=1.0, help="The score is log-probability / tokens**X. Default: 1.")
 @click.option("--early-stopping", type=click.Choice(["false", "true", "never"]), default="false",
               help="Stop when no hypothesis is likely to get better (false), when enough are finished (true), when "
               "none can get better (never). Default: false.")  # fmt: skip
-@whole("--num-return", "num_return_sequences", help="Hypotheses shown, best first. Default: all of the beam width.")
-@flag("--json", "as_json", help="One JSON object per prompt and line.")
+@int_option("--num-return", "num_return_sequences", help="Hypotheses shown, best first. Default: all of them.")
 @engine_options
 @profile_option
 @report_options
-def beam_search(
-    prompts: tuple[str, ...],
-    more_prompts: tuple[str, ...],
-    files: tuple[Path, ...],
-    model: str | None,
-    system: str | None,
-    raw: bool,
-    early_stopping: str,
-    as_json: bool,
-    profile: Path | None,
-    verbose: bool,
-    quiet: bool,
-    **settings: Any,
-) -> int:
+def beam_search(early_stopping: str, **settings: Any) -> int:
     """Find the likeliest texts for one prompt or many by beam search.
 
     Prompts are arguments, -p, -f, or piped in. After the hypotheses of a prompt, best first, comes the most blocks
     that its beams held at once, and how many they would have held without sharing any.
     """
-    _check_system(system, raw)
     settings["early_stopping"] = {"false": False, "true": True}.get(early_stopping, early_stopping)
-    params, engine = split_settings(settings, BeamSearchParams)
-    texts = read_prompts(prompts, more_prompts, files)
+    return _answer(BeamSearchParams, settings)
+
+
+def _answer(kind: type[Params], settings: dict[str, Any]) -> int:
+    """Answer the prompts of a command with parameters of one kind. Returns the exit code."""
+    model, profile, verbose, quiet = map(settings.pop, ("model", "profile", "verbose", "quiet"))
+    prompts = PromptArguments.take(settings)
+    params, engine = split_settings(settings, kind)
     terminal = Terminal(verbose=verbose, quiet=quiet)
-    with profiled(lambda more: load(model, engine | more, terminal), profile, terminal) as load_model:
-        return cli_beam_search.run(
-            texts, load_model, params, system=system, raw=raw, as_json=as_json, terminal=terminal
-        )
+    with model_loader(model, engine, terminal, profile=profile) as load:
+        return answer_prompts(prompts, load, params, terminal)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
@@ -235,16 +190,16 @@ def chat(model: str | None, system: str | None, verbose: bool, quiet: bool, **se
     """Talk with a model that remembers the conversation; /help shows what else can be typed."""
     params, engine = split_settings(settings, SamplingParams)
     terminal = Terminal(verbose=verbose, quiet=quiet)
-    return cli_chat.run(load(model, engine, terminal), params, system=system, terminal=terminal)
+    return hold_conversation(load_model(model, engine, terminal), params, system=system, terminal=terminal)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
 @click.argument("name", metavar="[MODEL]", required=False)
 @model_option
-@whole("--context", help="Longest prompt plus output. Default: 8192, or the model's limit.")
-@whole("--concurrency", help="Requests at once. Default: 16, or as many as --lengths.")
+@int_option("--context", help="Longest prompt plus output. Default: 8192, or the model's limit.")
+@int_option("--concurrency", help="Requests at once. Default: 16, or as many as --lengths.")
 @text("--lengths", metavar="N,N,...", help="Tokens of the requests, prompt and output. Default: typical ones.")
-@whole("--block-size", default=16, help="Tokens per block. Default: 16.")
+@int_option("--block-size", default=16, help="Tokens per block. Default: 16.")
 @text("--memory", metavar="SIZE", help="Plan for 16GB, say, or 50%. Default: what this machine has.")
 @text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32.")
 @flag("--json", "as_json", help="One JSON object.")
@@ -256,202 +211,65 @@ def inspect(verbose: bool, quiet: bool, **settings: Any) -> int:
 
     MODEL is an alias, a Hugging Face repository or a folder; without one it is the bundled demo model.
     """
-    return cli_inspect.run(**settings)
+    return inspect_cache(**settings)
 
 
-@cli.group(cls=EngineSubgroup, invoke_without_command=True, epilog=_ALIASES_EPILOG)
+@cli.command(epilog=_ALIASES_EPILOG)
 @model_option
-@random_weights_option
-@whole("-p", "num_prompt", default=512, help="Tokens of a prompt; 0: none are measured. Default: 512.")
-@whole("-g", "num_output", default=128, help="Tokens that are decoded; 0: none are measured. Default: 128.")
-@text("-b", "batches", metavar="N,N,...", default="1", help="Batch sizes. Default: 1.")
 @bench_options
 @engine_options
 @report_options
-@click.pass_context
-def bench(
-    ctx: click.Context, model: str | None, shape: str | None, verbose: bool, quiet: bool, **settings: Any
-) -> int | None:
+def bench(model: str | None, shape: str | None, verbose: bool, quiet: bool, **settings: Any) -> int:
     """Measure a model's speed: tokens per second of prompts (pp) and of decoding (tg), by batch size.
 
-    Sequences decode from one token on. `mlx-paged bench compare` runs workloads, here and in mlx-lm.
+    Sequences decode from one token on.
     """
-    if ctx.invoked_subcommand is not None:
-        given = [param for param in ctx.params if ctx.get_parameter_source(param) is not ParameterSource.DEFAULT]
-        if given:
-            raise click.UsageError(f"options of {ctx.invoked_subcommand} come after its name")
-        return None
-    _check_one_model(model, shape)
+    if model is not None and shape is not None:
+        raise click.UsageError(f"give --model {model} or --random-weights {shape}, not both")
     engine = engine_settings(settings)
-    terminal = Terminal(verbose=verbose, quiet=quiet)
-    return cli_bench.run(
-        model, shape, engine, functools.partial(while_loading, terminal), terminal=terminal, **settings
-    )
-
-
-@bench.command(epilog=_ALIASES_EPILOG)
-@model_option
-@random_weights_option
-@text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32.")
-@text("-w", "--workloads", "names", metavar="W1,W2,...", help="Default: all of them.")
-@whole("--scale", default=1, help="Divide numbers of tokens by this, to try it out. Default: 1.")
-@bench_options
-@report_options
-def compare(
-    model: str | None, shape: str | None, dtype: str | None, verbose: bool, quiet: bool, **settings: Any
-) -> int:
-    """Run workloads in this engine and in mlx-lm's BatchGenerator: the same weights, in the same process.
-
-    W1 equal lengths, W2 mixed ones, W3 a fixed budget of memory, W4 a shared prefix, W5 several samples and beams, W6
-    long contexts, W7 more requests than fit, W8 block sizes. Medians; the systems take turns to be first.
-    """
-    _check_one_model(model, shape)
-    engine_settings({"dtype": dtype, "no_prefix_caching": False})
-    terminal = Terminal(verbose=verbose, quiet=quiet)
-    return cli_bench.compare(
-        model, shape, dtype, functools.partial(while_loading, terminal), terminal=terminal, **settings
-    )
-
-
-def read_prompts(prompts: Sequence[str], more_prompts: Sequence[str], files: Sequence[Path]) -> list[str]:
-    """The prompts of arguments, options and files, or what is piped in; none at all is bad usage."""
-    texts = [_stdin_text() if prompt == "-" else prompt for prompt in (*prompts, *more_prompts)]
-    texts += [_as_text(path.read_bytes(), str(path)) for path in files]
-    if not texts and sys.stdin is not None and not sys.stdin.isatty():
-        texts = list(filter(None, [_stdin_text()]))
-    if not texts:
-        raise click.UsageError("there is no prompt: give one as an argument, with -p or -f, or through a pipe")
-    return texts
+    return measure_model(model, shape, engine, terminal=Terminal(verbose=verbose, quiet=quiet), **settings)
 
 
 def split_settings(settings: dict[str, Any], kind: type[Params]) -> tuple[Params, dict[str, Any]]:
-    """The request's parameters and the engine's settings among a command's options; out of range is bad usage."""
+    """Split a command's options into the request's parameters and the engine's settings. Raises click.UsageError."""
     engine = engine_settings(settings)
-    with _in_terms_of_options():
+    with _as_usage_error():
         return kind(**settings), engine
 
 
 def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Takes the engine's settings from a command's options; out of range is bad usage."""
+    """Take the engine's settings out of a command's options. Raises click.UsageError for one out of range."""
     names = {field.name for field in dataclasses.fields(EngineConfig)} - {"seed"}  # --seed is the request's
     engine = {name: settings.pop(name) for name in names & settings.keys()}
     engine = {name: value for name, value in engine.items() if value is not None}
     if settings.pop("no_prefix_caching"):
         engine["prefix_caching"] = False
-    with _in_terms_of_options():
+    with _as_usage_error():
         EngineConfig(**engine)
     return engine
 
 
 @contextmanager
-def _in_terms_of_options() -> Iterator[None]:
-    """A value out of range is bad usage, of the option that has its name."""
+def _as_usage_error() -> Iterator[None]:
+    """Make a ValueError bad usage, of the options that have the names in its message."""
     try:
         yield
     except ValueError as error:
-        message = re.sub(r"^n\b|\b[a-z]+(_[a-z]+)+\b|^\w+\b", lambda name: _FLAGS.get(name[0], name[0]), str(error))
+        message = re.sub(
+            r"^n\b|\b[a-z]+(_[a-z]+)+\b|^\w+\b", lambda name: _OPTION_NAMES.get(name[0], name[0]), str(error)
+        )
         raise click.UsageError(message) from None
 
 
-def load(model: str | None, engine: dict[str, Any], terminal: Terminal) -> LLM:
-    """The model, with a note on what its KV cache takes."""
-
-    def start() -> LLM:
-        from mlx_paged import LLM
-
-        return LLM(model, **engine)
-
-    llm = while_loading(terminal, start)
-    terminal.note(llm.describe_memory())
-    return llm
-
-
-def while_loading(terminal: Terminal, start: Callable[[], Made]) -> Made:
-    """What `start` returns, which loads a model: warnings are set up, and Ctrl-C ends the process at once."""
-    if not terminal.verbose:  # other libraries' warnings
-        warnings.simplefilter("ignore")
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.simplefilter("always", EngineWarning)
-    warnings.showwarning = lambda message, *_: None if terminal.quiet else terminal.say(f"mlx-paged: {message}")
-    if not terminal.talks:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    terminal.progress("loading ...")
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)
-    try:
-        return start()
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        terminal.progress("")
-
-
-@contextmanager
-def profiled(
-    load: Callable[[dict[str, Any]], LLM], file: Path | None, terminal: Terminal
-) -> Iterator[Callable[[], LLM]]:
-    """The function that loads a model; what the model has done is written to a file at the end, if there is one.
-
-    load: takes further settings of the engine. Whether the file can be written is found out at once.
-    """
-    loaded: list[LLM] = []
-
-    def load_profiled() -> LLM:
-        loaded.append(load({} if file is None else {"profile": True}))
-        return loaded[0]
-
-    if file is not None:
-        try:
-            file.open("a").close()
-        except OSError as error:
-            raise click.UsageError(f"--profile: {error.strerror}: {file}") from None
-    try:
-        yield load_profiled
-    finally:
-        if file is not None and loaded and (profile := loaded[0].profile) is not None:
-            if not terminal.quiet:
-                terminal.say(profile.table())
-            profile.write(file)
-
-
-def _leave(*_: object) -> NoReturn:
-    """End the process at once: after a KeyboardInterrupt a download's threads would first finish their files."""
-    os.write(2, b"\n")
-    os._exit(cli_batch.INTERRUPTED)
-
-
-def _check_one_model(model: str | None, shape: str | None) -> None:
-    if model is not None and shape is not None:
-        raise click.UsageError(f"give --model {model} or --random-weights {shape}, not both")
-
-
-def _check_system(system: str | None, raw: bool) -> None:
-    if system is not None and raw:
-        raise click.UsageError("--system needs the chat template that --raw turns off")
-
-
 def _read_schema(path: Path) -> dict[str, Any] | bool:
-    """The JSON schema in a file; anything else is bad usage."""
+    """Read the JSON schema in a file. Raises click.UsageError for anything else."""
     try:
-        schema = json.loads(_as_text(path.read_bytes(), str(path)))
+        schema = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise click.UsageError(f"--json-schema: {path} is not JSON: {error}") from None
     if not isinstance(schema, dict | bool):
         raise click.UsageError(f"--json-schema: {path} is JSON, but no JSON schema: that is an object")
     return schema
-
-
-def _stdin_text() -> str:
-    return "" if sys.stdin is None else _as_text(sys.stdin.buffer.read(), "standard input")
-
-
-def _as_text(content: bytes, source: str) -> str:
-    """A file's text, without the line end that editors and echo put last."""
-    try:
-        return re.sub(r"\r?\n\Z", "", content.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise click.UsageError(f"{source} is not UTF-8 text") from None
 
 
 def main() -> NoReturn:

@@ -5,36 +5,37 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from statistics import mean
 from typing import TYPE_CHECKING, TextIO
 
 from mlx_paged.progress import ProgressBar
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
-    from mlx_paged.outputs import BeamSearchOutput, RequestOutput
+    from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, RequestOutput
+
+INTERRUPTED = 130  # the exit code after Ctrl-C
 
 _PLAIN = "plain MLX operations"
 _BACKENDS = {"metal": "Metal kernels", "cuda": "CUDA kernels", "cpu": _PLAIN, "reference": _PLAIN}
 
 
 class Terminal:
-    """The two streams of a command.
-
-    talks: whether notes are shown: stderr is a terminal or `verbose` asked for them, and `quiet` didn't forbid it.
-    """
+    """The two streams of a command."""
 
     def __init__(self, *, verbose: bool = False, quiet: bool = False) -> None:
         self.verbose = verbose
         self.quiet = quiet
-        self.talks = not quiet and (verbose or sys.stderr.isatty())
+        self.shows_notes = not quiet and (verbose or sys.stderr.isatty())
+        """Whether notes are shown: somebody reads stderr or asked for them, and nobody asked for silence."""
         self._wrote = False
         self._line_open = False  # stdout stands in the middle of a line
         self._progress = ""
         self._bar: ProgressBar | None = None
 
     def answer(self, text: str) -> None:
-        """A piece of an answer, shown at once."""
+        """Show a piece of an answer at once."""
         self._clear()
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -43,33 +44,33 @@ class Terminal:
             self._line_open = not text.endswith("\n")
 
     def end_answer(self) -> None:
-        """An answer is over: the next thing begins on a line of its own."""
+        """End an answer: the next thing begins on a line of its own."""
         if self._line_open:
             self.answer("\n")
 
     def heading(self, text: str) -> None:
-        """Names the answer that follows; a blank line parts it from the one before."""
+        """Name the answer that follows, below a blank line if there was one before."""
         self.answer("\n" * self._wrote + _styled(f"==> {text}", "1", sys.stdout) + "\n")
 
     def note(self, text: str) -> None:
-        """A word aside, for those who read it."""
-        if self.talks:
-            self.say(_styled(text, "2", sys.stderr))
+        """Say something beside the answers, to those who read it."""
+        if self.shows_notes:
+            self.to_stderr(_styled(text, "2", sys.stderr))
 
     def failure(self, text: str) -> None:
-        """One line about what went wrong, whoever reads."""
-        self.say(f"mlx-paged: {one_line(text)}")
+        """Say in one line what went wrong, whoever reads."""
+        self.to_stderr(f"mlx-paged: {one_line(text)}")
 
     def progress(self, text: str) -> None:
-        """A line that the next one replaces; shown on terminals only."""
-        if self.talks and sys.stderr.isatty() and text != self._progress:
+        """Show a line that the next one replaces, on terminals only; "" takes it away."""
+        if self.shows_notes and sys.stderr.isatty() and text != self._progress:
             sys.stderr.write(f"\r{text}{' ' * (len(self._progress) - len(text))}{'' if text else chr(13)}")
             sys.stderr.flush()
             self._progress = text
 
     def progress_bar(self, num_prompts: int) -> ProgressBar:
-        """A bar for those who see notes; it steps aside for whatever else is written."""
-        self._bar = ProgressBar(num_prompts, shown=self.talks)
+        """Make a bar for those who see notes; it steps aside for whatever else is written."""
+        self._bar = ProgressBar(num_prompts, shown=self.shows_notes)
         return self._bar
 
     def _clear(self) -> None:
@@ -77,85 +78,69 @@ class Terminal:
         if self._bar is not None:
             self._bar.hide()
 
-    def say(self, text: str) -> None:
-        """Something that was asked for, beside the answers: on stderr in any case."""
+    def to_stderr(self, text: str) -> None:
+        """Write a line to stderr in any case."""
         self._clear()
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
 
-class Tally:
-    """Counts what requests took and gave, for the lines after an answer."""
+class RunSummary:
+    """Sums up what requests took and gave, for the lines after their answers."""
 
     def __init__(self) -> None:
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.samples = 0
-        self.used_blocks = self.num_blocks = 0
-        self.backends: list[str] = []
-        self.waste = 0.0
-        self._scheduled: list[float] = []
-        self._first_token: list[float] = []
-        self._finished: list[float] = []
-        self._waits: list[float] = []  # seconds until the first token
-        self._paces: list[float] = []  # seconds per token after it
-        self._lengths: Counter[tuple[int, int]] = Counter()  # tokens of a request's sample so far
+        self.generated_tokens = 0
+        self._ended: list[RequestOutput | BeamSearchOutput] = []
+        self._lengths: Counter[tuple[int, int]] = Counter()  # tokens so far of a request's sample
 
     def count(self, output: RequestOutput | BeamSearchOutput) -> None:
-        """A whole output, or one delta of a stream."""
+        """Count a whole output, or one delta of a stream."""
         self.generated_tokens += output.num_output_tokens
-        samples = output.sequences if hasattr(output, "sequences") else output.outputs
-        for number, sample in enumerate(samples):
+        for number, sample in enumerate(_samples(output)):
             self._lengths[output.request_id, number] += len(sample.token_ids)
-        if not output.finished:
-            return
-        self.samples += max(1, len(samples))
-        self.prompt_tokens += len(output.prompt_token_ids)
-        self.cached_tokens += output.num_cached_tokens
-        metrics = output.metrics
-        if metrics and metrics.first_scheduled_time and metrics.first_token_time and metrics.finished_time:
-            self._scheduled.append(metrics.first_scheduled_time)
-            self._first_token.append(metrics.first_token_time)
-            self._finished.append(metrics.finished_time)
-            self._waits.append(metrics.first_token_time - metrics.arrival_time)
-            longest = max((self._lengths[output.request_id, number] for number in range(len(samples))), default=0)
-            pace = metrics.time_per_output_token(longest)
-            if pace is not None:
-                self._paces.append(pace)
+        if output.finished:
+            self._ended.append(output)
 
-    def look_at_pool(self, llm: LLM) -> None:
-        """Remember the pool at its fullest."""
-        stats = llm.stats()
-        used = stats.num_blocks - stats.num_free_blocks
-        if used >= self.used_blocks:
-            self.used_blocks, self.waste = used, stats.kv_waste
-        self.num_blocks = stats.num_blocks
-        self.backends = llm.attention_backends
-
-    def lines(self) -> list[str]:
-        prompt = f"prompt {self.prompt_tokens} tokens"
-        generation = f"generation {self.generated_tokens} tokens"
-        if self._finished:
-            computed = self.prompt_tokens - self.cached_tokens
-            prompt += _rate(computed, max(self._first_token) - min(self._scheduled))
-            generation += _rate(self.generated_tokens - self.samples, max(self._finished) - min(self._first_token))
-        if self.cached_tokens:
-            prompt += f" ({self.cached_tokens} cached)"
+    def lines(self, llm: LLM) -> list[str]:
+        """Say how much was computed, how fast and in how many blocks; `llm` is the engine that did it."""
+        num_prompt = sum(len(output.prompt_token_ids) for output in self._ended)
+        num_cached = sum(output.num_cached_tokens for output in self._ended)
+        prompt, generation = f"prompt {num_prompt} tokens", f"generation {self.generated_tokens} tokens"
+        begun = [
+            (output, output.metrics)
+            for output in self._ended
+            if output.metrics is not None and output.metrics.first_token_time is not None
+        ]
+        latency = []
+        if begun:
+            scheduled = min(_known(metrics.first_scheduled_time for _, metrics in begun))
+            first_tokens = _known(metrics.first_token_time for _, metrics in begun)
+            finished = max(_known(metrics.finished_time for _, metrics in begun))
+            num_samples = sum(max(1, len(_samples(output))) for output, _ in begun)
+            prompt += _rate(num_prompt - num_cached, max(first_tokens) - scheduled)
+            generation += _rate(self.generated_tokens - num_samples, finished - min(first_tokens))
+            latency.append(f"first token {mean(_known(metrics.time_to_first_token for _, metrics in begun)):.2f} s")
+            paces = _known(metrics.time_per_output_token(self._longest_sample(output)) for output, metrics in begun)
+            latency += [f"{mean(paces) * 1e3:.1f} ms per token"] if paces else []
+            latency += [f"mean of {len(begun)} prompts"] if len(begun) > 1 else []
+        if num_cached:
+            prompt += f" ({num_cached} cached)"
         mlx = sys.modules.get("mlx.core")  # loaded by then, unless there is no model behind this
         memory = f"; peak memory {mlx.get_peak_memory() / 1e6:.0f} MB" if mlx else ""
-        latency = []
-        if self._waits:
-            latency = [f"first token {_mean(self._waits):.2f} s"]
-            latency += [f"{_mean(self._paces) * 1e3:.1f} ms per token"] if self._paces else []
-            latency += [f"mean of {len(self._waits)} prompts"] if len(self._waits) > 1 else []
+        stats = llm.stats()
         return [
             f"{prompt}; {generation}{memory}",
             *filter(None, [", ".join(latency)]),
-            f"blocks {self.used_blocks}/{self.num_blocks}, waste {self.waste:.1%}",
-            f"attention: {', '.join(map(_BACKENDS.__getitem__, self.backends))}",
+            f"blocks {stats.peak_used_blocks}/{stats.num_blocks} at the most",
+            f"attention: {', '.join(map(_BACKENDS.__getitem__, llm.attention_backends))}",
         ]
+
+    def _longest_sample(self, output: RequestOutput | BeamSearchOutput) -> int:
+        return max((self._lengths[output.request_id, number] for number in range(len(_samples(output)))), default=0)
 
 
 def excerpt(text: str, limit: int = 60) -> str:
-    """The beginning of `text` on one line, without control characters."""
+    """Cut `text` to the beginning of one line, without control characters."""
     line = one_line("".join(char if char.isprintable() else " " for char in text))
     return line if len(line) <= limit else line[: limit - 3].rstrip() + "..."
 
@@ -164,8 +149,12 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)
+def _samples(output: RequestOutput | BeamSearchOutput) -> Sequence[CompletionOutput | BeamHypothesis]:
+    return output.sequences if hasattr(output, "sequences") else output.outputs
+
+
+def _known(numbers: Iterable[float | None]) -> list[float]:
+    return [number for number in numbers if number is not None]
 
 
 def _rate(tokens: int, seconds: float) -> str:

@@ -15,7 +15,7 @@ from mlx_paged.sampling.grammar import GrammarCompiler
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 
-class RequestMaker:
+class InputProcessor:
     """Validates prompts and parameters against a model, its tokenizer and a pool. May be used by several threads."""
 
     def __init__(
@@ -31,7 +31,7 @@ class RequestMaker:
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self.eos_token_ids)
         self._tokenizer_lock = threading.Lock()  # fast tokenizers do not like to be used twice at once
 
-    def make(
+    def make_request(
         self, prompt: str | SequenceOf[int], params: SamplingParams | BeamSearchParams, *, stream: bool = False
     ) -> Request:
         """A request without an id. Raises ValueError or TypeError as `Engine.add_request` does."""
@@ -61,10 +61,10 @@ class RequestMaker:
             stream=stream,
             metrics=RequestMetrics(time.monotonic()),
             search=BeamSearch(params, max_tokens, self.eos_token_ids) if isinstance(params, BeamSearchParams) else None,
-            matcher=self._matcher(params),
+            matcher=self._grammar_matcher(params),
         )
 
-    def _matcher(self, params: SamplingParams | BeamSearchParams) -> Any:
+    def _grammar_matcher(self, params: SamplingParams | BeamSearchParams) -> Any:
         if isinstance(params, SamplingParams) and params.is_constrained:
             return self._grammars.matcher(params)
         return None

@@ -1,66 +1,75 @@
-"""What becomes of the tokens of a sequence: stops, text, and the outputs that requests are handed out as."""
+"""What becomes of tokens: stop checks, text, how sequences and requests end, and the outputs that are handed out."""
 
+import time
 from typing import Any, NamedTuple
 
-from mlx_paged.engine.profile import NoProfile, Profile
+import numpy as np
+
+from mlx_paged.engine.profile import Profile
 from mlx_paged.engine.text_stream import TextStream
 from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, RequestOutput
 from mlx_paged.request import Request, Sequence
 from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.scheduler.running_batch import RunningBatch
+from mlx_paged.scheduler.scheduler import Scheduler
 
 
-class Stop(NamedTuple):
+class FinishReason(NamedTuple):
     """Why a sequence ends: its finish_reason and stop_reason."""
 
     finish_reason: str
     stop_reason: int | str | None = None
 
 
-class Completer:
+class OutputProcessor:
     """Follows sequences token by token where that is asked for, and else makes up for it at their end."""
 
-    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], profile: Profile | NoProfile) -> None:
+    requests: dict[int, Request]
+    """All that have begun and not ended, by id."""
+    outputs: list[RequestOutput | BeamSearchOutput]
+    """What waits to be handed out."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        eos_token_ids: frozenset[int],
+        batch: RunningBatch,
+        scheduler: Scheduler,
+        profile: Profile,
+    ) -> None:
+        self.requests = {}
+        self.outputs = []
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
+        self._batch = batch
+        self._scheduler = scheduler
         self._profile = profile
 
+    def take(self) -> list[RequestOutput | BeamSearchOutput]:
+        """Hand out what waits."""
+        outputs, self.outputs = self.outputs, []
+        return outputs
+
     def start(self, sequence: Sequence) -> None:
-        """Give a sequence what its request asks for beside tokens, at its state."""
+        """Give a new sequence what its request asks for beside tokens."""
         request, params = sequence.request, sequence.request.params
-        if isinstance(params, SamplingParams) and params.logprobs is not None and sequence.logprobs is None:
+        if isinstance(params, SamplingParams) and params.logprobs is not None:
             sequence.logprobs = []
-        sequence.num_read = 0
         if self._tokenizer is not None:
             stop = params.stop_strings if isinstance(params, SamplingParams) else ()
             sequence.text_stream = TextStream(self._tokenizer.detokenizer, stop)
         if request.matcher is not None:
             sequence.matcher = request.matcher.copy()
 
-    def restart(self, sequence: Sequence) -> Stop | None:
-        """After an interruption at any point, bring what is kept beside the tokens in line with them.
-
-        Returns why the sequence ends, if it has to.
-        """
-        if sequence.logprobs is not None:
-            del sequence.token_ids[len(sequence.request.prompt_token_ids) + len(sequence.logprobs) :]
-            del sequence.logprobs[sequence.num_output :]
-            pairs = zip(sequence.logprobs, sequence.output_token_ids, strict=True)
-            sequence.cumulative_logprob = sum(best[token_id] for best, token_id in pairs)
-        self.start(sequence)
-        tokens = sequence.output_token_ids
-        for token_id in tokens[:-1] if sequence.matcher is not None else ():
-            sequence.matcher.advance(token_id)
-        return self._stop(sequence, tokens[-1]) if tokens else None
-
     def stop_ids(self, request: Request) -> list[int]:
-        """The tokens that end a request's sequences."""
+        """Return the tokens that end a request's sequences."""
         params = request.params
         if not isinstance(params, SamplingParams):
             return []
-        return [*(() if self._runs_past_eos(params) else self._eos_token_ids), *(params.stop_token_ids or ())]
+        return [*(() if self._ignores_eos(params) else self._eos_token_ids), *(params.stop_token_ids or ())]
 
-    def has_to_watch(self, sequence: Sequence) -> bool:
-        """Whether each token of a sequence has to be looked at when it comes: the first one always has."""
+    def needs_every_token(self, sequence: Sequence) -> bool:
+        """Say whether each token of a sequence has to be checked when it comes: the first one always has."""
         params = sequence.request.params
         return isinstance(params, SamplingParams) and (
             sequence.request.metrics.first_token_time is None
@@ -70,72 +79,142 @@ class Completer:
             or sequence.matcher is not None
         )
 
-    def take(self, sequence: Sequence, logprob: float, best: dict[int, float]) -> Stop | None:
-        """Look at the last token of a sequence: why the sequence ends, if it does. best: {token id: logprob}."""
+    def process_tokens(self, rows: np.ndarray, version: int, results: list[np.ndarray]) -> None:
+        """Take the tokens drawn for rows as they were at a version; emit what has ended or is new in a stream.
+
+        results: token_ids and logprobs, [len(rows)], and perhaps the best tokens and their logprobs, [len(rows), k].
+        """
+        batch, requests = self._batch, dict[Request, None]()
+        if batch.version != version:  # some may have been aborted meanwhile
+            current = np.nonzero(batch.row_version[rows] <= version)[0]
+            rows, results = rows[current], [array[current] for array in results]
+        token_ids, logprobs, *top = results
+        for i in np.nonzero(batch.append_tokens(rows, token_ids, logprobs))[0].tolist():
+            sequence = batch.sequences[rows[i]]
+            assert sequence is not None
+            request = sequence.request
+            requests[request] = None
+            sequence.cumulative_logprob = float(batch.cumulative_logprob[rows[i]])
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = time.monotonic()
+            top_logprobs: dict[int, float] = {}
+            if sequence.logprobs is not None and top:
+                pairs = (array[i, : request.params.logprobs].tolist() for array in top)
+                top_logprobs = dict(zip(*pairs, strict=True))
+            stop = self._check_token(sequence, float(logprobs[i]), top_logprobs)
+            if stop is not None:
+                self._finish_sequence(sequence, stop)
+            else:
+                batch.check_every_token(sequence.row, self.needs_every_token(sequence))
+        for request in requests:
+            if request.finished:
+                self._emit_final(request)
+            elif request.stream:
+                self._emit(request, False)
+
+    def _check_token(self, sequence: Sequence, logprob: float, top_logprobs: dict[int, float]) -> FinishReason | None:
+        """Look at the last token of a sequence. Returns why the sequence ends, if it does.
+
+        top_logprobs: the best tokens' log-probabilities. What raises here, such as a tokenizer's code, is the error
+        of this sequence alone.
+        """
         if logprob != logprob:
             del sequence.token_ids[-1]
-            return Stop("error", "the model's logits are not numbers (NaN)")
+            return FinishReason("error", "the model's logits are not numbers (NaN)")
         token_id = sequence.token_ids[-1]
         if sequence.logprobs is not None:
-            sequence.logprobs.append({token_id: logprob} | best)
-        return self._stop(sequence, token_id)
+            sequence.logprobs.append({token_id: logprob} | top_logprobs)
+        try:
+            return self._find_stop(sequence, token_id)
+        except Exception as error:
+            return _error(error)
 
-    def _stop(self, sequence: Sequence, token_id: int) -> Stop | None:
+    def _find_stop(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         params = sequence.request.params
         assert isinstance(params, SamplingParams)
-        if token_id in self._eos_token_ids and not self._runs_past_eos(params):
-            return Stop("stop")
+        if token_id in self._eos_token_ids and not self._ignores_eos(params):
+            return FinishReason("stop")
         if token_id in (params.stop_token_ids or ()):
-            return Stop("stop", token_id)
+            return FinishReason("stop", token_id)
         if params.stop_strings or sequence.request.stream:
-            stopped_by = self._read(sequence, sequence.num_output)
-            if stopped_by is not None:
-                return Stop("stop", stopped_by)
+            stop_string = self._detokenize(sequence, sequence.num_output_tokens)
+            if stop_string is not None:
+                return FinishReason("stop", stop_string)
         if sequence.matcher is not None:
             sequence.matcher.advance(token_id)
             if sequence.matcher.is_finished:
-                return Stop("stop")
-        if sequence.num_output >= sequence.request.max_tokens:
-            return Stop("length")
+                return FinishReason("stop")
+        if sequence.num_output_tokens >= sequence.request.max_tokens:
+            return FinishReason("length")
         return None
 
-    def finish(self, sequence: Sequence, stop: Stop) -> None:
-        """A sequence has ended: complete its text."""
-        reason, stop_reason = stop
-        if sequence.text_stream is not None and not (reason == "stop" and isinstance(stop_reason, str)):
-            ends_in_text = reason != "stop" or (stop_reason is None and not self._ends_with_eos(sequence))
-            stopped_by = self._read(sequence, sequence.num_output - (not ends_in_text))
-            stopped_by = stopped_by or sequence.text_stream.finish()
-            if stopped_by is not None:
-                reason, stop_reason = "stop", stopped_by
-        sequence.stop_reason = stop_reason
-        sequence.finish_reason = reason
+    def fail_sequence(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence that can't go on, and its request if it was the last one."""
+        self._finish_sequence(sequence, FinishReason("error", reason))
+        if sequence.request.finished:
+            self._emit_final(sequence.request)
+
+    def finish_request(self, request: Request, stop: FinishReason) -> None:
+        """End a request, with all its sequences."""
+        if stop.finish_reason == "error":
+            request.error = str(stop.stop_reason)
+        for sequence in request.sequences:
+            if not sequence.finished:
+                self._finish_sequence(sequence, stop)
+        self._emit_final(request)
+
+    def _finish_sequence(self, sequence: Sequence, stop: FinishReason) -> None:
+        """End a sequence, wherever it is, and complete its text."""
+        self._scheduler.remove(sequence)
+        if sequence.text_stream is not None and not (
+            stop.finish_reason == "stop" and isinstance(stop.stop_reason, str)
+        ):
+            try:
+                stop = self._complete_text(sequence, stop)
+            except Exception as error:  # of the tokenizer's code
+                stop = _error(error)
+        sequence.finish_reason, sequence.stop_reason = stop
+
+    def _complete_text(self, sequence: Sequence, stop: FinishReason) -> FinishReason:
+        """Detokenize what is left of a sequence. Returns why it ended: a stop string may turn up."""
+        has_eos = stop.stop_reason is None and self._ends_with_eos(sequence)
+        ends_in_text = stop.finish_reason != "stop" or (stop.stop_reason is None and not has_eos)
+        stop_string = self._detokenize(sequence, sequence.num_output_tokens - (not ends_in_text))
+        stop_string = stop_string or sequence.text_stream.finish()
+        return stop if stop_string is None else FinishReason("stop", stop_string)
 
     def _ends_with_eos(self, sequence: Sequence) -> bool:
         params = sequence.request.params
-        ignored = isinstance(params, SamplingParams) and self._runs_past_eos(params)
-        return sequence.num_output > 0 and sequence.token_ids[-1] in self._eos_token_ids and not ignored
+        ignored = isinstance(params, SamplingParams) and self._ignores_eos(params)
+        return sequence.num_output_tokens > 0 and sequence.token_ids[-1] in self._eos_token_ids and not ignored
 
-    def _runs_past_eos(self, params: SamplingParams) -> bool:
-        return params.ignore_eos and not params.is_constrained  # a form that is complete can't go on
+    def _ignores_eos(self, params: SamplingParams) -> bool:
+        return params.ignore_eos and not params.is_constrained  # what is complete by its grammar can't go on
 
-    def _read(self, sequence: Sequence, end: int) -> str | None:
-        """Turn output tokens up to `end` into text; the stop string that they complete, if they do."""
+    def _detokenize(self, sequence: Sequence, end: int) -> str | None:
+        """Turn output tokens up to `end` into text. Returns the stop string that they complete, if they do."""
         if sequence.text_stream is None:
             return None
         first = len(sequence.request.prompt_token_ids)
         with self._profile.part("detokenise"):
-            for token_id in sequence.token_ids[first + sequence.num_read : first + end]:
-                sequence.num_read += 1
-                stopped_by = sequence.text_stream.add(token_id)
-                if stopped_by is not None:
-                    return str(stopped_by)
+            for token_id in sequence.token_ids[first + sequence.num_detokenized : first + end]:
+                sequence.num_detokenized += 1
+                stop_string = sequence.text_stream.add(token_id)
+                if stop_string is not None:
+                    return str(stop_string)
         return None
 
-    # -- outputs ------------------------------------------------------------------------------------------------
+    def _emit(self, request: Request, finished: bool) -> None:
+        self.outputs.append(self._output(request, finished))
+        request.num_streamed = self._num_streamed(request)
 
-    def output(self, request: Request, finished: bool) -> RequestOutput | BeamSearchOutput:
-        """What the request has, or in a stream what it has gained since it was last asked."""
+    def _emit_final(self, request: Request) -> None:
+        request.metrics.finished_time = time.monotonic()
+        self._emit(request, True)
+        del self.requests[request.request_id]
+
+    def _output(self, request: Request, finished: bool) -> RequestOutput | BeamSearchOutput:
+        """Return what the request has, or in a stream what it has gained since this was last emitted."""
         if request.search is not None:
             return self._beam_search_output(request)
         return RequestOutput(
@@ -148,17 +227,17 @@ class Completer:
             request.metrics,
         )
 
-    def num_sent(self, request: Request) -> list[tuple[int, int]]:
-        """How much of a stream has been handed out once `output` of now has."""
+    def _num_streamed(self, request: Request) -> list[tuple[int, int]]:
+        """Count how much of a stream has been handed out once the output of now has."""
         if not request.stream:
             return []
         streams = [(sequence, sequence.text_stream) for sequence in request.sequences]
-        return [(sequence.num_output, 0 if stream is None else len(stream.text)) for sequence, stream in streams]
+        return [(sequence.num_output_tokens, 0 if stream is None else len(stream.text)) for sequence, stream in streams]
 
     def _completion(self, sequence: Sequence) -> CompletionOutput:
         text = sequence.text_stream.text if sequence.text_stream is not None else ""
-        num_sent = sequence.request.num_sent
-        first, begin = num_sent[sequence.index] if sequence.index < len(num_sent) else (0, 0)
+        num_streamed = sequence.request.num_streamed
+        first, begin = num_streamed[sequence.index] if sequence.index < len(num_streamed) else (0, 0)
         return CompletionOutput(
             sequence.index,
             text[begin:],
@@ -171,12 +250,19 @@ class Completer:
 
     def _beam_search_output(self, request: Request) -> BeamSearchOutput:
         assert request.search is not None
-        hypotheses = request.search.hypotheses() if request.error is None else []
+        found = request.search.hypotheses() if request.error is None else []
+        hypotheses: list[BeamHypothesis] = []
+        try:
+            hypotheses = [
+                BeamHypothesis(list(ids), self._text_of(ids), logprob, score) for ids, logprob, score in found
+            ]
+        except Exception as error:  # of the tokenizer's code
+            request.error = str(_error(error).stop_reason)
         return BeamSearchOutput(
             request.request_id,
             request.prompt,
             request.prompt_token_ids,
-            [BeamHypothesis(list(ids), self._text_of(ids), logprob, score) for ids, logprob, score in hypotheses],
+            hypotheses,
             True,
             request.num_cached_tokens,
             request.metrics,
@@ -196,3 +282,7 @@ class Completer:
                     text_stream.add(token_id)
             text_stream.finish()
             return text_stream.text
+
+
+def _error(error: Exception) -> FinishReason:
+    return FinishReason("error", " ".join(f"{type(error).__name__}: {error}".split()))

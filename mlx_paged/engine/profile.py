@@ -1,13 +1,10 @@
-"""Where the time of each step goes: its parts, as a table and as a trace that Chrome and Perfetto open.
-
-An engine says when a part of a step begins and ends, always. `NoProfile` does nothing with it, `Profile` keeps it.
-"""
+"""The profile of an engine: where the time of each step goes, as a table and as a trace for Chrome and Perfetto."""
 
 import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +24,7 @@ PARTS = {
     "rest": "everything else",
 }
 _STEP = "step"
+_NOTHING = nullcontext()
 
 
 class _Event(NamedTuple):
@@ -38,34 +36,17 @@ class _Event(NamedTuple):
     about: dict[str, int]
 
 
-class NoProfile:
-    """Where no profile is wanted: nothing is looked at, and a part is three empty calls."""
-
-    def step(self) -> "NoProfile":
-        return self
-
-    def part(self, name: str) -> "NoProfile":
-        return self
-
-    def describe(self, **about: int) -> None:
-        pass
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
 class Profile:
     """The time of an engine's steps, by part.
 
     A part's time is its own: what it spends in a part inside it is that one's. So the parts of a step add up to it.
-    now: the clock, in nanoseconds.
     """
 
-    def __init__(self, now: Callable[[], int] = time.perf_counter_ns) -> None:
-        self.num_steps = 0  # calls of Engine.step: the last ones may only wait for what is under way
+    def __init__(self, enabled: bool = True, now: Callable[[], int] = time.perf_counter_ns) -> None:
+        """enabled: if not, nothing is measured or kept. now: the clock, in nanoseconds."""
+        self.enabled = enabled
+        self.num_steps = 0
+        """Calls of Engine.step: the last ones may only wait for what is in flight."""
         self._now = now
         self._began = now()
         self._total = dict.fromkeys(PARTS, 0)
@@ -75,9 +56,12 @@ class Profile:
         self._about: dict[str, int] = {}
         self._events: deque[_Event] = deque(maxlen=MAX_EVENTS)
 
+    def step(self) -> AbstractContextManager[None]:
+        """Measure a step, which ends with the block."""
+        return self._measure_step() if self.enabled else _NOTHING
+
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """A step begins here and ends with the block."""
+    def _measure_step(self) -> Iterator[None]:
         self._inside, self._of_step, self._about = [0], dict.fromkeys(PARTS, 0), {}
         started = self._now()
         try:
@@ -92,12 +76,12 @@ class Profile:
                 self._longest[name] = max(self._longest[name], own)
             self._events.append(_Event(_STEP, started, taken, {"number": self.num_steps, **self._about}))
 
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Measure a part of a step, one of PARTS, which may contain others. Between steps nothing is kept."""
+        return self._measure_part(name) if self._inside else _NOTHING
+
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """A part of the step, one of PARTS; parts may contain others. Between steps it is nobody's and not kept."""
-        if not self._inside:
-            yield
-            return
+    def _measure_part(self, name: str) -> Iterator[None]:
         self._inside.append(0)
         started = self._now()
         try:
@@ -109,15 +93,16 @@ class Profile:
             self._events.append(_Event(name, started, taken, {}))
 
     def describe(self, **about: int) -> None:
-        """Numbers that the trace shows with this step."""
-        self._about |= about
+        """Add numbers that the trace shows with this step."""
+        if self.enabled:
+            self._about |= about
 
     def seconds(self) -> dict[str, float]:
-        """The time of each part in all steps together."""
+        """Return the seconds of each part in all steps together."""
         return {name: total / 1e9 for name, total in self._total.items()}
 
     def table(self) -> str:
-        """Each part's time in all steps together, its mean and most in one step, and its share."""
+        """Return a table of each part's time in all steps together, its mean and most in one step, and its share."""
         whole = sum(self._total.values())
         rows: list[tuple[str, ...]] = [("", "total, s", "per step, ms", "longest, ms", "share")]
         for name, total in self._total.items():

@@ -1,4 +1,4 @@
-"""Beam search over one prompt, on the host: which continuations live on, which are done, and when it is over.
+"""Beam search over one prompt, on the host: which beams go on, which are finished, and when the search is over.
 
 The outcome is that of Hugging Face's `generate(num_beams=beam_width, do_sample=False)`. Knows nothing of models and
 caches: it is given the best next tokens of its running beams and answers with the parent of each new one.
@@ -16,28 +16,30 @@ from mlx_paged.sampling_params import BeamSearchParams
 
 @dataclass(slots=True)
 class Beam:
-    """A hypothesis that still grows. token_ids: the output's; cum_logprob: sum of their log-probabilities."""
+    """A hypothesis that still grows."""
 
     token_ids: list[int] = field(default_factory=list)
+    """Its output tokens."""
     cum_logprob: float = 0.0
+    """Sum of their log-probabilities."""
 
 
 class Hypothesis(NamedTuple):
-    """A hypothesis that is done. score: cum_logprob / len(token_ids)**length_penalty."""
+    """A hypothesis that is finished."""
 
     token_ids: list[int]
+    """Its output tokens, the end token included."""
     cum_logprob: float
+    """Sum of their log-probabilities."""
     score: float
+    """cum_logprob / len(token_ids)**length_penalty."""
 
 
 class BeamSearch:
-    """The search of one prompt: `advance` with the best next tokens of `beams` until `finished`.
+    """Search the continuations of one prompt: call `advance` with the best next tokens of `beams` until `finished`.
 
-    beams: the running ones, best first, all of one length; a single empty one at the start, none at the end.
-    num_candidates: next tokens that `advance` wants per beam: so many that beam_width of them are no end tokens
-    whatever the model says. max_tokens (at least 1): most tokens of a hypothesis, the model's context considered.
-
-    Equal candidates: the lower token id first, then the better parent; equal scores: what finished earlier first.
+    max_tokens, at least 1, is the most tokens of a hypothesis, the model's context considered. Of equal candidates the
+    lower token id comes first, then the better parent; of equal scores what finished earlier.
     """
 
     def __init__(self, params: BeamSearchParams, max_tokens: int, eos_token_ids: Collection[int]) -> None:
@@ -50,15 +52,18 @@ class BeamSearch:
         self._num_tokens = 0
         self._hypotheses: list[Hypothesis] = []
         self.num_candidates = max(2, 1 + len(self._eos_token_ids)) * self._width
+        """Next tokens that `advance` takes per beam: beam_width of them are no end tokens whatever the model says."""
         self.beams = [Beam()]
+        """The running beams, best first, all of one length: a single empty one at the start, none at the end."""
         self.finished = False
+        """Whether the search is over."""
 
     def advance(self, token_ids: np.ndarray, logprobs: np.ndarray) -> list[int]:
         """Grow the beams by a token. Returns the parent of each new beam, an index into the beams before.
 
-        token_ids: int [len(beams), k]; logprobs: float [len(beams), k]. The best next tokens of each beam in any order,
-        k = num_candidates or the whole vocabulary. The new beams are in rank order; none are left when it is over.
-        Raises ValueError, with nothing changed, for NaN or another number of rows.
+        token_ids: int [len(beams), k]; logprobs: float [len(beams), k]. They are the best next tokens of each beam in
+        any order, k = num_candidates or the whole vocabulary. The new beams are in rank order; none are left when the
+        search is over. Raises ValueError, with nothing changed, for NaN or another number of rows.
         """
         if len(token_ids) != len(self.beams) or token_ids.shape != logprobs.shape:
             raise ValueError(
@@ -92,16 +97,16 @@ class BeamSearch:
         return parents
 
     def hypotheses(self) -> list[Hypothesis]:
-        """The num_return_sequences best, best first.
+        """Return the num_return_sequences best hypotheses, best first.
 
-        Of a search that was given up before its end: as though the tokens so far were max_tokens, so running beams
-        are among them; none if there is no token yet.
+        A search that was given up before its end returns what it would if the tokens so far were max_tokens: its
+        running beams count too. Without a token yet there are none.
         """
         running = [self._hypothesis(beam.token_ids, beam.cum_logprob) for beam in self.beams if beam.token_ids]
         return self._best(self._hypotheses + running)[: self._params.num_return_sequences]
 
     def _ranked(self, token_ids: np.ndarray, total: np.ndarray) -> list[tuple[int, int, float]]:
-        """(index, token id, total) of the candidates that matter, best first; impossible ones (-inf) are none."""
+        """Rank the candidates. Returns (index, token id, total) of those that matter, best first; none of -inf."""
         kept = total > -np.inf
         if len(total) > self.num_candidates:
             kept &= total >= np.partition(total, -self.num_candidates)[-self.num_candidates]
@@ -121,11 +126,11 @@ class BeamSearch:
         return cum_logprob / max(divisor, sys.float_info.min)
 
     def _best(self, hypotheses: list[Hypothesis]) -> list[Hypothesis]:
-        """The beam_width best of them, best first; sorting is stable, so the earlier one of equals."""
+        """Keep the beam_width best, best first; sorting is stable, so the earlier one of equals."""
         return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)[: self._width]
 
     def _is_over(self, beams: list[Beam], hypotheses: list[Hypothesis], num_tokens: int) -> bool:
-        """Whether nothing can grow, or what grows is not expected to do better than what is done."""
+        """Tell whether nothing can grow, or what grows is not expected to beat what is finished."""
         if not beams:
             return True
         if len(hypotheses) < self._width:

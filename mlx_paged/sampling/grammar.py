@@ -1,8 +1,9 @@
-"""Output of a given form: which tokens may come next, by llguidance, for a JSON schema, a regex or a Lark grammar.
+"""Grammars of outputs: which tokens may come next, by llguidance, for a JSON schema, a regex or a Lark grammar.
 
-With other stops: a sequence ends with reason "stop" as soon as its form is complete and can't go on, or with an end
-token where the form may end, also under ignore_eos. Stop strings, stop_token_ids, max_tokens and the end of the context
-cut it short as they cut any text: look at finish_reason and stop_reason before parsing.
+Whichever of the three a request gives is its grammar here. A sequence ends with reason "stop" as soon as its grammar is
+complete and can't go on, or with an end token where the grammar may end, also under ignore_eos. Stop strings,
+stop_token_ids, max_tokens and the end of the context cut it short as they cut any text: look at finish_reason and
+stop_reason before parsing.
 
 JSON comes compact, `{"a":[1,2]}`, because a model may go on with optional whitespace for ever; properties come in the
 schema's order. A schema's "x-guidance" (llguidance's options, at its top level) can ask for another layout. A keyword
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_CACHED_GRAMMARS = 64
-_FORMS = ("json_schema", "regex", "grammar")
+_GRAMMAR_KINDS = ("json_schema", "regex", "grammar")
 
 
 class GrammarCompiler:
-    """Compiles the forms that requests ask for, for one model. May be used from several threads.
+    """Compile the grammars of requests, for one model. May be used from several threads.
 
     tokenizer: mlx-lm's TokenizerWrapper, or None. vocab_size: the model's number of logits, which may exceed the
-    tokenizer's. eos_token_ids: the end tokens; in a form they mean its end even if they also stand for text.
+    tokenizer's. eos_token_ids: the end tokens; in a grammar they mean its end even if they also stand for text.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> None:
@@ -43,29 +44,29 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def matcher(self, params: SamplingParams) -> "GrammarMatcher":
-        """The beginning of the form that `params` ask for.
+        """Make a matcher at the beginning of the grammar that `params` ask for.
 
-        Raises ValueError, in one line, for a form that can't be used and for an engine without tokenizer; ImportError
-        without llguidance.
+        Raises ValueError, in one line, for a grammar that can't be used and for an engine without tokenizer. Raises
+        ImportError without llguidance.
         """
-        form, text = _form_of(params)
+        kind, text = _grammar_of(params)
         if self._tokenizer is None:
-            raise ValueError(f"{form} needs a tokenizer, and this engine has none")
+            raise ValueError(f"{kind} needs a tokenizer, and this engine has none")
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids)
-            compiled = self._compiled.get((form, text))
+            compiled = self._compiled.get((kind, text))
             if compiled is None:
-                compiled = _compile(self._vocabulary, form, text)
-                self._compiled[form, text] = compiled
+                compiled = _compile(self._vocabulary, kind, text)
+                self._compiled[kind, text] = compiled
                 if len(self._compiled) > MAX_CACHED_GRAMMARS:
                     self._compiled.popitem(last=False)
-            self._compiled.move_to_end((form, text))
+            self._compiled.move_to_end((kind, text))
             return compiled.copy()
 
 
 class GrammarMatcher:
-    """How far a sequence is in its form. Made by `GrammarCompiler.matcher`; belongs to one thread at a time."""
+    """Follow a sequence through its grammar. Made by `GrammarCompiler.matcher`; belongs to one thread at a time."""
 
     def __init__(self, vocabulary: "_Vocabulary", matcher: "LLMatcher") -> None:
         self._vocabulary = vocabulary
@@ -79,21 +80,22 @@ class GrammarMatcher:
         self._has_ended = False
 
     def mask(self) -> np.ndarray:
-        """Which tokens may come next, uint32 [ceil(vocab_size / 32)]: token t is bit t % 32 of word t // 32.
+        """Tell which tokens may come next.
 
-        End tokens are allowed exactly where the form may end, ids that the tokenizer does not know never. Raises
-        ValueError, in one line, where nothing is allowed: the form leads nowhere, or is too complex for llguidance.
+        Returns uint32 [ceil(vocab_size / 32)]: token t is bit t % 32 of word t // 32.
+        End tokens are allowed exactly where the grammar may end, ids that the tokenizer does not know never. Raises
+        ValueError, in one line, where nothing is allowed: the grammar leads nowhere, or is too complex for llguidance.
         """
         self._update()
         return self._allowed.copy()
 
     def fill(self, out: np.ndarray) -> None:
-        """`mask` into `out`, uint32 [ceil(vocab_size / 32)]."""
+        """Write `mask` into `out`, uint32 [ceil(vocab_size / 32)]. Raises as `mask` does."""
         self._update()
         np.copyto(out, self._allowed)
 
     def advance(self, token_id: int) -> None:
-        """Take in the next token. Raises ValueError, and changes nothing, if the mask does not allow it."""
+        """Take in the next token. Raises ValueError, with nothing changed, if the mask does not allow it."""
         self._update()
         word, bit = divmod(token_id, 32)
         if not 0 <= word < self._allowed.size or not self._allowed[word] >> np.uint32(bit) & np.uint32(1):
@@ -106,7 +108,7 @@ class GrammarMatcher:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the form is complete and nothing but an end token may follow."""
+        """Whether the grammar is complete and nothing but an end token may follow."""
         if self._has_ended:
             return True
         if not self._matcher.is_accepting():
@@ -115,7 +117,7 @@ class GrammarMatcher:
         return not self._can_go_on
 
     def copy(self) -> "GrammarMatcher":
-        """A matcher that is as far in its form, and goes on by itself."""
+        """Make a matcher that is as far in its grammar and goes on by itself."""
         copy = GrammarMatcher(self._vocabulary, self._matcher.deep_copy())
         np.copyto(copy._written, self._written)
         copy._is_current, copy._can_go_on, copy._has_ended = self._is_current, self._can_go_on, self._has_ended
@@ -141,7 +143,7 @@ class GrammarMatcher:
         self._is_current = True
 
     def _clear_unwritable(self) -> None:
-        """Where only one text fits and the vocabulary can't write it, llguidance allows some token that does not."""
+        """Clear the one token left if it does not fit: llguidance allows one where no token can write the only text."""
         if np.count_nonzero(self._allowed) != 1:
             return
         word = int(self._allowed.argmax())
@@ -151,10 +153,7 @@ class GrammarMatcher:
 
 
 class _Vocabulary:
-    """A model's tokens, as llguidance sees them.
-
-    text_tokens, end_tokens: uint32 [ceil(vocab_size / 32)], a bit for each. num_written_words: the size of its masks.
-    """
+    """The tokens of a model, as llguidance sees them."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         hf_tokenizer = tokenizer._tokenizer
@@ -165,8 +164,11 @@ class _Vocabulary:
         if not self.eos_token_ids:
             raise ValueError("an output of a given form needs an end token, and the model's tokenizer has none")
         self.num_written_words = -(-num_ids // 32)
+        """Words in a mask that llguidance writes: it has a bit for every token of the tokenizer."""
         self.end_tokens = _bits(self.eos_token_ids, vocab_size)
+        """uint32 [ceil(vocab_size / 32)], a bit for each end token."""
         self.text_tokens = _bits(known, vocab_size) & ~self.end_tokens
+        """uint32 [ceil(vocab_size / 32)], a bit for each other token that the tokenizer knows."""
         self.ll_tokenizer = _ll_tokenizer(hf_tokenizer, num_ids, self.eos_token_ids)
 
 
@@ -182,14 +184,14 @@ def _ll_tokenizer(hf_tokenizer: Any, num_ids: int, eos_token_ids: list[int]) -> 
         raise ValueError(f"llguidance can't use this model's tokenizer: {_one_line(str(error))}") from None
 
 
-def _compile(vocabulary: _Vocabulary, form: str, text: str) -> GrammarMatcher:
-    """The matcher of a form, with its first mask computed."""
+def _compile(vocabulary: _Vocabulary, kind: str, text: str) -> GrammarMatcher:
+    """Compile a grammar into a matcher, with its first mask computed. Raises ValueError if it can't be used."""
     from llguidance import LLMatcher
 
     try:
-        if form == "json_schema":
+        if kind == "json_schema":
             grammar = _json_grammar(text)
-        elif form == "regex":
+        elif kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         else:
             grammar = LLMatcher.grammar_from_lark(text)
@@ -197,12 +199,12 @@ def _compile(vocabulary: _Vocabulary, form: str, text: str) -> GrammarMatcher:
         if matcher.is_error():
             raise ValueError(matcher.get_error())
     except ValueError as error:
-        raise ValueError(f"{form} can't be used: {_one_line(str(error))}") from None
+        raise ValueError(f"{kind} can't be used: {_one_line(str(error))}") from None
     compiled = GrammarMatcher(vocabulary, matcher)
     try:
         compiled.mask()
     except ValueError:
-        raise ValueError(f"{form} can't be used: {_dead_end(matcher)}") from None
+        raise ValueError(f"{kind} can't be used: {_dead_end(matcher)}") from None
     return compiled
 
 
@@ -216,13 +218,13 @@ def _json_grammar(schema: str) -> str:
     return LLMatcher.grammar_from_json_schema(schema, layout, {"lenient": False})
 
 
-def _form_of(params: SamplingParams) -> tuple[str, str]:
-    """The name and the text of the form that `params` ask for."""
-    for form in _FORMS:
-        value = getattr(params, form)
+def _grammar_of(params: SamplingParams) -> tuple[str, str]:
+    """Find the grammar that `params` ask for. Returns its kind and its text."""
+    for kind in _GRAMMAR_KINDS:
+        value = getattr(params, kind)
         if value is not None:
-            return form, _schema_text(value) if form == "json_schema" else value
-    raise ValueError(f"the parameters ask for no form: give one of {', '.join(_FORMS)}")
+            return kind, _schema_text(value) if kind == "json_schema" else value
+    raise ValueError(f"the parameters ask for no form: give one of {', '.join(_GRAMMAR_KINDS)}")
 
 
 def _schema_text(schema: Mapping[str, Any] | bool | str) -> str:
@@ -244,20 +246,20 @@ def _as_dict(value: object) -> dict[str, Any]:
 
 
 def _bits(token_ids: Any, vocab_size: int) -> np.ndarray:
-    """uint32 [ceil(vocab_size / 32)] with the bits of some tokens set."""
+    """Set the bits of some tokens. Returns uint32 [ceil(vocab_size / 32)]."""
     is_set = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
     is_set[token_ids] = 1
     return np.packbits(is_set, bitorder="little").view("<u4").astype(np.uint32)
 
 
 def _dead_end(matcher: "LLMatcher") -> str:
-    """Why nothing may follow."""
+    """Say why nothing may follow."""
     reason = _one_line(matcher.get_error())
     return "no token leads on to a text that fits" if reason in ("", "NoExtension", "NoExtensionBias") else reason
 
 
 def _one_line(error: str) -> str:
-    """llguidance's reason, without its excerpts of the grammar and of the parser's state."""
+    """Take llguidance's reason out of its message, without excerpts of the grammar and of the parser's state."""
     error = error.split("\n<state>")[0]
     reason = re.search(r"^error: (.+)$", error, re.MULTILINE)
     if reason is not None:

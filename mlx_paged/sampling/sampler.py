@@ -1,4 +1,4 @@
-"""From logits to tokens: all rows of a step at once, each with its own parameters and random stream.
+"""From logits to tokens: all rows of a step at once, each with its own parameters and random numbers.
 
 Order of operations as in vLLM: log-probabilities of the model's own distribution, then the grammar's mask, logit bias,
 penalties, temperature, min-p, top-k, top-p, and a draw by the Gumbel-max method. A row's random numbers depend on its
@@ -31,37 +31,41 @@ _ROW = np.dtype(
         ("presence_penalty", np.float32),
         ("frequency_penalty", np.float32),
         ("num_top", np.int32),
-        ("stream", np.uint64),
+        ("sample_seed", np.uint64),
     ]
 )
 
 
 class SampledTokens(NamedTuple):
-    """token_ids: uint32 [n]; logprobs: float32 [n], the model's, of those tokens; top_*: [n, k], best first."""
+    """The tokens of a step, a row for each, not evaluated yet."""
 
     token_ids: mx.array
+    """uint32 [n]."""
     logprobs: mx.array
+    """Log-probabilities of those tokens in the model's own distribution, float32 [n]."""
     top_token_ids: mx.array | None
+    """The most likely tokens, uint32 [n, k], best first; None if no row reports any."""
     top_logprobs: mx.array | None
+    """Their log-probabilities, float32 [n, k]."""
 
 
-class _Penalties(NamedTuple):
-    """Of the rows of a batch that have penalties; each float32 [., 1]."""
+class _PenaltyRows(NamedTuple):
+    """Rows of a batch that have penalties; each float32 [num_penalty_rows, 1] unless said otherwise."""
 
     rows: mx.array | None  # in the batch; None: all
-    slots: np.ndarray  # of their token counts
-    device_slots: mx.array  # the same
+    count_rows: np.ndarray  # of `TokenCounts`, int32 [num_penalty_rows]
+    device_count_rows: mx.array  # the same
     repetition: mx.array
     presence: mx.array
     frequency: mx.array
 
 
-class _Random(NamedTuple):
-    """Of the rows of a batch that are not greedy; each float32 [., 1] unless said otherwise."""
+class _RandomRows(NamedTuple):
+    """Rows of a batch that are not greedy; each float32 [num_random_rows, 1] unless said otherwise."""
 
     rows: mx.array | None  # in the batch; None: all
     row_numbers: np.ndarray  # in the batch
-    streams: np.ndarray  # uint64 [.]
+    sample_seeds: np.ndarray  # uint64 [num_random_rows]
     temperature: mx.array
     log_min_p: mx.array | None
     cut_rows: mx.array | None  # those of the random rows that have a top_k or a top_p; None: all
@@ -74,16 +78,17 @@ class _Batch(NamedTuple):
 
     rows: np.ndarray
     bias: tuple[mx.array, mx.array, mx.array] | None  # row in the batch, token, value
-    penalties: _Penalties | None
-    random: _Random | None
+    penalties: _PenaltyRows | None
+    random: _RandomRows | None
     num_top: int
 
 
 class Sampler:
-    """Chooses a token per row. `num_rebuilds`: how often the parameters of a batch had to be put together."""
+    """Choose a token per row, each row by its own parameters."""
 
     def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
         self.num_rebuilds = 0
+        """How often the parameters of a batch had to be gathered."""
         self._vocab_size = vocab_size
         self._params = np.zeros(max_num_seqs, _ROW)
         self._bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the rows that have it: tokens, values
@@ -91,9 +96,9 @@ class Sampler:
         self._batch: _Batch | None = None
 
     def set_row(
-        self, row: int, params: SamplingParams, stream: int, prompt: Sequence[int], output: Sequence[int]
+        self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int], output: Sequence[int]
     ) -> None:
-        """A sequence takes `row`, with the tokens it has so far. `stream`: its `stream_id`."""
+        """Give `row` to a sequence with the tokens it has so far. `seed` is its `sample_seed`."""
         self._params[row] = (
             0.0 if params.is_greedy else min(params.temperature, _LARGE),
             math.log(params.min_p) if params.min_p > 0 else -math.inf,
@@ -103,7 +108,7 @@ class Sampler:
             params.presence_penalty,
             params.frequency_penalty,
             min(params.logprobs or 0, self._vocab_size),
-            stream,
+            seed,
         )
         self._bias.pop(row, None)
         if params.logit_bias:
@@ -119,40 +124,43 @@ class Sampler:
     def sample(
         self, logits: mx.array, rows: np.ndarray, positions: np.ndarray, masks: np.ndarray | None = None
     ) -> SampledTokens:
-        """A token for each of `rows`, as lazy arrays: nothing is evaluated here.
+        """Choose a token for each of `rows`. Returns lazy arrays: nothing is evaluated here.
 
         logits: [n, vocab_size], any float type. rows: int [n], whose logits they are, in any order, each at most once.
         positions: int [n], the indices in the rows' outputs of the tokens to draw. masks: 32-bit
-        [n, ceil(vocab_size / 32)], bit t % 32 of word t // 32 allows token t; log-probabilities are those without it.
-        A row with a logit of NaN or +inf gets the log-probability NaN, and a token that means nothing.
+        [n, ceil(vocab_size / 32)], where bit t % 32 of word t // 32 allows token t.
+
+        Log-probabilities are those without a mask. A row with a logit of NaN or +inf gets the log-probability NaN and
+        a token that means nothing.
         """
         batch = self._batch
         if batch is None or not np.array_equal(batch.rows, rows):
-            batch = self._batch = self._gather(rows)
+            batch = self._batch = self._gather_params(rows)
         logits = logits.astype(mx.float32)
-        normalizer = logsumexp(logits)
-        normalizer = mx.where(normalizer < mx.inf, normalizer, mx.nan)
+        normaliser = logsumexp(logits)
+        normaliser = mx.where(normaliser < mx.inf, normaliser, mx.nan)
 
         scores = logits if masks is None else _mask(logits, masks)
         if batch.bias is not None:
             row, token, value = batch.bias
             scores = scores.at[row, token].add(value)
         if batch.penalties is not None:
-            scores = _penalise(scores, batch.penalties, *self._counts.read(batch.penalties.device_slots))
-        token_ids = _choose(scores, batch.random, positions)
+            scores = _penalise(scores, batch.penalties, *self._counts.read(batch.penalties.device_count_rows))
+        token_ids = _draw(scores, batch.random, positions)
         if batch.penalties is not None:
-            self._counts.add(batch.penalties.slots, _pick(token_ids, batch.penalties.rows))
+            self._counts.add(batch.penalties.count_rows, _take_rows(token_ids, batch.penalties.rows))
 
-        logprobs = (mx.take_along_axis(logits, token_ids[:, None], axis=-1) - normalizer)[:, 0]
+        logprobs = (mx.take_along_axis(logits, token_ids[:, None], axis=-1) - normaliser)[:, 0]
         if batch.num_top == 0:
             return SampledTokens(token_ids, logprobs, None, None)
         top = mx.argpartition(-logits, kth=batch.num_top - 1, axis=-1)[:, : batch.num_top]
         top_logits = mx.take_along_axis(logits, top, axis=-1)
         order = mx.argsort(-top_logits, axis=-1)
         top, top_logits = (mx.take_along_axis(x, order, axis=-1) for x in (top, top_logits))
-        return SampledTokens(token_ids, logprobs, top, top_logits - normalizer)
+        return SampledTokens(token_ids, logprobs, top, top_logits - normaliser)
 
-    def _gather(self, rows: np.ndarray) -> _Batch:
+    def _gather_params(self, rows: np.ndarray) -> _Batch:
+        """Put together what these rows ask for, once for all the steps in which they come."""
         self.num_rebuilds += 1
         params = self._params[rows]
         bias = None
@@ -161,13 +169,31 @@ class Sampler:
             numbers, tokens, values = zip(*biased, strict=True)
             number_of_each = np.repeat(np.array(numbers, np.int32), [len(t) for t in tokens])
             bias = mx.array(number_of_each), mx.array(np.concatenate(tokens)), mx.array(np.concatenate(values))
-        penalties = _gather_penalties(params, self._counts.slots[rows])
+        penalties = _gather_penalties(params, self._counts.count_rows[rows])
         random = _gather_random(params, self._vocab_size)
         return _Batch(rows.copy(), bias, penalties, random, int(params["num_top"].max()))
 
 
-def stream_id(seed: int, index: int) -> int:
-    """64 bits that name the random stream of sample `index` under `seed` (splitmix64, Steele 2014)."""
+def best_tokens(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Find the k most likely tokens of each row; of equal logits the lower token ids.
+
+    logits: [num_rows, vocab_size], any float type. Returns token ids, int32 [num_rows, min(k, vocab_size)], best
+    first, and their log-probabilities, float32 of the same shape. Both are lazy. A row with a NaN among its logits
+    gets the log-probabilities NaN.
+    """
+    vocab_size = logits.shape[-1]
+    k = min(k, vocab_size)
+    logits = logits.astype(mx.float32)
+    keys = mx.partition(_sort_keys(logits), k - 1, axis=-1)[:, :k] if k < vocab_size else _sort_keys(logits)
+    token_ids = mx.sort(keys, axis=-1).astype(mx.uint32).astype(mx.int32)  # the low half
+    normaliser = logsumexp(logits)
+    # Said outright, since the fast exponentials of a GPU need not pass a NaN on.
+    normaliser = mx.where(mx.isnan(logits).any(axis=-1, keepdims=True), mx.nan, normaliser)
+    return token_ids, mx.take_along_axis(logits, token_ids, axis=-1) - normaliser
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """Derive the 64-bit seed of sample `index` of a request with `seed` (splitmix64, Steele 2014)."""
     seed_bits, index_bits = np.array([[seed & _UINT64], [index & _UINT64]], np.uint64)
     return int(_mix(_mix(seed_bits) + index_bits)[0])
 
@@ -179,26 +205,37 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _gather_penalties(params: np.ndarray, slots: np.ndarray) -> _Penalties | None:
-    chosen = slots >= 0
+def _sort_keys(logits: mx.array) -> mx.array:
+    """Make uint64 keys that sort as the logits from the highest, then as the token ids from the lowest.
+
+    A partition leaves open which of equal values it keeps, and half types have many: so no two may be equal. The
+    high half is the float's bits, made to fall as the float rises; the low half is the token id.
+    """
+    bits = mx.where(logits == 0, 0, logits).view(mx.uint32)  # one zero, not two
+    falling = mx.where(bits >> 31, bits, ~bits & 0x7FFFFFFF)
+    return (falling.astype(mx.uint64) << 32) | mx.arange(logits.shape[-1]).astype(mx.uint64)
+
+
+def _gather_penalties(params: np.ndarray, count_rows: np.ndarray) -> _PenaltyRows | None:
+    chosen = count_rows >= 0
     if not chosen.any():
         return None
-    params, slots = params[chosen], slots[chosen]
+    params, count_rows = params[chosen], count_rows[chosen]
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    return _Penalties(_index(chosen), slots, mx.array(slots), *(_column(params[name]) for name in names))
+    return _PenaltyRows(_index(chosen), count_rows, mx.array(count_rows), *(_column(params[name]) for name in names))
 
 
-def _gather_random(params: np.ndarray, vocab_size: int) -> _Random | None:
+def _gather_random(params: np.ndarray, vocab_size: int) -> _RandomRows | None:
     chosen = params["temperature"] > 0
     if not chosen.any():
         return None
     params = params[chosen]
     cut = (params["top_k"] < vocab_size) | (params["top_p"] < 1)
     top_k, top_p = params["top_k"][cut], params["top_p"][cut]
-    return _Random(
+    return _RandomRows(
         rows=_index(chosen),
         row_numbers=np.flatnonzero(chosen),
-        streams=params["stream"].copy(),
+        sample_seeds=params["sample_seed"].copy(),
         temperature=_column(params["temperature"]),
         log_min_p=_column(params["log_min_p"]) if (params["log_min_p"] > -np.inf).any() else None,
         cut_rows=_index(cut),
@@ -215,12 +252,12 @@ def _column(values: np.ndarray) -> mx.array:
     return mx.array(np.ascontiguousarray(values)[:, None])
 
 
-def _pick(x: mx.array, rows: mx.array | None) -> mx.array:
+def _take_rows(x: mx.array, rows: mx.array | None) -> mx.array:
     return x if rows is None else x[rows]
 
 
 def _on_rows(rows: mx.array | None, x: mx.array, function: Callable[[mx.array], mx.array]) -> mx.array:
-    """`x` with `function` applied to some of its rows."""
+    """Apply `function` to some rows of `x`; the others come back as they are."""
     if rows is None:
         return function(x)
     result = mx.array(x)  # so that the assignment leaves `x` as it is
@@ -229,13 +266,14 @@ def _on_rows(rows: mx.array | None, x: mx.array, function: Callable[[mx.array], 
 
 
 def _mask(logits: mx.array, masks: np.ndarray) -> mx.array:
+    """Set the logits of tokens that a mask does not allow to -inf."""
     octets = mx.array(np.ascontiguousarray(masks).view(np.uint8))
     bits = octets[:, :, None] & mx.array([1, 2, 4, 8, 16, 32, 64, 128], mx.uint8)
     return mx.where(bits.reshape(len(masks), -1)[:, : logits.shape[-1]] != 0, logits, -mx.inf)
 
 
-def _penalise(scores: mx.array, penalties: _Penalties, occurs: mx.array, num_out: mx.array) -> mx.array:
-    """Repetition (of prompt and output), presence and frequency (of output) penalties on the tokens that occur."""
+def _penalise(scores: mx.array, penalties: _PenaltyRows, occurs: mx.array, num_out: mx.array) -> mx.array:
+    """Penalise the tokens that occur: repetition in prompt and output, presence and frequency in the output."""
 
     def penalised(scores: mx.array) -> mx.array:
         repeated = mx.where(scores > 0, scores / penalties.repetition, scores * penalties.repetition)
@@ -245,12 +283,12 @@ def _penalise(scores: mx.array, penalties: _Penalties, occurs: mx.array, num_out
     return _on_rows(penalties.rows, scores, penalised)
 
 
-def _choose(scores: mx.array, random: _Random | None, positions: np.ndarray) -> mx.array:
-    """The best token of greedy rows, a drawn one of the others: uint32 [n]."""
+def _draw(scores: mx.array, random: _RandomRows | None, positions: np.ndarray) -> mx.array:
+    """Take the best token of greedy rows, draw one for the others. Returns uint32 [n]."""
     if random is None:
         return mx.argmax(scores, axis=-1)
-    draws = _mix(random.streams + positions[random.row_numbers].astype(np.uint64))
-    weights = _truncate(_pick(scores, random.rows) / random.temperature, random)
+    draws = _mix(random.sample_seeds + positions[random.row_numbers].astype(np.uint64))
+    weights = _truncate(_take_rows(scores, random.rows) / random.temperature, random)
     drawn = mx.argmax(weights + _gumbel(draws, scores.shape[-1]), axis=-1)
     if random.rows is None:
         return drawn
@@ -259,8 +297,8 @@ def _choose(scores: mx.array, random: _Random | None, positions: np.ndarray) -> 
     return token_ids
 
 
-def _truncate(scores: mx.array, random: _Random) -> mx.array:
-    """Min-p, then top-k, then top-p: what they rule out becomes -inf. Equal scores stay or go together."""
+def _truncate(scores: mx.array, random: _RandomRows) -> mx.array:
+    """Set what min-p, then top-k, then top-p rule out to -inf. Equal scores stay or go together."""
     if random.log_min_p is not None:
         scores = mx.where(scores < scores.max(axis=-1, keepdims=True) + random.log_min_p, -mx.inf, scores)
     top_k, top_p = random.top_k, random.top_p
@@ -284,7 +322,7 @@ def _truncate(scores: mx.array, random: _Random) -> mx.array:
 
 
 def _gumbel(draws: np.ndarray, vocab_size: int) -> mx.array:
-    """Standard Gumbel noise, float32 [num_rows, vocab_size]; each row from the key that its draw names."""
+    """Draw standard Gumbel noise, float32 [num_rows, vocab_size]; `draws`, uint64 [num_rows], are the rows' keys."""
     words = draws.view(np.uint32).reshape(-1, 2)
     keys = mx.array(np.ascontiguousarray(words[:, ::-1]))  # the high word first
     return mx.vmap(lambda key: mx.random.gumbel(shape=(vocab_size,), key=key))(keys)

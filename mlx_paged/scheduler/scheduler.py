@@ -1,58 +1,23 @@
 """Which tokens the next step computes: running decodes first, then chunks of prompts, as far as blocks allow.
 
 Sequences are served by priority, and in the order of their requests' arrival. When blocks run out the last one is
-preempted: its blocks are freed and its tokens computed again later, which finds in the prefix cache, or in the
-second tier, what is still there. The first sequence can always take the blocks of all others, and a request that
-would not fit the pool alone is refused when it arrives, so something always moves on. Knows no mlx.
+preempted: its blocks are freed and its tokens computed again later, which finds in the prefix tree, or in the block
+store, what is still there. The first sequence can always take the blocks of all others, and a request that would not
+fit the pool alone is refused when it arrives, so something always moves on. Knows no mlx.
 
-Decodes are handled as arrays: only a sequence that needs a block costs work of its own. Their tokens may not be known
-yet, so block managers are given slots ahead of tokens; `settle` makes up for it.
+Decodes are handled as arrays: only a sequence that needs a block costs work of its own.
 """
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
-from mlx_paged.blocks.block_manager import BlockManager
 from mlx_paged.blocks.cache_groups import CacheGroups
-from mlx_paged.blocks.prefix_tree import PrefixNode
 from mlx_paged.errors import OutOfBlocks
-from mlx_paged.request import Sequence
-from mlx_paged.scheduler.running_batch import Rows
-
-_NONE = np.zeros(0, np.int64)
-
-
-class Chunk(NamedTuple):
-    """The next `num_tokens` tokens of a prompt, from position `start`, are computed in this step."""
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether the sequence's last token is among them, so that the next one can be chosen."""
-        return self.start + self.num_tokens == len(self.sequence.token_ids)
-
-
-@dataclass
-class Schedule:
-    """What one step computes: the next token of each row in `decodes`, then `chunks` of prompts.
-
-    promised: of each chunk's sequence, blocks that may be hit because this step writes them. preempted: sequences that
-    have lost their blocks. is_short: a prompt could not go on for lack of blocks.
-    """
-
-    decodes: np.ndarray = field(default_factory=lambda: _NONE)
-    chunks: list[Chunk] = field(default_factory=list)
-    num_tokens: int = 0
-    promised: dict[Sequence, list[tuple[BlockManager, list[PrefixNode]]]] = field(default_factory=dict)
-    preempted: list[Sequence] = field(default_factory=list)
-    is_short: bool = False
+from mlx_paged.request import Sequence, common_prefix_len
+from mlx_paged.scheduler.running_batch import RunningBatch
+from mlx_paged.scheduler.schedule import Chunk, Schedule
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:
@@ -62,375 +27,324 @@ def _order(sequence: Sequence) -> tuple[int, int, int]:
 class Scheduler:
     """Holds waiting and running sequences, both in the order in which they are served."""
 
-    def __init__(self, groups: CacheGroups, rows: Rows, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    storing_pays: bool
+    """Whether blocks of preempted sequences are worth keeping in the block store."""
+
+    def __init__(
+        self, groups: CacheGroups, batch: RunningBatch, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
         self.groups = groups
-        self.rows = rows
+        self.batch = batch
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.swap_pays = True  # whether blocks of preempted sequences are worth keeping in the second tier
+        self.storing_pays = True
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._has_windows = len(groups.managers) > 1
-        self._order: np.ndarray | None = _NONE  # rows of `running`; None: not up to date
-        self._steady_version = -1  # of the rows: as long as it stays, all of them decode
-        self._num_steady_steps = 0  # for so many steps
-        self._num_forks_to_come = 0
-        self._blocked: tuple[Sequence, int] | None = None  # the first one waiting did not fit these free blocks
-
-    # -- a sequence's life --------------------------------------------------------------------------------------
+        self._rows: np.ndarray | None = np.zeros(0, np.int64)  # of `running`, in order; None: not up to date
+        self._query_lens = np.ones(max_num_seqs, np.int32)
+        self._all_decode_version = -1  # of the batch: as long as it stays, all rows decode
+        self._num_all_decode_steps = 0  # for so many steps
+        self._num_reserved_rows = 0  # for sequences that are still to be forked
+        self._blocked_head: tuple[Sequence, int] | None = None  # the first one waiting did not fit these free blocks
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence without blocks waits for its turn."""
+        """Let a sequence without blocks wait for its turn."""
         insort(self.waiting, sequence, key=_order)
 
     def add_fork(self, sequence: Sequence, fork: Sequence) -> None:
-        """`fork` shares what is computed of a running sequence and runs at once: room was kept for it."""
-        self.settle(sequence)
-        self.groups.fork(sequence.seq_id, fork.seq_id)
-        self._join(fork, int(self.rows.num_computed[sequence.row]))
-        self._share_tail(sequence, fork)
+        """Let `fork` run at once, sharing what is computed of a running sequence: a row was kept for it."""
+        self._sync(sequence)
+        self.groups.fork(sequence.seq_id, fork.seq_id, fork.token_ids)
+        num_computed = int(self.batch.num_computed[sequence.row])
+        self._start(fork, num_computed)
+        self.batch.tail_is_shared[[sequence.row, fork.row]] = num_computed % self.batch.block_size != 0
 
-    def set_forked(self, sequence: Sequence) -> None:
-        """No room is kept any more for what could be forked from a sequence whose prompt is computed."""
-        self._num_forks_to_come -= self._num_forks_of(sequence)
+    def release_fork_rows(self, sequence: Sequence) -> None:
+        """Keep no rows any more for what could be forked from a sequence whose prompt is computed."""
+        self._num_reserved_rows -= sequence.num_pending_forks
         sequence.request.is_forked = True
-        self.rows.is_unforked[sequence.row] = False
+        self.batch.will_fork[sequence.row] = False
 
     def remove(self, sequence: Sequence) -> None:
-        """A sequence has ended, wherever it is."""
+        """Forget a sequence that has ended, wherever it is, and free its blocks."""
         if sequence.row >= 0:
-            self._num_forks_to_come -= self._num_forks_of(sequence)
-            self.settle(sequence)
-            self._leave(sequence)
-            self.groups.free(sequence.seq_id)
+            self._stop(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-
-    def settle(self, sequence: Sequence) -> None:
-        """Tell the block managers which tokens a running sequence has by now, so that they can be shared and hit."""
-        self.rows.flush(sequence)
-        end = min(len(sequence.token_ids), int(self.rows.num_computed[sequence.row]))
-        self.groups.extend(sequence.seq_id, sequence.token_ids, end)
-        self.groups.mark_computed(sequence.seq_id, end)
-
-    def settle_all(self) -> None:
-        """`settle` all that run."""
-        for sequence in self.running:
-            self.settle(sequence)
 
     def preempt(self, sequence: Sequence) -> list[Sequence]:
         """Take a running sequence's blocks; it waits for its turn again, with its tokens to compute anew.
 
         Beams go together, and come back by way of the tokens that they share. Returns all that lost their blocks.
         """
-        beams = _together(sequence)
-        lost = [each for each in beams if each.row >= 0]
-        for each in lost:
-            self._num_forks_to_come -= self._num_forks_of(each)
-            self.settle(each)
-            self._leave(each)
-            self.groups.free(each.seq_id, will_return=self.swap_pays)
-            each.candidates = None
-        self._wait_together(beams)
-        self.num_preemptions += len(lost)
-        return lost
+        together = sequence.preempted_with
+        preempted = [each for each in together if each.row >= 0]
+        for each in preempted:
+            self._stop(each, will_return=self.storing_pays)
+        self._queue_beams(together)
+        self.num_preemptions += len(preempted)
+        return preempted
 
-    def start_over(self, sequences: Iterable[Sequence]) -> None:
-        """Nothing is computed any more: `sequences`, all that have not ended, wait for their turn."""
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """Forget all that is computed: `sequences`, all that have not ended, wait for their turn."""
         self.groups.clear()
-        self.rows.clear()
+        self.batch.clear()
         self.waiting, self.running = [], []
-        self._order, self._num_forks_to_come, self._blocked = None, 0, None
+        self._rows, self._num_reserved_rows, self._blocked_head = None, 0, None
         for sequence in sequences:
-            sequence.candidates = None
-            if sequence.request.search is None:
-                self.add(sequence)
-            elif sequence is sequence.request.sequences[0]:
-                self._wait_together(sequence.request.sequences)
+            if sequence is sequence.preempted_with[0]:
+                self._queue_beams(sequence.preempted_with)
 
-    # -- steps --------------------------------------------------------------------------------------------------
+    def sync_blocks(self) -> None:
+        """Bring the block managers' counts up to date, for `stats` and `check`: a decode's lag up to a block."""
+        for sequence in self.running:
+            self._sync(sequence)
 
-    def schedule(self, may_preempt: bool = True) -> Schedule | None:
-        """Choose the next step's tokens and take the blocks for them; nothing scheduled if nothing waits or runs.
+    def schedule(self, can_preempt: bool = True) -> Schedule | None:
+        """Choose the next step's tokens and take the blocks for them. Nothing is scheduled if nothing waits or runs.
 
-        may_preempt: whether sequences may lose their blocks for it. If not, what would need that is put off: None if
-        these are decodes, `is_short` for prompts.
+        can_preempt: whether sequences may lose their blocks for it. If not, what would need that is put off: returns
+        None if these are decodes, sets `is_short_of_blocks` for prompts.
         """
-        rows, schedule = self.rows, Schedule()
-        decodes = running = self._running_rows()
-        num_filling = 0
-        if rows.version != self._steady_version or self._num_steady_steps <= 0:
-            # Over all rows, those that nobody has included, since that is faster than picking the others.
-            is_ready = rows.num_tokens == rows.num_computed + 1
-            is_ready &= rows.num_tokens < rows.end
-            num_filling = int(np.count_nonzero(rows.is_filling))
-            if num_filling:
-                is_ready &= ~rows.is_filling
-            if np.count_nonzero(is_ready) < len(running):
-                decodes = running[is_ready[running]]
-            elif 0 < len(running) <= self._max_num_batched_tokens:
-                self._steady_version = rows.version
-                self._num_steady_steps = int((rows.end - rows.num_tokens)[running].min())
-        self._num_steady_steps -= 1
-        if len(decodes) > self._max_num_batched_tokens:
-            decodes = decodes[: self._max_num_batched_tokens]
-        schedule.decodes = decodes
-        schedule.num_tokens = len(decodes)
+        batch, schedule = self.batch, Schedule()
+        running = self._running_rows()
+        rows, is_prefilling = self._rows_to_decode(running)
+        query_lens = self._query_lens[: len(rows)]
+        schedule.rows, schedule.query_lens, schedule.num_tokens = rows, query_lens, int(query_lens.sum())
         try:
-            self._give_slots(decodes)
+            self._allocate_slots(rows, query_lens)
         except OutOfBlocks:
-            if not may_preempt:
+            if not can_preempt:
                 return None
-            self._give_slots_in_turn(schedule)
-        for row in running[rows.is_filling[running]].tolist() if num_filling else ():
-            sequence = rows.sequences[row]
+            self._allocate_slots_one_by_one(schedule)
+        for row in running[batch.is_prefilling[running]].tolist() if is_prefilling else ():
+            sequence = batch.sequences[row]
             if sequence is not None:  # it may have been preempted for one before it
-                self._schedule_chunk(sequence, schedule, may_preempt)
-        if self.waiting and not schedule.preempted and not schedule.is_short:
+                self._schedule_chunk(sequence, schedule, can_preempt)
+        if self.waiting and not schedule.preempted and not schedule.is_short_of_blocks:
             self._admit(schedule)
         return schedule
 
     def complete(self, schedule: Schedule) -> None:
-        """The K/V of the schedule's tokens is in place for whatever is computed from now on."""
-        self.rows.num_computed[schedule.decodes] += 1
+        """Count the schedule's tokens as computed: their K/V is in place for whatever is computed from now on."""
+        self.batch.num_computed[schedule.rows] += schedule.query_lens
         for sequence, start, num_tokens in schedule.chunks:
-            self.rows.num_computed[sequence.row] = start + num_tokens
+            self.batch.num_computed[sequence.row] = start + num_tokens
             self.groups.mark_computed(sequence.seq_id, start + num_tokens)
-            if start + num_tokens == sequence.num_wanted:
-                self.rows.is_filling[sequence.row] = False
-                if sequence.trunk is not None:
-                    self._unfold(sequence)
+            if start + num_tokens == sequence.num_target_tokens:
+                self.batch.is_prefilling[sequence.row] = False
+                if sequence.num_shared_tokens is not None:
+                    self._split_beams(sequence)
 
-    def fail(self, schedule: Schedule) -> None:
-        """The step can't be computed, since K/V that it counted on could not be had: its sequences start again."""
-        for promised in schedule.promised.values():
-            self.groups.withdraw(promised)
-        for row in [*schedule.decodes.tolist(), *(chunk.sequence.row for chunk in schedule.chunks)]:
-            sequence = self.rows.sequences[row]
+    def cancel(self, schedule: Schedule) -> None:
+        """Give up a step that can't be computed, since K/V that it counted on could not be had: its sequences wait."""
+        for published in schedule.published.values():
+            self.groups.unpublish(published)
+        for row in [*schedule.rows.tolist(), *(chunk.sequence.row for chunk in schedule.chunks)]:
+            sequence = self.batch.sequences[row]
             if sequence is not None:  # beams go together
                 self.preempt(sequence)
 
-    # -- decodes ------------------------------------------------------------------------------------------------
+    def compact(self) -> int:
+        """Move the blocks in use to the start of the pool, so that the free space is one run. Returns how many move."""
+        num_moves = self.groups.compact()
+        for sequence in self.running if num_moves else ():
+            self._copy_block_table(sequence, 0)
+        return num_moves
 
-    def _give_slots(self, decodes: np.ndarray) -> None:
-        """A slot for the next token of each row. Raises OutOfBlocks; what was given until then is kept."""
-        rows = self.rows
-        full = decodes[(rows.num_computed == rows.num_slots)[decodes]]
-        if len(full):
-            if self._has_windows:
-                for sequence in filter(None, [rows.sequences[row] for row in full.tolist()]):
-                    self.settle(sequence)
-            grown = self.groups.grow(rows.seq_id[full].tolist())
-            columns = rows.num_slots[full] // rows.block_size
-            for tables, block_ids in zip(rows.tables, grown, strict=True):
-                tables.set(full, columns, block_ids)
-            rows.num_slots[full] += rows.block_size
-        shared = decodes[rows.shares_tail[decodes]].tolist() if np.count_nonzero(rows.shares_tail) else ()
-        for row in shared:
-            sequence = rows.sequences[row]
+    def _rows_to_decode(self, running: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Return the rows that decode, as many as fit a step, and whether any row still computes its prompt."""
+        batch, most = self.batch, self._max_num_batched_tokens
+        self._num_all_decode_steps -= 1
+        if batch.version == self._all_decode_version and self._num_all_decode_steps >= 0:
+            return running[:most], False
+        # Over all rows, free ones included, since that is faster than picking the others.
+        is_ready = (batch.num_computed < batch.num_tokens) & (batch.num_tokens < batch.max_num_tokens)
+        is_ready &= ~batch.is_prefilling
+        is_prefilling = bool(np.count_nonzero(batch.is_prefilling))
+        if np.count_nonzero(is_ready) < len(running):
+            return running[is_ready[running]][:most], is_prefilling
+        if 0 < len(running) <= most:
+            self._all_decode_version = batch.version
+            self._num_all_decode_steps = int((batch.max_num_tokens - batch.num_tokens)[running].min()) - 1
+        return running[:most], is_prefilling
+
+    def _allocate_slots(self, rows: np.ndarray, query_lens: np.ndarray) -> None:
+        """Give each row slots for its next tokens. Raises OutOfBlocks; what was given until then is kept."""
+        batch = self.batch
+        while len(short := rows[batch.num_computed[rows] + query_lens > batch.num_slots[rows]]):
+            grown = self.groups.append_blocks(batch.seq_id[short].tolist(), batch.num_computed[short].tolist())
+            columns = batch.num_slots[short] // batch.block_size
+            for tables, block_ids in zip(batch.tables, grown, strict=True):
+                tables.append_blocks(short, columns, block_ids)
+            batch.num_slots[short] += batch.block_size
+        for row in rows[batch.tail_is_shared[rows]].tolist() if np.count_nonzero(batch.tail_is_shared) else ():
+            sequence = batch.sequences[row]
             assert sequence is not None
-            self.groups.own_tail(sequence.seq_id)
-            self._write_tables(sequence, int(rows.num_computed[row]) // rows.block_size)
-            rows.shares_tail[row] = False
+            self._reserve(sequence, int(batch.num_computed[row]) + 1)
 
-    def _give_slots_in_turn(self, schedule: Schedule) -> None:
-        """As `_give_slots`, one row after another, at the cost of the last ones."""
-        for row in schedule.decodes.tolist():
-            while self.rows.sequences[row] is not None:
+    def _allocate_slots_one_by_one(self, schedule: Schedule) -> None:
+        """Do as `_allocate_slots`, one row after another, at the cost of the last ones."""
+        for row, query_len in zip(schedule.rows.tolist(), schedule.query_lens, strict=True):
+            while self.batch.sequences[row] is not None:
                 try:
-                    self._give_slots(np.array([row]))
+                    self._allocate_slots(np.array([row]), np.array([query_len]))
                     break
                 except OutOfBlocks:
                     self._preempt_last(schedule)
 
-    # -- prompts ------------------------------------------------------------------------------------------------
-
-    def _schedule_chunk(self, sequence: Sequence, schedule: Schedule, may_preempt: bool) -> None:
+    def _schedule_chunk(self, sequence: Sequence, schedule: Schedule, can_preempt: bool) -> None:
         """Compute the next tokens of a running prompt."""
-        start = int(self.rows.num_computed[sequence.row])
-        num_tokens = min(sequence.num_wanted - start, self._max_num_batched_tokens - schedule.num_tokens)
+        start = int(self.batch.num_computed[sequence.row])
+        num_tokens = min(sequence.num_target_tokens - start, self._max_num_batched_tokens - schedule.num_tokens)
         while num_tokens > 0 and sequence.row >= 0:
             try:
-                self._extend(sequence, start + num_tokens)
+                self._reserve(sequence, start + num_tokens)
                 self._add_chunk(sequence, num_tokens, schedule)
                 return
             except OutOfBlocks:
-                if not may_preempt:
-                    schedule.is_short = True
+                if not can_preempt:
+                    schedule.is_short_of_blocks = True
                     return
                 self._preempt_last(schedule)
 
     def _add_chunk(self, sequence: Sequence, num_tokens: int, schedule: Schedule) -> None:
-        start = int(self.rows.num_computed[sequence.row])
+        start = int(self.batch.num_computed[sequence.row])
         schedule.chunks.append(Chunk(sequence, start, num_tokens))
         schedule.num_tokens += num_tokens
         if num_tokens > 1:
-            schedule.promised[sequence] = self.groups.promise(sequence.seq_id, start + num_tokens)
-
-    def _extend(self, sequence: Sequence, end: int) -> None:
-        """Slots for the known tokens of a sequence up to `end`. Raises OutOfBlocks."""
-        try:
-            self.groups.extend(sequence.seq_id, sequence.token_ids, end)
-        finally:
-            block_size = self.rows.block_size
-            self._write_tables(sequence, int(self.rows.num_computed[sequence.row]) // block_size, -(-end // block_size))
-        self.rows.shares_tail[sequence.row] = False
+            schedule.published[sequence] = self.groups.publish(sequence.seq_id, start + num_tokens)
 
     def _admit(self, schedule: Schedule) -> None:
-        """Start waiting sequences while there are tokens, places and blocks for them."""
+        """Start waiting sequences while there are tokens, rows and blocks for them."""
         while self.waiting and schedule.num_tokens < self._max_num_batched_tokens:
             sequence = self.waiting[0]
-            if self._num_places_of(sequence) > self._num_free_places():
+            if sequence.num_rows_needed > self._num_free_rows():
                 break
-            if self._blocked is not None and self.running:
-                blocked, num_free = self._blocked
+            if self._blocked_head is not None and self.running:
+                blocked, num_free = self._blocked_head
                 if sequence is blocked and self.groups.num_free_blocks <= num_free:
                     break
-            if self.groups.would_gain_a_run(sequence.num_wanted):
+            if self.groups.compaction_helps(sequence.num_target_tokens):
                 self.compact()
             budget = self._max_num_batched_tokens - schedule.num_tokens
             num_cached = self._allocate(sequence, budget)
             if num_cached is None:
-                self._blocked = sequence, self.groups.num_free_blocks
+                self._blocked_head = sequence, self.groups.num_free_blocks
                 break
-            self._blocked = None
+            self._blocked_head = None
             self.waiting.pop(0)
-            self._join(sequence, num_cached)
-            self._num_forks_to_come += self._num_forks_of(sequence)
-            self._add_chunk(sequence, min(sequence.num_wanted - num_cached, budget), schedule)
+            self._start(sequence, num_cached)
+            self._num_reserved_rows += sequence.num_pending_forks
+            self._add_chunk(sequence, min(sequence.num_target_tokens - num_cached, budget), schedule)
 
     def _allocate(self, sequence: Sequence, budget: int) -> int | None:
-        """Take blocks for a waiting sequence and its first chunk in every group; how many of its tokens are cached.
+        """Take blocks for a waiting sequence and its first chunk in every group.
 
-        None if there are too few blocks.
+        Returns how many of its tokens are cached, None if there are too few blocks.
         """
-        request, tokens = sequence.request, sequence.token_ids[: sequence.num_wanted]
+        request, num_tokens = sequence.request, sequence.num_target_tokens
         has_run = request.metrics.first_scheduled_time is not None
         if has_run and self.running:
             # One that was preempted comes back once every running one could take a block beside it.
-            num_blocks = -(-len(tokens) // self.groups.block_size)
-            num_tails = (len(request.sequences) if sequence.trunk is not None else 0) * (
-                1 + -(-len(sequence.token_ids) // self.groups.block_size) - num_blocks
-            )
+            num_blocks = -(-num_tokens // self.groups.block_size)
+            num_tails = 0 if sequence.num_shared_tokens is None else len(request.sequences)
+            num_tails *= 1 + -(-len(sequence.token_ids) // self.groups.block_size) - num_blocks
             if num_blocks + num_tails + len(self.running) > self.groups.num_free_blocks:
                 return None
         try:
-            num_cached = self.groups.allocate(sequence.seq_id, tokens, salt=request.params.cache_salt)
+            salt = request.params.cache_salt
+            num_cached = self.groups.attach(sequence.seq_id, sequence.token_ids, num_tokens, salt=salt)
         except OutOfBlocks:
             return None
         try:
-            self.groups.extend(sequence.seq_id, tokens, min(len(tokens), num_cached + budget))
+            self.groups.reserve(sequence.seq_id, min(num_tokens, num_cached + budget))
         except OutOfBlocks:
             self.groups.free(sequence.seq_id)
             return None
         if not has_run:
             request.num_cached_tokens = num_cached
-            self.prefix_query_tokens += len(tokens)
+            self.prefix_query_tokens += num_tokens
             self.prefix_hit_tokens += num_cached
         return num_cached
 
-    def _unfold(self, sequence: Sequence) -> None:
-        """The shared tokens of preempted beams are computed: all of them go on from there."""
-        self._num_forks_to_come -= self._num_forks_of(sequence)
-        sequence.trunk = None
-        self.rows.widen(sequence)
-        self.rows.is_filling[sequence.row] = True
+    def _split_beams(self, sequence: Sequence) -> None:
+        """Let preempted beams, whose shared tokens are computed, all go on from there."""
+        self._num_reserved_rows -= sequence.num_pending_forks
+        sequence.num_shared_tokens = None
+        self.batch.recount(sequence)
+        self.batch.is_prefilling[sequence.row] = True
         for sibling in sequence.request.sequences:
             if sibling is not sequence:
                 self.add_fork(sequence, sibling)
 
-    def compact(self) -> int:
-        """Move the blocks in use to the start of the pool, so that the free space is one run; how many move."""
-        num_moves = self.groups.compact()
-        for sequence in self.running if num_moves else ():
-            self._write_tables(sequence, 0)
-        return num_moves
-
-    # -- helpers ------------------------------------------------------------------------------------------------
-
     def _running_rows(self) -> np.ndarray:
-        if self._order is None:
-            self._order = np.array([sequence.row for sequence in self.running], np.int64)
-        return self._order
+        if self._rows is None:
+            self._rows = np.array([sequence.row for sequence in self.running], np.int64)
+        return self._rows
 
-    def _join(self, sequence: Sequence, num_computed: int) -> None:
-        """A sequence that has blocks runs from now on."""
-        self.rows.join(sequence, num_computed)
+    def _start(self, sequence: Sequence, num_computed: int) -> None:
+        """Let a sequence that has blocks run."""
+        self.batch.add(sequence, num_computed)
         insort(self.running, sequence, key=_order)
-        self._order = None
-        self._write_tables(sequence, 0)
+        self._rows = None
+        self._copy_block_table(sequence, 0)
 
-    def _leave(self, sequence: Sequence) -> None:
-        self.rows.leave(sequence)
+    def _stop(self, sequence: Sequence, will_return: bool = False) -> None:
+        """Let a sequence run no more, and free its blocks."""
+        self._num_reserved_rows -= sequence.num_pending_forks
+        self._sync(sequence)
+        self.batch.remove(sequence)
         self.running.remove(sequence)
-        self._order = None
+        self._rows = None
+        self.groups.free(sequence.seq_id, will_return=will_return)
 
-    def _write_tables(self, sequence: Sequence, start: int, end: int | None = None) -> None:
+    def _sync(self, sequence: Sequence) -> None:
+        """Publish what is computed of a running sequence; of what is being drawn nothing is."""
+        self.groups.sync(sequence.seq_id, min(len(sequence.token_ids), int(self.batch.num_computed[sequence.row])))
+
+    def _reserve(self, sequence: Sequence, num_tokens: int) -> None:
+        """Give the first `num_tokens` tokens of a running sequence slots of its own. Raises OutOfBlocks."""
+        block_size = self.batch.block_size
+        try:
+            self.groups.reserve(sequence.seq_id, num_tokens)
+        finally:
+            first = int(self.batch.num_computed[sequence.row]) // block_size
+            self._copy_block_table(sequence, first, -(-num_tokens // block_size))
+        self.batch.tail_is_shared[sequence.row] = False
+
+    def _copy_block_table(self, sequence: Sequence, start: int, end: int | None = None) -> None:
         """Copy the entries `start` .. `end` - 1 of a sequence's block tables to its row."""
         row = sequence.row
-        for tables, manager in zip(self.rows.tables, self.groups.managers, strict=True):
+        for tables, manager in zip(self.batch.tables, self.groups.managers, strict=True):
             block_ids = manager.block_table(sequence.seq_id, start)
-            tables.set_tail(row, start, block_ids if end is None else block_ids[: end - start])
-        self.rows.num_slots[row] = self.groups.num_slots(sequence.seq_id)
+            tables.rewrite(row, start, block_ids if end is None else block_ids[: end - start])
+        self.batch.num_slots[row] = self.groups.num_slots(sequence.seq_id)
 
-    def _share_tail(self, *sequences: Sequence) -> None:
-        for sequence in sequences:
-            self.rows.shares_tail[sequence.row] = self.rows.num_computed[sequence.row] % self.rows.block_size != 0
-
-    def _preempt_last(self, schedule: Schedule) -> list[Sequence]:
+    def _preempt_last(self, schedule: Schedule) -> None:
         last = self.running[-1]
-        for sequence in _together(last):  # whose chunks will not be computed: nobody may find them
-            self.groups.withdraw(schedule.promised.pop(sequence, ()))
-        lost = self.preempt(last)
-        schedule.preempted += lost
-        gone = [chunk for chunk in schedule.chunks if chunk.sequence in lost]
-        schedule.num_tokens -= sum(chunk.num_tokens for chunk in gone)
-        schedule.chunks = [chunk for chunk in schedule.chunks if chunk.sequence not in lost]
-        decodes = [row for row in schedule.decodes.tolist() if self.rows.sequences[row] is not None]
-        schedule.num_tokens -= len(schedule.decodes) - len(decodes)
-        schedule.decodes = np.array(decodes, np.int64)
-        return lost
+        for sequence in last.preempted_with:  # whose chunks will not be computed: nobody may find them
+            self.groups.unpublish(schedule.published.pop(sequence, []))
+        preempted = self.preempt(last)
+        rows_left = np.array([self.batch.sequences[row] is not None for row in schedule.rows.tolist()], bool)
+        schedule.drop(preempted, rows_left)
 
-    def _wait_together(self, beams: list[Sequence]) -> None:
-        """Sequences without blocks wait; beams by way of the first of them, which computes what they share."""
+    def _queue_beams(self, beams: list[Sequence]) -> None:
+        """Let sequences without blocks wait; beams by way of the first of them, which computes what they share."""
+        for beam in beams:
+            beam.beam_candidates = None
         if len(beams) > 1:
-            beams[0].trunk = _num_shared(beams)
+            beams[0].num_shared_tokens = common_prefix_len([beam.token_ids for beam in beams])
         self.add(beams[0])
 
-    def _num_free_places(self) -> int:
-        """How many more sequences can run, with room kept for those that are still to be forked."""
-        num_free = self._max_num_seqs - len(self.running) - self._num_forks_to_come
-        if self.rows.is_beam[self._running_rows()].any():
+    def _num_free_rows(self) -> int:
+        """Count how many more sequences can run, beside those that are still to be forked."""
+        num_free = self._max_num_seqs - len(self.running) - self._num_reserved_rows
+        if self.batch.is_beam[self._running_rows()].any():
             # While a small vocabulary has too few continuations, a search has fewer beams than it may come to have.
             requests = {s.request for s in self.running if s.request.search is not None and s.request.is_forked}
-            num_free -= sum(request.width - len(request.sequences) for request in requests)
+            num_free -= sum(request.max_num_sequences - len(request.sequences) for request in requests)
         return num_free
-
-    def _num_places_of(self, sequence: Sequence) -> int:
-        """How many sequences may run once this one does."""
-        request = sequence.request
-        return request.width if request.search is not None else self._num_forks_of(sequence) + 1
-
-    def _num_forks_of(self, sequence: Sequence) -> int:
-        """Sequences that will be forked from this one, and for which room is kept."""
-        request = sequence.request
-        if sequence.trunk is not None:
-            return len(request.sequences) - 1
-        return 0 if request.is_forked else request.width - 1
-
-
-def _together(sequence: Sequence) -> list[Sequence]:
-    """The sequences that lose their blocks when this one does: beams go together."""
-    return sequence.request.sequences if sequence.request.search is not None else [sequence]
-
-
-def _num_shared(sequences: list[Sequence]) -> int:
-    """How many tokens sequences of one length have in common, short of the last."""
-    first = sequences[0].token_ids
-    shared = len(first) - 1
-    for sequence in sequences[1:]:
-        shared = next((i for i in range(shared) if sequence.token_ids[i] != first[i]), shared)
-    return shared

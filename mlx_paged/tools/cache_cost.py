@@ -18,64 +18,68 @@ from mlx_paged.errors import ModelError
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+    from mlx_paged.cache.kv_cache import LayerShape
+
 TYPICAL_PROMPT, TYPICAL_OUTPUT = 161, 338  # mean tokens of ShareGPT's conversations, Kwon et al. 2023, figure 11
 _SPREAD = 1.0  # standard deviation of the logarithm of a typical length
 _GROWTH = 256  # tokens by which mlx-lm's caches grow
 
 
 class LayerGroup(NamedTuple):
-    """Layers that are alike: what each stores per token, and the most tokens a query of theirs sees (None: all)."""
+    """Layers that are alike."""
 
     num_layers: int
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-    element_bytes: int
+    shape: LayerShape
+    """What each of them stores per token."""
     window: int | None
+    """The most tokens that a query of theirs sees; None: all."""
 
     @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * self.num_kv_heads * (self.key_dim + self.value_dim) * self.element_bytes
+        """Bytes of K and V that a token takes in all of these layers."""
+        return self.num_layers * self.shape.bytes_per_token
 
     def visible(self, num_tokens: int) -> int:
-        """How many of `num_tokens` a query can still see."""
+        """Count those of `num_tokens` that a query can still see."""
         return num_tokens if self.window is None else min(num_tokens, self.window)
 
 
 class ModelSize(NamedTuple):
-    """What a model takes.
-
-    dtype: of K and V. weight_bytes: as the configuration describes them; unknown_quantization: a kind that it names
-    in a form which mlx-lm converts while loading, so that weight_bytes does not have it. context: the longest it names.
-    """
+    """What a model takes, by its configuration."""
 
     family: str
     dtype: str
+    """Of K and V."""
     groups: list[LayerGroup]
     weight_bytes: int
     unknown_quantization: str | None
+    """A kind that is named in a form which mlx-lm converts while loading, so that `weight_bytes` does not have it."""
     context: int | None
+    """The longest that the configuration names, in tokens."""
 
 
 class Reservation(NamedTuple):
-    """A way to hold the KV cache of some requests: the bytes it takes, and those of them that hold visible tokens."""
+    """A way to hold the KV cache of some requests."""
 
     name: str
     num_requests: int
     taken: int
+    """Bytes that it takes."""
     needed: int
+    """Bytes of them that hold tokens which a query can still see."""
 
     @property
     def waste(self) -> float:
+        """Share of the bytes that hold no such token, from 0 to 1."""
         return 1 - self.needed / self.taken
 
     def fitting(self, room: int) -> int:
-        """How many such requests fit into `room` bytes."""
+        """Count how many such requests fit into `room` bytes."""
         return max(0, room) * self.num_requests // self.taken
 
 
 def compare(groups: Sequence[LayerGroup], lengths: Sequence[int], context: int, block_size: int) -> list[Reservation]:
-    """Three ways to hold requests of `lengths` tokens, prompt and output: reserved, padded, in blocks.
+    """Compare three ways to hold requests of `lengths` tokens, prompt and output: reserved, padded, in blocks.
 
     Reserved: room for `context` tokens each. Padded: mlx-lm's batch, every row as long as the longest, which grows by
     256 tokens at a time; the second copy that it makes while growing is not counted. In blocks: every block that
@@ -101,7 +105,10 @@ def compare(groups: Sequence[LayerGroup], lengths: Sequence[int], context: int, 
 
 
 def typical_lengths(num_requests: int, context: int, seed: int = 0) -> list[int]:
-    """Tokens of prompt and output together: log-normal, with the means of ShareGPT, at most `context`."""
+    """Draw typical lengths: tokens of prompt and output together, log-normal, with ShareGPT's means, at most `context`.
+
+    Returns the same for the same seed.
+    """
     draw = random.Random(seed)
 
     def log_normal(mean: int) -> int:
@@ -134,13 +141,10 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
     for shape, window in sorted(zip(patched.layers, patched.windows, strict=True), key=lambda layer: layer[1] or 0):
         if shape is not None:
             counts[shape, window] = counts.get((shape, window), 0) + 1
-    groups = [
-        LayerGroup(count, shape.num_kv_heads, shape.key_dim, shape.value_dim, shape.dtype.size, window)
-        for (shape, window), count in counts.items()
-    ]
+    groups = [LayerGroup(count, shape, window) for (shape, window), count in counts.items()]
     return ModelSize(
         family=str(config["model_type"]),
-        dtype=str(next(iter(counts))[0].dtype).removeprefix("mlx.core."),
+        dtype=str(groups[0].shape.dtype).removeprefix("mlx.core."),
         groups=groups,
         weight_bytes=loading.weight_bytes(model),
         unknown_quantization=stored.get("quant_method") if stored and not config.get("quantization") else None,
@@ -149,7 +153,7 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
 
 
 def _build(config: dict[str, Any]) -> nn.Module:
-    """An mlx-lm model with the parameters that its configuration describes, none of them evaluated."""
+    """Build an mlx-lm model with the parameters that its configuration describes, none of them evaluated."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm.utils import _get_classes

@@ -67,9 +67,9 @@ _CONTEXT = 32768
 
 
 def make_random_model(shape: str, dtype: str | None = None) -> Any:
-    """A LoadedModel without a tokenizer: an mlx-lm model of a shape in SHAPES with random weights, always the same.
+    """Make an mlx-lm model of a shape in SHAPES with random weights, always the same.
 
-    dtype: of the weights; None: bfloat16, and float32 on a CPU.
+    Returns a LoadedModel without a tokenizer. dtype: of the weights; None: bfloat16, and float32 on a CPU.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten

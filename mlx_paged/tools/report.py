@@ -23,7 +23,7 @@ FORMATS = ("table", "json", "csv", "md")
 
 
 def describe_machine(command: str, **details: Any) -> dict[str, Any]:
-    """What numbers depend on beside the code. command: that repeats them; details: others, such as versions."""
+    """Describe what numbers depend on beside the code. command: repeats them. details: others, such as versions."""
     import mlx.core as mx
 
     info = {} if mx.default_device() == mx.cpu else mx.device_info()
@@ -42,11 +42,12 @@ def describe_machine(command: str, **details: Any) -> dict[str, Any]:
 
 
 def cells(columns: Columns, row: Row) -> list[str]:
+    """Format the values of a row that columns show."""
     return [format(row[key], spec) for key, (_, spec) in columns.items()]
 
 
 def markdown(columns: Columns, rows: Sequence[Row]) -> str:
-    """A table in Markdown, numbers to the right."""
+    """Write rows as a table in Markdown, numbers to the right."""
     headings = [heading for heading, _ in columns.values()]
     rules = ["---:" if isinstance(rows[0][key], int | float) else "---" for key in columns]
     lines = [headings, rules, *(cells(columns, row) for row in rows)]
@@ -54,7 +55,7 @@ def markdown(columns: Columns, rows: Sequence[Row]) -> str:
 
 
 def terminal_table(title: str, columns: Columns, rows: Sequence[Row]) -> Table:
-    """The same for a terminal."""
+    """Make the same table for a terminal."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None)
@@ -66,7 +67,7 @@ def terminal_table(title: str, columns: Columns, rows: Sequence[Row]) -> Table:
 
 
 def as_text(table: Table) -> str:
-    """A table as it is to be printed: a row is a line, if need be wider than the terminal, and nothing is cut off."""
+    """Print a table to a string: a row is a line, if need be wider than the terminal, and nothing is cut off."""
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -83,7 +84,7 @@ def render(
     results: Mapping[str, Sequence[Row]],
     machine: dict[str, Any],
 ) -> str:
-    """Results, part by part, in one of FORMATS. tables: the title and columns of each part.
+    """Write results, part by part, in one of FORMATS. tables: the title and columns of each part.
 
     JSON has the machine and every value, {"machine": {...}, "results": {part: rows}}; CSV has every value too, the
     parts one after the other, with the heading of the first.

@@ -30,7 +30,7 @@ def measure_speed(
     repetitions: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:
-    """For each batch size a row for prompts, pp512 say, and one for decoding, tg128; one of them if the other is 0.
+    """Measure each batch size: yields a row for prompts, pp512 say, and one for decoding, tg128, unless they are 0.
 
     pp: as many random prompts as the batch has, up to the first token of each. tg: as many sequences that begin with
     one token. Each is run once before, to warm up. tokens_per_s and deviation are the mean and the standard deviation

@@ -36,11 +36,13 @@ def check_all(calls: Sequence[Call], architectures: Sequence[str]) -> None:
         assert resources.registers * call.threads <= 65536
 
 
+@pytest.mark.slow
 def test_decode_kernels_compile_and_keep_their_state_in_registers() -> None:
     points = points_of({"heads": [5, 16], **CONSTANTS, "architecture": ARCHITECTURES})
     check_all([record("decode", *point[:-1]) for point in points], [point[-1] for point in points])
 
 
+@pytest.mark.slow
 def test_prefill_kernels_compile_and_keep_their_state_in_registers() -> None:
     points = points_of({"kind": ["prefill", "shared"], "heads": [4], **CONSTANTS, "architecture": ARCHITECTURES})
     check_all([record(*point[:-1]) for point in points], [point[-1] for point in points])

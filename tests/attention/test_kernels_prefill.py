@@ -50,6 +50,7 @@ POINTS = points_of(GRID, seed=23, reused=("head_dim", "softcap", "sinks", "dtype
 NUM_PARTS = 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(NUM_PARTS))
 def test_it_equals_dense_attention_over_the_grid(part: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(arrays: Arrays, part_size: int | None) -> mx.array:
@@ -195,6 +196,7 @@ MISTAKES: dict[str, dict[str, Mistake]] = {
 }
 
 
+@pytest.mark.slow
 def test_planted_mistakes_are_noticed(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.unnoticed(MISTAKES[gpu.name], monkeypatch) == []
 

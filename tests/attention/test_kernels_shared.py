@@ -60,6 +60,7 @@ def case_of(point: Sequence[Any]) -> Case:
     return Case(lengths, heads, head_dim, 16, None, softcap, sinks, dtype, shared=shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(NUM_PARTS))
 def test_it_equals_dense_attention_over_the_grid(part: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(arrays: Arrays, part_size: int | None) -> mx.array:
@@ -162,6 +163,7 @@ MISTAKES: dict[str, dict[str, Mistake]] = {
 }
 
 
+@pytest.mark.slow
 def test_planted_mistakes_are_noticed(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.unnoticed(MISTAKES[gpu.name], monkeypatch) == []
 

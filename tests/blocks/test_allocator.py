@@ -2,7 +2,8 @@
 
 import pytest
 
-from mlx_paged.blocks.allocator import POLICIES, BlockAllocator, FifoFreeBlocks, FreeBlocks, LruFreeBlocks
+from mlx_paged.blocks.allocator import BlockAllocator
+from mlx_paged.blocks.free_lists import POLICIES, FifoFreeBlocks, FreeBlocks, LruFreeBlocks
 from mlx_paged.errors import OutOfBlocks
 
 both_policies = pytest.mark.parametrize("policy", ["fifo", "lru"])
@@ -145,7 +146,7 @@ def test_a_forgotten_cached_block_is_reused_as_an_empty_one(policy: str) -> None
     allocator = BlockAllocator(3, policy)
     allocator.allocate(3)
     allocator.release([0, 1, 2], everything)
-    allocator.forget(1)
+    allocator.uncache(1)
     assert allocator.num_free == 3
     assert drain(allocator) == {"fifo": [0, 1, 2], "lru": [1, 0, 2]}[policy]
 

@@ -416,7 +416,7 @@ def test_a_missing_middle_block_is_filled_by_the_next_sequence_and_what_follows_
     manager.fork("a", "holds")  # keeps the blocks referenced
     manager.free("a")
     middle = manager.block_table("holds")[1]
-    manager._prefixes.evict(middle)
+    manager._tree.evict(middle)
     assert manager.allocate("b", tokens(7)) == 2
     manager.mark_computed("b", 7)
     assert manager.block_table("b") == [0, 3, 4, 5]
@@ -457,7 +457,7 @@ def test_eviction_under_lru_takes_a_chain_from_its_end_and_leaves_a_shorter_hit(
     for taken, left in ((3, 6), (2, 4), (1, 2), (0, 0)):
         manager.allocate(f"new {taken}", [90 + taken])
         assert manager.block_table(f"new {taken}") == [taken]
-        assert len(manager._prefixes) * 2 == left
+        assert len(manager._tree._node_of_block) * 2 == left
     manager.check()
 
 
@@ -581,52 +581,25 @@ def test_a_fork_in_the_middle_of_a_prompt_shares_only_what_is_computed_with_othe
     manager.check()
 
 
-def test_a_fork_of_a_part_shares_the_blocks_of_that_part() -> None:
-    manager = BlockManager(8, 4)
-    run(manager, "a", tokens(10))
-    manager.fork("a", "b", num_tokens=6)
-    assert manager.block_table("b") == [0, 1]
-    assert (manager.num_tokens("b"), manager.num_computed("b")) == (6, 6)
-    assert [manager.ref_count(block_id) for block_id in range(3)] == [2, 2, 1]
-    assert manager.append("b", [70]) == [(1, 3)]
-    for num_tokens in (0, -1, 11):
-        with pytest.raises(ValueError, match="has 10 tokens"):
-            manager.fork("a", "c", num_tokens=num_tokens)
-    manager.check()
+# -- publishing ---------------------------------------------------------------------------------------------------
 
 
-def test_a_block_that_is_written_on_from_its_middle_is_not_hit_as_what_it_was() -> None:
-    manager = BlockManager(8, 4)
-    run(manager, "a", tokens(8))
-    manager.fork("a", "b", num_tokens=6)
-    manager.free("a")
-    assert manager.append("b", [70, 71]) == [], "the last owner writes in place, over what ended the block before"
-    assert manager.allocate("c", tokens(9)) == 4
-    manager.mark_computed("b", 8)
-    assert manager.allocate("d", tokens(6) + [70, 71, 72]) == 8
-    assert manager.block_table("d")[:2] == [0, 1]
-    manager.check()
-
-
-# -- promises ---------------------------------------------------------------------------------------------------
-
-
-def test_promised_blocks_are_hit_by_sequences_of_the_same_step() -> None:
+def test_published_blocks_are_hit_by_sequences_of_the_same_step() -> None:
     manager = BlockManager(8, 4)
     manager.allocate("a", tokens(10))
-    assert [node.block_id for node in manager.promise("a", 7)] == [0]
-    assert [node.block_id for node in manager.promise("a", 10)] == [1]
+    assert [node.block_id for node in manager.publish("a", 7)] == [0]
+    assert [node.block_id for node in manager.publish("a", 10)] == [1]
     assert manager.allocate("b", tokens(10)) == 8
     manager.mark_computed("a", 10)
     manager.mark_computed("b", 10)
     manager.check()
 
 
-def test_a_withdrawn_promise_is_not_hit() -> None:
+def test_what_was_published_and_not_computed_is_not_hit() -> None:
     manager = BlockManager(8, 4)
     manager.allocate("a", tokens(10))
     manager.mark_computed("a", 4)
-    manager.withdraw(manager.promise("a", 10))
+    manager.unpublish(manager.publish("a", 10))
     manager.free("a")
     assert manager.allocate("b", tokens(10)) == 4
     manager.check()
@@ -670,18 +643,6 @@ def test_a_windowed_sequence_is_hit_as_long_as_the_blocks_that_are_seen_are_ther
     assert manager.allocate("b", tokens(9)) == 8
     assert manager.block_table("b")[:4] == [-1, -1, -1, 3]
     manager.check()
-
-
-def test_a_part_whose_window_has_been_given_back_cannot_be_shared() -> None:
-    manager = BlockManager(8, 2, window=3)
-    run(manager, "a", tokens(9))
-    before = snapshot(manager)
-    with pytest.raises(ValueError, match="given back"):
-        manager.fork("a", "b", num_tokens=5)
-    assert snapshot(manager) == before
-    manager.fork("a", "b")
-    assert manager.block_table("b") == manager.block_table("a")
-    assert manager.append("b", [9]) == [(4, manager.block_table("b")[-1])]
 
 
 def test_a_window_of_less_than_one_token_is_refused() -> None:
@@ -774,15 +735,15 @@ def test_compacting_a_pool_without_an_empty_block_costs_one_cached_block(allocat
     manager = BlockManager(5, 2, allocator=allocator)
     fill(manager, {"cached": 6, "live": 4})
     manager.free("cached")
-    assert len(manager._prefixes) == 5
+    assert len(manager._tree._node_of_block) == 5
     moves = manager.compact()
     contents = dict(enumerate("ABCDE"))
     for src, dst in moves:
         contents[dst] = contents[src]
     assert [contents[block_id] for block_id in manager.block_table("live")] == ["D", "E"]
     assert set(manager.block_table("live")) == {0, 1}
-    assert len(manager._prefixes) == 4
-    left = [contents[node.block_id] for node in map(manager._prefixes._node_of_block.get, range(2, 5)) if node]
+    assert len(manager._tree._node_of_block) == 4
+    left = [contents[node.block_id] for node in map(manager._tree._node_of_block.get, range(2, 5)) if node]
     assert len(left) == 2 and set(left) < set("ABC")
     if allocator == "lru":
         assert [manager.is_cached(block_id) for block_id in reuse_order(manager)] == [False, True, True]
@@ -843,7 +804,7 @@ def test_check_notices_a_broken_reference_count_table_or_cache_entry() -> None:
         manager._sequences["a"].num_computed = 3
 
     def wrong_node(manager: BlockManager) -> None:
-        manager._prefixes._node_of_block[1].block_id = 4
+        manager._tree._node_of_block[1].block_id = 4
 
     for break_it in (lost_reference, table_too_short, block_twice, hit_too_early, wrong_node):
         broken(break_it)

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mlx_paged import BlockManager, OutOfBlocks
-from mlx_paged.blocks.allocator import POLICIES
 from mlx_paged.blocks.block_manager import NO_BLOCK
+from mlx_paged.blocks.free_lists import POLICIES
 from mlx_paged.blocks.prefix_tree import PrefixNode
 
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
@@ -37,7 +37,7 @@ class Model:
     salt: str | None
 
 
-class Tier:
+class Store:
     """A second place for blocks, which carries out at once what it is asked for."""
 
     def __init__(self, contents: np.ndarray) -> None:
@@ -62,18 +62,20 @@ class BlockManagerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 5),
         prefix_caching=st.sampled_from([True, True, False]),
         window=st.sampled_from([None, None, 1, 2, 5, 8]),
-        has_tier=st.booleans(),
+        has_store=st.booleans(),
     )
-    def start(self, num_blocks: int, block_size: int, prefix_caching: bool, window: int | None, has_tier: bool) -> None:
+    def start(
+        self, num_blocks: int, block_size: int, prefix_caching: bool, window: int | None, has_store: bool
+    ) -> None:
         self.contents = np.full((num_blocks, block_size), -1)
-        self.tier = Tier(self.contents)
+        self.store = Store(self.contents)
         self.manager = BlockManager(
             num_blocks,
             block_size,
             allocator=self.policy,
             prefix_caching=prefix_caching,
             window=window,
-            tier=self.tier if has_tier else None,
+            store=self.store if has_store else None,
         )
         self.prefix_numbers: dict[Any, int] = {}
         self.sequences: dict[int, Model] = {}
@@ -131,9 +133,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         seq_id = self.pick(pick)
         sequence = self.sequences[seq_id]
         end = sequence.num_computed + round(share * (len(sequence.tokens) - sequence.num_computed))
-        promised = self.manager.promise(seq_id, end)
+        promised = self.manager.publish(seq_id, end)
         if outcome == "fails":
-            self.manager.withdraw(promised)
+            self.manager.unpublish(promised)
             self.free(pick)
             return
         for position in range(sequence.num_computed, end):
@@ -145,35 +147,14 @@ class BlockManagerMachine(RuleBasedStateMachine):
             assert self.manager.block_table(seq_id)[:num_unseen] == [NO_BLOCK] * num_unseen
 
     @precondition(lambda self: self.sequences)
-    @rule(pick=PICK, num_tokens=st.one_of(st.none(), st.integers(1, 14)))
-    def fork(self, pick: int, num_tokens: int | None) -> None:
+    @rule(pick=PICK)
+    def fork(self, pick: int) -> None:
         seq_id, new_id = self.pick(pick), self.next_id
         sequence = self.sequences[seq_id]
-        num_tokens = None if num_tokens is None else min(num_tokens, len(sequence.tokens))
-        before = self.snapshot()
-        try:
-            self.manager.fork(seq_id, new_id, num_tokens=num_tokens)
-        except ValueError:
-            assert self.manager.window is not None and num_tokens is not None
-            assert self.snapshot() == before
-            return
+        self.manager.fork(seq_id, new_id)
         self.next_id += 1
-        tokens = sequence.tokens[:num_tokens]
-        self.sequences[new_id] = Model(tokens, min(sequence.num_computed, len(tokens)), sequence.salt)
-        num_blocks = self.blocks_for(len(tokens))
-        assert self.manager.block_table(new_id) == self.manager.block_table(seq_id)[:num_blocks]
-
-    @precondition(lambda self: self.sequences)
-    @rule(pick=PICK, num_tokens=st.integers(1, 14), more=TOKENS)
-    def go_back(self, pick: int, num_tokens: int, more: list[int]) -> None:
-        """Go on from an earlier position with other tokens, as after a branch that was given up."""
-        seq_id, num_before = self.pick(pick), len(self.sequences)
-        self.fork(pick, num_tokens)
-        if len(self.sequences) > num_before:
-            self.free(list(self.sequences).index(seq_id))
-            last = len(self.sequences) - 1
-            self.append(last, more[:3])
-            self.compute(last, 1.0, "whole")
+        self.sequences[new_id] = Model(list(sequence.tokens), sequence.num_computed, sequence.salt)
+        assert self.manager.block_table(new_id) == self.manager.block_table(seq_id)
 
     @precondition(lambda self: self.sequences)
     @rule(pick=PICK, will_return=st.booleans())
@@ -187,7 +168,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sequences)
     @rule(pick=PICK, more=TOKENS)
     def give_way_and_come_back(self, pick: int, more: list[int]) -> None:
-        """As a preempted sequence does: others take all blocks meanwhile, so what it had is in the second tier."""
+        """As a preempted sequence does: others take all blocks meanwhile, so what it had is in the block store."""
         self.compute(pick, 1.0, "whole")
         sequence = self.sequences[self.pick(pick)]
         self.free(pick, will_return=True)
@@ -201,9 +182,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.compute(num_before, 0.0, "whole")
 
     @rule(pick=PICK)
-    def the_tier_forgets_a_block(self, pick: int) -> None:
-        if self.tier.kept:
-            del self.tier.kept[list(self.tier.kept)[pick % len(self.tier.kept)]]
+    def the_store_forgets_a_block(self, pick: int) -> None:
+        if self.store.kept:
+            del self.store.kept[list(self.store.kept)[pick % len(self.store.kept)]]
 
     @rule()
     def compact(self) -> None:
@@ -279,13 +260,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     def num_cached(self) -> int:
         """Free blocks that can still be hit."""
-        return sum(block_id in self.manager._prefixes for block_id in self.reuse_order())
+        return sum(block_id in self.manager._tree for block_id in self.reuse_order())
 
     def snapshot(self) -> Any:
         manager = self.manager
         tables = {seq_id: manager.block_table(seq_id) for seq_id in self.sequences}
         lengths = {seq_id: (manager.num_tokens(seq_id), manager.num_computed(seq_id)) for seq_id in self.sequences}
-        cached = {block_id for block_id in range(manager.num_blocks) if block_id in manager._prefixes}
+        cached = {block_id for block_id in range(manager.num_blocks) if block_id in manager._tree}
         return tables, lengths, cached, list(manager.seq_ids), self.reuse_order()
 
 

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mlx_paged import LLM, BlockManager, OutOfBlocks, SamplingParams
-from mlx_paged.blocks.allocator import POLICIES
 from mlx_paged.blocks.block_manager import NO_BLOCK
-from mlx_paged.blocks.cache_groups import BlockCopy, CacheGroups, blocks_for_window
-from mlx_paged.scheduler.running_batch import Rows
+from mlx_paged.blocks.cache_groups import CacheGroups, blocks_for_window
+from mlx_paged.blocks.free_lists import POLICIES
+from mlx_paged.blocks.transfers import BlockCopy
+from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.scheduler import Scheduler
 
 TinyModel = Callable[..., nn.Module]
@@ -106,17 +107,6 @@ def test_a_block_that_one_of_two_forks_has_left_behind_stays_for_the_other() -> 
     assert manager.ref_count(first) == 0
 
 
-def test_a_part_whose_window_was_given_back_is_not_shared() -> None:
-    manager = BlockManager(8, 2, window=3)
-    manager.allocate(0, range(8))
-    manager.mark_computed(0, 8)
-    with pytest.raises(ValueError, match="given back blocks that its first 5 tokens need"):
-        manager.fork(0, 1, num_tokens=5)
-    manager.fork(0, 1, num_tokens=8)
-    assert manager.block_table(1) == manager.block_table(0)
-    manager.check()
-
-
 def test_a_hit_needs_the_windows_blocks_only() -> None:
     manager = BlockManager(9, 2, window=3)
     manager.allocate(0, range(8))
@@ -136,17 +126,17 @@ def test_all_groups_start_from_the_same_token() -> None:
     full, windowed = BlockManager(16, 2), BlockManager(8, 2, window=3)
     groups = CacheGroups([full, windowed])
     prompt = list(range(12))
-    groups.allocate(0, prompt)
-    groups.extend(0, prompt, 10)
+    groups.attach(0, prompt, len(prompt))
+    groups.reserve(0, 10)
     groups.mark_computed(0, 10)
     groups.fork(0, "keeper")  # holds the window before token 10
-    groups.extend(0, prompt, 12)
+    groups.reserve(0, 12)
     groups.mark_computed(0, 12)
     groups.free(0)
     windowed.allocate("others", range(100, 114))  # overwrites what the window before token 12 needs
     windowed.free("others")
     assert full.num_cached_tokens([*prompt, 12]) == 12
-    assert groups.allocate(1, [*prompt, 12]) == 10
+    assert groups.attach(1, [*prompt, 12], len(prompt) + 1) == 10
     assert [manager.num_computed(1) for manager in groups.managers] == [10, 10]
     assert windowed.num_tokens(1) == 11  # a prompt's blocks are taken chunk by chunk
     groups.check()
@@ -155,9 +145,9 @@ def test_all_groups_start_from_the_same_token() -> None:
 def test_what_the_last_group_allows_is_asked_of_the_first_again() -> None:
     groups = CacheGroups([BlockManager(16, 2), BlockManager(6, 2, window=3), BlockManager(6, 2, window=3)])
     prompt = list(range(9))
-    groups.allocate(0, prompt)
+    groups.attach(0, prompt, len(prompt))
     for end in (2, 6, 8):
-        groups.extend(0, prompt, end)
+        groups.reserve(0, end)
         groups.mark_computed(0, end)
         groups.fork(0, end)  # holds the window before token `end`
     groups.free(0)
@@ -166,7 +156,9 @@ def test_what_the_last_group_allows_is_asked_of_the_first_again() -> None:
         manager.allocate("others", range(100, 108))  # overwrites all that is not held
         manager.free("others")
     assert [manager.num_cached_tokens(prompt) for manager in groups.managers] == [8, 8, 6]
-    assert groups.allocate(1, prompt) == 2  # the first windowed group can't start from 6, nor the second from 8
+    assert (
+        groups.attach(1, prompt, len(prompt)) == 2
+    )  # the first windowed group can't start from 6, nor the second from 8
 
 
 def test_compaction_keeps_what_was_given_back_given_back() -> None:
@@ -292,7 +284,7 @@ class CacheGroupsMachine(RuleBasedStateMachine):
         self.next_id = 0
         self.history = [[0]]
         self.in_step: dict[int, int] = {}  # sequence -> how many of its tokens will be computed
-        self.promised: list[Any] = []
+        self.published: list[Any] = []
         self.written: list[Written] = []
 
     @rule(pick=PICK, keep=st.integers(0, 30), more=st.lists(st.integers(0, 1), min_size=1, max_size=12))
@@ -302,7 +294,7 @@ class CacheGroupsMachine(RuleBasedStateMachine):
             return
         expected = self.contents.longest_hit(tokens) if self.prefix_caching else 0
         seq_id, self.next_id = self.next_id, self.next_id + 1
-        num_cached = self.groups.allocate(seq_id, tokens)
+        num_cached = self.groups.attach(seq_id, tokens, len(tokens))
         # A window of 1 needs no earlier block to go on from a boundary, and is not found by one that is gone.
         assert num_cached <= expected if 1 in self.windows else num_cached == expected
         assert [manager.num_computed(seq_id) for manager in self.groups.managers] == [num_cached] * len(
@@ -310,7 +302,7 @@ class CacheGroupsMachine(RuleBasedStateMachine):
         )
         self.sequences[seq_id] = Life(tokens, num_cached)
         self.history.append(tokens)
-        if not self.schedule(seq_id, 1 + pick % 7, promise=True):
+        if not self.schedule(seq_id, 1 + pick % 7, publish=True):
             self.in_step[seq_id] = num_cached
 
     @precondition(lambda self: self.sequences)
@@ -318,7 +310,7 @@ class CacheGroupsMachine(RuleBasedStateMachine):
     def compute_a_chunk(self, pick: int, num_tokens: int) -> None:
         seq_id = self.pick(pick)
         if seq_id not in self.in_step:
-            self.schedule(seq_id, num_tokens, promise=True)
+            self.schedule(seq_id, num_tokens, publish=True)
 
     @precondition(lambda self: self.sequences)
     @rule(pick=PICK, token=st.integers(0, 1))
@@ -328,7 +320,7 @@ class CacheGroupsMachine(RuleBasedStateMachine):
         if seq_id in self.in_step or life.num_computed < len(life.tokens):
             return
         life.tokens.append(token)
-        if not self.schedule(seq_id, 1, promise=False):
+        if not self.schedule(seq_id, 1, publish=False):
             life.tokens.pop()
         self.history.append(list(life.tokens))
 
@@ -341,27 +333,28 @@ class CacheGroupsMachine(RuleBasedStateMachine):
             for manager in self.groups.managers[1:]:
                 assert manager.window is not None
                 assert len(held(manager, seq_id)) <= most_blocks(manager.window, manager.block_size)
-        self.in_step, self.promised, self.written = {}, [], []
+        self.in_step, self.published, self.written = {}, [], []
 
     @precondition(lambda self: self.in_step)
     @rule()
     def fail_the_step(self) -> None:
-        self.groups.withdraw(self.promised)
+        self.groups.unpublish(self.published)
         for array, block_id, offset, before in reversed(self.written):
             array[block_id, offset] = before
         for seq_id in self.in_step:
             self.groups.free(seq_id)
             del self.sequences[seq_id]
-        self.in_step, self.promised, self.written = {}, [], []
+        self.in_step, self.published, self.written = {}, [], []
 
     @precondition(lambda self: self.sequences and not self.in_step)
     @rule(pick=PICK)
     def fork(self, pick: int) -> None:
         seq_id, new_id = self.pick(pick), self.next_id
         self.next_id += 1
-        self.groups.fork(seq_id, new_id)
         life = self.sequences[seq_id]
-        self.sequences[new_id] = Life(list(life.tokens), life.num_computed)
+        tokens = list(life.tokens)
+        self.groups.fork(seq_id, new_id, tokens)
+        self.sequences[new_id] = Life(tokens, life.num_computed)
 
     @precondition(lambda self: self.sequences)
     @rule(pick=PICK)
@@ -399,17 +392,17 @@ class CacheGroupsMachine(RuleBasedStateMachine):
         if not self.in_step:
             self.groups.check()
 
-    def schedule(self, seq_id: int, num_tokens: int, promise: bool) -> bool:
+    def schedule(self, seq_id: int, num_tokens: int, publish: bool) -> bool:
         """Let the step compute a sequence's next tokens, if there are any and every group has blocks for them."""
         life = self.sequences[seq_id]
         end = min(life.num_computed + num_tokens, len(life.tokens))
         needed = self.blocks_for(end - life.num_computed) + 1
         if end == life.num_computed or any(needed > manager.num_free_blocks for manager in self.groups.managers):
             return False
-        self.groups.extend(seq_id, life.tokens, end)
+        self.groups.reserve(seq_id, end)
         self.contents.run_transfers()
-        if promise:
-            self.promised += self.groups.promise(seq_id, end)
+        if publish:
+            self.published += self.groups.publish(seq_id, end)
         self.written += self.contents.write(seq_id, life.tokens, life.num_computed, end)
         for query in range(life.num_computed, end):
             self.contents.check_visible(seq_id, life.tokens, query, end)
@@ -436,15 +429,15 @@ def test_random_lives_in_groups_keep_all_that_a_query_sees_and_agree_on_hits(pol
 class AlwaysEnough(BlockManager):
     """A windowed manager whose pool must suffice: running out is a failure."""
 
-    def append(self, *args: Any, **kwargs: Any) -> list[tuple[int, int]]:
+    def reserve(self, *args: Any, **kwargs: Any) -> list[tuple[int, int]]:
         try:
-            return super().append(*args, **kwargs)
+            return super().reserve(*args, **kwargs)
         except OutOfBlocks as error:
             raise AssertionError(f"window {self.window}: {error}") from error
 
-    def allocate(self, *args: Any, **kwargs: Any) -> int:
+    def attach(self, *args: Any, **kwargs: Any) -> int:
         try:
-            return super().allocate(*args, **kwargs)
+            return super().attach(*args, **kwargs)
         except OutOfBlocks as error:
             raise AssertionError(f"window {self.window}: {error}") from error
 
@@ -472,7 +465,7 @@ class WindowBench(Bench):
             windowed.append(manager)
         self.groups = CacheGroups([self.manager, *windowed])
         self.contents = Contents(self.groups)
-        self.rows = Rows(self.max_num_seqs, len(self.groups.managers), self.num_blocks, self.block_size)
+        self.rows = RunningBatch(self.max_num_seqs, len(self.groups.managers), self.num_blocks, self.block_size)
         self.scheduler = Scheduler(self.groups, self.rows, self.max_num_seqs, self.budget)
 
     def check(self, plan: Planned) -> None:

@@ -1,258 +1,32 @@
-"""What goes wrong in the middle of a step, anywhere: whose error it becomes, and that everybody else is unharmed.
-
-MLX_PAGED_LONG_TESTS=<number> interrupts the engine at so many times as many places.
-"""
+"""What goes wrong in the middle of a step: whose error it becomes, and that everybody else is unharmed."""
 
 from __future__ import annotations
 
 import errno
 import functools
 import gc
-import inspect
 import itertools
 import os
 import random
 import sys
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.workload import FAMILIES, Alone, Asked, Results, assert_idle, make_engine, tiny, tiny_tokenizer
+from helpers.budget import LONG
+from helpers.faults import GREEDY, PIPELINING, TIGHT, TRUNK, Run, alone, requests
+from helpers.workload import FAMILIES, Asked, Results, assert_idle, make_engine, tiny, tiny_tokenizer
 
-import mlx_paged
 from mlx_paged import LLM, BeamSearchParams, SamplingParams
 from mlx_paged.cache import block_store as block_store
-from mlx_paged.engine import engine as engine_module
 from mlx_paged.engine.engine import Engine
-from mlx_paged.engine.forking import LiveRequests
-from mlx_paged.engine.output_processor import Completer
 from mlx_paged.errors import EngineWarning
-from mlx_paged.sampling.beam_search import BeamSearch
-from mlx_paged.scheduler.running_batch import Rows
-
-LONG = max(1, int(os.environ.get("MLX_PAGED_LONG_TESTS") or 0))
-PIPELINING = ["off", "build", "submit"]
-MOST_STEPS = 2000
-Place = tuple[str, int]  # file and line
-PACKAGE = os.path.dirname(mlx_paged.__file__) + os.sep
-TIGHT = {"block_size": 2, "num_kv_blocks": 40, "max_num_seqs": 6, "max_num_batched_tokens": 16}
-
-GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-TRUNK = [7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47]
-
-
-def requests() -> list[Asked]:
-    """One of each kind: samples, a beam search, streams, a form, a prompt of several chunks."""
-    return [
-        Asked(TRUNK, SamplingParams(temperature=0, max_tokens=9, logprobs=2, ignore_eos=True)),
-        Asked([*TRUNK, 5], SamplingParams(n=3, seed=3, max_tokens=8, ignore_eos=True, repetition_penalty=1.2)),
-        Asked(TRUNK[:7], BeamSearchParams(beam_width=3, max_tokens=7)),
-        Asked(TRUNK[::-1], SamplingParams(seed=5, max_tokens=10, stop=["a", "xy"], ignore_eos=True), stream=True),
-        Asked([50, 51], SamplingParams(seed=6, max_tokens=12, regex="[a-h]{2,9}", logprobs=0)),
-        Asked([8 + i * i % 50 for i in range(37)], SamplingParams(n=2, seed=7, max_tokens=5), stream=True),
-        Asked([*TRUNK, 9, 9, 9], BeamSearchParams(beam_width=4, max_tokens=6, early_stopping=True, length_penalty=0.0)),
-    ]
-
-
-@cache
-def alone(family: str) -> Alone:
-    return Alone(family)
-
-
-class Run:
-    """The requests in an engine, one of them more at every second step."""
-
-    def __init__(self, engine: Engine, asked: list[Asked] | None = None) -> None:
-        self.engine = engine
-        self.asked: dict[int, Asked] = {}
-        self.results = Results()
-        self.num_interruptions = 0
-        self._to_come = requests() if asked is None else asked
-        self._num_steps = 0
-
-    @property
-    def goes_on(self) -> bool:
-        return bool(self._to_come) or self.engine.has_unfinished()
-
-    def step(self) -> None:
-        if self._to_come and self._num_steps % 2 == 0:
-            asked = self._to_come.pop(0)
-            self.asked[self.engine.add_request(asked.prompt, asked.params, stream=asked.stream)] = asked
-        self._num_steps += 1
-        assert self._num_steps < MOST_STEPS, "it does not come to an end"
-        try:
-            self.results.take(self.engine.step())
-        except KeyboardInterrupt:
-            self.num_interruptions += 1
-            self.engine.cache_groups.check()
-
-    def to_the_end(self) -> Run:
-        while self.goes_on:
-            self.step()
-        return self
-
-    def check(self, family: str) -> None:
-        """Those that did not fail gave what they give alone; the engine holds nothing and goes on serving."""
-        for request_id, asked in self.asked.items():
-            if request_id not in self.results.errors:
-                alone(family).compare(asked, self.results.finished[request_id])
-        assert_idle(self.engine)
-        if self.results.errors:
-            later = Run(self.engine, requests()[::-2]).to_the_end()
-            assert later.results.errors == {}
-            later.check(family)
-
-
-# -- interruptions ----------------------------------------------------------------------------------------------
-
-
-class Interrupter:
-    """Makes the steps of an engine, and raises KeyboardInterrupt in them as it reaches lines of the package.
-
-    targets: (line, number): before the line is executed for that time, counted from the last interruption. Without
-    targets it counts how often each line is executed.
-    """
-
-    def __init__(self, targets: list[tuple[Place, int]]) -> None:
-        self.counts: Counter[Place] = Counter()
-        self.places: list[Place] = []
-        self._targets = targets[::-1]
-        self._counting = not targets
-
-    def step(self, engine: Engine) -> Any:
-        sys.settrace(self._enter)
-        try:
-            return Engine.step(engine)
-        finally:
-            sys.settrace(None)
-
-    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
-        code = frame.f_code
-        if not code.co_filename.startswith(PACKAGE):
-            return None
-        if self._counting:
-            return self._count
-        (name, line), _ = self._targets[-1] if self._targets else (("", 0), 0)
-        return self._line if code.co_filename.endswith(name) and line in _lines(code) else None
-
-    def _count(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
-            self.counts[frame.f_code.co_filename[len(PACKAGE) :], frame.f_lineno] += 1
-        return self._count
-
-    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        place, left = self._targets[-1]
-        if event == "line" and frame.f_lineno == place[1]:
-            self._targets[-1] = place, left - 1
-            if left <= 1:
-                self.places.append(self._targets.pop()[0])
-                raise KeyboardInterrupt  # which also ends the tracing
-        return self._line
-
-
-@cache
-def _lines(code: CodeType) -> frozenset[int]:
-    return frozenset(line for _, _, line in code.co_lines() if line is not None)
-
-
-@cache
-def executed_lines(family: str, pipelining: str) -> Counter[Place]:
-    """How often the steps of an undisturbed run execute each line of the package."""
-    engine, interrupter = make_engine(family, **TIGHT, pipelining=pipelining), Interrupter([])
-    engine.step = lambda: interrupter.step(engine)  # type: ignore[method-assign]
-    run = Run(engine).to_the_end()
-    del engine.step
-    run.check(family)
-    return interrupter.counts
-
-
-def is_past_saving(place: Place) -> bool:
-    """Whether a step that is interrupted there has let its outputs go already: they are on the way to the caller."""
-    source, start = inspect.getsourcelines(Engine.step)
-    end = next(i for i, line in enumerate(source) if "self._live.outputs = self._live.outputs, []" in line)
-    gate, gate_start = inspect.getsourcelines(Engine._alone)
-    with_line = next(i for i, line in enumerate(source) if "with self._alone()" in line)
-    lines = {start + with_line, *range(start + end + 1, start + len(source))}
-    lines |= {gate_start + i for i in range(len(gate))}
-    return place[0] == "engine.py" and place[1] in lines
-
-
-def run_interrupted(targets: list[tuple[Place, int]], family: str, pipelining: str) -> None:
-    """Nobody notices, whatever the lines."""
-    engine, interrupter = make_engine(family, **TIGHT, pipelining=pipelining), Interrupter(targets)
-    engine.step = lambda: interrupter.step(engine)  # type: ignore[method-assign]
-    run = Run(engine)
-    try:
-        run.to_the_end()
-        del engine.step
-        run.check(family)
-    except BaseException:
-        print("interrupted at", *interrupter.places, sep="\n  ")  # shown if it fails
-        raise
-    assert run.results.errors == {}
-    assert run.num_interruptions == len(interrupter.places) > 0
-
-
-@pytest.mark.parametrize("pipelining", PIPELINING)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", range(LONG))
-def test_an_interruption_at_any_line_loses_nothing(seed: int, family: str, pipelining: str) -> None:
-    chance = random.Random(f"{seed} {family} {pipelining}")
-    counts = executed_lines(family, pipelining)
-    places = [place for place in sorted(counts) if not is_past_saving(place)]
-    targets = [(place, chance.randrange(counts[place]) // 3 + 1) for place in chance.sample(places, 10)]
-    run_interrupted(targets, family, pipelining)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [Engine._take_in, LiveRequests.begin, LiveRequests.take_tokens, LiveRequests.take_candidates, LiveRequests._branch]
-    + [LiveRequests._new_sequence, LiveRequests._put_out, LiveRequests._hand_out, LiveRequests.fork_samples]
-    + [BeamSearch.advance, Completer.take, Rows.flush, Rows.add_tokens],
-    ids=lambda function: function.__qualname__,
-)
-def test_an_interruption_while_something_changes_hands_loses_nothing(function: Any) -> None:
-    source, start = inspect.getsourcelines(function)
-    name = os.path.basename(inspect.getsourcefile(function) or "")
-    counts = executed_lines("llama", "build")
-    places = [place for place in sorted(counts) if place[0] == name and start <= place[1] < start + len(source)]
-    targets = [(place, 1 + number % 2 * (counts[place] > 8)) for number, place in enumerate(places)]
-    for first in range(0, len(targets), 12):
-        run_interrupted(targets[first : first + 12], "llama", "build")
-
-
-def test_room_is_kept_for_the_beams_of_a_search_that_is_interrupted_as_it_forks() -> None:
-    engine = make_engine("llama", block_size=2, num_kv_blocks=400, max_num_seqs=4, max_num_batched_tokens=64)
-    run = Run(engine, [])
-    for asked in [requests()[-1], *requests()[:3]]:
-        run.asked[engine.add_request(asked.prompt, asked.params)] = asked
-    with broken(engine, "_live._count_blocks", 0, KeyboardInterrupt()):
-        run.to_the_end()
-    assert run.num_interruptions == 1
-    run.check("llama")
-
-
-@pytest.mark.parametrize("pipelining", PIPELINING)
-@pytest.mark.parametrize("point", ["_runner.run", "_sampler.sample", "_wait", "_mover.run", "_scheduler.schedule"])
-def test_an_interruption_before_or_after_any_call_of_a_step_loses_nothing(point: str, pipelining: str) -> None:
-    engine = make_engine("llama", **TIGHT, pipelining=pipelining)
-    for number in range(0, 40, 1 if LONG > 1 else 7):
-        run = Run(engine)
-        with broken(engine, point, number, KeyboardInterrupt(), after=number % 2 == 1) as fault:
-            run.to_the_end()
-        run.check("llama")
-        assert run.num_interruptions == fault.happened
-        assert run.results.errors == {}
-
 
 # -- errors -----------------------------------------------------------------------------------------------------
 
@@ -295,13 +69,13 @@ def broken(engine: Engine, point: str, number: int, error: BaseException, after:
 
 @pytest.mark.parametrize("pipelining", PIPELINING)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("point", ["_runner.run", "_wait", "_sampler.sample"])
+@pytest.mark.parametrize("point", ["_runner.run", "_steps.wait", "_sampling._sampler.sample"])
 def test_an_error_ends_the_requests_of_its_steps_and_no_others(point: str, family: str, pipelining: str) -> None:
     engine = make_engine(family, **TIGHT, pipelining=pipelining)
     errors = 0
-    for number in range(1, 40, 1 if LONG > 1 else 9):
+    for number in range(1, 40, 1 if LONG else 9):
         run = Run(engine)
-        after = number % 4 == 1 and point != "_wait"  # once it has returned, the step is over
+        after = number % 4 == 1 and point != "_steps.wait"  # once it has returned, the step is over
         with broken(engine, point, number, RuntimeError("out of memory"), after=after) as fault:
             run.to_the_end()
         failed = run.results.errors
@@ -319,7 +93,7 @@ def test_an_error_ends_the_requests_of_its_steps_and_no_others(point: str, famil
 @pytest.mark.parametrize("pipelining", PIPELINING)
 def test_an_error_that_comes_with_the_results_is_that_of_the_steps_under_way(pipelining: str) -> None:
     engine = make_engine("llama", **TIGHT, pipelining=pipelining)
-    for number in range(0, 60, 1 if LONG > 1 else 8):
+    for number in range(0, 60, 1 if LONG else 8):
         run, count = Run(engine), itertools.count()
 
         def failing(*arrays: Any, count: Iterator[int] = count, number: int = number) -> None:
@@ -328,7 +102,7 @@ def test_an_error_that_comes_with_the_results_is_that_of_the_steps_under_way(pip
             mx.eval(*arrays)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine_module.mx, "async_eval", failing)
+            patch.setattr(mx, "async_eval", failing)
             run.to_the_end()
         assert set(run.results.errors.values()) <= {"the step failed: RuntimeError: the device is gone"}
         run.check("llama")
@@ -342,22 +116,22 @@ def test_logits_that_are_no_numbers_are_the_error_of_their_request_alone(
 ) -> None:
     engine = make_engine("llama", **TIGHT, pipelining=pipelining)
     run = Run(engine)
-    build, num_tokens = engine._build, len(requests()[victim].prompt) + 3
+    launch, num_tokens = engine._steps.launch, len(requests()[victim].prompt) + 3
 
-    def poisoned(step: Any) -> None:
-        build(step)
-        sequences = [engine._rows.sequences[row] for row in step.rows]
+    def poisoned(step: Any, inputs: Any) -> None:
+        launch(step, inputs)
+        sequences = [engine._batch.sequences[row] for row in step.rows]
         rows = [i for i, one in enumerate(sequences) if one is not None and is_poisoned(one)]
         if rows:
             step.logits[mx.array(rows), 5] = value
 
     def is_poisoned(sequence: Any) -> bool:
-        is_late = engine._rows.num_tokens[sequence.row] >= num_tokens
+        is_late = engine._batch.num_tokens[sequence.row] >= num_tokens
         return sequence.request.request_id == victim and is_late and sequence is sequence.request.sequences[-1]
 
-    engine._build = poisoned  # type: ignore[method-assign]
+    engine._steps.launch = poisoned  # type: ignore[method-assign]
     run.to_the_end()
-    del engine._build
+    del engine._steps.launch
     assert set(run.results.errors) == {victim}
     assert "not numbers (NaN)" in run.results.errors[victim]
     asked = run.asked[victim]
@@ -389,11 +163,11 @@ def test_what_a_given_up_step_would_have_computed_is_found_by_nobody() -> None:
             continue
         engine._scheduler.preempt(beams[0])
         first = beams[0].request.sequences[0]
-        num_own = len(first.token_ids) - first.num_wanted
+        num_own = len(first.token_ids) - first.num_target_tokens
         if num_own < 2:
             continue
         run.step()
-        engine.cache_groups.allocate("hog", [60] * (engine.block_manager.num_free_blocks - num_own - 2))
+        engine.block_manager.allocate("hog", [60] * (engine.block_manager.num_free_blocks - num_own - 2))
         token_ids = list(first.token_ids)
         run.step()
         assert first.row < 0, "the premise: the beams have lost their blocks again"
@@ -488,7 +262,7 @@ def test_damaged_files_are_computed_again(damage: Callable[[Path], None], where:
     if where == "prefix_cache_dir":
         engine = make_engine("gemma3_text", **TIGHT, **{where: tmp_path})
     else:
-        engine._scheduler.start_over([])  # so that nothing is in the pool any more
+        engine._scheduler.restart([])  # so that nothing is in the pool any more
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EngineWarning)
         run = Run(engine).to_the_end()
@@ -503,7 +277,7 @@ def test_damaged_files_are_computed_again(damage: Callable[[Path], None], where:
 @pytest.mark.parametrize("victim", range(7))
 def test_a_request_of_any_kind_can_be_aborted_at_any_moment(victim: int, pipelining: str) -> None:
     engine = make_engine("gemma3_text", **TIGHT, pipelining=pipelining)
-    for num_steps in range(2 * victim + 1, 2 * victim + 30, 1 if LONG > 1 else 9):
+    for num_steps in range(2 * victim + 1, 2 * victim + 30, 1 if LONG else 9):
         run = Run(engine)
         for _ in range(num_steps):
             run.step()
@@ -586,9 +360,9 @@ def test_requests_may_be_aborted_and_come_from_other_threads_while_a_step_is_mad
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("point", ["_scheduler.schedule", "_start_over", "_live._mend"])
+@pytest.mark.parametrize("point", ["_scheduler.schedule", "_recover", "_scheduler.restart"])
 def test_a_request_that_arrives_at_an_awkward_moment_is_served(point: str) -> None:
-    """While a step looks at the queue; while the engine gathers what there is after an interruption."""
+    """While a step looks at the queue; while the engine gathers what there is after an error."""
     engine = make_engine("llama", **TIGHT)
     *path, name = point.split(".")
     owner = functools.reduce(getattr, path, engine)
@@ -598,25 +372,27 @@ def test_a_request_that_arrives_at_an_awkward_moment_is_served(point: str) -> No
         asked = late.pop()
         run.asked[engine.add_request(asked.prompt, asked.params, stream=asked.stream)] = asked
 
-    def interrupted(*arguments: Any, **values: Any) -> Any:
+    def while_somebody_arrives(*arguments: Any, **values: Any) -> Any:
         if late:
             thread = threading.Thread(target=arrive)
             thread.start()
             thread.join()
         return original(*arguments, **values)
 
-    setattr(owner, name, interrupted)
-    if point == "_scheduler.schedule":
-        while late:
+    setattr(owner, name, while_somebody_arrives)
+    num_failed = 0
+    while late:
+        if point == "_scheduler.schedule":
             run.step()  # at first of an engine that has nothing to do
-    else:
-        while late:
-            run.asked[engine.add_request([3], GREEDY)] = Asked([3], GREEDY)
-            with broken(engine, "_runner.run", 1, KeyboardInterrupt()):
-                run.step()
-                run.step()
+            continue
+        run.asked[engine.add_request([3], GREEDY)] = Asked([3], GREEDY)
+        with broken(engine, "_runner.run", 1, RuntimeError("out of memory")) as fault:
+            run.step()
+            run.step()
+        num_failed += fault.happened
     run.to_the_end()
     delattr(owner, name)
+    assert len(run.results.errors) >= num_failed
     run.check("llama")
 
 
@@ -628,7 +404,7 @@ def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment(moment: s
     streams = [llm.stream(TRUNK[i:], params) for i in range(3)]
     for stream in streams:
         next(stream)
-    settle, remove = engine._scheduler.settle, engine._scheduler.remove
+    sync, remove = engine._scheduler._sync, engine._scheduler.remove
 
     def collect() -> None:
         if streams:
@@ -637,9 +413,9 @@ def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment(moment: s
             del cycle
             gc.collect()
 
-    def settling(sequence: Any) -> None:
+    def syncing(sequence: Any) -> None:
         collect()
-        settle(sequence)
+        sync(sequence)
 
     def removing(sequence: Any) -> None:
         collect()
@@ -647,7 +423,7 @@ def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment(moment: s
 
     gc.disable()
     try:
-        engine._scheduler.settle = settling  # type: ignore[method-assign]
+        engine._scheduler._sync = syncing  # type: ignore[method-assign]
         engine._scheduler.remove = removing  # type: ignore[method-assign]
         last = engine.add_request([9, 9], params)
         engine.step()
@@ -660,5 +436,5 @@ def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment(moment: s
     for _ in range(60):
         engine.step()
     assert streams == []
-    del engine._scheduler.settle, engine._scheduler.remove
+    del engine._scheduler._sync, engine._scheduler.remove
     assert_idle(engine)

@@ -10,7 +10,7 @@ from helpers.tiny_models import make_model
 
 import mlx_paged.engine.profile
 from mlx_paged import LLM, BeamSearchParams, SamplingParams
-from mlx_paged.engine.profile import PARTS, NoProfile, Profile
+from mlx_paged.engine.profile import PARTS, Profile
 
 GREEDY = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
 PROMPTS = [list(range(1, 24)), [5] * 9, [7, 8]]
@@ -149,9 +149,10 @@ def test_events_that_take_no_time_still_nest(tmp_path: Path) -> None:
 
 
 def test_without_a_profile_a_part_makes_nothing() -> None:
-    off = NoProfile()
-    assert off.step() is off and off.part("schedule") is off
-    assert vars(off) == {}
+    off = Profile(enabled=False)
+    with off.step() as step, off.part("schedule") as part:
+        off.describe(num_tokens=3)
+    assert step is part is None and off.num_steps == 0 and not any(off.seconds().values())
 
 
 # -- an engine's ---------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def test_results_are_the_same_with_a_profile_and_without() -> None:
     llms = [LLM.from_model(model, num_kv_blocks=100, profile=on) for on in (False, True)]
     one, other = ([output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)] for llm in llms)
     assert one == other
-    assert llms[0].profile is None and isinstance(llms[0].engine.profile, NoProfile)
+    assert llms[0].profile is None and not llms[0].engine.profile.enabled
     assert llms[1].profile is not None
 
 
@@ -277,7 +278,7 @@ def own_times_of_file(path: Path) -> list[dict[str, float]]:
 def test_a_file_that_cannot_be_written_is_bad_usage_in_one_line_before_anything_is_loaded(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlx_paged.cli.main, "load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mlx_paged.cli.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
     result = command("generate", "Hello", "--profile", tmp_path / file)
     assert result.exit_code == 2
     assert result.stderr.startswith("mlx-paged: --profile: ") and result.stderr.count("\n") == 1
@@ -295,7 +296,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line_after_the_answers() -> None:
 def test_a_command_that_is_interrupted_or_fails_still_writes_its_profile(
     error: BaseException, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_paged.cli.terminal import Tally
+    from mlx_paged.cli.terminal import RunSummary
 
     counts = iter(range(100))
 
@@ -303,7 +304,7 @@ def test_a_command_that_is_interrupted_or_fails_still_writes_its_profile(
         if next(counts) == 3:
             raise error
 
-    monkeypatch.setattr(Tally, "count", break_off)
+    monkeypatch.setattr(RunSummary, "count", break_off)
     result = command("generate", "Tell me a story.", "--num-kv-blocks", 64, "--profile", tmp_path / "trace.json")
     assert result.exit_code == exit_code
     assert len(own_times_of_file(tmp_path / "trace.json")) >= 3

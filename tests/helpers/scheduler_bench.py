@@ -9,8 +9,9 @@ from mlx_paged.blocks.cache_groups import CacheGroups
 from mlx_paged.outputs import RequestMetrics
 from mlx_paged.request import Request, Sequence
 from mlx_paged.sampling.beam_search import BeamSearch
-from mlx_paged.scheduler.running_batch import Rows
-from mlx_paged.scheduler.scheduler import Chunk, Schedule, Scheduler
+from mlx_paged.scheduler.running_batch import RunningBatch
+from mlx_paged.scheduler.schedule import Chunk, Schedule
+from mlx_paged.scheduler.scheduler import Scheduler
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Bench:
             self.num_blocks, self.block_size, allocator=self.allocator, prefix_caching=self.prefix_caching
         )
         self.groups = CacheGroups([self.manager])
-        self.rows = Rows(self.max_num_seqs, 1, self.num_blocks, self.block_size)
+        self.rows = RunningBatch(self.max_num_seqs, 1, self.num_blocks, self.block_size)
         self.scheduler = Scheduler(self.groups, self.rows, self.max_num_seqs, self.budget)
         self.copies: list[tuple[int, ...]] = []
 
@@ -68,15 +69,15 @@ class Bench:
         return request
 
     def new_sequence(self, request: Request) -> Sequence:
-        sequence = Sequence(self.next_seq_id, request, request.num_made, list(request.prompt_token_ids))
+        sequence = Sequence(self.next_seq_id, request, request.num_sequences_made, list(request.prompt_token_ids))
         self.next_seq_id += 1
-        request.num_made += 1
+        request.num_sequences_made += 1
         request.sequences.append(sequence)
         return sequence
 
     def plan(self, schedule: Schedule | None) -> Planned:
         assert schedule is not None
-        decodes = [Chunk(self.sequence(row), int(self.rows.num_computed[row]), 1) for row in schedule.decodes]
+        decodes = [Chunk(self.sequence(row), int(self.rows.num_computed[row]), 1) for row in schedule.rows]
         return Planned(decodes + schedule.chunks, schedule.preempted)
 
     def sequence(self, row: int) -> Sequence:
@@ -104,19 +105,19 @@ class Bench:
             if request.is_forked:
                 self.put_out(item.sequence)
                 continue
-            self.scheduler.set_forked(item.sequence)
-            for _ in range(1, request.width):
+            self.scheduler.release_fork_rows(item.sequence)
+            for _ in range(1, request.max_num_sequences):
                 self.scheduler.add_fork(item.sequence, self.new_sequence(request))
             for sequence in request.sequences:
                 self.put_out(sequence)
         for sequence in self.scheduler.running:
-            self.scheduler.settle(sequence)
+            self.scheduler._sync(sequence)
         self.manager.check()
         return plan
 
     def put_out(self, sequence: Sequence) -> None:
-        self.rows.put(sequence, 10**6 + 1000 * sequence.seq_id + sequence.num_output)
-        if sequence.num_output == sequence.request.max_tokens:
+        self.rows.append_token(sequence, 10**6 + 1000 * sequence.seq_id + sequence.num_output_tokens)
+        if sequence.num_output_tokens == sequence.request.max_tokens:
             sequence.finish_reason = "length"
             self.scheduler.remove(sequence)
 
@@ -126,7 +127,7 @@ class Bench:
         assert all(item.num_tokens >= 1 for item in items)
         assert len({item.sequence.seq_id for item in items}) == len(items), "a sequence is scheduled once"
         running = self.scheduler.running
-        assert sum(1 if s.request.is_forked else s.request.width for s in running) <= self.max_num_seqs
+        assert sum(1 if s.request.is_forked else s.request.max_num_sequences for s in running) <= self.max_num_seqs
         assert {item.sequence.seq_id for item in items} <= {s.seq_id for s in running}
         assert not {s.seq_id for s in plan.preempted} & {item.sequence.seq_id for item in items}
         for item in items:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,84 +15,77 @@ import pytest
 
 import mlx_paged
 from mlx_paged.cli.main import cli
-from mlx_paged.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.outputs import BeamSearchOutput, CompletionOutput, RequestMetrics, RequestOutput
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
+
+Params = SamplingParams | BeamSearchParams
+
+METRICS = RequestMetrics(arrival_time=10, first_scheduled_time=11, first_token_time=13, finished_time=23)
 
 
 class StubLLM:
-    """Answers every prompt with "re:" and the prompt's words, a word per step; token ids are code points."""
+    """Answers every prompt with "re:" and the prompt's words, streamed a word at a time; token ids are code points."""
 
     context = 400  # tokens, prompt and answer together
     has_chat_template = True
     attention_backends = ("cuda",)
-    before_step: Callable[[StubLLM], None] | None = None
+    before_output: Callable[[StubLLM], None] | None = None
 
     def __init__(self, model: str | None, **settings: Any) -> None:
         self.model, self.settings = model, settings
-        self.requests: list[tuple[str, SamplingParams]] = []
-        self.running: dict[int, tuple[list[str], bool]] = {}
-        self.said: dict[int, list[str]] = {}
-        self.aborted: list[int] = []
-        self.num_steps = 0
+        self.requests: list[SimpleNamespace] = []  # all that were run
+        self.num_outputs = self.num_broken_off = 0  # runs that did not come to their end
         self.engine = self
 
     def describe_memory(self) -> str:
         return "KV cache: 8 blocks of 4 tokens"
 
     def stats(self) -> SimpleNamespace:
-        used = 2 if self.running else 0
-        return SimpleNamespace(num_blocks=8, num_free_blocks=8 - used, kv_waste=0.25 if used else 0.0)
+        return SimpleNamespace(num_blocks=8, peak_used_blocks=2)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         return [ord(char) for char in " ".join(f"{message['role']}:{message['content']}" for message in messages)]
 
-    def add_request(self, prompt: str | list[int], params: SamplingParams, *, stream: bool = False) -> int:
+    def make_request(self, prompt: str | list[int], params: Params, *, stream: bool = False) -> SimpleNamespace:
         text = prompt if isinstance(prompt, str) else "".join(map(chr, prompt))
         if len(text) + (params.max_tokens or 1) > self.context:
             raise ValueError(f"the prompt has {len(text)} tokens, the context {self.context}")
-        self.requests.append((text, params))
-        request_id = len(self.requests) - 1
-        self.running[request_id] = ([word + " " for word in f"re: {text}".split()], stream)
-        self.said[request_id] = []
-        return request_id
+        return SimpleNamespace(request_id=-1, prompt=text, params=params, stream=stream)
 
-    def has_unfinished(self) -> bool:
-        return bool(self.running)
+    def run(self, requests: Sequence[SimpleNamespace]) -> Iterator[RequestOutput | BeamSearchOutput]:
+        """Yields the outputs of all, the shortest prompts' first."""
+        for request in requests:
+            request.request_id = len(self.requests)
+            self.requests.append(request)
+        try:
+            for request in sorted(requests, key=lambda request: len(request.prompt.split())):
+                words = [word + " " for word in f"re: {request.prompt}".split()]
+                for piece in words if request.stream else ["".join(words)]:
+                    if self.before_output:
+                        self.before_output()
+                    self.num_outputs += 1
+                    output = self.output(request, piece, finished=not request.stream or piece is words[-1])
+                    yield output
+                    if output.finished:
+                        break
+        except BaseException:
+            self.num_broken_off += 1
+            raise
 
-    def abort(self, request_id: int) -> None:
-        self.aborted.append(request_id)
-        del self.running[request_id]
-
-    def step(self) -> list[RequestOutput]:
-        if self.before_step:
-            self.before_step()
-        self.num_steps += 1
-        outputs = []
-        for request_id, (words, stream) in list(self.running.items()):
-            word = words.pop(0)
-            self.said[request_id].append(word)
-            if not words:
-                del self.running[request_id]
-            if stream or not words:
-                text = word if stream else "".join(self.said[request_id])
-                outputs.append(self._output(request_id, text, finished=not words))
-        return outputs
-
-    def _output(self, request_id: int, text: str, finished: bool) -> RequestOutput:
-        prompt, params = self.requests[request_id]
+    def output(self, request: SimpleNamespace, text: str, finished: bool) -> RequestOutput | BeamSearchOutput:
         samples = [
             CompletionOutput(
                 index=index,
                 text=text,
                 token_ids=[ord(char) for char in text],
                 cumulative_logprob=-1.5,
-                logprobs=None if params.logprobs is None else [{7: -0.5, 8: float("-inf")}],
+                logprobs=None if request.params.logprobs is None else [{7: -0.5, 8: float("-inf")}],
                 finish_reason="stop" if finished else None,
             )
-            for index in range(params.n)
+            for index in range(request.params.n)
         ]
-        metrics = RequestMetrics(arrival_time=10, first_scheduled_time=11, first_token_time=13, finished_time=23)
-        return RequestOutput(request_id, prompt, [1] * len(prompt), samples, finished, 4, metrics)
+        prompt_token_ids = [1] * len(request.prompt)
+        return RequestOutput(request.request_id, request.prompt, prompt_token_ids, samples, finished, 4, METRICS)
 
 
 class Run:
@@ -110,11 +107,27 @@ class Run:
 
     @property
     def prompts(self) -> list[str]:
-        return [text for text, _ in self.made[-1].requests]
+        return [request.prompt for request in self.made[-1].requests]
 
     @property
-    def params(self) -> SamplingParams:
-        return self.made[-1].requests[-1][1]
+    def params(self) -> Any:
+        return self.made[-1].requests[-1].params
+
+
+def invoke(*args: str, stdin: str | None = None) -> click.testing.Result:
+    """The command line in this process, with real models."""
+    return click.testing.CliRunner().invoke(cli, args, input=stdin)
+
+
+def start(*args: str, **kwargs: Any) -> subprocess.Popen[bytes]:
+    """The command line as a process of its own, for which Ctrl-C works however the tests were started."""
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlx_paged", *args],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **{**pipes, **kwargs},
+    )
 
 
 def assert_one_line(result: click.testing.Result, exit_code: int, *words: str) -> None:

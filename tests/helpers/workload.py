@@ -300,8 +300,8 @@ def assert_idle(engine: Engine) -> None:
         assert manager.num_free_blocks == manager.num_blocks, "blocks are still held"
         assert manager.seq_ids == []
     assert engine.cache_groups.transfers == []
-    scheduler, rows = engine._scheduler, engine._rows
-    assert (scheduler.waiting, scheduler.running, scheduler._num_forks_to_come) == ([], [], 0)
+    scheduler, rows = engine._scheduler, engine._batch
+    assert (scheduler.waiting, scheduler.running, scheduler._num_reserved_rows) == ([], [], 0)
     assert rows.sequences == [None] * len(rows.sequences)
     assert sorted(rows._free_rows) == list(range(len(rows.sequences)))
-    assert (engine._under_way, engine._at_work, len(engine._arrived)) == (None, [], 0)
+    assert (engine._in_flight, engine._steps.unfinished, len(engine._arrivals)) == (None, [], 0)

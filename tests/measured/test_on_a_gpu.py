@@ -15,6 +15,7 @@ from cudasim.fixture import cuda as cuda
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_everything_to_be_measured_on_a_card_can_be(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.only_simulated("the benchmark is run without measuring")
     monkeypatch.syspath_prepend(str(BENCHMARKS))

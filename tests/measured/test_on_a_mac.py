@@ -68,6 +68,7 @@ def test_a_report_that_cannot_be_written_is_one_line_before_anything_runs(tmp_pa
     assert "nowhere/report.json can't be written" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_quick_run_reports_every_step_and_the_machine(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     done = run("--anywhere", "--quick", "--python", sys.executable, "--output", file)

@@ -4,14 +4,14 @@ import statistics
 
 import pytest
 from comparison.workloads import (
-    AT_ONCE,
+    CONCURRENCY,
     WORKLOADS,
     Case,
     Length,
     MlxLm,
     Paged,
+    max_concurrency,
     mixed_lengths,
-    most_at_once,
     padded_peak,
 )
 
@@ -74,17 +74,17 @@ def test_a_padded_batch_grows_with_its_longest_row_and_in_steps_of_256() -> None
 
 def test_as_many_run_at_once_as_the_budget_allows_in_a_padded_batch() -> None:
     lengths = [Length(100, 50)] * 9
-    assert most_at_once(lengths, 5 * 256) == 5
-    assert most_at_once(lengths, 5 * 256 - 1) == 4
-    assert most_at_once(lengths, 10**6) == 9
+    assert max_concurrency(lengths, 5 * 256) == 5
+    assert max_concurrency(lengths, 5 * 256 - 1) == 4
+    assert max_concurrency(lengths, 10**6) == 9
 
 
 @pytest.mark.parametrize("name", ["W1", "W2", "W4"])
 def test_both_engines_serve_equally_many_at_once(name: str) -> None:
     for case in cases(name):
         for system in case.systems:
-            at_once = system.at_once if isinstance(system, MlxLm) else system.config["max_num_seqs"]
-            assert at_once == AT_ONCE
+            count = system.concurrency if isinstance(system, MlxLm) else system.config["max_num_seqs"]
+            assert count == CONCURRENCY
 
 
 def test_a_fixed_budget_is_the_same_for_all_who_have_one() -> None:
@@ -93,13 +93,13 @@ def test_a_fixed_budget_is_the_same_for_all_who_have_one() -> None:
     assert pools == {4 * 2048}
     reserved, padded, *_ = case.systems
     assert isinstance(reserved, Paged) and reserved.config["max_num_seqs"] == 4
-    assert isinstance(padded, Paged) and padded.config["max_num_seqs"] == most_at_once(case.lengths, 4 * 2048)
+    assert isinstance(padded, Paged) and padded.config["max_num_seqs"] == max_concurrency(case.lengths, 4 * 2048)
 
 
 def test_the_overloaded_pool_holds_any_request_but_not_all_of_those_that_run() -> None:
     (case,) = cases("W7")
     room = next(s.config["num_kv_blocks"] for s in case.systems if isinstance(s, Paged) and "num_kv_blocks" in s.config)
-    assert case.longest <= 16 * room < sum(sorted(map(sum, case.lengths))[-AT_ONCE:])
+    assert case.longest <= 16 * room < sum(sorted(map(sum, case.lengths))[-CONCURRENCY:])
 
 
 def test_engines_without_blocks_are_charged_for_the_rows_that_they_would_reserve() -> None:

@@ -79,7 +79,7 @@ def decoding(num_seqs: int, context: int = 1000, *, aligned: bool = False) -> En
     engine.step()
     for _ in range(4):
         engine.step()
-    assert len(engine._scheduler.running) == num_seqs and not engine._rows.is_filling.any()
+    assert len(engine._scheduler.running) == num_seqs and not engine._batch.is_prefilling.any()
     return engine
 
 
@@ -113,22 +113,22 @@ def skip_blocks(engine: Engine) -> None:
 
 def test_the_sampling_parameters_of_a_steady_batch_are_not_rebuilt() -> None:
     engine = decoding(256)
-    before = engine._sampler.num_rebuilds
+    before = engine._sampling._sampler.num_rebuilds
     for _ in range(40):
         engine.step()
-    assert engine._sampler.num_rebuilds == before
+    assert engine._sampling._sampler.num_rebuilds == before
     engine.add_request([1, 2], params(1))
     engine.step()
     engine.step()
-    assert engine._sampler.num_rebuilds == before + 1
+    assert engine._sampling._sampler.num_rebuilds == before + 1
 
 
 def test_a_step_sends_exactly_the_table_entries_of_its_new_blocks() -> None:
     engine = decoding(256)
-    sent, held = engine._batch.num_sent_entries, num_held(engine)
+    sent, held = engine._input_builder.num_sent_entries, num_held(engine)
     for _ in range(40):
         engine.step()
-        new_sent, new_held = engine._batch.num_sent_entries, num_held(engine)
+        new_sent, new_held = engine._input_builder.num_sent_entries, num_held(engine)
         assert new_sent - sent == new_held - held
         assert 15 <= new_sent - sent <= 17
         sent, held = new_sent, new_held
@@ -137,13 +137,13 @@ def test_a_step_sends_exactly_the_table_entries_of_its_new_blocks() -> None:
 def test_a_request_that_joins_sends_its_own_entries_only() -> None:
     engine = decoding(64, aligned=True)
     skip_blocks(engine)
-    before = engine._batch.num_sent_entries
+    before = engine._input_builder.num_sent_entries
     engine.add_request([5] * 100, params(1))
     engine.step()
-    assert engine._batch.num_sent_entries - before == 7
+    assert engine._input_builder.num_sent_entries - before == 7
     for _ in range(3):
         engine.step()
-    assert engine._batch.num_sent_entries - before == 7
+    assert engine._input_builder.num_sent_entries - before == 7
 
 
 def test_the_devices_copy_of_the_block_tables_is_what_the_host_has() -> None:
@@ -152,27 +152,20 @@ def test_the_devices_copy_of_the_block_tables_is_what_the_host_has() -> None:
         if step in (5, 20):
             engine.add_request([5] * 40, params(1, max_tokens=step))
         engine.step()
-        rows, manager = engine._rows, engine.block_manager
+        rows, manager = engine._batch, engine.block_manager
         (group,) = engine._runner.steps[-1].groups  # type: ignore[attr-defined]
         tables, contexts = np.array(group.block_tables), group.context_lens
         for sequence, table, context in zip(engine._scheduler.running, tables, contexts.tolist(), strict=True):
             used = -(-context // BLOCK_SIZE)
             assert table[:used].tolist() == manager.block_table(sequence.seq_id)[:used]
-            assert rows.tables[0].last[sequence.row] == manager.block_table(sequence.seq_id)[-1]
-
-
-def test_block_managers_are_asked_once_for_all_new_blocks_of_a_step() -> None:
-    calls = calls_of(decoding(256), 10)
-    assert calls["BlockManager.grow"] == calls["BlockAllocator.allocate"] == 10
-    for name in ("append", "reserve", "mark_computed", "allocate", "block_table"):
-        assert calls[f"BlockManager.{name}"] == 0
+            assert rows.tables[0].last_block[sequence.row] == manager.block_table(sequence.seq_id)[-1]
 
 
 def test_nothing_is_asked_of_a_block_manager_when_no_block_is_due() -> None:
     engine = decoding(64, aligned=True)
     skip_blocks(engine)
     calls = calls_of(engine, 10)
-    assert not [name for name in calls if name.startswith(("BlockManager.", "BlockAllocator.", "PrefixCache."))]
+    assert not [name for name in calls if name.startswith(("BlockManager.", "BlockAllocator.", "PrefixTree."))]
 
 
 def test_the_functions_called_in_a_step_do_not_depend_on_the_number_of_sequences_or_their_contexts() -> None:
@@ -183,11 +176,6 @@ def test_the_functions_called_in_a_step_do_not_depend_on_the_number_of_sequences
         per_step.append(calls_of(engine, 10))
     assert per_step[0] == per_step[1] == per_step[2]
     assert per_step[0].total() < 10 * 100
-
-
-def test_sequences_that_need_blocks_cost_no_calls_of_their_own() -> None:
-    few, many = (calls_of(decoding(num_seqs), 10) for num_seqs in (64, 256))
-    assert few == many
 
 
 @pytest.mark.parametrize("context", [1000, 20_000])
@@ -203,14 +191,30 @@ def test_the_arrays_of_a_step_are_as_long_as_the_batch(context: int) -> None:
     assert group.block_tables.shape[0] == 64
 
 
-def test_tokens_are_moved_to_their_sequences_together_and_only_now_and_then() -> None:
-    engine = decoding(64, aligned=True)
-    calls = calls_of(engine, 256)
-    assert calls["Rows._flush_all"] == 2
-    assert calls["Rows.flush"] == 2 * 64
+def test_all_new_blocks_of_a_step_are_taken_at_once_and_what_is_full_is_published_block_by_block() -> None:
+    engine = decoding(256)
+    before = num_held(engine)
+    calls = calls_of(engine, 10)
+    num_new = num_held(engine) - before
+    assert calls["BlockManager.append_blocks"] == calls["BlockAllocator.allocate"] == 10
+    assert calls["BlockManager.sync"] == calls["SequenceBlocks.publish"] == num_new > 100
+    for name in ("append", "reserve", "attach", "block_table"):
+        assert calls[f"BlockManager.{name}"] == 0
+
+
+def test_only_blocks_that_are_due_make_a_step_call_more() -> None:
+    few, many = (calls_of(decoding(num_seqs), 10) for num_seqs in (64, 256))
+    more = {name for name in many if many[name] != few[name]}
+    assert {name.split(".")[0] for name in more} <= {
+        "BlockManager",
+        "BlockAllocator",
+        "SequenceBlocks",
+        "PrefixTree",
+        "PrefixNode",
+    }
 
 
 def test_stop_checks_look_at_no_sequence_that_goes_on() -> None:
     calls = calls_of(decoding(256), 20)
-    assert calls["Rows.add_tokens"] == 20
-    assert calls["Completer.take"] == 0
+    assert calls["RunningBatch.append_tokens"] == 20
+    assert calls["OutputProcessor._check_token"] == 0

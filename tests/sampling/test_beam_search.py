@@ -1,62 +1,27 @@
-"""Beam search against a plain implementation of it, and both against Hugging Face's `generate`."""
+"""Beam search against a plain implementation of it, in ties and at its ends too."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.beam_oracle import LogprobsOf, OracleResult, dense_beam_search, unpaged_beam_search, unpaged_logprobs
-from helpers.tiny_models import COMMON, TINY_CONFIGS, VOCAB_SIZE, make_model, unpaged_greedy
+from helpers.beam_oracle import LogprobsOf, dense_beam_search, unpaged_beam_search, unpaged_logprobs
+from helpers.beam_searches import EARLY_STOPPING, LENGTH_PENALTIES, NEAR_TIE, advance, random_tables, run
+from helpers.budget import budget
+from helpers.tiny_models import unpaged_greedy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten
 
-from mlx_paged.sampling.beam_search import BeamSearch, Hypothesis
-from mlx_paged.sampling.candidates import beam_candidates
+from mlx_paged.sampling.beam_search import BeamSearch
+from mlx_paged.sampling.sampler import best_tokens
 from mlx_paged.sampling_params import BeamSearchParams
-
-EARLY_STOPPING = (False, True, "never")
-LENGTH_PENALTIES = (-0.5, 0.0, 0.8, 1.0, 2.0)
-NEAR_TIE = 1e-4  # float32 in two frameworks: where a decision is closer than this, either outcome is right
-
-
-def best_tokens(table: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of each row in no particular order, of equal ones the lower token ids."""
-    token_ids = np.argsort(-table, axis=-1, kind="stable")[:, :k][:, ::-1]
-    return token_ids, np.take_along_axis(table, token_ids, axis=-1)
-
-
-def advance(search: BeamSearch, logprobs_of: LogprobsOf) -> None:
-    """One step of a search; the new beams must grow out of the parents that it returns."""
-    old = [beam.token_ids for beam in search.beams]
-    parents = search.advance(*best_tokens(logprobs_of([tuple(tokens) for tokens in old]), search.num_candidates))
-    assert len(parents) == len(search.beams)
-    assert [beam.token_ids[:-1] for beam in search.beams] == [old[parent] for parent in parents]
-
-
-def run(logprobs_of: LogprobsOf, params: BeamSearchParams, eos_token_ids: Collection[int]) -> list[Hypothesis]:
-    search = BeamSearch(params, params.max_tokens, eos_token_ids)
-    while not search.finished:
-        advance(search, logprobs_of)
-    assert search.beams == []
-    return search.hypotheses()
-
-
-def random_tables(seed: int, vocab_size: int, levels: int = 1 << 20) -> LogprobsOf:
-    """Log-probabilities that depend on the output so far; few `levels` make many ties. Their sums are exact."""
-
-    def logprobs_of(outputs: list[tuple[int, ...]]) -> np.ndarray:
-        rows = [np.random.default_rng([seed, *tokens]).integers(1, levels + 1, vocab_size) for tokens in outputs]
-        return np.stack(rows) * (-4.0 / levels)
-
-    return logprobs_of
 
 
 @st.composite
@@ -76,7 +41,7 @@ def problems(
     return tables, params, eos_token_ids
 
 
-@settings(max_examples=300)
+@settings(max_examples=budget(300, 30_000))
 @given(problems())
 def test_every_search_gives_what_the_plain_implementation_gives(problem: Any) -> None:
     found = run(*problem)
@@ -85,7 +50,7 @@ def test_every_search_gives_what_the_plain_implementation_gives(problem: Any) ->
     assert scores == sorted(scores, reverse=True)
 
 
-@settings(max_examples=100)
+@settings(max_examples=budget(100, 10_000))
 @given(problems(levels=(1 << 20,)), st.integers(1, 6))
 def test_a_search_given_up_returns_what_it_would_with_so_many_tokens_allowed(problem: Any, num_steps: int) -> None:
     tables, params, eos_token_ids = problem
@@ -98,7 +63,7 @@ def test_a_search_given_up_returns_what_it_would_with_so_many_tokens_allowed(pro
     assert [tuple(hypothesis) for hypothesis in search.hypotheses()] == expected.sequences
 
 
-@settings(max_examples=50)
+@settings(max_examples=budget(50, 5_000))
 @given(
     st.integers(0, 1 << 30),
     st.sampled_from([(2, 1), (2, 4), (3, 3), (4, 2)]),
@@ -250,185 +215,8 @@ def test_the_best_tokens_of_a_model_are_enough_for_the_search(tiny_model: Callab
         search = BeamSearch(params, 10, eos_token_ids)
         while not search.finished:
             inputs = mx.array([[*prompt, *beam.token_ids] for beam in search.beams])
-            token_ids, logprobs = beam_candidates(model(inputs)[:, -1], search.num_candidates)
+            token_ids, logprobs = best_tokens(model(inputs)[:, -1], search.num_candidates)
             search.advance(np.array(token_ids), np.array(logprobs))
         expected = unpaged_beam_search(model, prompt, params, eos_token_ids)
         assert expected.margin > NEAR_TIE
         assert [hypothesis.token_ids for hypothesis in search.hypotheses()] == [s[0] for s in expected.sequences]
-
-
-class HuggingFace:
-    """A tiny random model twice: of mlx-lm, and with the same weights of transformers."""
-
-    def __init__(self, family: str) -> None:
-        self.torch = pytest.importorskip("torch")
-        transformers = pytest.importorskip("transformers")
-        self.torch.set_num_threads(1)
-        size = {"num_hidden_layers": 2, "rope_theta": 10000.0}
-        self.model = make_model(family, seed=1, **size)
-        self.model.model.norm.weight *= 2.0  # sure of itself, so that later hypotheses can overtake finished ones
-        name = {"llama": "Llama", "qwen2": "Qwen2"}[family]
-        rope = {"rope_type": "default", "rope_theta": 10000.0}
-        config = getattr(transformers, f"{name}Config")(**COMMON | TINY_CONFIGS[family] | size, rope_parameters=rope)
-        self.twin = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-        weights = {path: self.torch.tensor(np.array(weight)) for path, weight in tree_flatten(self.model.parameters())}
-        if config.tie_word_embeddings:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        self.twin.load_state_dict(weights)
-        rng = np.random.default_rng(7)
-        self.prompts = [rng.integers(1, VOCAB_SIZE, length).tolist() for length in (4, 11, 7)]
-        self.tables = [unpaged_logprobs(self.model, prompt) for prompt in self.prompts]
-
-    def end_tokens(self, num_tokens: int) -> list[int]:
-        """Tokens that beams of every prompt come across, so that searches end in all manners."""
-        outputs = [dense_beam_search(tables, BeamSearchParams(4, 8), []).sequences for tables in self.tables]
-        counts = np.bincount([t for sequences in outputs for s in sequences for t in s[0][1:]], minlength=VOCAB_SIZE)
-        return np.argsort(-counts, kind="stable")[:num_tokens].tolist()
-
-    def generate(self, prompts: list[list[int]], params: BeamSearchParams, eos: list[int]) -> list[OracleResult]:
-        longest = max(map(len, prompts))
-        padding = [longest - len(prompt) for prompt in prompts]
-        count = params.num_return_sequences or params.beam_width
-        with self.torch.inference_mode():
-            result = self.twin.generate(
-                self.torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]),
-                attention_mask=self.torch.tensor([[0] * n + [1] * (longest - n) for n in padding]),
-                do_sample=False,
-                num_beams=params.beam_width,
-                num_return_sequences=count,
-                max_new_tokens=params.max_tokens,
-                length_penalty=params.length_penalty,
-                early_stopping=params.early_stopping,
-                eos_token_id=eos or None,
-                pad_token_id=0,
-                return_dict_in_generate=True,
-                output_scores=True,
-            )
-        lengths = (result.beam_indices >= 0).sum(dim=-1).tolist()
-        rows = [
-            (row[longest : longest + length], score * length**params.length_penalty, score)
-            for row, length, score in zip(
-                result.sequences.tolist(), lengths, result.sequences_scores.tolist(), strict=True
-            )
-        ]
-        return [OracleResult(rows[i : i + count]) for i in range(0, len(rows), count)]
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def hugging_face(request: pytest.FixtureRequest) -> Iterator[HuggingFace]:
-    yield HuggingFace(request.param)
-
-
-def assert_same(found: list[tuple[list[int], float, float]], expected: list[tuple[list[int], float, float]]) -> None:
-    """The same sequences in the same order, but for the order of scores that are nearly equal."""
-    assert len(found) == len(expected)
-    for tokens, cum_logprob, score in found:
-        twins = [other for other in expected if other[0] == tokens]
-        assert len(twins) == 1, (tokens, expected)
-        assert score == pytest.approx(twins[0][2], abs=1e-3)
-        assert cum_logprob == pytest.approx(twins[0][1], abs=1e-3)
-    for (tokens, _, score), (other, _, other_score) in zip(found, expected, strict=True):
-        assert tokens == other or abs(score - other_score) < NEAR_TIE
-
-
-@pytest.mark.parametrize("early_stopping", EARLY_STOPPING)
-@pytest.mark.parametrize("width", [2, 3, 5, 8])
-def test_searches_end_as_those_of_hugging_face(
-    hugging_face: HuggingFace, width: int, early_stopping: bool | str
-) -> None:
-    num_searches = num_near_ties = 0
-    for i, length_penalty in enumerate(LENGTH_PENALTIES):
-        eos_token_ids = hugging_face.end_tokens((1, 2, 8)[(i + width) % 3])
-        params = BeamSearchParams(width, 10, length_penalty, early_stopping, 1 + i % width if i % 3 else None)
-        results = hugging_face.generate(hugging_face.prompts, params, eos_token_ids)
-        for prompt, tables, result in zip(hugging_face.prompts, hugging_face.tables, results, strict=True):
-            expected = dense_beam_search(tables, params, eos_token_ids)
-            found = [tuple(hypothesis) for hypothesis in run(tables, params, eos_token_ids)]
-            num_searches += 1
-            if expected.margin < NEAR_TIE:
-                num_near_ties += 1
-                continue
-            assert_same(found, expected.sequences)
-            assert_same(expected.sequences, result.sequences)
-            if i == 3:
-                (alone,) = hugging_face.generate([prompt], params, eos_token_ids)
-                assert_same(expected.sequences, alone.sequences)
-    assert num_near_ties <= num_searches // 10
-
-
-def test_the_searches_compared_end_in_all_manners(hugging_face: HuggingFace) -> None:
-    ended, num_outcomes = [], []
-    for num_end_tokens, length_penalty, tables in itertools.product((1, 2, 8), LENGTH_PENALTIES, hugging_face.tables):
-        eos_token_ids = hugging_face.end_tokens(num_end_tokens)
-        params = [BeamSearchParams(5, 10, length_penalty, early_stopping) for early_stopping in EARLY_STOPPING]
-        found = [run(tables, p, eos_token_ids) for p in params]
-        ended += [hypothesis.token_ids[-1] in eos_token_ids for hypotheses in found for hypothesis in hypotheses]
-        num_outcomes.append(len({str(hypotheses) for hypotheses in found}))
-    assert 0.3 < np.mean(ended) < 0.9
-    assert np.mean(num_outcomes) > 1.1
-
-
-def test_a_search_without_end_tokens_runs_as_long_as_that_of_hugging_face(hugging_face: HuggingFace) -> None:
-    params = BeamSearchParams(4, 9)
-    results = hugging_face.generate(hugging_face.prompts, params, [])
-    for tables, result in zip(hugging_face.tables, results, strict=True):
-        found = run(tables, params, [])
-        assert {len(hypothesis.token_ids) for hypothesis in found} == {9}
-        assert_same([tuple(hypothesis) for hypothesis in found], result.sequences)
-
-
-def test_one_beam_is_the_greedy_decoding_of_hugging_face(hugging_face: HuggingFace) -> None:
-    eos_token_ids = hugging_face.end_tokens(2)
-    for prompt, tables in zip(hugging_face.prompts, hugging_face.tables, strict=True):
-        output = hugging_face.twin.generate(
-            hugging_face.torch.tensor([prompt]),
-            attention_mask=hugging_face.torch.ones(1, len(prompt), dtype=int),
-            do_sample=False, num_beams=1, max_new_tokens=12, eos_token_id=eos_token_ids, pad_token_id=0,
-        )  # fmt: skip
-        (found,) = run(tables, BeamSearchParams(1, 12, early_stopping="never"), eos_token_ids)
-        assert found.token_ids == output[0, len(prompt) :].tolist()
-
-
-@settings(max_examples=150)
-@given(
-    st.integers(1, 4),
-    st.integers(1, 40),
-    st.integers(1, 50),
-    st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
-    st.data(),
-)
-def test_candidates_are_the_best_tokens_and_of_equal_ones_the_lowest(
-    num_rows: int, vocab_size: int, k: int, dtype: mx.Dtype, data: st.DataObject
-) -> None:
-    values = st.sampled_from([-np.inf, -1e30, -30.0, -2.0, -1.0, -0.0, 0.0, 0.5, 1.0, 1.0078125, 9.0])
-    logits = np.array(
-        data.draw(st.lists(values, min_size=num_rows * vocab_size, max_size=num_rows * vocab_size))
-    ).reshape(num_rows, vocab_size)
-    logits[:, 0] = np.maximum(logits[:, 0], -3.0)  # a row without any possible token has no distribution
-    given_logits = mx.array(logits.astype(np.float32)).astype(dtype)
-    exact = np.array(given_logits.astype(mx.float32), dtype=np.float64)
-    token_ids, logprobs = (np.array(x) for x in beam_candidates(given_logits, k))
-    order = np.argsort(-exact, axis=-1, kind="stable")[:, :k]
-    assert token_ids.tolist() == order.tolist()
-    shifted = exact - exact.max(axis=-1, keepdims=True)
-    expected = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    np.testing.assert_allclose(logprobs, np.take_along_axis(expected, order, axis=-1), rtol=1e-6, atol=2e-5)
-    assert logprobs.dtype == np.float32
-
-
-@pytest.mark.parametrize("vocab_size", [1000, 32003])
-def test_candidates_of_a_large_vocabulary_full_of_equal_logits(vocab_size: int) -> None:
-    logits = np.random.default_rng(vocab_size).integers(-20, 20, (5, vocab_size)).astype(np.float32)
-    token_ids, _ = beam_candidates(mx.array(logits), 12)
-    assert np.array(token_ids).tolist() == np.argsort(-logits, axis=-1, kind="stable")[:, :12].tolist()
-
-
-@pytest.mark.parametrize("vocab_size", [7, 4099])
-@pytest.mark.parametrize("not_a_number", [np.nan, -np.nan])
-def test_a_row_with_nan_has_nan_candidates_and_the_others_do_not(vocab_size: int, not_a_number: float) -> None:
-    logits = np.random.default_rng(0).normal(size=(4, vocab_size)).astype(np.float32)
-    for row, position in ((0, 0), (1, vocab_size // 2), (2, vocab_size - 1)):
-        logits[row, position] = not_a_number
-    _, logprobs = beam_candidates(mx.array(logits), 5)
-    assert np.isnan(np.array(logprobs)).all(axis=-1).tolist() == [True, True, True, False]
-    assert not np.isnan(np.array(logprobs)[3]).any()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.budget import budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,14 +17,14 @@ VOCAB_SIZE = 11
 
 
 def read(counts: TokenCounts, rows: list[int]) -> tuple[list[list[bool]], list[list[int]]]:
-    occurs, num_out = counts.read(mx.array(counts.slots[rows]))
+    occurs, num_out = counts.read(mx.array(counts.count_rows[rows]))
     return np.array(occurs).tolist(), np.array(num_out).tolist()
 
 
 def draw(counts: TokenCounts, rows: list[int], tokens: list[int]) -> None:
     """A step that puts out a token of each row."""
-    mx.eval(*counts.read(mx.array(counts.slots[rows])))
-    counts.add(counts.slots[rows], mx.array(tokens))
+    mx.eval(*counts.read(mx.array(counts.count_rows[rows])))
+    counts.add(counts.count_rows[rows], mx.array(tokens))
 
 
 def test_prompt_tokens_occur_but_are_not_counted() -> None:
@@ -36,7 +37,7 @@ def test_prompt_tokens_occur_but_are_not_counted() -> None:
     assert {token: n for token, n in enumerate(num_out[0]) if n} == {3: 2, 7: 1, 9: 1, 10: 1}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=budget(60, 6_000), deadline=None)
 @given(data=st.data())
 def test_counts_are_those_of_the_sequence_that_has_the_row(data: st.DataObject) -> None:
     num_rows = data.draw(st.integers(1, 6))
@@ -62,18 +63,18 @@ def test_counts_are_those_of_the_sequence_that_has_the_row(data: st.DataObject) 
         occurs, num_out = read(counts, [row])
         assert occurs[0] == [t in prompt + output for t in range(VOCAB_SIZE)]
         assert num_out[0] == [output.count(t) for t in range(VOCAB_SIZE)]
-    assert all((slot >= 0) == (row in sequences) for row, slot in enumerate(counts.slots))
+    assert all((count_row >= 0) == (row in sequences) for row, count_row in enumerate(counts.count_rows))
 
 
-def test_a_slot_is_given_back_and_taken_again() -> None:
+def test_a_count_row_is_given_back_and_taken_again() -> None:
     counts = TokenCounts(4, VOCAB_SIZE)
     for row in (2, 0):
         counts.set(row, [], [])
-    assert counts.slots.tolist() == [1, -1, 0, -1]
+    assert counts.count_rows.tolist() == [1, -1, 0, -1]
     counts.release(2)
     counts.set(3, [1], [])
     counts.set(0, [2], [])
-    assert counts.slots.tolist() == [1, -1, -1, 0]
+    assert counts.count_rows.tolist() == [1, -1, -1, 0]
     assert read(counts, [3])[0][0].index(True) == 1
 
 
@@ -81,7 +82,7 @@ def test_a_token_drawn_by_a_step_that_failed_does_not_outlive_its_sequence() -> 
     counts = TokenCounts(2, VOCAB_SIZE)
     counts.set(0, [], [])
     counts.read(mx.array([0]))
-    counts.add(counts.slots[[0]], mx.array([5]))
+    counts.add(counts.count_rows[[0]], mx.array([5]))
     counts.set(0, [], [1])
     assert read(counts, [0])[1] == [[0, 1] + [0] * (VOCAB_SIZE - 2)]
 
@@ -97,8 +98,8 @@ def active_bytes() -> int:
     return mx.get_active_memory()
 
 
-@pytest.mark.parametrize(("num_rows", "num_slots"), [(0, 0), (1, 1), (2, 2), (3, 4), (5, 6), (6, 6)])
-def test_memory_is_what_the_rows_need_doubled_at_most_and_never_above_the_limit(num_rows: int, num_slots: int) -> None:
+@pytest.mark.parametrize(("num_rows", "num_count_rows"), [(0, 0), (1, 1), (2, 2), (3, 4), (5, 6), (6, 6)])
+def test_memory_is_what_the_rows_need_doubled_at_most_and_below_the_limit(num_rows: int, num_count_rows: int) -> None:
     before = active_bytes()
     counts = TokenCounts(6, WIDE)
     for row in range(num_rows):
@@ -107,7 +108,7 @@ def test_memory_is_what_the_rows_need_doubled_at_most_and_never_above_the_limit(
     for turn in range(20 if num_rows else 0):  # sequences that come and go
         counts.set(turn % num_rows, [1], [])
         draw(counts, [turn % num_rows], [1])
-    assert 0 <= active_bytes() - before - 4 * WIDE * num_slots < 10_000
+    assert 0 <= active_bytes() - before - 4 * WIDE * num_count_rows < 10_000
 
 
 def test_a_row_that_was_released_before_its_first_step_leaves_nothing() -> None:
@@ -123,9 +124,9 @@ def test_a_row_that_was_released_before_its_first_step_leaves_nothing() -> None:
 
 def one_by_one(counts: TokenCounts, rows: list[int]) -> Callable[[], None]:
     def step() -> None:
-        _, num_out = counts.read(mx.array(counts.slots[rows]))
+        _, num_out = counts.read(mx.array(counts.count_rows[rows]))
         tokens = mx.argmin(num_out, axis=-1)
-        counts.add(counts.slots[rows], tokens)
+        counts.add(counts.count_rows[rows], tokens)
         mx.eval(tokens)
 
     return step
@@ -133,9 +134,9 @@ def one_by_one(counts: TokenCounts, rows: list[int]) -> Callable[[], None]:
 
 def pipelined(counts: TokenCounts, rows: list[int]) -> Callable[[], None]:
     def step() -> None:
-        _, num_out = counts.read(mx.array(counts.slots[rows]))
+        _, num_out = counts.read(mx.array(counts.count_rows[rows]))
         tokens = mx.argmin(num_out, axis=-1)
-        counts.add(counts.slots[rows], tokens)
+        counts.add(counts.count_rows[rows], tokens)
         mx.synchronize()
         mx.async_eval(tokens)
 

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_paged import BlockManager
-from mlx_paged.blocks.cache_groups import BlockCopy, CacheGroups, blocks_for_window
+from mlx_paged.blocks.cache_groups import CacheGroups, blocks_for_window
 from mlx_paged.blocks.prefix_tree import PrefixNode
+from mlx_paged.blocks.transfers import BlockCopy
 from mlx_paged.request import Request, Sequence
-from mlx_paged.scheduler.running_batch import Rows
+from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.scheduler import Chunk, Scheduler
 
 
@@ -183,7 +184,7 @@ def test_n_samples_in_a_pool_that_fits_one_of_them_all_finish() -> None:
     bench = Bench(num_blocks=3)
     request = bench.add(5, max_tokens=8, n=4)
     bench.run()
-    assert [s.num_output for s in request.sequences] == [8] * 4
+    assert [s.num_output_tokens for s in request.sequences] == [8] * 4
     assert bench.scheduler.num_preemptions > 0
 
 
@@ -299,8 +300,8 @@ def test_beams_that_run_out_of_blocks_lose_them_together_and_come_back_by_what_t
         bench.step()
     assert bench.scheduler.num_preemptions == 3
     assert bench.scheduler.waiting == [beams.sequences[0]]
-    assert beams.sequences[0].trunk is not None
-    assert beams.sequences[0].trunk >= 5
+    assert beams.sequences[0].num_shared_tokens is not None
+    assert beams.sequences[0].num_shared_tokens >= 5
     assert [sequence.request for sequence in bench.scheduler.running] == [first]
     bench.run()
 
@@ -313,7 +314,7 @@ def beams_short_of_blocks() -> tuple[Pipelined, Sequence, Sequence]:
     bench.new_sequence(request)
     for i, beam in enumerate(request.sequences):
         beam.token_ids += [100 * i + j for j in range(7)]
-    bench.scheduler.start_over(request.sequences)
+    bench.scheduler.restart(request.sequences)
     bench.step()
     first, second = bench.scheduler.running
     bench.manager.allocate("other", range(50, 60))
@@ -374,7 +375,7 @@ def test_one_that_did_not_fit_is_tried_again_when_who_was_in_its_way_is_gone() -
     bench.step()
     bench.add(12)
     bench.step()
-    assert bench.scheduler._blocked is not None
+    assert bench.scheduler._blocked_head is not None
     bench.scheduler.remove(first.sequences[0])
     first.sequences[0].finish_reason = "abort"
     assert planned(bench.step()) == [(1, 0, 12)]
@@ -385,7 +386,7 @@ def test_nobody_loses_blocks_while_it_is_not_known_yet_who_has_ended() -> None:
     for _ in range(2):
         bench.add(8, max_tokens=5)
     bench.step()  # both need a third block now
-    assert bench.scheduler.schedule(may_preempt=False) is None
+    assert bench.scheduler.schedule(can_preempt=False) is None
     assert (len(bench.scheduler.running), bench.scheduler.num_preemptions) == (2, 0)
     assert len(bench.step().preempted) == 1
     bench.run()
@@ -393,9 +394,9 @@ def test_nobody_loses_blocks_while_it_is_not_known_yet_who_has_ended() -> None:
 
 def test_what_could_go_on_only_at_the_cost_of_others_waits_while_they_are_not_known() -> None:
     bench, first, second = beams_short_of_blocks()
-    schedule = bench.scheduler.schedule(may_preempt=False)
+    schedule = bench.scheduler.schedule(can_preempt=False)
     assert schedule is not None
-    assert (schedule.is_short, schedule.chunks, schedule.preempted) == (True, [Chunk(first, 1, 7)], [])
+    assert (schedule.is_short_of_blocks, schedule.chunks, schedule.preempted) == (True, [Chunk(first, 1, 7)], [])
     assert bench.scheduler.running == [first, second]
 
 
@@ -437,7 +438,7 @@ class Pipelined(Bench):
                 count, self.block_size, allocator=self.allocator, window=self.window, prefix_caching=self.prefix_caching
             )
             self.groups = CacheGroups([self.manager, windowed])
-            self.rows = Rows(self.max_num_seqs, 2, self.num_blocks, self.block_size)
+            self.rows = RunningBatch(self.max_num_seqs, 2, self.num_blocks, self.block_size)
             self.scheduler = Scheduler(self.groups, self.rows, self.max_num_seqs, self.budget)
         self.random = random.Random(self.seed)
         self.under_way: UnderWay | None = None
@@ -457,7 +458,7 @@ class Pipelined(Bench):
     def step(self) -> Planned:
         """As Engine._advance."""
         self.num_steps += 1
-        schedule = self.scheduler.schedule(may_preempt=self.under_way is None)
+        schedule = self.scheduler.schedule(can_preempt=self.under_way is None)
         if schedule is None:
             self.collect()
             schedule = self.scheduler.schedule()
@@ -471,21 +472,21 @@ class Pipelined(Bench):
         self.was_idle = False
         self.move()
         if self.num_steps in self.fails:
-            self.scheduler.fail(schedule)
+            self.scheduler.cancel(schedule)
             self.account()
             return plan
         self.check(plan)
         self.compute(plan)
-        wanted = [item for item in plan.sequences[len(schedule.decodes) :] if item.needs_logits]
-        drawing = [(item.sequence, item.sequence.row, self.rows.stamp[item.sequence.row]) for item in wanted]
-        drawing += [(self.sequence(row), row, self.rows.stamp[row]) for row in schedule.decodes.tolist()]
+        wanted = [item for item in plan.sequences[len(schedule.rows) :] if item.needs_logits]
+        drawing = [(item.sequence, item.sequence.row, self.rows.row_version[item.sequence.row]) for item in wanted]
+        drawing += [(self.sequence(row), row, self.rows.row_version[row]) for row in schedule.rows.tolist()]
         for item in plan.sequences:
             item.sequence.request.metrics.first_scheduled_time = 0.0
         self.scheduler.complete(schedule)
         self.collect()
-        alive = [sequence for sequence, row, stamp in drawing if self.rows.stamp[row] == stamp]
+        alive = [sequence for sequence, row, row_version in drawing if self.rows.row_version[row] == row_version]
         self.draw(alive)
-        if not self.overlap or schedule.is_short or (self.under_way is not None and self.under_way.beams):
+        if not self.overlap or schedule.is_short_of_blocks or (self.under_way is not None and self.under_way.beams):
             self.collect()
         self.account()
         return plan
@@ -495,55 +496,56 @@ class Pipelined(Bench):
         samples = [sequence for sequence in alive if sequence.request.search is None]
         for sequence in list(samples):
             if not sequence.request.is_forked:
-                self.scheduler.set_forked(sequence)
-                for _ in range(1, sequence.request.width):
+                self.scheduler.release_fork_rows(sequence)
+                for _ in range(1, sequence.request.max_num_sequences):
                     fork = self.new_sequence(sequence.request)
                     self.scheduler.add_fork(sequence, fork)
                     samples.append(fork)
         drawn = np.array([sequence.row for sequence in samples], np.int64)
         for sequence in samples:
             stop_ids = [STOP] if sequence.request.request_id in self.stops else []
-            self.rows.watch(sequence.row, False, stop_ids)
+            self.rows.set_stop_checks(sequence.row, False, stop_ids)
         tokens = [self.token_of(sequence, int(self.rows.num_tokens[sequence.row])) for sequence in samples]
         self.rows.num_tokens[drawn] += 1
-        self.under_way = UnderWay(drawn, self.rows.stamp[drawn], np.array(tokens, np.int64), beams)
+        self.under_way = UnderWay(drawn, self.rows.row_version[drawn], np.array(tokens, np.int64), beams)
 
     def collect(self) -> None:
         before, self.under_way = self.under_way, None
         if before is None:
             return
-        current = self.rows.stamp[before.drawn] == before.stamps
+        current = self.rows.row_version[before.drawn] == before.stamps
         drawn, token_ids = before.drawn[current], before.token_ids[current]
-        for row in drawn[self.rows.add_tokens(drawn, token_ids, np.zeros(len(drawn), np.float32))].tolist():
+        for row in drawn[self.rows.append_tokens(drawn, token_ids, np.zeros(len(drawn), np.float32))].tolist():
             sequence = self.sequence(row)
-            self.rows.flush(sequence)
-            assert sequence.token_ids[-1] == STOP or sequence.num_output == sequence.request.max_tokens
+            assert sequence.token_ids[-1] == STOP or sequence.num_output_tokens == sequence.request.max_tokens
             sequence.finish_reason = "stop"
             self.scheduler.remove(sequence)
         for beam in before.beams:
             if beam.row >= 0:
-                beam.candidates = True
+                beam.beam_candidates = True
         for request in dict.fromkeys(beam.request for beam in before.beams):
-            if all(beam.candidates for beam in request.sequences):
+            if all(beam.beam_candidates for beam in request.sequences):
                 self.branch(request)
 
     def branch(self, request: Request) -> None:
         """As Engine._branch, with parents by lot."""
         beams = request.sequences
         if not request.is_forked:
-            self.scheduler.set_forked(beams[0])
-        if beams[0].num_output + 1 == request.max_tokens:
+            self.scheduler.release_fork_rows(beams[0])
+        if beams[0].num_output_tokens + 1 == request.max_tokens:
             for beam in beams:
                 self.scheduler.remove(beam)
                 beam.finish_reason = "stop"
             return
-        parents = [self.random.randrange(len(beams)) for _ in range(request.width)]
-        if len(beams) == request.width and self.random.random() < 0.7:
-            parents = list(range(request.width))  # so that some go their own way for long
+        parents = [self.random.randrange(len(beams)) for _ in range(request.max_num_sequences)]
+        if len(beams) == request.max_num_sequences and self.random.random() < 0.7:
+            parents = list(range(request.max_num_sequences))  # so that some go their own way for long
         elif self.random.random() < 0.2:
-            parents = parents[: self.random.randint(1, request.width)]  # as of a vocabulary with too few tokens
+            parents = parents[
+                : self.random.randint(1, request.max_num_sequences)
+            ]  # as of a vocabulary with too few tokens
         for i, beam in enumerate(beams):
-            beam.candidates = None
+            beam.beam_candidates = None
             if i not in parents:
                 self.scheduler.remove(beam)
         request.sequences = []
@@ -555,7 +557,7 @@ class Pipelined(Bench):
             else:
                 request.sequences.append(beams[parent])
         for i, sequence in enumerate(request.sequences):
-            self.rows.put(sequence, 10**6 * (request.request_id + 1) + 1000 * self.random.randrange(900) + i)
+            self.rows.append_token(sequence, 10**6 * (request.request_id + 1) + 1000 * self.random.randrange(900) + i)
 
     def abort(self, request: Request) -> None:
         for sequence in request.sequences:
@@ -614,17 +616,17 @@ class Pipelined(Bench):
         for request in places_of:
             num_running = sum(sequence.request is request for sequence in scheduler.running)
             is_whole = request.search is not None or not request.is_forked
-            places_of[request] = request.width if is_whole else num_running
+            places_of[request] = request.max_num_sequences if is_whole else num_running
             if not request.is_forked:
-                to_come += request.width - num_running
+                to_come += request.max_num_sequences - num_running
             elif request.search is not None:
                 to_come += len(request.sequences) - num_running
-        assert scheduler._num_forks_to_come == to_come
+        assert scheduler._num_reserved_rows == to_come
         assert sum(places_of.values()) <= self.max_num_seqs, "room is kept for all that may still be forked"
         self.groups.check()
         assert set(self.manager.seq_ids) == {sequence.seq_id for sequence in scheduler.running}
         for group, manager in enumerate(self.groups.managers):
-            for block_id, node in manager._prefixes._node_of_block.items():
+            for block_id, node in manager._tree._node_of_block.items():
                 assert self.contents[group, block_id] == prefixes_of(node), "what can be hit is computed and intact"
 
     def run(self, most_steps: int = 500) -> int:
@@ -646,9 +648,9 @@ class Pipelined(Bench):
                 expected = [self.token_of(sequence, prompt + i) for i in range(count)]
                 assert sequence.output_token_ids == expected, "no token more, none less, none twice"
             whole = not any(sequence.finish_reason == "abort" for sequence in request.sequences)
-            assert request.search is not None or not whole or len(request.sequences) == request.width
+            assert request.search is not None or not whole or len(request.sequences) == request.max_num_sequences
         assert self.scheduler.running == self.scheduler.waiting == []
-        assert self.scheduler._num_forks_to_come == 0
+        assert self.scheduler._num_reserved_rows == 0
         assert all(manager.num_free_blocks == manager.num_blocks for manager in self.groups.managers)
 
 

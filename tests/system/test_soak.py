@@ -1,6 +1,6 @@
 """Many random requests at once in engines of every kind: each gives what it gives alone, and nothing is left behind.
 
-MLX_PAGED_LONG_TESTS=<number> runs so many rounds instead of the few; each is named by its seed.
+MLX_PAGED_LONG_TESTS=1 runs many rounds instead of the few; each is named by its seed, MLX_PAGED_SOAK_SEED the first.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.budget import budget
 from helpers.workload import FAMILIES, Alone, Asked, Results, assert_idle, make_engine, random_requests
 
-NUM_ROUNDS = max(18, int(os.environ.get("MLX_PAGED_LONG_TESTS") or 0))
+NUM_ROUNDS = budget(8, 1800)
 FIRST_SEED = int(os.environ.get("MLX_PAGED_SOAK_SEED") or 0)
 ROUNDS_PER_SET = 18  # that draw from the same requests, whose results are known then
 MOST_STEPS = 5000

@@ -108,8 +108,9 @@ def test_a_terminal_gets_colors_and_a_pipe_plain_text() -> None:
 
 def test_a_shared_block_is_as_full_as_its_fullest_holder_sees_it() -> None:
     manager = BlockManager(1, 4)
-    manager.allocate("x", range(4))
-    manager.fork("x", "y", num_tokens=3)
+    manager.allocate("y", range(3))
+    manager.fork("y", "x")
+    manager._sequences["x"].num_tokens = 4
     empty_part = "48;2;44;51;61"
     assert empty_part not in render(BlockPicture(manager), color=True)
     manager.free("x")

@@ -9,20 +9,16 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import click.testing
 import mlx.core as mx
 import pytest
-from comparison.workloads import WORKLOADS
-from helpers.run_benchmark import run_benchmark
 
 from mlx_paged.cli.main import cli
 from mlx_paged.tools.report import as_text, describe_machine, terminal_table
 
 SOMETIMES = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "device_name", "architecture"}  # where set, on a GPU
 MACHINE = {"platform", "device", "cpu_count", "python", "mlx", "mlx_lm", "preloaded", "command"}
-TEXT = {"workload", "case", "system"}
 
 
 def run(*args: object) -> click.testing.Result:
@@ -93,7 +89,7 @@ def test_without_a_model_it_is_the_demo_model_and_json_can_be_saved_beside_the_t
 def test_help_tells_of_every_option_and_loads_nothing() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "mlx_paged", "bench", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    for option in ("--random-weights", "-p ", "-g ", "-b ", "--repetitions", "--output", "--block-size", "compare"):
+    for option in ("--random-weights", "-p ", "-g ", "-b ", "--repetitions", "--output", "--block-size"):
         assert option in result.stdout
     assert "mlx.core" not in result.stderr
 
@@ -111,11 +107,8 @@ def test_help_tells_of_every_option_and_loads_nothing() -> None:
         (["--random-weights", "gpt-9"], "'gpt-9' is not one of"),
         (["--random-weights", "llama-8b", "--model", "qwen2"], "give --model qwen2 or --random-weights llama-8b, not"),
         (["-o", "xml"], "'xml' is not one of"),
-        (["-n", "2", "compare"], "options of compare come after its name"),
-        (["compare", "-w", "W1,W99"], "there is no workload 'W99': they are W1, W2"),
-        (["compare", "--scale", "0"], "--scale must be at least 1, got 0"),
-        (["compare", "--dtype", "int4"], "--dtype must be one of float32"),
-        (["compar"], "No such command 'compar'"),
+        (["--dtype", "int4"], "--dtype must be one of float32"),
+        (["compare"], "compare"),
     ],
 )
 def test_bad_usage_is_told_in_one_line(args: list[str], words: str) -> None:
@@ -129,7 +122,6 @@ def test_bad_usage_is_told_in_one_line(args: list[str], words: str) -> None:
     ("args", "words"),
     [
         (["-p", "3000"], "3001 tokens are more than the 2048 the model was made for"),
-        (["compare", "-w", "W6"], "W6 (4 x 4,096 in) takes 4,160 tokens of context, and the model was made for 2,048"),
         (["--model", "/no/such/folder"], "/no/such/folder"),
         (["--num-kv-blocks", "2", "-p", "100", "-g", "0"], "100"),
     ],
@@ -141,77 +133,6 @@ def test_what_does_not_fit_the_model_is_told_in_one_line(args: list[str], words:
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("mlx-paged: ")
 
 
-# -- comparisons --------------------------------------------------------------------------------------------------
-
-
-def check_comparison(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Fails unless the rows are complete and each number is one that could be."""
-    for name, rows in results.items():
-        for row in rows:
-            assert row["workload"] == name
-            assert row.keys() == rows[0].keys()
-            assert all(math.isfinite(row[key]) and row[key] >= 0 for key in row.keys() - TEXT), row
-            assert row["tokens_per_s"] > 0 and 0 < row["at_once"] <= row["requests"]
-            assert row["first_token_p50_ms"] <= row["first_token_p95_ms"]
-            assert row["per_token_p50_ms"] <= row["per_token_p95_ms"]
-            assert row["kv_peak_mb"] > 0 and row["kv_waste"] < 1
-        for case in {row["case"] for row in rows}:
-            first, *others = [row for row in rows if row["case"] == case]
-            assert first["speedup"] == first["cpu_speedup"] == 1
-            for row in others:
-                assert row["output_tokens"] == first["output_tokens"]
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """What a quick run of the script prints, and the JSON that it writes."""
-    file = tmp_path_factory.mktemp("benchmark") / "workloads.json"
-    printed = run_benchmark("--quick", "--json", file, script="workloads.py")
-    return printed, json.loads(file.read_text())
-
-
-def test_a_quick_run_of_all_workloads_writes_what_it_prints(quick: tuple[str, dict[str, Any]]) -> None:
-    printed, content = quick
-    assert set(content["machine"]) - SOMETIMES == MACHINE
-    assert content["machine"]["command"].startswith("python benchmarks/workloads.py --quick --json")
-    assert list(content["results"]) == list(WORKLOADS)
-    check_comparison(content["results"])
-    for name, workload in WORKLOADS.items():
-        assert f"{name}, {workload.about}" in printed
-
-
-def rows_of(content: dict[str, Any], name: str, case: str = "") -> dict[str, dict[str, Any]]:
-    return {row["system"]: row for row in content["results"][name] if case in row["case"]}
-
-
-def test_what_is_counted_is_what_the_workload_says(quick: tuple[str, dict[str, Any]]) -> None:
-    _, content = quick
-    for name in ("W1", "W2"):
-        rows = rows_of(content, name)
-        assert rows["mlx-paged"]["at_once"] == 16 <= rows["mlx-lm"]["at_once"] < 16 + 8
-    shared = rows_of(content, "W4", "64 shared")
-    assert shared["mlx-paged"]["prefix_hits"] == 15 * 64
-    assert shared["mlx-paged, no prefix cache"]["prefix_hits"] == 0
-    assert rows_of(content, "W4", "none shared")["mlx-paged"]["prefix_hits"] == 0
-    assert shared["mlx-paged"]["kv_peak_mb"] < shared["mlx-paged, no prefix cache"]["kv_peak_mb"]
-    samples = rows_of(content, "W5", "4 samples")
-    assert samples["mlx-paged, n=4"]["kv_peak_mb"] < samples["mlx-paged, 4 requests"]["kv_peak_mb"]
-    overload = rows_of(content, "W7")
-    assert overload["mlx-paged, all of it"]["preemptions"] == 0
-    assert overload["mlx-paged, computed again"]["preemptions"] > 0
-    waste = [row["kv_waste"] for row in content["results"]["W8"]]
-    in_order = [waste[1], waste[0], *waste[2:]]  # blocks of 8, 16, 32, 64, 128
-    assert in_order == sorted(in_order)
-
-
-def test_compare_runs_chosen_workloads_with_any_model() -> None:
-    args = ("compare", "--random-weights", "qwen2-tiny", "-w", "w1,w8", "--scale", 32, "-n", 2, "-o", "json")
-    report = json.loads(run_well(*args))
-    assert set(report["machine"]) - SOMETIMES == MACHINE
-    assert list(report["results"]) == ["W1", "W8"]
-    check_comparison(report["results"])
-
-
 def test_a_table_that_is_wider_than_the_terminal_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     words = [f"unabbreviated{i}" for i in range(20)]
@@ -219,9 +140,3 @@ def test_a_table_that_is_wider_than_the_terminal_is_not_cut_off(monkeypatch: pyt
     table = as_text(terminal_table("title", columns, [{word: f"value of {word}" for word in words}]))
     assert table.split() == ["title", *words, *" ".join(f"value of {word}" for word in words).split()]
     assert len(table.splitlines()) == 3
-
-
-def test_compare_prints_a_table_for_each_workload_in_markdown() -> None:
-    printed = run_well("compare", "--random-weights", "qwen2-tiny", "-w", "W1,W3", "--scale", 64, "-n", 1, "-o", "md")
-    assert printed.count("| case | system | at once |") == 2
-    assert "W3, a fixed budget of KV memory: random weights, qwen2-tiny:" in printed

@@ -1,0 +1,80 @@
+"""Transfers of blocks, decided here and carried out elsewhere: copies in the pool, moves to and from block stores."""
+
+from collections.abc import Container
+from typing import NamedTuple, Protocol
+
+from mlx_paged.blocks.prefix_tree import PrefixNode
+
+
+class BlockCopy(NamedTuple):
+    """Copy block `src` of a group to `dst`, in all layers of the group."""
+
+    group: int
+    src: int
+    dst: int
+
+
+class BlockSave(NamedTuple):
+    """Keep a block's content in the block store under `key`."""
+
+    group: int
+    block_id: int
+    key: str
+
+
+class BlockLoad(NamedTuple):
+    """Put what the block store keeps under `key` into a block; if it can't be had, unpublish `node`."""
+
+    group: int
+    block_id: int
+    key: str
+    node: PrefixNode
+
+
+Transfer = BlockCopy | BlockSave | BlockLoad
+
+
+class BlockStoreIndex(Protocol):
+    """What a block manager may know of a block store: which prefixes' blocks it has, by digest.
+
+    `save` and `load` are notes for whoever moves K and V: they are carried out in their order, between other copies.
+    """
+
+    def __contains__(self, digest: object) -> bool:
+        """Say whether `load` would find it."""
+
+    def save(self, block_id: int, digest: bytes) -> None:
+        """Have the block's content kept before it is overwritten."""
+
+    def load(self, node: PrefixNode, block_id: int) -> None:
+        """Have the content kept under the node's digest put into the block."""
+
+
+class GroupStoreIndex:
+    """The block store as one group's manager sees it. Notes what is to be moved, in the order it is decided."""
+
+    def __init__(self, group: int, stored_keys: Container[str], transfers: list[Transfer]) -> None:
+        self._group = group
+        self._stored_keys = stored_keys
+        self._transfers = transfers
+        self._pending_saves: set[str] = set()
+
+    def key(self, digest: bytes) -> str:
+        """Return the name of a prefix's block of this group."""
+        return f"{self._group}-{digest.hex()}"
+
+    def __contains__(self, digest: object) -> bool:
+        assert isinstance(digest, bytes)
+        return self.key(digest) in self._stored_keys or self.key(digest) in self._pending_saves
+
+    def save(self, block_id: int, digest: bytes) -> None:
+        if digest not in self:
+            self._pending_saves.add(self.key(digest))
+            self._transfers.append(BlockSave(self._group, block_id, self.key(digest)))
+
+    def load(self, node: PrefixNode, block_id: int) -> None:
+        self._transfers.append(BlockLoad(self._group, block_id, self.key(node.digest), node))
+
+    def transfers_done(self) -> None:
+        """Note that what was to be saved is stored, or could not be."""
+        self._pending_saves.clear()

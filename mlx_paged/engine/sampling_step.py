@@ -1,0 +1,117 @@
+"""The draw of a step: which rows get a next token, from which logits, under which grammar masks."""
+
+import time
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_paged.engine.forking import Forking
+from mlx_paged.engine.output_processor import OutputProcessor
+from mlx_paged.engine.profile import Profile
+from mlx_paged.runner.in_flight import StepInFlight, StepRunner
+from mlx_paged.sampling.sampler import Sampler, best_tokens, sample_seed
+from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.scheduler.running_batch import RunningBatch
+
+
+class SamplingStep:
+    """Draws next tokens on the device; they stay there until the step is waited for."""
+
+    def __init__(
+        self,
+        batch: RunningBatch,
+        vocab_size: int,
+        forking: Forking,
+        outputs: OutputProcessor,
+        steps: StepRunner,
+        profile: Profile,
+    ) -> None:
+        self._batch = batch
+        self._vocab_size = vocab_size
+        self._forking = forking
+        self._outputs = outputs
+        self._steps = steps
+        self._profile = profile
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the parameters of all rows."""
+        self._sampler = Sampler(len(self._batch.sequences), self._vocab_size)
+
+    def register_rows(self) -> None:
+        """Set the parameters of the rows that sequences have got since the last call."""
+        for sequence in self._batch.pop_added():
+            request, params = sequence.request, sequence.request.params
+            if isinstance(params, SamplingParams):
+                seed = sample_seed(request.seed, sequence.index)
+                prompt, output = request.prompt_token_ids, sequence.output_token_ids
+                self._sampler.set_row(sequence.row, params, seed, prompt, output)
+            stop_ids = self._outputs.stop_ids(request)
+            self._batch.set_stop_checks(sequence.row, self._outputs.needs_every_token(sequence), stop_ids)
+
+    def draw(self, step: StepInFlight | None) -> StepInFlight | None:
+        """Have the next tokens drawn of the rows of a step that still run. Returns the step."""
+        if step is None:
+            return None
+        with self._profile.part("sample"):
+            batch, rows = self._batch, step.rows
+            sources = beams = masks = None  # sources: the logits of `rows`; None: all
+            if batch.version != step.version or batch.has_special_rows:
+                is_current = batch.row_version[step.rows] <= step.version
+                is_beam = batch.is_beam[step.rows]
+                sources = np.nonzero(is_current & ~is_beam)[0]
+                beams = np.nonzero(is_current & is_beam)[0]
+                rows = step.rows[sources]
+                if batch.will_fork[rows].any():
+                    sources, rows = self._forking.fork_samples(sources, rows)
+                    self.register_rows()
+                if batch.has_grammar[rows].any():
+                    masks, dead_ends = self._grammar_masks(rows)
+                    sources, rows, masks = (np.delete(array, dead_ends, axis=0) for array in (sources, rows, masks))
+            started = time.perf_counter()
+            assert step.logits is not None
+            if len(rows):
+                self._draw_tokens(step, sources, rows, masks)
+            if beams is not None and len(beams):
+                self._choose_candidates(step, beams)
+            self._steps.model_time_s += time.perf_counter() - started
+            self._steps.submit_results(step)
+        return step
+
+    def _draw_tokens(
+        self, step: StepInFlight, sources: np.ndarray | None, rows: np.ndarray, masks: np.ndarray | None
+    ) -> None:
+        logits, num_tokens = step.logits, self._batch.num_tokens[rows]
+        assert logits is not None
+        if sources is not None and not np.array_equal(sources, np.arange(len(logits))):
+            logits = logits[mx.array(sources)]
+        step.sampled_tokens = self._sampler.sample(logits, rows, num_tokens - self._batch.num_prompt[rows], masks)
+        self._batch.num_tokens[rows] = num_tokens + 1
+        step.sampled_rows, step.sampled_version = rows, self._batch.version
+
+    def _choose_candidates(self, step: StepInFlight, sources: np.ndarray) -> None:
+        """Have the best continuations found of the beams at these rows of the logits."""
+        rows = step.rows[sources].tolist()
+        step.beams = [beam for row in rows if (beam := self._batch.sequences[row]) is not None]
+        searches = {beam.request.search for beam in step.beams}
+        count = max(search.num_candidates for search in searches if search is not None)
+        assert step.logits is not None
+        step.beam_candidates = best_tokens(step.logits[mx.array(sources)], count)
+
+    def _grammar_masks(self, rows: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """Make the masks of the tokens that grammars allow, while the device computes the logits.
+
+        Returns uint32 [len(rows), vocab_size / 32], and the indices of rows whose grammar turns out to be a dead end;
+        their sequences have ended.
+        """
+        dead_ends = []
+        masks = np.full((len(rows), -(-self._vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        for i in np.nonzero(self._batch.has_grammar[rows])[0].tolist():
+            sequence = self._batch.sequences[rows[i]]
+            assert sequence is not None
+            try:
+                sequence.matcher.fill(masks[i])
+            except ValueError as error:
+                dead_ends.append(i)
+                self._outputs.fail_sequence(sequence, str(error))
+        return masks, dead_ends

@@ -1,0 +1,107 @@
+"""Steps in flight: launched on the device, submitted to it, waited for."""
+
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_paged.attention.metadata import ModelInputs
+from mlx_paged.request import Sequence
+from mlx_paged.runner.model_runner import ModelRunner
+from mlx_paged.sampling.sampler import SampledTokens
+from mlx_paged.scheduler.schedule import Schedule
+
+
+class Timer(Protocol):
+    """What is told when a part of a step begins and ends."""
+
+    def part(self, name: str) -> AbstractContextManager[None]: ...
+
+
+@dataclass(eq=False)
+class StepInFlight:
+    """A step, from its launch until its results are on the host."""
+
+    schedule: Schedule
+    rows: np.ndarray
+    """The row of the running batch that each row of the logits belongs to."""
+    version: int
+    """Of the running batch when these were chosen: a row that changes later is another sequence's."""
+    logits: mx.array | None = None
+    sampled_rows: np.ndarray | None = None
+    """The rows whose next tokens are drawn."""
+    sampled_version: int = 0
+    """Of the running batch when these were chosen."""
+    sampled_tokens: SampledTokens | None = None
+    beams: list[Sequence] = field(default_factory=list)
+    beam_candidates: tuple[mx.array, mx.array] | None = None
+    """Token ids and log-probabilities to go on with, [len(beams), k]."""
+    device_results: list[mx.array] = field(default_factory=list)
+    """All that is to come to the host; the logits if nothing is drawn."""
+
+
+class StepRunner:
+    """Runs steps on a model, one in flight while the next is launched where that is safe."""
+
+    def __init__(self, runner: ModelRunner, timer: Timer) -> None:
+        self.unfinished: list[StepInFlight] = []
+        """The steps that an error would be the error of."""
+        self.model_time_s = 0.0
+        """Host time spent in building graphs, submitting them and waiting for the device."""
+        self._runner = runner
+        self._timer = timer
+
+    def begin(self, schedule: Schedule, version: int) -> StepInFlight:
+        """Return the step of a schedule; from here on an error is that of its sequences."""
+        step = StepInFlight(schedule, schedule.rows, version)
+        self.unfinished.append(step)
+        return step
+
+    def launch(self, step: StepInFlight, inputs: ModelInputs) -> None:
+        """Build the step's graph up to its logits, and submit it unless a write could meet a reader of the pools."""
+        started = time.perf_counter()
+        step.logits = self._runner.run(inputs)
+        self.model_time_s += time.perf_counter() - started
+        if self._runner.may_submit_early:
+            self._submit([step.logits])
+
+    def submit(self, step: StepInFlight) -> None:
+        """Submit a launched step, if `launch` did not, now that the step before it is over."""
+        if not self._runner.may_submit_early:
+            assert step.logits is not None
+            self._submit([step.logits])
+
+    def submit_results(self, step: StepInFlight) -> None:
+        """Submit what is drawn from a step's logits."""
+        drawn = [*(step.sampled_tokens or ()), *(step.beam_candidates or ())]
+        assert step.logits is not None
+        step.device_results = [array for array in drawn if array is not None] or [step.logits]
+        self._submit(step.device_results)
+
+    def _submit(self, arrays: list[mx.array]) -> None:
+        """Give arrays to the device. A CPU has computed most of them when this returns: not the host's own time."""
+        started = time.perf_counter()
+        with self._timer.part("submit"):
+            mx.async_eval(*arrays)
+        self.model_time_s += time.perf_counter() - started
+
+    def wait(self, step: StepInFlight) -> list[np.ndarray]:
+        """Wait for a step. Returns its results on the host: nothing if nothing was drawn."""
+        started = time.perf_counter()
+        with self._timer.part("wait"):
+            is_drawn = step.sampled_tokens is not None or step.beam_candidates is not None
+            results = [np.array(array) for array in step.device_results] if is_drawn else []
+            if not (results and self._runner.may_submit_early):
+                mx.eval(step.device_results)
+                mx.synchronize()  # nothing reads the pools any more: the next step may write them in place
+        self.model_time_s += time.perf_counter() - started
+        self.unfinished.remove(step)
+        return results
+
+    def reset(self) -> None:
+        """Forget all steps after an error, of which the pools may be part."""
+        self.unfinished = []
+        self._runner.reset()

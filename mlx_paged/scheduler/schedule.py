@@ -1,0 +1,47 @@
+"""A schedule: which tokens one step computes."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_paged.blocks.cache_groups import Published
+from mlx_paged.request import Sequence
+
+
+class Chunk(NamedTuple):
+    """The next `num_tokens` tokens of a prompt, from position `start`, are computed in this step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the sequence's last token is among them, so that the next one can be chosen."""
+        return self.start + self.num_tokens == len(self.sequence.token_ids)
+
+
+@dataclass
+class Schedule:
+    """What one step computes: the next tokens of the rows that decode, then chunks of prompts."""
+
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """The rows of the running batch that decode, in the order in which they are served."""
+    query_lens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """How many tokens each of these rows computes: its last one, and drafts after it."""
+    chunks: list[Chunk] = field(default_factory=list)
+    num_tokens: int = 0
+    published: dict[Sequence, Published] = field(default_factory=dict)
+    """Of each chunk's sequence, the prefixes that may be hit because this step writes them."""
+    preempted: list[Sequence] = field(default_factory=list)
+    """Sequences that have lost their blocks."""
+    is_short_of_blocks: bool = False
+    """A prompt could not go on for lack of blocks."""
+
+    def drop(self, sequences: list[Sequence], rows_left: np.ndarray) -> None:
+        """Take preempted sequences out. rows_left: of `rows`, bool, those that still run."""
+        self.preempted += sequences
+        self.chunks = [chunk for chunk in self.chunks if chunk.sequence not in sequences]
+        self.rows, self.query_lens = self.rows[rows_left], self.query_lens[rows_left]
+        self.num_tokens = int(self.query_lens.sum()) + sum(chunk.num_tokens for chunk in self.chunks)

@@ -1,0 +1,109 @@
+"""Exit codes, and what a person is told when something is wrong; most with a stub model, the last with real ones."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.stub_llm import Run, StubLLM, assert_one_line, invoke, start
+
+from mlx_paged.errors import ModelError
+from mlx_paged.models.hub import DEMO_FOLDER
+
+DEMO_WEIGHTS = (DEMO_FOLDER / "model.safetensors").read_bytes()
+
+
+def test_an_unknown_command_is_bad_usage_and_none_shows_the_help(run: Run) -> None:
+    assert_one_line(run("generat"), 2, "generat", "--help")
+    result = run()
+    assert result.exit_code == 2 and "generate" in result.stderr and "chat" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [ModelError("no such model"), ImportError("install mlx-paged[cpu]"), ValueError("too small")]
+)
+def test_a_model_that_cannot_be_had_is_one_line(error: Exception, run: Run) -> None:
+    def make(*_: object, **__: object) -> StubLLM:
+        raise error
+
+    run.make = make
+    for command in (["generate", "Hi"], ["chat"]):
+        assert_one_line(run(*command), 1, str(error))
+
+
+def test_a_surprise_is_one_line_and_its_traceback_is_for_verbose(run: Run) -> None:
+    def before_output(self: StubLLM) -> None:
+        raise RuntimeError("two\nlines")
+
+    run.stub.before_output = before_output
+    assert_one_line(run("generate", "Hi"), 1, "unexpected RuntimeError: two lines", "--verbose")
+    result = run("generate", "--verbose", "Hi")
+    assert result.exit_code == 1 and "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1] == "mlx-paged: unexpected RuntimeError: two lines"
+
+
+def test_quiet_is_stronger_than_verbose_but_failures_are_told(run: Run) -> None:
+    assert run("generate", "--quiet", "--verbose", "Hi").stderr == ""
+    assert_one_line(run("generate", "-q", ""), 1, "the prompt is empty")
+
+
+def test_ctrl_c_while_the_model_loads_exits_130(run: Run) -> None:
+    def make(*_: object, **__: object) -> StubLLM:
+        raise KeyboardInterrupt
+
+    run.make = make
+    result = run("generate", "Hi")
+    assert result.exit_code == 130 and result.stderr.strip() == ""
+
+
+def test_a_mistyped_model_is_one_line() -> None:
+    assert_one_line(invoke("generate", "--model", "qwen22", "Hi"), 1, "did you mean")
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", DEMO_WEIGHTS[:-1]])
+def test_broken_weights_are_one_line_that_names_the_file(content: bytes, tmp_path: Path) -> None:
+    for path in DEMO_FOLDER.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert_one_line(invoke("generate", "--model", str(tmp_path), "Hi"), 1, "model.safetensors")
+
+
+def test_an_unknown_architecture_is_one_line_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "perceptron"}')
+    (tmp_path / "model.safetensors").write_bytes(DEMO_WEIGHTS)
+    assert_one_line(invoke("generate", "--model", str(tmp_path), "Hi"), 1, "perceptron")
+
+
+@pytest.mark.parametrize(
+    "args",
+    ["--help", "--version", "generate --help", "chat --help", "beam-search --help", "generate --top-p 7 Hi",
+     "beam-search --beam-width 0 Hi"],
+)  # fmt: skip
+def test_help_and_usage_errors_import_nothing_heavy(args: str) -> None:
+    code = (
+        "import sys\nfrom mlx_paged.cli.main import main\ntry: main()\nexcept SystemExit: print('LOADED', *sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *args.split()]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = {name.split(".")[0] for name in result.stdout.split("LOADED ")[1].split()}
+    assert "click" in modules
+    assert not modules & {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "rich", "torch", "tokenizers"}
+
+
+def test_ctrl_c_ends_a_real_run_with_130_and_no_traceback() -> None:
+    process = start("generate", "--ignore-eos", "--max-tokens", "2000", "Once")
+    assert process.stdout is not None
+    first = process.stdout.read(10)  # it is in the middle of its answer
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert (process.returncode, len(first), err) == (130, 10, b"")
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly() -> None:
+    process = start("generate", "--ignore-eos", "--max-tokens", "300", "Once")
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0

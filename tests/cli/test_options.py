@@ -1,0 +1,119 @@
+"""What reaches a request and the engine from options, files and stdin, and what bad values are told."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.stub_llm import Run, StubLLM, assert_one_line
+
+from mlx_paged.sampling_params import SamplingParams
+
+
+def test_prompts_come_from_arguments_options_files_and_stdin(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("from a\nfile\n")
+    result = run("generate", "--raw", "one", "-p", "two", "-p", "-", "-f", str(tmp_path / "a.txt"), stdin="piped\n")
+    assert result.exit_code == 0
+    assert run.prompts == ["one", "two", "piped", "from a\nfile"]
+
+
+def test_without_a_prompt_stdin_is_one_prompt(run: Run) -> None:
+    assert run("generate", "--raw", stdin="two\r\nlines\r\n").exit_code == 0
+    assert run.prompts == ["two\r\nlines"]
+
+
+def test_without_any_prompt_the_ways_to_give_one_are_named(run: Run) -> None:
+    assert_one_line(run("generate", stdin=""), 2, "argument", "-p", "-f", "pipe")
+    assert run.made == []
+
+
+def test_stdin_and_files_that_are_not_utf8_are_bad_usage(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"\xff\xd8")
+    assert_one_line(run("generate", "-f", str(tmp_path / "image")), 2, "image is not UTF-8")
+    assert_one_line(run("generate", stdin=b"\xff\xd8"), 2, "standard input is not UTF-8")
+    assert_one_line(run("generate", "-f", str(tmp_path / "missing")), 2, "missing", "does not exist")
+
+
+def test_sampling_options_reach_the_request_by_their_usual_names(run: Run) -> None:
+    options = {
+        "max_tokens": 12, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1,
+        "presence_penalty": 0.2, "frequency_penalty": 0.3, "seed": 7, "logprobs": 2,
+    }  # fmt: skip
+    args = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    run("generate", *args, "-n", "3", "--stop", "END", "--stop", "\n\n", "--ignore-eos", "--json", "Hi")
+    assert run.params == SamplingParams(**options, n=3, stop=("END", "\n\n"), ignore_eos=True)
+
+
+def test_the_form_of_the_output_is_a_schema_from_a_file_or_an_expression(run: Run, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}}
+    (tmp_path / "person.json").write_text(json.dumps(schema))
+    assert run("generate", "--json-schema", str(tmp_path / "person.json"), "Hi").exit_code == 0
+    assert run.params.json_schema == schema
+    run("generate", "--regex", "[a-z]+", "Hi")
+    assert (run.params.regex, run.params.json_schema) == ("[a-z]+", None)
+
+
+@pytest.mark.parametrize(
+    "content, words", [("{type: object}", "not JSON"), ("", "not JSON"), ("[" * 100_000, "not JSON"),
+                       ("null", "object"), ("[1]", "object"), ('"text"', "object"), (b"\xff", "UTF-8")]
+)  # fmt: skip
+def test_a_file_without_a_schema_is_bad_usage(content: str | bytes, words: str, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert_one_line(run("generate", "--json-schema", str(path), "Hi"), 2, str(path), words)
+    assert_one_line(run("generate", "--json-schema", str(tmp_path / "none.json"), "Hi"), 2, "none.json")
+    assert run.made == []
+
+
+def test_a_schema_and_an_expression_at_once_are_bad_usage(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "any.json").write_text("true")
+    assert_one_line(run("generate", "--json-schema", str(tmp_path / "any.json"), "--regex", "a", "Hi"), 2, "not both")
+    assert_one_line(run("generate", "--regex", "", "Hi"), 2, "--regex")
+
+
+def test_short_names_mean_the_same(run: Run) -> None:
+    run("generate", "--temp", "0.5", "-m", "9", "Hi")
+    assert (run.params.temperature, run.params.max_tokens) == (0.5, 9)
+
+
+def test_the_default_is_greedy_and_256_tokens_or_what_fits(run: Run) -> None:
+    run("generate", "--raw", "Hi")
+    assert run.params == SamplingParams(temperature=0.0, max_tokens=256, stop=())
+    run("generate", "--raw", "x" * (StubLLM.context - 100))
+    assert run.params.max_tokens is None
+
+
+def test_a_max_tokens_that_was_asked_for_is_not_reduced(run: Run) -> None:
+    assert_one_line(run("generate", "--raw", "--max-tokens", "399", "Hello"), 1, "context 400")
+
+
+def test_engine_options_reach_the_model_and_those_not_given_stay_its_own(run: Run) -> None:
+    run("generate", "Hi")
+    assert (run.made[-1].model, run.made[-1].settings) == (None, {})
+    options = (
+        "--model qwen2 --block-size 8 --num-kv-blocks 99 --max-num-seqs 4 --max-num-batched-tokens 64 "
+        "--max-model-len 512 --dtype float16 --no-prefix-caching"
+    )
+    run("generate", *options.split(), "Hi")
+    assert run.made[-1].model == "qwen2"
+    assert run.made[-1].settings == {
+        "block_size": 8, "num_kv_blocks": 99, "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 512,
+        "dtype": "float16", "prefix_caching": False,
+    }  # fmt: skip
+    run("generate", "--kv-cache-memory", "30%", "Hi")
+    assert run.made[-1].settings == {"kv_cache_memory": "30%"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--top-p 7", "--top-p 0", "--top-k -1", "--min-p 2", "--temperature -1", "--temp cold", "--max-tokens 0",
+        "-n 0", "--repetition-penalty 0", "--presence-penalty 9", "--logprobs -1 --json", "--logprobs 3",
+        "--block-size 0", "--num-kv-blocks 0", "--kv-cache-memory 4XB", "--kv-cache-memory 200%", "--max-num-seqs 0",
+        "--dtype int3", "--max-num-batched-tokens 0", "--max-model-len 0", "--no-such-option",
+        "--num-kv-blocks 9 --kv-cache-memory 1GB",
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_bad_usage_told_in_one_line_before_a_model_is_loaded(args: str, run: Run) -> None:
+    option = "--temp" if args == "--temp cold" else args.split()[0]
+    assert_one_line(run("generate", *args.split(), "Hi"), 2, "memory size" if "memory" in option else option, "--help")
+    assert run.made == []
