@@ -411,11 +411,11 @@ def memory(quick: bool) -> list[Row]:
         rows.append(
             {
                 "model": shape,
-                "limit": plan.limit / 1e9,
-                "weights": plan.weights / 1e9,
+                "limit": plan.device_bytes / 1e9,
+                "weights": plan.weight_bytes / 1e9,
                 "kv": plan.kv_bytes / 1e9,
-                "reserve": plan.reserve / 1e9,
-                "taken": (peak - plan.weights - plan.kv_bytes) / 1e9,
+                "reserve": plan.step_bytes / 1e9,
+                "taken": (peak - plan.weight_bytes - plan.kv_bytes) / 1e9,
                 "growth_mb": (later - first) / 1e6,
             }
         )

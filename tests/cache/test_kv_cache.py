@@ -183,9 +183,9 @@ def test_on_a_gpu_three_quarters_of_its_memory_are_divided(
     monkeypatch.setattr(mx, "device_info", lambda: info)
     monkeypatch.setattr(mx, "get_cache_memory", lambda: 30 * MEGABYTE - mx.get_active_memory())
     plan = memory_plan.plan_memory(model, config, max_model_len=None)
-    assert (plan.limit, plan.device) == (limit, name)
-    room = 0.75 * limit - plan.weights - plan.reserve
-    assert plan.reserve > 0 and room - plan.block_bytes[0] < plan.kv_bytes <= room
+    assert (plan.device_bytes, plan.device) == (limit, name)
+    room = 0.75 * limit - plan.weight_bytes - plan.step_bytes
+    assert plan.step_bytes > 0 and room - plan.block_bytes[0] < plan.kv_bytes <= room
 
 
 @pytest.mark.parametrize(
