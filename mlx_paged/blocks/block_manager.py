@@ -220,8 +220,7 @@ class BlockManager:
     def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None:
         """Note that the K/V of a sequence's first `num_tokens` is in place: their full blocks may be hit from now on.
 
-        Blocks that have fallen out of the window are given back. Raises ValueError if `num_tokens` is less than before
-        or more than the sequence has.
+        Blocks out of the window are given back. Raises ValueError if it is less than before or more than there is.
         """
         sequence = self._get(seq_id)
         if not sequence.num_computed <= num_tokens <= sequence.num_tokens:
@@ -229,15 +228,17 @@ class BlockManager:
                 f"sequence {seq_id!r}: {num_tokens} computed tokens, but {sequence.num_computed} were computed before "
                 f"and it has {sequence.num_tokens}"
             )
-        sequence.num_computed = num_tokens
-        self.publish(seq_id, num_tokens)
-        self._release(sequence.release(self._first_visible(num_tokens)))
+        self.sync(seq_id, num_tokens)
 
     def sync(self, seq_id: Hashable, num_tokens: int) -> None:
         """Note that a sequence has come to `num_tokens` tokens, which lie in its slots and are computed."""
         sequence = self._get(seq_id)
         sequence.num_tokens = max(sequence.num_tokens, num_tokens)
-        self.mark_computed(seq_id, num_tokens)
+        sequence.num_computed = num_tokens
+        if self.prefix_caching:
+            sequence.publish(self._tree, self.block_size, num_tokens)
+        if self.window is not None:
+            self._release(sequence.release(self._first_visible(num_tokens)))
 
     def publish(self, seq_id: Hashable, num_tokens: int) -> list[PrefixNode]:
         """Let the full blocks of a sequence's first `num_tokens` be hit, computed or about to be by the next step.

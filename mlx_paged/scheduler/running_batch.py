@@ -4,6 +4,7 @@ A row's tokens are counted before they are known: a draw in flight adds one to `
 with the next step. Knows no mlx.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -63,12 +64,14 @@ class RunningBatch:
         self._stop_ids: list[np.ndarray] = []  # the first one of each row, the second one, ...; -1: it has fewer
         self._free_rows = list(range(num_rows))[::-1]
         self._added: list[Sequence] = []
+        self._append_to: list[Callable[[int], None]] = [_free_row] * num_rows  # to each row's tokens
 
     def add(self, sequence: Sequence, num_computed: int) -> None:
         """Let a sequence run. Its stop checks are to be set by who knows of them."""
         request = sequence.request
         row = sequence.row = self._free_rows.pop()
         self.sequences[row] = sequence
+        self._append_to[row] = sequence.token_ids.append
         self.seq_id[row] = sequence.seq_id
         self.num_prompt[row] = len(request.prompt_token_ids)
         self.num_computed[row] = num_computed
@@ -93,6 +96,7 @@ class RunningBatch:
         row, sequence.row = sequence.row, -1
         sequence.cumulative_logprob = float(self.cumulative_logprob[row])
         self.sequences[row] = None
+        self._append_to[row] = _free_row
         self._bump_version(row)
         self.num_tokens[row] = self.num_computed[row] = 0
         self._flags[:, row] = False
@@ -129,8 +133,9 @@ class RunningBatch:
 
     def append_tokens(self, rows: np.ndarray, token_ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
         """Give rows the tokens that were being drawn for them. Returns, bool [len(rows)], which have to be checked."""
+        append = self._append_to
         for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
-            self.sequences[row].token_ids.append(token_id)
+            append[row](token_id)
         self.last_token[rows] = token_ids
         is_nan = logprobs != logprobs
         self.cumulative_logprob[rows] += np.where(is_nan, 0, logprobs)
@@ -149,3 +154,7 @@ class RunningBatch:
         row, num_tokens = sequence.row, sequence.num_target_tokens
         self.num_tokens[row] = num_tokens
         self.last_token[row] = sequence.token_ids[num_tokens - 1]
+
+
+def _free_row(token_id: int) -> None:
+    raise AssertionError(f"token {token_id} is for a row that is free")

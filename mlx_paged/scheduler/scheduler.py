@@ -175,16 +175,16 @@ class Scheduler:
     def _allocate_slots(self, rows: np.ndarray, query_lens: np.ndarray) -> None:
         """Give each row slots for its next tokens. Raises OutOfBlocks; what was given until then is kept."""
         batch = self.batch
-        while len(short := rows[batch.num_computed[rows] + query_lens > batch.num_slots[rows]]):
+        longest = query_lens.max(initial=0)
+        while len(short := rows[(batch.num_computed + longest > batch.num_slots)[rows]]):
             grown = self.groups.append_blocks(batch.seq_id[short].tolist(), batch.num_computed[short].tolist())
             columns = batch.num_slots[short] // batch.block_size
             for tables, block_ids in zip(batch.tables, grown, strict=True):
                 tables.append_blocks(short, columns, block_ids)
             batch.num_slots[short] += batch.block_size
-        for row in rows[batch.tail_is_shared[rows]].tolist() if np.count_nonzero(batch.tail_is_shared) else ():
-            sequence = batch.sequences[row]
-            assert sequence is not None
-            self._reserve(sequence, int(batch.num_computed[row]) + 1)
+        shared = rows[batch.tail_is_shared[rows]].tolist() if np.count_nonzero(batch.tail_is_shared) else ()
+        for sequence in filter(None, map(batch.sequences.__getitem__, shared)):
+            self._reserve(sequence, int(batch.num_computed[sequence.row]) + 1)
 
     def _allocate_slots_one_by_one(self, schedule: Schedule) -> None:
         """Do as `_allocate_slots`, one row after another, at the cost of the last ones."""
