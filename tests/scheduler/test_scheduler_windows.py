@@ -59,8 +59,8 @@ class WindowBench(Bench):
             windowed.append(manager)
         self.groups = CacheGroups([self.manager, *windowed])
         self.contents = Contents(self.groups)
-        self.rows = RunningBatch(self.max_num_seqs, len(self.groups.managers), self.num_blocks, self.block_size)
-        self.scheduler = Scheduler(self.groups, self.rows, self.max_num_seqs, self.budget)
+        self.batch = RunningBatch(self.max_num_seqs, len(self.groups.managers), self.num_blocks, self.block_size)
+        self.scheduler = Scheduler(self.groups, self.batch, self.max_num_seqs, self.budget)
 
     def check(self, plan: Planned) -> None:
         """Compute the step: copies, writes, and what every query then sees."""
