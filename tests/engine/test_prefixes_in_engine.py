@@ -61,3 +61,42 @@ def test_samples_share_the_blocks_of_their_prompt(make_engine: MakeEngine) -> No
     stats = engine.stats()
     assert stats.kv_tokens == 40 + 4
     assert stats.num_blocks - stats.num_free_blocks == 10 + 4
+
+
+@pytest.mark.parametrize("pipelining", ["off", "build", "submit"])
+def test_what_a_running_request_has_put_out_is_found_while_it_still_runs(
+    make_engine: MakeEngine, pipelining: str
+) -> None:
+    # The check after each step would publish by itself.
+    engine = make_engine(pipelining=pipelining, check_invariants=False)
+    first = engine.add_request(list(range(6)), SamplingParams(temperature=0, max_tokens=30), stream=True)
+    token_ids = list(range(6))
+    while len(token_ids) < 14:  # the fourth block was taken for token 12
+        for output in engine.step():
+            token_ids += tokens_of(output)
+    prompt = [*token_ids[:13], 50]
+    second = engine.add_request(prompt, GREEDY)
+    found = {}
+    while second not in found:
+        for output in engine.step():
+            assert output.request_id == second or not output.finished, "the premise: the first one still runs"
+            found[output.request_id] = output
+    assert found[second].num_cached_tokens == 12
+    assert tokens_of(found[second]) == tokens_of(complete(make_engine(), prompt, GREEDY))
+    assert (engine.stats().prefix_query_tokens, engine.stats().prefix_hit_tokens) == (6 + 14, 12)
+    engine.abort(first)
+    assert is_idle(engine)
+
+
+def test_a_block_of_a_running_output_is_found_from_the_step_on_that_takes_the_next_one(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(pipelining="off", check_invariants=False)
+    engine.add_request(list(range(6)), SamplingParams(temperature=0, max_tokens=30), stream=True)
+    token_ids, cached = list(range(6)), []
+    for _ in range(9):
+        for output in engine.step():
+            token_ids += tokens_of(output)
+        cached.append(engine.block_manager.num_cached_tokens([*token_ids, 96]))
+    # After the first step 6 tokens are computed, 8 after the third; the fourth takes a block for token 8.
+    assert cached == [4, 4, 4, 8, 8, 8, 8, 12, 12]

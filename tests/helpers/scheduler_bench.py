@@ -53,11 +53,12 @@ class Bench:
         first_token: int | None = None,
         priority: int = 0,
         beam_width: int = 0,
+        prompt: list[int] | None = None,
     ) -> Request:
-        """Queue a request whose prompt differs from all others from its first token on."""
+        """Queue a request whose prompt, if none is given, differs from all others from its first token on."""
         request_id = len(self.requests)
         first = 1000 * (request_id + 1) if first_token is None else first_token
-        prompt = list(range(first, first + prompt_len))
+        prompt = list(range(first, first + prompt_len)) if prompt is None else prompt
         params: SamplingParams | BeamSearchParams = SamplingParams(n=n, priority=priority)
         search = None
         if beam_width:
@@ -78,6 +79,9 @@ class Bench:
     def plan(self, schedule: Schedule | None) -> Planned:
         assert schedule is not None
         assert schedule.query_lens.tolist() == [1] * len(schedule.rows), "without drafts a decode computes one token"
+        decoded, blocks = schedule.rows, self.batch.num_computed[schedule.rows] // self.block_size
+        for tables in self.batch.tables:
+            assert (tables.last_block[decoded] == tables.matrix[decoded, blocks]).all(), "where the next token goes"
         decodes = [
             Chunk(self.sequence(row), int(self.batch.num_computed[row]), query_len)
             for row, query_len in zip(schedule.rows, schedule.query_lens.tolist(), strict=True)

@@ -79,18 +79,6 @@ def test_a_request_of_n_samples_waits_for_n_rows() -> None:
     assert planned(bench.step()) == [(1, 0, 2), (2, 0, 2)]
 
 
-def test_forks_run_from_the_next_step_on_and_copy_their_last_block_once_less_than_they_are() -> None:
-    bench = Bench()
-    request = bench.add(6, max_tokens=4, n=3)
-    bench.step()
-    assert [bench.manager.block_table(s.seq_id) for s in request.sequences] == [[0, 1]] * 3
-    schedule = bench.step()
-    assert planned(schedule) == [(0, 6, 1)] * 3
-    assert bench.copies == [(0, 1, 2), (0, 1, 3)]
-    bench.step()
-    assert bench.copies == []
-
-
 def test_removing_a_waiting_a_running_or_an_ended_sequence_frees_what_it_holds() -> None:
     bench = Bench(max_num_seqs=1)
     running, waiting = bench.add(5, max_tokens=9), bench.add(5)
