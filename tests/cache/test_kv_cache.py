@@ -123,11 +123,11 @@ def test_a_device_that_holds_what_it_has_read_for_a_while_makes_no_copies(monkey
 
     monkeypatch.setattr(mx, "eval", eval_and_hold)
     monkeypatch.setattr(mx, "synchronize", synchronize_and_let_go)
-    where, rows = mx.array([5], mx.int32), mx.ones((1, 4, 64))
+    where, content = mx.array([5], mx.int32), mx.ones((1, 4, 64))
 
     def step() -> None:
         for layer in range(2):
-            cache.keys[layer][where, where], cache.values[layer][where, where] = rows, rows
+            cache.keys[layer][where, where], cache.values[layer][where, where] = content, content
         evaluate(*(pool[5, 5, 0, 0] for pool in (*cache.keys, *cache.values)))
 
     def all_that_touches_blocks() -> None:
