@@ -38,7 +38,7 @@ class Model:
 
 
 class Store:
-    """A second place for blocks, which carries out at once what it is asked for."""
+    """A block store that carries out at once what it is asked for."""
 
     def __init__(self, contents: np.ndarray) -> None:
         self.contents = contents
@@ -129,13 +129,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sequences)
     @rule(pick=PICK, share=st.sampled_from([1.0, 1.0, 0.5, 0.0]), outcome=st.sampled_from(["whole", "whole", "fails"]))
     def compute(self, pick: int, share: float, outcome: str) -> None:
-        """Promise the K/V of a sequence's next tokens; write it and say so, or fail and start again."""
+        """Publish the K/V of a sequence's next tokens; write it and say so, or fail and start again."""
         seq_id = self.pick(pick)
         sequence = self.sequences[seq_id]
         end = sequence.num_computed + round(share * (len(sequence.tokens) - sequence.num_computed))
-        promised = self.manager.publish(seq_id, end)
+        published = self.manager.publish(seq_id, end)
         if outcome == "fails":
-            self.manager.unpublish(promised)
+            self.manager.unpublish(published)
             self.free(pick)
             return
         for position in range(sequence.num_computed, end):

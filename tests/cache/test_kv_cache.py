@@ -120,11 +120,11 @@ def test_a_device_that_holds_what_it_has_read_for_a_while_makes_no_copies(monkey
 
     monkeypatch.setattr(mx, "eval", eval_and_hold)
     monkeypatch.setattr(mx, "synchronize", synchronize_and_let_go)
-    where, rows = mx.array([5], mx.int32), mx.ones((1, 4, 64))
+    where, content = mx.array([5], mx.int32), mx.ones((1, 4, 64))
 
     def step() -> None:
         for layer in range(2):
-            cache.pools[layer].keys[where, where], cache.pools[layer].values[where, where] = rows, rows
+            cache.pools[layer].keys[where, where], cache.pools[layer].values[where, where] = content, content
         evaluate(*(pool[5, 5, 0, 0] for pool in arrays_of(cache)))
 
     def all_that_touches_blocks() -> None:

@@ -1,4 +1,4 @@
-"""The blocks and places that beams hold, share, wait for and give back."""
+"""The blocks and rows that beams hold, share, wait for and give back."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_searches_that_just_fit_alone_take_turns(llama: Lab) -> None:
         llama.compare(outputs[i], params)
 
 
-def test_more_beams_than_places_are_refused_and_as_many_run(llama: Lab) -> None:
+def test_more_beams_than_rows_are_refused_and_as_many_run(llama: Lab) -> None:
     engine = llama.engine(max_num_seqs=4)
     with pytest.raises(ValueError, match="beam_width=5 beams can't run at once: max_num_seqs is 4"):
         engine.add_request(PROMPTS[0], BeamSearchParams(5))
@@ -134,7 +134,7 @@ def test_a_stream_of_beams_is_refused(llama: Lab) -> None:
 
 
 @pytest.mark.parametrize("width", [2, 4, 8])
-def test_beams_that_the_vocabulary_is_too_small_for_come_later_and_still_find_their_places(width: int) -> None:
+def test_beams_that_the_vocabulary_is_too_small_for_come_later_and_still_find_their_rows(width: int) -> None:
     model = make_model("llama", num_hidden_layers=2, vocab_size=3)
     engine = LLM.from_model(model, block_size=4, num_kv_blocks=100, max_num_seqs=width, check_invariants=True).engine
     params = BeamSearchParams(width, 5)

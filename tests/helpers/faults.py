@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
+
+import pytest
 
 from helpers.workload import Alone, Asked, Results, assert_idle
 from mlx_paged import BeamSearchParams, SamplingParams
@@ -13,19 +20,21 @@ MOST_STEPS = 2000
 TIGHT = {"block_size": 2, "num_kv_blocks": 40, "max_num_seqs": 6, "max_num_batched_tokens": 16}
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-TRUNK = [7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47]
+PREFIX = [7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47]
 
 
 def requests() -> list[Asked]:
     """One of each kind: samples, a beam search, streams, a grammar, a prompt of several chunks."""
     return [
-        Asked(TRUNK, SamplingParams(temperature=0, max_tokens=9, logprobs=2, ignore_eos=True)),
-        Asked([*TRUNK, 5], SamplingParams(n=3, seed=3, max_tokens=8, ignore_eos=True, repetition_penalty=1.2)),
-        Asked(TRUNK[:7], BeamSearchParams(beam_width=3, max_tokens=7)),
-        Asked(TRUNK[::-1], SamplingParams(seed=5, max_tokens=10, stop=["a", "xy"], ignore_eos=True), stream=True),
+        Asked(PREFIX, SamplingParams(temperature=0, max_tokens=9, logprobs=2, ignore_eos=True)),
+        Asked([*PREFIX, 5], SamplingParams(n=3, seed=3, max_tokens=8, ignore_eos=True, repetition_penalty=1.2)),
+        Asked(PREFIX[:7], BeamSearchParams(beam_width=3, max_tokens=7)),
+        Asked(PREFIX[::-1], SamplingParams(seed=5, max_tokens=10, stop=["a", "xy"], ignore_eos=True), stream=True),
         Asked([50, 51], SamplingParams(seed=6, max_tokens=12, regex="[a-h]{2,9}", logprobs=0)),
         Asked([8 + i * i % 50 for i in range(37)], SamplingParams(n=2, seed=7, max_tokens=5), stream=True),
-        Asked([*TRUNK, 9, 9, 9], BeamSearchParams(beam_width=4, max_tokens=6, early_stopping=True, length_penalty=0.0)),
+        Asked(
+            [*PREFIX, 9, 9, 9], BeamSearchParams(beam_width=4, max_tokens=6, early_stopping=True, length_penalty=0.0)
+        ),
     ]
 
 
@@ -76,3 +85,39 @@ class Run:
             later = Run(self.engine, requests()[::-2]).to_the_end()
             assert later.results.errors == {}
             later.check(family)
+
+
+class Fault:
+    """happened: whether it did; running, waiting: the requests that ran and waited at that moment."""
+
+    happened = False
+    running: frozenset[int] = frozenset()
+    waiting: frozenset[int] = frozenset()
+
+
+@contextmanager
+def broken(engine: Engine, point: str, number: int, error: BaseException, after: bool = False) -> Iterator[Fault]:
+    """The `number`-th call of a method raises, before or after it does what it does. point: `name` or `part.name`."""
+    *path, name = point.split(".")
+    fault, count = Fault(), itertools.count()
+
+    def owner() -> Any:
+        return functools.reduce(getattr, path, engine)
+
+    original_of = getattr(type(owner()), name)
+
+    def failing(self: Any, *arguments: Any, **values: Any) -> Any:
+        fails = next(count) == number
+        result = original_of(self, *arguments, **values) if after or not fails else None
+        if fails:
+            fault.happened = True
+            fault.running, fault.waiting = (
+                frozenset(sequence.request.request_id for sequence in sequences)
+                for sequences in (engine._scheduler.running, engine._scheduler.waiting)
+            )
+            raise error
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(owner()), name, failing)
+        yield fault

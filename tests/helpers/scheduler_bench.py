@@ -16,7 +16,7 @@ from mlx_paged.scheduler.scheduler import Scheduler
 
 @dataclass
 class Planned:
-    """A schedule with its decodes as chunks of one token."""
+    """A schedule with its decodes as chunks."""
 
     sequences: list[Chunk]
     preempted: list[Sequence]
@@ -41,8 +41,8 @@ class Bench:
             self.num_blocks, self.block_size, allocator=self.allocator, prefix_caching=self.prefix_caching
         )
         self.groups = CacheGroups([self.manager])
-        self.rows = RunningBatch(self.max_num_seqs, 1, self.num_blocks, self.block_size)
-        self.scheduler = Scheduler(self.groups, self.rows, self.max_num_seqs, self.budget)
+        self.batch = RunningBatch(self.max_num_seqs, 1, self.num_blocks, self.block_size)
+        self.scheduler = Scheduler(self.groups, self.batch, self.max_num_seqs, self.budget)
         self.copies: list[tuple[int, ...]] = []
 
     def add(
@@ -53,11 +53,12 @@ class Bench:
         first_token: int | None = None,
         priority: int = 0,
         beam_width: int = 0,
+        prompt: list[int] | None = None,
     ) -> Request:
-        """Queue a request whose prompt differs from all others from its first token on."""
+        """Queue a request whose prompt, if none is given, differs from all others from its first token on."""
         request_id = len(self.requests)
         first = 1000 * (request_id + 1) if first_token is None else first_token
-        prompt = list(range(first, first + prompt_len))
+        prompt = list(range(first, first + prompt_len)) if prompt is None else prompt
         params: SamplingParams | BeamSearchParams = SamplingParams(n=n, priority=priority)
         search = None
         if beam_width:
@@ -77,11 +78,20 @@ class Bench:
 
     def plan(self, schedule: Schedule | None) -> Planned:
         assert schedule is not None
-        decodes = [Chunk(self.sequence(row), int(self.rows.num_computed[row]), 1) for row in schedule.rows]
-        return Planned(decodes + schedule.chunks, schedule.preempted)
+        assert schedule.query_lens.tolist() == [1] * len(schedule.rows), "without drafts a decode computes one token"
+        decoded, blocks = schedule.rows, self.batch.num_computed[schedule.rows] // self.block_size
+        for tables in self.batch.tables:
+            assert (tables.last_block[decoded] == tables.matrix[decoded, blocks]).all(), "where the next token goes"
+        decodes = [
+            Chunk(self.sequence(row), int(self.batch.num_computed[row]), query_len)
+            for row, query_len in zip(schedule.rows, schedule.query_lens.tolist(), strict=True)
+        ]
+        plan = Planned(decodes + schedule.chunks, schedule.preempted)
+        assert schedule.num_tokens == sum(item.num_tokens for item in plan.sequences)
+        return plan
 
     def sequence(self, row: int) -> Sequence:
-        sequence = self.rows.sequences[row]
+        sequence = self.batch.sequences[row]
         assert sequence is not None
         return sequence
 
@@ -116,7 +126,7 @@ class Bench:
         return plan
 
     def put_out(self, sequence: Sequence) -> None:
-        self.rows.append_token(sequence, 10**6 + 1000 * sequence.seq_id + sequence.num_output_tokens)
+        self.batch.append_token(sequence, 10**6 + 1000 * sequence.seq_id + sequence.num_output_tokens)
         if sequence.num_output_tokens == sequence.request.max_tokens:
             sequence.finish_reason = "length"
             self.scheduler.remove(sequence)
@@ -135,7 +145,7 @@ class Bench:
             table = self.manager.block_table(seq_id)
             assert end <= len(item.sequence.token_ids)
             assert len(table) * self.block_size >= end, "every token has a slot"
-            assert self.rows.tables[0].matrix[item.sequence.row, : len(table)].tolist() == table
+            assert self.batch.tables[0].matrix[item.sequence.row, : len(table)].tolist() == table
             for position in range(max(item.start, len(item.sequence.request.prompt_token_ids)), end):
                 assert self.manager.ref_count(table[position // self.block_size]) == 1, "written by its owner alone"
 

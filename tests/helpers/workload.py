@@ -86,15 +86,15 @@ class Asked:
 
 def random_requests(chance: random.Random, count: int) -> list[Asked]:
     """Samples, beam searches and streams; many of their prompts begin alike."""
-    trunks = [[chance.randrange(3, VOCAB_SIZE) for _ in range(chance.randrange(8, 40))] for _ in range(3)]
-    return [_random_request(chance, trunks) for _ in range(count)]
+    prefixes = [[chance.randrange(3, VOCAB_SIZE) for _ in range(chance.randrange(8, 40))] for _ in range(3)]
+    return [_random_request(chance, prefixes) for _ in range(count)]
 
 
-def _random_request(chance: random.Random, trunks: list[list[int]]) -> Asked:
-    trunk = chance.choice(trunks) if chance.random() < 0.6 else []
-    trunk = trunk[: chance.randrange(len(trunk) // 2, len(trunk) + 1)]
-    num_own = chance.choice((0, 1, 2, 5, 12, 20)) + (not trunk)
-    prompt = [*trunk, *(chance.randrange(3, VOCAB_SIZE) for _ in range(num_own))][:MOST_PROMPT_TOKENS]
+def _random_request(chance: random.Random, prefixes: list[list[int]]) -> Asked:
+    prefix = chance.choice(prefixes) if chance.random() < 0.6 else []
+    prefix = prefix[: chance.randrange(len(prefix) // 2, len(prefix) + 1)]
+    num_own = chance.choice((0, 1, 2, 5, 12, 20)) + (not prefix)
+    prompt = [*prefix, *(chance.randrange(3, VOCAB_SIZE) for _ in range(num_own))][:MOST_PROMPT_TOKENS]
     shared = {
         "max_tokens": chance.randrange(1, MOST_OUTPUT_TOKENS + 1),
         "priority": chance.choice((0, 0, 0, 1, -1)),
@@ -300,8 +300,8 @@ def assert_idle(engine: Engine) -> None:
         assert manager.num_free_blocks == manager.num_blocks, "blocks are still held"
         assert manager.seq_ids == []
     assert engine.cache_groups.transfers == []
-    scheduler, rows = engine._scheduler, engine._batch
+    scheduler, batch = engine._scheduler, engine._batch
     assert (scheduler.waiting, scheduler.running, scheduler._num_reserved_rows) == ([], [], 0)
-    assert rows.sequences == [None] * len(rows.sequences)
-    assert sorted(rows._free_rows) == list(range(len(rows.sequences)))
+    assert batch.sequences == [None] * len(batch.sequences)
+    assert sorted(batch._free_rows) == list(range(len(batch.sequences)))
     assert (engine._in_flight, engine._steps.unfinished, len(engine._arrivals)) == (None, [], 0)

@@ -32,6 +32,12 @@ def test_everything_to_be_measured_on_a_card_can_be(cuda: Cuda, monkeypatch: pyt
     assert {row["system"] for row in results["end_to_end"]} == {"mlx-lm", "mlx-paged"}
 
 
+def test_the_test_files_that_it_runs_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    named = [file for files in importlib.import_module("on_a_gpu").TESTS.values() for file in files]
+    assert [file for file in named if not (BENCHMARKS.parent / "tests" / file).is_file()] == []
+
+
 def test_without_a_card_the_benchmark_says_so() -> None:
     if mx.cuda.is_available():
         pytest.skip("there is one")

@@ -96,7 +96,7 @@ def test_a_windowed_pool_that_runs_out_is_a_scheduling_event(tiny_model: Callabl
     assert_unpaged(model, outputs)
 
 
-def test_a_broken_step_that_compacted_after_promising_leaves_nothing_to_hit(
+def test_a_broken_step_that_compacted_after_publishing_leaves_nothing_to_hit(
     tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")

@@ -157,10 +157,10 @@ def test_clearing_keeps_every_known_token_and_gives_every_row_back() -> None:
     for sequence in sequences:
         batch.add(sequence, 0)
         put_out(batch, sequence, 40)
-    stamps = batch.row_version.copy()
+    versions = batch.row_version.copy()
     batch.clear()
     assert [(s.row, s.output_token_ids) for s in sequences] == [(-1, [40])] * 2
-    assert (batch.row_version != stamps).all()
+    assert (batch.row_version != versions).all()
     assert batch.pop_added() == []
     for sequence in sequences:
         batch.add(sequence, 0)

@@ -1,4 +1,4 @@
-"""The second tier: blocks that leave the pool come back as they were, from memory, files and earlier processes."""
+"""Block stores: blocks that leave the pool come back as they were, from memory, files and earlier processes."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def test_a_file_of_which_one_bit_changed_is_refused_by_name(dtype: mx.Dtype, tmp
     FolderStore(tmp_path, "a model").put("one", content(1, dtype))
     path = tmp_path / "one.safetensors"
     whole = path.read_bytes()
-    for place in (-1, -17):
+    for offset in (-1, -17):
         changed = bytearray(whole)
-        changed[place] ^= 1
+        changed[offset] ^= 1
         path.write_bytes(changed)
         with pytest.raises(ValueError, match=r"one\.safetensors is not what was written"):
             FolderStore(tmp_path, "a model").get("one")
@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(
 
 
 @pytest.mark.parametrize("setting", ["swap_space", "prefix_cache_dir"])
-def test_a_second_tier_without_prefix_caching_is_refused(setting: str, tiny_model: Callable[..., nn.Module]) -> None:
+def test_a_block_store_without_prefix_caching_is_refused(setting: str, tiny_model: Callable[..., nn.Module]) -> None:
     with pytest.raises(ValueError, match="leave prefix_caching on"):
         make_llm(tiny_model("qwen2"), prefix_caching=False, **{setting: "1GB"})
 

@@ -1,0 +1,45 @@
+"""Groups of layers with different windows: a sequence starts from the same token in all of them."""
+
+from __future__ import annotations
+
+from mlx_paged import BlockManager
+from mlx_paged.blocks.cache_groups import CacheGroups
+
+
+def test_all_groups_start_from_the_same_token() -> None:
+    full, windowed = BlockManager(16, 2), BlockManager(8, 2, window=3)
+    groups = CacheGroups([full, windowed])
+    prompt = list(range(12))
+    groups.attach(0, prompt, len(prompt))
+    groups.reserve(0, 10)
+    groups.mark_computed(0, 10)
+    groups.fork(0, "keeper")  # holds the window before token 10
+    groups.reserve(0, 12)
+    groups.mark_computed(0, 12)
+    groups.free(0)
+    windowed.allocate("others", range(100, 114))  # overwrites what the window before token 12 needs
+    windowed.free("others")
+    assert full.num_cached_tokens([*prompt, 12]) == 12
+    assert groups.attach(1, [*prompt, 12], len(prompt) + 1) == 10
+    assert [manager.num_computed(1) for manager in groups.managers] == [10, 10]
+    assert windowed.num_tokens(1) == 11  # a prompt's blocks are taken chunk by chunk
+    groups.check()
+
+
+def test_what_the_last_group_allows_is_asked_of_the_first_again() -> None:
+    groups = CacheGroups([BlockManager(16, 2), BlockManager(6, 2, window=3), BlockManager(6, 2, window=3)])
+    prompt = list(range(9))
+    groups.attach(0, prompt, len(prompt))
+    for end in (2, 6, 8):
+        groups.reserve(0, end)
+        groups.mark_computed(0, end)
+        groups.fork(0, end)  # holds the window before token `end`
+    groups.free(0)
+    for manager, lost in zip(groups.managers[1:], (6, 8), strict=True):
+        manager.free(lost)
+        manager.allocate("others", range(100, 108))  # overwrites all that is not held
+        manager.free("others")
+    assert [manager.num_cached_tokens(prompt) for manager in groups.managers] == [8, 8, 6]
+    assert (
+        groups.attach(1, prompt, len(prompt)) == 2
+    )  # the first windowed group can't start from 6, nor the second from 8
