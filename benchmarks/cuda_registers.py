@@ -18,7 +18,7 @@ import mlx.core as mx
 import report
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-cuda_text, nvrtc = map(importlib.import_module, ("cuda_text", "nvrtc"))
+cuda_text, nvrtc = map(importlib.import_module, ("helpers.cuda_text", "helpers.nvrtc"))
 
 SHARED_BYTES = 227 << 10
 REGISTERS = 65536

@@ -69,16 +69,15 @@ class Clock:
         self._last = 0
         self._outer_cost = self._inner_cost = 0
         self._to_subtract = {name: self._cost_of_a_call(clock) for name, clock in CLOCKS.items()}
-        scheduler: Any = engine._scheduler
-        self._wrap(scheduler, "scheduling", "schedule", "complete", "remove")
-        self._wrap(scheduler.groups, "block management", "grow", "own_tail", "extend", "allocate", "promise")
-        self._wrap(scheduler.groups, "block management", "mark_computed", "free")
-        self._wrap(engine._batch, "batch arrays", "build")
-        self._wrap(engine, "tokens and stops", "_receive")
-        self._wrap(engine, "waiting", "_wait")
-        self._wrap(engine._sampler, "sampling graph", "sample")
+        self._wrap(engine._scheduler, "scheduling", "schedule", "complete", "remove")
+        self._wrap(engine.cache_groups, "block management", "attach", "reserve", "append_blocks", "publish")
+        self._wrap(engine.cache_groups, "block management", "mark_computed", "free")
+        self._wrap(engine._input_builder, "batch arrays", "build")
+        self._wrap(engine._outputs, "tokens and stops", "process_tokens")
+        self._wrap(engine._steps, "waiting", "wait")
+        self._wrap(engine._sampling._sampler, "sampling graph", "sample")
         self._wrap(engine._runner, "model graph", "run")
-        self._wrap(engine._outputs, "detokenising", "_read")
+        self._wrap(engine._outputs, "detokenising", "_detokenize")
 
     def _cost_of_a_call(self, clock: Callable[[], int]) -> tuple[int, int]:
         """Nanoseconds that a call seems to cost the caller, and the function."""
@@ -195,7 +194,7 @@ def calibration(quick: bool) -> list[Row]:
 class StubRunner:
     """In place of a ModelRunner: logits of zeros, which are there already."""
 
-    may_submit_early = True
+    overlap_is_safe = True
     kv_bytes = 0
 
     def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE, vocab_size: int = VOCAB_SIZE) -> None:
@@ -257,7 +256,7 @@ def stub_engine(
     )
     runner: Any = StubRunner(num_blocks, vocab_size=len(tokenizer) if tokenizer is not None else VOCAB_SIZE)
     engine = Engine(runner, tokenizer, config, None)
-    engine._sampler = StubSampler(config.max_num_seqs, runner.vocab_size)
+    engine._sampling._sampler = StubSampler(config.max_num_seqs, runner.vocab_size)
     for number in range(num_seqs):
         engine.add_request([*shared, number % STOP], sampling(number, num_tokens + num_seqs), stream=stream)
         engine.step()
@@ -278,7 +277,7 @@ def measure(engine: Engine, clock: Clock, num_steps: int) -> None:
         for step in range(num_steps):
             clock.step()
             if step % 16 == 0:
-                mx.eval([tables.synced() for tables in engine._batch._tables])
+                mx.eval([tables.update() for tables in engine._input_builder._tables])
 
 
 def host_work(quick: bool) -> list[Row]:
@@ -409,13 +408,14 @@ def mlx_paged_decode(model: qwen2.Model, lengths: np.ndarray) -> Decode:
     matrix = mx.array(tables)
     layers = [layer for layer, _ in patched.stored_layers]
     kv_cache = PagedKVCache(layers, [int(num_blocks.sum())] * len(layers), BLOCK_SIZE, 1)
-    pools = (list(kv_cache.keys), list(kv_cache.values))
+    arrays = [dict(pool.arrays) for pool in kv_cache.pools]
     token_ids = mx.zeros(len(lengths), mx.int32)
     rows = mx.arange(len(lengths), dtype=mx.int32)
     mx.eval(matrix, token_ids, rows)
 
     def reset() -> None:
-        kv_cache.keys, kv_cache.values = list(pools[0]), list(pools[1])
+        for pool, before in zip(kv_cache.pools, arrays, strict=True):
+            pool.arrays = dict(before)
 
     def build() -> mx.array:
         positions = mx.array(lengths - 1)

@@ -148,7 +148,7 @@ def count_decode(heads: Heads, batch: int, context: int, block_size: int = 16, w
     reports = launches(lambda: METAL.decode(*arrays, plan, AttentionOptions(heads.head_dim**-0.5)))
     row = {**heads.as_columns(), "batch": batch, "context": context}
     row |= counts(reports, heads, heads.kv_bytes(num_keys), num_keys)
-    return row | {"private_words": decode_layout(heads.shape).register_words}
+    return row | {"register_words": decode_layout(heads.shape).register_words}
 
 
 def decode(quick: bool) -> list[Row]:
@@ -281,7 +281,7 @@ PARTS = (
         | _READ
         | _PARTIAL
         | _MEETINGS
-        | {"private_words": ("words per thread", "")},
+        | {"register_words": ("words per thread", "")},
     ),
     Part(
         blocks_and_windows,

@@ -26,7 +26,8 @@ from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import attend
 from mlx_paged.blocks.free_lists import POLICIES
-from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
+from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.cache.layer_spec import LayerSpec
 
 BLOCK_SIZE = 16
 DATASETS = {"Alpaca": (19, 58), "ShareGPT": (161, 338)}  # mean tokens in and out, Kwon et al. 2023, figure 11
@@ -267,7 +268,7 @@ def _manager_times(prompts: list[list[int]], num_decodes: int, prefix_caching: b
     def prefill() -> None:
         for seq_id, prompt in enumerate(prompts):
             manager.allocate(seq_id, prompt)
-            manager.promise(seq_id, len(prompt))
+            manager.publish(seq_id, len(prompt))
         for seq_id, prompt in enumerate(prompts):
             manager.mark_computed(seq_id, len(prompt))
 
@@ -300,9 +301,9 @@ def _fragmentation(context: int, repetitions: int) -> Iterator[Row]:
     heads, kv_heads, dim, num_seqs = 8, 2, 64, 4
     num_held = num_seqs * context // BLOCK_SIZE
     num_blocks = 2 * num_held
-    cache = PagedKVCache([LayerShape(kv_heads, dim, dim, mx.float32)], [num_blocks], BLOCK_SIZE, 64 << 20)
-    keys, values = (mx.random.normal(cache.keys[0].shape) for _ in range(2))
-    cache.keys[0][:], cache.values[0][:] = keys, values
+    cache = PagedKVCache([LayerSpec(kv_heads, dim, dim, mx.float32)], [num_blocks], BLOCK_SIZE, 64 << 20)
+    keys, values = (mx.random.normal(cache.pools[0].keys.shape) for _ in range(2))
+    cache.pools[0].keys[:], cache.pools[0].values[:] = keys, values
     del keys, values
     q = mx.random.normal((num_seqs, heads, dim))
     permuted = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
@@ -314,13 +315,13 @@ def _fragmentation(context: int, repetitions: int) -> Iterator[Row]:
     metadata = {kind: AttentionMetadata(table, lengths, starts) for kind, table in tables.items()}
 
     def attention(kind: str) -> None:
-        mx.eval(attend(q, cache.keys[0], cache.values[0], metadata[kind], AttentionOptions(dim**-0.5)))
+        mx.eval(attend(q, cache.pools[0].keys, cache.pools[0].values, metadata[kind], AttentionOptions(dim**-0.5)))
 
     def move_blocks(kind: str) -> None:
         cache.move_blocks(list(zip(held[kind].tolist(), free[kind].tolist(), strict=True)))
 
     def gather(kind: str) -> None:
-        mx.eval(cache.keys[0][mx.array(held[kind])], cache.values[0][mx.array(held[kind])])
+        mx.eval(cache.pools[0].keys[mx.array(held[kind])], cache.pools[0].values[mx.array(held[kind])])
 
     for work in (attention, move_blocks, gather):
         times: dict[str, list[int]] = {kind: [] for kind in blocks}

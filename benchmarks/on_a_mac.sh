@@ -60,7 +60,7 @@ run() {  # run NAME ARGUMENTS...: a step in the environment
     step "$name" "$python" "$@"
 }
 
-tests=(tests/test_metal_*.py tests/attention/test_kernel_backend.py tests/attention/test_paged_attention.py tests/system/test_parity.py tests/cache/test_kv_cache.py)
+tests=(tests/attention/test_kernels_*.py tests/attention/test_kernel_backend.py tests/attention/test_paged_attention.py tests/system/test_parity.py tests/cache/test_kv_cache.py)
 tests+=(tests/system/test_memory_flat.py tests/system/test_pipelining*.py tests/models/test_demo.py)
 sizes=()
 bench=(-p 512 -g 128 -b 1,8,32 -n 5)
@@ -71,7 +71,7 @@ if [ -n "$quick" ]; then
 fi
 
 run device -c 'import json, mlx.core as mx; print(json.dumps(mx.device_info(), default=str))'
-run tests -m pytest -rs "${tests[@]}"
+run tests -m pytest -rs -k "not cuda" "${tests[@]}"
 run generate -m mlx_paged generate --verbose --profile "$work/trace.json" "Tell me a story." "Write a story about Tom."
 if [ -f benchmarks/attention.py ]; then
     run attention benchmarks/attention.py "${sizes[@]+"${sizes[@]}"}" --json "$work/attention.json"

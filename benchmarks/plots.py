@@ -20,7 +20,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mlx_paged.cache.kv_cache import LayerShape
+from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.tools.cache_cost import LayerGroup, compare, typical_lengths
 
 Row = dict[str, Any]
@@ -141,7 +141,7 @@ def draw(plot: Plot, rows: list[Row], machine: str, path: Path) -> None:
 # -- what eight requests take and use, held in three ways ---------------------------------------------------------
 
 CONTEXT, BLOCK_SIZE, NUM_REQUESTS = 2048, 16, 8
-ONE_BYTE = LayerGroup(1, LayerShape(num_kv_heads=1, key_dim=1, value_dim=0, dtype=mx.uint8), window=None)  # per token
+ONE_BYTE = LayerGroup(1, LayerSpec(num_kv_heads=1, key_dim=1, value_dim=0, dtype=mx.uint8), window=None)  # per token
 ROW, STEP, TOP, COLUMN, LEFT = 11, 15, 46, 272, 20  # pixels; a column for each way, a step from row to row
 PER_TOKEN = 240 / CONTEXT  # pixels
 TITLES = {

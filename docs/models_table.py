@@ -3,7 +3,7 @@
 python docs/models_table.py
 """
 
-from mlx_paged.models.registry import FAMILIES, RENAMED, Family
+from mlx_paged.models.registry import FAMILIES, SAME_CODE, Family
 
 HEADINGS = {
     "verified": "verified: compared over block sizes, chunks, batches, orders and preemption",
@@ -21,7 +21,7 @@ def table() -> str:
     for why in dict.fromkeys(family.note for family in refused):
         names = sorted(family.name for family in refused if family.note == why)
         lines.append(f"| {', '.join(f'`{name}`' for name in names)} | refused: {why} |")
-    same = ", ".join(f"`{name}` as `{code}`" for name, code in RENAMED.items())
+    same = ", ".join(f"`{name}` as `{code}`" for name, code in SAME_CODE.items())
     return "\n".join(lines) + f"\n\nFamilies that mlx-lm runs with another's code count as that one: {same}.\n"
 
 

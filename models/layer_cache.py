@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_paged.attention.backend import AttentionOptions, Backend
 from mlx_paged.attention.metadata import ModelInputs
-from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.cache.kv_cache import LayerPool
 
 
 class PagedMask(NamedTuple):
@@ -34,18 +34,16 @@ class PagedLayerCache:
 
     def __init__(
         self,
-        kv_cache: PagedKVCache,
-        layer: int,
+        pool: LayerPool | None,
         backend: Backend | None,
         inputs: ModelInputs,
         group: int,
         window: int | None,
     ) -> None:
-        """backend: None where nothing is stored, and so nothing asked of it."""
+        """pool, backend: None where nothing is stored, and so nothing asked of them."""
         self.inputs = inputs
         self.offset = inputs.positions
-        self._kv_cache = kv_cache
-        self._layer = layer
+        self._pool: Any = pool
         self._backend: Any = backend
         self._metadata = inputs.groups[group]
         self._window = window
@@ -53,7 +51,7 @@ class PagedLayerCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         """Put keys and values, [num_tokens, num_kv_heads, 1, dim], into their slots."""
         write_done = self._backend.write(*self._pools, self._metadata, keys.squeeze(2), values.squeeze(2))
-        self._kv_cache.write_done[self._layer] = write_done
+        self._pool.write_done = write_done
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
@@ -70,11 +68,10 @@ class PagedLayerCache:
         if mask is not None and mask.window is not None:
             window = mask.window if window is None else min(window, mask.window)
         options = AttentionOptions(scale, window, None, sinks)
-        write_done = self._kv_cache.write_done[self._layer]
         q = queries.squeeze(2).astype(self._pools[0].dtype)
-        out = self._backend.attend(q, *self._pools, self._metadata, options, write_done)
+        out = self._backend.attend(q, *self._pools, self._metadata, options, self._pool.write_done)
         return mx.expand_dims(out, 2).astype(queries.dtype)
 
     @property
     def _pools(self) -> tuple[mx.array, mx.array]:
-        return self._kv_cache.keys[self._layer], self._kv_cache.values[self._layer]
+        return self._pool.keys, self._pool.values

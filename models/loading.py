@@ -42,7 +42,7 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
         raise ModelError(f"{folder} has no tokenizer that can be read: {_one_line(error)}") from error
-    if registry.unverified(str(config.get("model_type"))):
+    if registry.is_untested(str(config.get("model_type"))):
         message = f"model family {config.get('model_type')!r} is not among those that were tested"
         warnings.warn(message, EngineWarning, stacklevel=2)
     set_dtype(model, dtype)
@@ -52,7 +52,7 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
 def _check_family(folder: Path) -> None:
     """Check that the family is not known to fail. Raises ModelError."""
     name = str(hub.read_json(folder / "config.json").get("model_type"))
-    family = registry.describe(name)
+    family = registry.family_of(name)
     if family is not None and family.status == "refused":
         raise ModelError(f"model family {name!r} can't be paged: {family.note}")
 

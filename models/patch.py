@@ -23,7 +23,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_paged.attention.backend import Backend
 from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.attention.paged_attention import choose_backend
-from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
+from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.errors import ModelError
 from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache, PagedMask
 from mlx_paged.models.select_logits import select_logits
@@ -47,11 +48,11 @@ class ShapeRecorder(PagedLayerCache):
         self.inputs = inputs
         self.offset = inputs.positions
         self._window = window
-        self.shape: LayerShape | None = None
+        self.shape: LayerSpec | None = None
         self.num_heads = 0  # of the layers that attend to it
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
-        self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        self.shape = LayerSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         for array in (keys, values):
             _expect_shape(array, (self._num_tokens, self.shape.num_kv_heads, 1))
         return self.keys_and_values()
@@ -79,7 +80,7 @@ class PatchedModel:
     """A model that can run on a paged cache, and what is known about it."""
 
     model: nn.Module
-    layers: list[LayerShape | None]
+    layers: list[LayerSpec | None]
     """One per cache that the model makes, None where nothing is stored."""
     windows: list[int | None]
     """Likewise: the most keys that a cache keeps, None for all."""
@@ -96,7 +97,7 @@ class PatchedModel:
         return [None, *sorted({window for window in self.windows if window is not None})]
 
     @property
-    def stored_layers(self) -> list[tuple[LayerShape, int]]:
+    def stored_layers(self) -> list[tuple[LayerSpec, int]]:
         """What is stored, with the group it belongs to."""
         pairs = zip(self.layers, self.windows, strict=True)
         return [(shape, self.groups.index(window)) for shape, window in pairs if shape is not None]
@@ -120,11 +121,11 @@ class PatchedModel:
     def __call__(self, kv_cache: PagedKVCache, inputs: ModelInputs) -> mx.array:
         """The logits of the tokens of `logits_indices`, [num_rows, vocab_size]."""
         caches: list[Any] = []
-        stored = 0
+        pools = iter(kv_cache.pools)  # of the layers that store anything
         groups = {window: group for group, window in enumerate(self.groups)}
         for backend, window in zip(self.backends(kv_cache.block_size), self.windows, strict=True):
-            caches.append(PagedLayerCache(kv_cache, stored, backend, inputs, groups[window], window))
-            stored += backend is not None
+            pool = None if backend is None else next(pools)
+            caches.append(PagedLayerCache(pool, backend, inputs, groups[window], window))
         logits = self.model(inputs.token_ids[:, None], cache=caches)
         if not self.selects_logits and inputs.logits_indices is not None:
             logits = logits[inputs.logits_indices]

@@ -75,7 +75,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 # mlx-lm's names for families that share the code of another one.
-RENAMED = {
+SAME_CODE = {
     "deepseek_v41_text": "deepseek_v41",
     "falcon_mamba": "mamba",
     "gemma4_unified": "gemma4",
@@ -91,12 +91,12 @@ RENAMED = {
 }
 
 
-def describe(model_type: str) -> Family | None:
+def family_of(model_type: str) -> Family | None:
     """Look up the family of a config.json's `model_type`. Returns None if nothing is known of it."""
-    return FAMILIES.get(RENAMED.get(model_type, model_type))
+    return FAMILIES.get(SAME_CODE.get(model_type, model_type))
 
 
-def unverified(model_type: str) -> bool:
+def is_untested(model_type: str) -> bool:
     """Tell whether no test has compared this family with its unpaged results."""
-    family = describe(model_type)
+    family = family_of(model_type)
     return family is None or family.status == "refused"

@@ -129,7 +129,7 @@ def test_importing_the_package_and_its_plain_names_loads_no_mlx() -> None:
     assert loaded.isdisjoint(HEAVY)
 
 
-def test_forms_of_output_need_no_mlx_and_load_llguidance_only_when_one_is_asked_for() -> None:
+def test_grammars_need_no_mlx_and_load_llguidance_only_when_one_is_asked_for() -> None:
     assert loaded_after("import mlx_paged.sampling.grammar").isdisjoint({"mlx", "mlx_lm", "transformers", "llguidance"})
 
 

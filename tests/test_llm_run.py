@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
 import pytest
-from mlx_lm.utils import load_tokenizer
+from helpers.llms import MakeLLM, all_free
 
-from mlx_paged import LLM, SamplingParams
-
-MakeLLM = Callable[..., LLM]
-
-
-@pytest.fixture
-def make_llm(tiny_model: Callable[..., nn.Module]) -> MakeLLM:
-    """An LLM over a tiny random model, in blocks of 4, that verifies itself after every step."""
-
-    def make(tokenizer: Any = None, **config: Any) -> LLM:
-        small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
-        model = tiny_model("llama", **small, **({"vocab_size": len(tokenizer)} if tokenizer else {}))
-        config = {"block_size": 4, "num_kv_blocks": 64, "max_num_seqs": 8, "check_invariants": True} | config
-        return LLM.from_model(model, tokenizer, **config)
-
-    return make
-
-
-def all_free(llm: LLM) -> bool:
-    stats = llm.stats()
-    return stats.num_free_blocks == stats.num_blocks and not llm.engine.has_unfinished() and not llm._outputs
+from mlx_paged import SamplingParams
 
 
 def test_a_run_yields_outputs_as_they_come_and_deltas_of_what_is_streamed(make_llm: MakeLLM) -> None:
@@ -67,9 +44,8 @@ def test_closing_a_run_ends_its_requests_and_keeps_what_others_wait_for(make_llm
 
 
 def test_a_template_that_does_not_take_a_conversation_says_why(
-    make_llm: MakeLLM, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+    make_llm: MakeLLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = load_tokenizer(demo_folder, eos_token_ids=4)
     refusing = "{{ raise_exception('System role not supported') }}"
     monkeypatch.setattr(tokenizer._tokenizer, "chat_template", refusing)
     with pytest.raises(ValueError, match="template does not take this conversation: System role not supported"):

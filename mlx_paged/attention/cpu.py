@@ -1,36 +1,41 @@
 """The reference backend with what makes it faster on MLX's CPU build, where it is the default.
 
-Prompts are computed in tiles whose scores stay in the processor's cache, and rows of scores take exponentials of our
-own where MLX computes them one by one.
+Prompts are computed in tiles whose scores stay in the processor's cache. Scores take exponentials of our own where MLX
+computes them one by one. Keys that decodes share are read once, as keys of one sequence with all members' queries.
 
-Attention of one layer, 14/2 heads of 64, float32: CPU time in ms, best of 9, on a loaded x86 machine of two cores.
+CPU time of a whole run of a model of 135 million parameters without one of them, as a ratio (AMD Zen 3, OpenBLAS on
+one thread, +-5%; "=": nothing changes; in brackets attention alone):
 
-                                      decodes                        prompts
-                         16 x 512   16 x 64-2048   1 x 8192     512   256 of 1024   a mixed step
-    reference               16.0         24.9        19.8        501        435           97
-    with tiles              15.7         25.4        20.0        227        423           79
-    with exponentials       13.0         23.7        14.8        408        485           98
-    with both               13.1         23.1        17.8        238        369           75
-    what was here before    20.7         30.2        24.2        226        376           80
+    without           W1    W2    W4, 256   W4, none   W5,        W5,      W4, 1,024
+                                  shared    shared     samples    beams    shared
+    own exponentials  1.03  1.04  1.09      1.03       1.00       1.00     [1.26]
+    prompt tiles      =     =     1.01      1.10       =          =        [1.62]
+    shared prefixes   =     =     =         =          =          =        [1.68]
 
-The last line also multiplied keys where they lie (`gather_mm`), cut contexts into chunks that were merged, half of them
-in a second stream, and computed shared prefixes once.
+What was here too and has gone, since it saved less than 5% anywhere: a second stream for half of the decodes, which
+cost more than it brought (0.84 in decodes over 1,024 tokens); keys multiplied where they lie by `gather_mm` (0.99 to
+1.03); contexts cut into chunks that were merged (1.02 in W2).
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_paged.attention.reference import ReferenceBackend
+from mlx_paged.attention.backend import AttentionOptions
+from mlx_paged.attention.metadata import AttentionMetadata
+from mlx_paged.attention.reference import MAX_BYTES, ReferenceBackend, Tile, by_token, in_order, rows_of, scores_of
 from mlx_paged.cpu.exponential import exp, exp_is_slow
 
 _CACHED_BYTES = 2 << 20  # of scores
 _MIN_TILE = 16  # queries: with fewer the products are too small
 _MIN_OWN_EXP = 8192  # scores: with fewer its operations cost more than they save
+_MIN_SAVED = 4096  # keys that are not read again: a prefix costs some twenty operations in each layer
+_MAX_PREFIXES = 4
 
 
 class CpuBackend(ReferenceBackend):
-    """Plain MLX operations in sizes that a CPU likes."""
+    """Plain MLX operations as a CPU likes them."""
 
     name = "cpu"
 
@@ -43,11 +48,84 @@ class CpuBackend(ReferenceBackend):
     def average(self, scores: mx.array, values: mx.array, sinks: mx.array | None) -> mx.array:
         if not exp_is_slow() or scores.size < _MIN_OWN_EXP:
             return super().average(scores, values, sinks)
-        top = scores.max(axis=-1, keepdims=True)
-        if sinks is not None:
-            top = mx.maximum(top, sinks)
-        weights = exp(scores - top)
-        total = weights.sum(axis=-1, keepdims=True)
-        if sinks is not None:
-            total = total + exp(sinks - top)
-        return weights @ values / total
+        return _average_and_total(scores, values, sinks)[0]
+
+    def attend(
+        self,
+        q: mx.array,
+        k_cache: mx.array,
+        v_cache: mx.array,
+        metadata: AttentionMetadata,
+        options: AttentionOptions,
+        write_done: mx.array | None = None,
+    ) -> mx.array:
+        key = self.plan_key(q, k_cache, v_cache, options)
+        prefixes: list[tuple[np.ndarray, int]] = metadata.plan_once("prefixes", lambda: _worth_sharing(metadata))
+        if not prefixes or options.window is not None:
+            return super().attend(q, k_cache, v_cache, metadata, options)
+        first_keys = np.zeros_like(metadata.context_lens)
+        for members, num_tokens in prefixes:
+            first_keys[members] = num_tokens
+        tiles, token_order = metadata.plan_once(
+            ("own keys", *key), lambda: self.plan(metadata, *key[1:], first_keys=first_keys)
+        )
+        shared = metadata.plan_once(("shared keys", *key), lambda: _shared_tiles(metadata, prefixes, *key[1:5]))
+        k_rows, v_rows = k_cache.flatten(0, 2), v_cache.flatten(0, 2)
+        parts = []
+        for tile in tiles:
+            found = _average_and_total(*scores_of(q, k_rows, v_rows, tile, options))
+            parts.append([by_token(array, tile) for array in found])
+        means, totals = ([part[i] for part in parts] for i in range(2))
+        num_tokens, num_heads = q.shape[:2]
+        out = in_order(means, token_order, num_tokens, (num_heads, v_cache.shape[3]), mx.float32)
+        log_total = in_order(totals, token_order, num_tokens, (num_heads, 1), mx.float32)
+        for tile in shared:  # a sink is one of a sequence's own keys
+            found = _average_and_total(*scores_of(q, k_rows, v_rows, tile, options._replace(sinks=None)))
+            more, log_more = (by_token(array, tile) for array in found)
+            members = tile.tokens[0]
+            both = mx.logaddexp(log_total[members], log_more)
+            out[members] = out[members] * mx.exp(log_total[members] - both) + more * mx.exp(log_more - both)
+            log_total[members] = both
+        return out.astype(q.dtype)
+
+
+def _average_and_total(scores: mx.array, values: mx.array, sinks: mx.array | None) -> tuple[mx.array, mx.array]:
+    """As `average`, and the logs of the sums of exp(scores), [..., num_rows, 1]."""
+    top = scores.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        top = mx.maximum(top, sinks)
+    weigh = exp if exp_is_slow() else mx.exp
+    weights = weigh(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + weigh(sinks - top)
+    return weights @ values / total, top + mx.log(total)
+
+
+def _worth_sharing(metadata: AttentionMetadata) -> list[tuple[np.ndarray, int]]:
+    """The prefixes that are computed apart: the numbers of the sequences that share one, and how many tokens it has."""
+    if metadata.find_shared_prefixes is None:
+        return []
+    seqs = np.flatnonzero((metadata.query_lens == 1) & (metadata.context_lens > 0))
+    prefixes = sorted(metadata.find_shared_prefixes(seqs), key=lambda prefix: prefix.num_saved, reverse=True)
+    return [(seqs[each.members], each.num_tokens) for each in prefixes[:_MAX_PREFIXES] if each.num_saved >= _MIN_SAVED]
+
+
+def _shared_tiles(
+    metadata: AttentionMetadata,
+    prefixes: list[tuple[np.ndarray, int]],
+    num_heads: int,
+    block_size: int,
+    num_kv_heads: int,
+    dims: int,
+) -> list[Tile]:
+    """Tiles of one sequence each, which has a prefix's keys, in pieces of bounded size, and all members' queries."""
+    tiles = []
+    for members, num_tokens in prefixes:
+        tokens = mx.array(metadata.cu_seqlens_q[members][None])
+        size = max(1, MAX_BYTES // (4 * (len(members) * num_heads + num_kv_heads * dims)))
+        for begin in range(0, num_tokens, size):
+            positions = mx.arange(begin, min(begin + size, num_tokens), dtype=mx.int32)[None]
+            rows = rows_of(metadata, members[:1], positions, block_size, num_kv_heads)
+            tiles.append(Tile(tokens, rows, mx.zeros((1, 1, 1, 1, 1))))
+    return tiles

@@ -22,7 +22,7 @@ import numpy as np
 from mlx_paged.attention.backend import AttentionOptions, Backend
 from mlx_paged.attention.metadata import AttentionMetadata
 
-_MAX_BYTES = 128 << 20  # of what one operation gathers or scores, but for a single query of a single sequence
+MAX_BYTES = 128 << 20  # of what one operation gathers or scores, but for a single query of a single sequence
 
 
 class Tile(NamedTuple):
@@ -53,35 +53,14 @@ class ReferenceBackend(Backend):
         options: AttentionOptions,
         write_done: mx.array | None = None,
     ) -> mx.array:
-        block_size, num_kv_heads = k_cache.shape[1:3]
-        key = (q.shape[1], block_size, num_kv_heads, k_cache.shape[3] + v_cache.shape[3], options.window)
-        tiles, token_order = metadata.plan_once((self.name, *key), lambda: self._plan(metadata, *key))
-        num_padding = q.shape[0] - sum(tile.tokens.size for tile in tiles)
-        outputs = [self._attend_tile(q, k_cache.flatten(0, 2), v_cache.flatten(0, 2), tile, options) for tile in tiles]
-        if num_padding or not outputs:
-            outputs.append(mx.zeros((num_padding, q.shape[1], v_cache.shape[3]), q.dtype))
-        result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-        return result if token_order is None else result[token_order]
-
-    def _attend_tile(
-        self, q: mx.array, k_rows: mx.array, v_rows: mx.array, tile: Tile, options: AttentionOptions
-    ) -> mx.array:
-        """q [num_tokens, num_heads, head_dim] -> [num_seqs * num_queries, num_heads, value_dim]."""
-        num_seqs, num_kv_heads, num_keys = tile.rows.shape
-        num_queries, num_heads = tile.tokens.shape[1], q.shape[1]
-        by_head = (num_seqs, num_kv_heads, num_heads // num_kv_heads, num_queries, num_keys)
-        scale, _, softcap, sinks = options
-        queries = q[tile.tokens].astype(mx.float32).swapaxes(1, 2).reshape(num_seqs, num_kv_heads, -1, q.shape[2])
-        keys, values = (rows[tile.rows].astype(mx.float32) for rows in (k_rows, v_rows))
-        scores = (queries * scale) @ keys.swapaxes(2, 3)
-        if softcap is not None:
-            scores = mx.tanh(scores / softcap) * softcap
-        scores = (scores.reshape(by_head) + tile.bias).reshape(scores.shape)
-        if sinks is not None:
-            sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, num_kv_heads, -1, 1, 1), (*by_head[:4], 1))
-            sinks = sinks.reshape(*scores.shape[:3], 1)
-        out = self.average(scores, values, sinks).reshape(num_seqs, num_heads, num_queries, -1)
-        return out.swapaxes(1, 2).flatten(0, 1).astype(q.dtype)
+        key = self.plan_key(q, k_cache, v_cache, options)
+        tiles, token_order = metadata.plan_once(key, lambda: self.plan(metadata, *key[1:]))
+        k_rows, v_rows = k_cache.flatten(0, 2), v_cache.flatten(0, 2)
+        outputs = []
+        for tile in tiles:
+            out = by_token(self.average(*scores_of(q, k_rows, v_rows, tile, options)), tile)
+            outputs.append(out.astype(q.dtype))
+        return in_order(outputs, token_order, q.shape[0], (q.shape[1], v_cache.shape[3]), q.dtype)
 
     def average(self, scores: mx.array, values: mx.array, sinks: mx.array | None) -> mx.array:
         """The mean of values [..., num_keys, dim] with weights exp(scores), [..., num_rows, num_keys].
@@ -95,9 +74,16 @@ class ReferenceBackend(Backend):
 
     def tile_queries(self, bytes_per_query: int) -> int:
         """How many queries of a batch are computed at once, given the bytes of their scores."""
-        return max(1, _MAX_BYTES // bytes_per_query)
+        return max(1, MAX_BYTES // bytes_per_query)
 
-    def _plan(
+    def plan_key(
+        self, q: mx.array, k_cache: mx.array, v_cache: mx.array, options: AttentionOptions
+    ) -> tuple[str, int, int, int, int, int | None]:
+        """What a plan depends on, beside the step's metadata: the arguments of `plan`, after the backend's name."""
+        _, block_size, num_kv_heads, head_dim = k_cache.shape
+        return self.name, q.shape[1], block_size, num_kv_heads, head_dim + v_cache.shape[3], options.window
+
+    def plan(
         self,
         metadata: AttentionMetadata,
         num_heads: int,
@@ -105,28 +91,71 @@ class ReferenceBackend(Backend):
         num_kv_heads: int,
         dims: int,
         window: int | None,
+        first_keys: np.ndarray | None = None,
     ) -> tuple[list[Tile], mx.array | None]:
         """The tiles of a step, and the row of each token in their outputs, which padding follows. None: in order.
 
-        dims: of a key and a value together.
+        dims: of a key and a value together. first_keys: int32 [num_seqs], keys before these are left out; only
+        without a window.
         """
         contexts, query_lens = metadata.context_lens, metadata.query_lens
-        max_keys = _MAX_BYTES // (4 * num_kv_heads * dims)
+        max_keys = MAX_BYTES // (4 * num_kv_heads * dims)
         tiles: list[Tile] = []
         tokens: list[np.ndarray] = []
         for num_queries in np.unique(query_lens[query_lens > 0]).tolist():
             seqs = np.flatnonzero((query_lens == num_queries) & (contexts > 0))
             num_keys = contexts if window is None else np.minimum(contexts, num_queries + window - 1)
+            num_keys = num_keys if first_keys is None else num_keys - first_keys
             for group in _similar_lengths(seqs, num_keys[seqs], max_keys):
                 size = self.tile_queries(4 * num_heads * len(group) * int(num_keys[group].max()))
                 for begin in range(0, num_queries, size):
                     end = min(begin + size, num_queries)
                     queries = metadata.cu_seqlens_q[group, None] + np.arange(begin, end, dtype=np.int32)
-                    tiles.append(_tile(metadata, group, queries, begin, block_size, num_kv_heads, window))
+                    first = None if first_keys is None else first_keys[group]
+                    tiles.append(_tile(metadata, group, queries, begin, block_size, num_kv_heads, window, first))
                     tokens.append(queries.ravel())
         tokens.append(np.flatnonzero(np.repeat(contexts == 0, query_lens)))
         order = np.concatenate(tokens).argsort().astype(np.int32)
         return tiles, None if (order == np.arange(len(order))).all() else mx.array(order)
+
+
+def scores_of(
+    q: mx.array, k_rows: mx.array, v_rows: mx.array, tile: Tile, options: AttentionOptions
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """A tile's scores [num_seqs, num_kv_heads, num_rows, num_keys], values [..., num_keys, dim] and sinks [..., 1].
+
+    The rows of a KV head are the queries of each of its query heads. Pools are [-1, dim].
+    """
+    num_seqs, num_kv_heads, num_keys = tile.rows.shape
+    by_head = (num_seqs, num_kv_heads, q.shape[1] // num_kv_heads, tile.tokens.shape[1], num_keys)
+    scale, _, softcap, sinks = options
+    queries = q[tile.tokens].astype(mx.float32).swapaxes(1, 2).reshape(num_seqs, num_kv_heads, -1, q.shape[2])
+    keys, values = (rows[tile.rows].astype(mx.float32) for rows in (k_rows, v_rows))
+    scores = (queries * scale) @ keys.swapaxes(2, 3)
+    if softcap is not None:
+        scores = mx.tanh(scores / softcap) * softcap
+    scores = (scores.reshape(by_head) + tile.bias).reshape(scores.shape)
+    if sinks is not None:
+        sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, num_kv_heads, -1, 1, 1), (*by_head[:4], 1))
+        sinks = sinks.reshape(*scores.shape[:3], 1)
+    return scores, values, sinks
+
+
+def by_token(array: mx.array, tile: Tile) -> mx.array:
+    """[num_seqs, num_kv_heads, num_rows, dim] of a tile as [num_seqs * num_queries, num_heads, dim]."""
+    num_seqs, num_queries = tile.tokens.shape
+    return array.reshape(num_seqs, -1, num_queries, array.shape[3]).swapaxes(1, 2).flatten(0, 1)
+
+
+def in_order(
+    outputs: list[mx.array], token_order: mx.array | None, num_tokens: int, shape: tuple[int, ...], dtype: mx.Dtype
+) -> mx.array:
+    """The outputs of tiles, [..., *shape], in the order of the step's tokens, with zeros for padding."""
+    num_padding = num_tokens - sum(len(out) for out in outputs)
+    if num_padding or not outputs:
+        outputs = [*outputs, mx.zeros((num_padding, *shape), dtype)]
+    result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+    return result if token_order is None else result[token_order]
 
 
 def _tile(
@@ -137,21 +166,31 @@ def _tile(
     block_size: int,
     num_kv_heads: int,
     window: int | None,
+    first_key: np.ndarray | None,
 ) -> Tile:
     """Queries `begin` and following of each of `seqs`, which are rows `tokens` of q, and the keys that they see."""
     num_queries = tokens.shape[1]
     first_query = metadata.context_lens[seqs] - metadata.query_lens[seqs] + begin  # positions in the sequences
     last_query = first_query + num_queries - 1
-    first_key = np.zeros_like(first_query) if window is None else np.maximum(first_query + 1 - window, 0)
+    if first_key is None:
+        first_key = np.zeros_like(first_query) if window is None else np.maximum(first_query + 1 - window, 0)
     positions = _column(first_key) + mx.arange(int((last_query - first_key).max()) + 1, dtype=mx.int32)
     distance = (_column(first_query) + mx.arange(num_queries, dtype=mx.int32))[:, :, None] - positions[:, None]
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    block, offset = mx.divmod(mx.minimum(positions, _column(last_query)), block_size)
+    rows = rows_of(metadata, seqs, mx.minimum(positions, _column(last_query)), block_size, num_kv_heads)
+    return Tile(mx.array(tokens), rows, mx.where(visible, 0.0, -mx.inf)[:, None, None])
+
+
+def rows_of(
+    metadata: AttentionMetadata, seqs: np.ndarray, positions: mx.array, block_size: int, num_kv_heads: int
+) -> mx.array:
+    """Where a pool as [-1, dim] has the keys at `positions`, [n, num_keys], of `seqs`, [n].
+
+    Returns int32 [n, num_kv_heads, num_keys], which is wide enough: an array of MLX has fewer than 2**31 such rows.
+    """
+    block, offset = mx.divmod(positions, block_size)
     slots = metadata.block_tables[_column(seqs), block] * block_size + offset
-    # int32 is wide enough: as [rows, dim] an array of MLX has fewer than 2**31 rows.
-    rows = slots[:, None] * num_kv_heads + mx.arange(num_kv_heads, dtype=mx.int32)[:, None]
-    bias = mx.where(visible, 0.0, -mx.inf)[:, None, None]
-    return Tile(mx.array(tokens), rows, bias)
+    return slots[:, None] * num_kv_heads + mx.arange(num_kv_heads, dtype=mx.int32)[:, None]
 
 
 def _column(values: np.ndarray) -> mx.array:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEAST_KEYS_SAVED = 512  # that are not read again: fewer are not worth another launch and the merging of its results
+MIN_KEYS_SAVED = 512  # that are not read again: fewer are not worth another launch and the merging of its results
 
 
 class SharedPrefix(NamedTuple):
@@ -16,6 +16,7 @@ class SharedPrefix(NamedTuple):
 
     members: np.ndarray
     num_tokens: int
+    """A multiple of the block size."""
 
     @property
     def num_saved(self) -> int:
@@ -23,54 +24,58 @@ class SharedPrefix(NamedTuple):
         return (len(self.members) - 1) * self.num_tokens
 
 
-class _Choice(NamedTuple):
-    """Groups among some sequences, and what they save in blocks, with what those outside of them save elsewhere."""
+class _Grouping(NamedTuple):
+    """A way to group some sequences."""
 
     num_saved: int
+    """Blocks that are not read again, with what the sequences of `rest` save in the group that they are left to."""
     groups: list[SharedPrefix]
     rest: list[np.ndarray]
+    """The sequences that are in none of the groups."""
 
 
 def find_shared_prefixes(tables: np.ndarray, context_lens: np.ndarray, block_size: int) -> list[SharedPrefix]:
-    """Groups of sequences, each sequence in one of them at most, that together save the most reads.
+    """Group sequences, each in one group at most, so that together they save the most reads.
 
     tables: int [num_seqs, max_blocks]; context_lens: int [num_seqs]. Of a sequence only whole blocks count, and its
     last token stays its own.
     """
     num_whole = np.maximum(context_lens - 1, 0) // block_size
 
-    def best(members: np.ndarray, above: list[int]) -> list[_Choice]:
-        """What saves the most among members whose first `above[-1]` blocks are the same, for each number in `above`:
-        so many blocks does a member save that is left to a group of more sequences.
+    def best(members: np.ndarray, outer_lengths: list[int]) -> list[_Grouping]:
+        """Group members whose first `outer_lengths[-1]` blocks are the same.
+
+        Returns the best way for each of `outer_lengths`, if a member that is in no group here saves that many blocks
+        in a group of more sequences.
         """
-        length = _num_same(tables, members, above[-1], int(num_whole[members].min()))
+        length = _num_same(tables, members, outer_lengths[-1], int(num_whole[members].min()))
         is_longer = num_whole[members] > length
         longer = members[is_longer]
-        branches, loners = _equal(longer, tables[longer, length]) if len(longer) else ([], longer)
-        alone = np.concatenate([members[~is_longer], loners])
-        levels = [*above, length]
+        branches, singles = _equal(longer, tables[longer, length]) if len(longer) else ([], longer)
+        unshared = np.concatenate([members[~is_longer], singles])
+        levels = [*outer_lengths, length]
         of_branches = list(zip(*(best(branch, levels) for branch in branches), strict=True)) or [()] * len(levels)
-        choices = [_joined(alone, level, of_level) for level, of_level in zip(levels, of_branches, strict=True)]
-        num_saved, groups, rest = choices.pop()
-        trunk = SharedPrefix(np.sort(np.concatenate(rest)), length * block_size)
-        with_trunk = _Choice(num_saved - length, [*groups, trunk], [])
-        return [max(choice, with_trunk, key=lambda each: (each.num_saved, -len(each.groups))) for choice in choices]
+        groupings = [_joined(unshared, level, of_level) for level, of_level in zip(levels, of_branches, strict=True)]
+        num_saved, groups, rest = groupings.pop()
+        own_group = SharedPrefix(np.sort(np.concatenate(rest)), length * block_size)
+        with_own_group = _Grouping(num_saved - length, [*groups, own_group], [])
+        return [max(each, with_own_group, key=lambda g: (g.num_saved, -len(g.groups))) for each in groupings]
 
     groups = best(np.arange(len(tables)), [0])[0].groups if len(tables) > 1 else []
-    return [group for group in groups if group.num_saved >= LEAST_KEYS_SAVED]
+    return [group for group in groups if group.num_saved >= MIN_KEYS_SAVED]
 
 
-def _joined(alone: np.ndarray, level: int, choices: Sequence[_Choice]) -> _Choice:
-    """Choices together, and sequences that are in no group."""
-    return _Choice(
-        len(alone) * level + sum(choice.num_saved for choice in choices),
-        [group for choice in choices for group in choice.groups],
-        [alone, *(members for choice in choices for members in choice.rest)],
+def _joined(unshared: np.ndarray, level: int, groupings: Sequence[_Grouping]) -> _Grouping:
+    """The groupings of several branches as one, with sequences that are in no group."""
+    return _Grouping(
+        len(unshared) * level + sum(grouping.num_saved for grouping in groupings),
+        [group for grouping in groupings for group in grouping.groups],
+        [unshared, *(members for grouping in groupings for members in grouping.rest)],
     )
 
 
 def _num_same(tables: np.ndarray, members: np.ndarray, first: int, last: int) -> int:
-    """How many entries are the same in the tables of all members, of which `first` are, and `last` is the most."""
+    """Count the entries that are the same in the tables of all members: at least `first`, at most `last`."""
     step = 1  # most tables have nothing in common
     while first < last:
         entries = tables[members, first : min(last, first + step)]
@@ -82,7 +87,7 @@ def _num_same(tables: np.ndarray, members: np.ndarray, first: int, last: int) ->
 
 
 def _equal(members: np.ndarray, values: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """The members that have a value together, for each value of several; and those that have one alone."""
+    """Sort members by value. Returns those of each value that several have, and those whose value nobody else has."""
     order = np.argsort(values, kind="stable")
     ranked = values[order]
     begins = np.concatenate([[0], np.flatnonzero(ranked[1:] != ranked[:-1]) + 1])

@@ -18,29 +18,27 @@ SIMDGROUPS = 8  # of a threadgroup of paged_decode
 SCRATCH = 2048  # floats of threadgroup memory of paged_decode
 _TILE_KEYS = 32  # that a team of simdgroups of paged_decode computes at once
 _FIRST_PARTS = 8  # into so many a context is split however much merging costs
-_LEAST_KEYS_PER_ROW = 16  # of a part of paged_prefill
+_MIN_KEYS_PER_ROW = 16  # of a part of paged_prefill
 
 
 class Shape(NamedTuple):
-    """What a division depends on, beside lengths. element_size: bytes of an element of q, K and V."""
+    """What the work items depend on, beside lengths."""
 
     num_kv_heads: int
     heads_per_kv_head: int
     head_dim: int
     value_dim: int
     element_size: int
+    """Bytes of an element of q, K and V."""
 
 
 class WorkItems(NamedTuple):
-    """The work of a kernel, and where the parts of each of its results lie.
-
-    work: int32 [num_items, ...], a row per item; its columns are those of `decode_items` or `prefill_items`.
-    cu_parts: int32 [num_results + 1], result i is merged from parts cu_parts[i] to cu_parts[i + 1] of the kernel's
-    output; is_split: whether any has more than one, otherwise the output is the result.
-    """
+    """The work of a kernel, and where the parts of each of its results lie."""
 
     work: np.ndarray
+    """int32 [num_items, ...], a row per item, with the columns of `decode_items` or `prefill_items`."""
     cu_parts: np.ndarray
+    """int32 [num_results + 1]: result i is merged from parts cu_parts[i] to cu_parts[i + 1] of the kernel's output."""
 
     @property
     def num_parts(self) -> int:
@@ -48,6 +46,7 @@ class WorkItems(NamedTuple):
 
     @property
     def is_split(self) -> bool:
+        """Whether any result has several parts. Otherwise the kernel's output is the result."""
         return self.num_parts >= len(self.cu_parts)
 
 
@@ -55,7 +54,7 @@ class WorkItems(NamedTuple):
 
 
 class DecodeLayout(NamedTuple):
-    """Which lanes of paged_decode do what; see there. register_words: what a thread keeps, in words of 32 bits."""
+    """Which lanes of Metal's paged_decode do what; see there."""
 
     lanes: int
     parts: int
@@ -63,11 +62,12 @@ class DecodeLayout(NamedTuple):
     batch: int
     query_in_registers: bool
     register_words: int
+    """What a thread keeps, in words of 32 bits."""
 
 
 @cache
 def decode_layout(shape: Shape) -> DecodeLayout:
-    """The layout with the fewest lanes to a row, so the fewest sums over lanes, whose private state is small enough.
+    """Choose the layout with the fewest lanes to a row, so the fewest sums over lanes, whose state fits in registers.
 
     What is private grows with the query heads that share a KV head. Where it does not fit, first the rows are spread
     over more lanes, then the queries move to threadgroup memory, then two simdgroups share the rows.
@@ -89,7 +89,7 @@ def decode_layout(shape: Shape) -> DecodeLayout:
 
 
 def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:
-    """How many keys of a sequence one threadgroup of paged_decode computes, so into how many parts a context is split.
+    """Choose how many keys of a sequence one threadgroup of paged_decode computes: contexts are split into such parts.
 
     num_keys: [num_seqs], those each sequence attends to.
 
@@ -113,7 +113,7 @@ def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:
 
 
 def decode_items(context_lens: np.ndarray, num_keys: np.ndarray, size: int) -> WorkItems:
-    """The last `num_keys` keys of each sequence's context in parts of `size`; without keys one empty part.
+    """Cut the last `num_keys` keys of each sequence's context into parts of `size`. No keys are one empty part.
 
     Columns: sequence, first key, past the last key, 1 if it is the sequence's first part.
     """
@@ -130,14 +130,15 @@ def decode_items(context_lens: np.ndarray, num_keys: np.ndarray, size: int) -> W
 
 
 class Tile(NamedTuple):
-    """What a threadgroup computes at once: rows, which are pairs of a query and one of the heads of a KV head; keys."""
+    """What a threadgroup of paged_prefill computes at once."""
 
     rows: int
+    """Pairs of a query and one of the query heads of a KV head."""
     keys: int
 
 
 def tile_for(shape: Shape) -> Tile:
-    """The tile for these sizes: up to 32 keys, as many as 32 KB of threadgroup memory have room for."""
+    """Choose Metal's tile for these sizes: up to 32 keys, as many as 32 KB of threadgroup memory have room for."""
     pad = 16 // shape.element_size
     longer = max(shape.head_dim, shape.value_dim)
     rows = 32 if longer < 192 else 16
@@ -145,17 +146,15 @@ def tile_for(shape: Shape) -> Tile:
     return Tile(rows, next(keys for keys in (32, 16, 8) if keys * (longer + pad) <= room))
 
 
-def num_key_splits(
-    num_tiles: np.ndarray, num_keys: np.ndarray, shape: Shape, num_cores: int, tile: Tile | None = None
-) -> np.ndarray:
-    """[num_seqs]: into how many parts the keys of a sequence's tiles are split.
+def num_key_splits(num_tiles: np.ndarray, num_keys: np.ndarray, shape: Shape, num_cores: int, tile: Tile) -> np.ndarray:
+    """Choose into how many parts the keys of each sequence's tiles are split. Returns [num_seqs].
 
     One, unless there are fewer than 8 threadgroups to a core or a tile has more than twice an equal share of the keys.
     num_tiles, num_keys: [num_seqs], of a sequence. A part has enough keys for the merging of parts to move at most a
-    sixteenth of the bytes of K and V. tile: None is `tile_for(shape)`, here and below.
+    sixteenth of the bytes of K and V.
     """
     equal_share = int((num_tiles * num_keys).sum()) * shape.num_kv_heads // (8 * num_cores)
-    size = max(_LEAST_KEYS_PER_ROW * (tile or tile_for(shape)).rows, equal_share)
+    size = max(_MIN_KEYS_PER_ROW * tile.rows, equal_share)
     return np.where((num_tiles > 0) & (num_keys > 2 * size), -(-num_keys // size), 1)
 
 
@@ -165,15 +164,15 @@ def prefill_items(
     window: int | None,
     shape: Shape,
     num_cores: int,
-    tile: Tile | None = None,
+    tile: Tile,
 ) -> WorkItems:
-    """Tiles of each sequence's rows, of which a query has one per query head of a KV head; and parts of their keys.
+    """List the tiles of each sequence's rows, one row per query and head of a KV head, and the parts of their keys.
 
     Columns: sequence, its first token in q, its number of queries, the position of the first one in the context
     (negative: the sequence is padding), the tile's first row, the part, the number of parts, where the sequence's
     parts begin. The parts of a query lie side by side.
     """
-    query_lens, num_keys, tile = np.diff(cu_seqlens_q), context_lens.astype(np.int64), tile or tile_for(shape)
+    query_lens, num_keys = np.diff(cu_seqlens_q), context_lens.astype(np.int64)
     if window is not None:
         num_keys = np.minimum(num_keys, window + tile.rows // shape.heads_per_kv_head)
     sequences = np.arange(len(query_lens))
@@ -191,7 +190,7 @@ def _tiles(
     num_cores: int,
     tile: Tile,
 ) -> WorkItems:
-    """The items of paged_prefill, columns as `prefill_items` tells; each array has a value for each run of queries."""
+    """List the items of paged_prefill, with the columns of `prefill_items`. Arrays have a value per run of queries."""
     num_tiles = -(-query_lens * shape.heads_per_kv_head // tile.rows)
     num_parts = num_key_splits(num_tiles, num_keys, shape, num_cores, tile)
     cu_parts = _cumulative(np.repeat(num_parts, query_lens))
@@ -210,26 +209,25 @@ def _tiles(
 
 
 class SharedWorkItems(NamedTuple):
-    """Prefixes that several sequences share, each computed once for the queries of all its members.
-
-    items: of paged_prefill, which takes the members of a prefix for its queries; members: int32, those of all prefixes.
-    ranges: int32 [num_seqs, 2], the first and past the last of the parts of each sequence's prefix.
-    """
+    """Prefixes that several sequences share, each computed once for the queries of all its members."""
 
     items: WorkItems
+    """Of paged_prefill, which takes the members of a prefix for its queries."""
     members: np.ndarray
+    """int32: those of all prefixes."""
     ranges: np.ndarray
+    """int32 [num_seqs, 2]: the first and past the last of the parts of each sequence's prefix."""
 
 
 def shared_items(
-    prefixes: Sequence[SharedPrefix], num_seqs: int, shape: Shape, num_cores: int, tile: Tile | None = None
+    prefixes: Sequence[SharedPrefix], num_seqs: int, shape: Shape, num_cores: int, tile: Tile
 ) -> SharedWorkItems:
-    """Each prefix as a run of queries, which all see all of its keys."""
+    """List the tiles of each prefix: its members are a run of queries, which all see all of its keys."""
     counts = np.array([len(prefix.members) for prefix in prefixes])
     lengths = np.array([prefix.num_tokens for prefix in prefixes])
     members = np.concatenate([prefix.members for prefix in prefixes])
     first = np.cumsum(counts) - counts
-    items = _tiles(members[first], first, counts, lengths - 1, lengths, shape, num_cores, tile or tile_for(shape))
+    items = _tiles(members[first], first, counts, lengths - 1, lengths, shape, num_cores, tile)
     ranges = np.zeros((num_seqs, 2), np.int32)
     ranges[members] = np.stack([items.cu_parts[:-1], items.cu_parts[1:]], axis=1)
     return SharedWorkItems(items, members.astype(np.int32), ranges)

@@ -1,8 +1,8 @@
-"""A second tier for blocks that leave the pool: in host memory, or in files that may outlive the process.
+"""Block stores: keep the K and V of evicted blocks in host memory or on disk, under a key that names their prefix.
 
-A block's K and V are kept under a key that names its prefix, so what comes back is what any request with that prefix
-needs. A file is written under another name and renamed when it is whole, and says which model it belongs to. It also
-has a checksum, as what a disk gives back need not be what was given to it.
+What comes back is what any request with that prefix needs. A file is written under another name and renamed when it is
+whole, and says which model it belongs to. It also has a checksum, as what a disk gives back need not be what was given
+to it.
 """
 
 import contextlib
@@ -20,22 +20,21 @@ from typing import Protocol, cast
 import mlx.core as mx
 import numpy as np
 
+from mlx_paged.cache.kv_cache import BlockContent
 from mlx_paged.config import parse_memory
 from mlx_paged.errors import EngineWarning
 
-BlockContent = dict[str, mx.array]  # "k0", "v0", "k1", ...: [block_size, num_kv_heads, dim] of a group's layers
-
 
 class BlockStore(Protocol):
-    """Keeps the content of blocks, the least recently used going first where room is short."""
+    """Keeps the content of blocks; the least recently used go first where space is short."""
 
     def __contains__(self, key: object) -> bool: ...
 
     def put(self, key: str, content: BlockContent) -> None:
-        """Keep a block. Raises OSError if there is no place for it."""
+        """Keep a block. Raises OSError if there is no space for it."""
 
     def get(self, key: str) -> BlockContent:
-        """The block kept under `key`. Raises OSError or ValueError if it can't be read back whole."""
+        """Return the block kept under `key`. Raises OSError or ValueError if it can't be read back whole."""
 
     def drop(self, key: str) -> None:
         """Forget a block."""
@@ -45,7 +44,7 @@ class MemoryStore:
     """Blocks in host memory, for devices whose own memory is separate."""
 
     def __init__(self, capacity: int) -> None:
-        self._room = capacity  # bytes that are left
+        self._bytes_available = capacity  # bytes that are left
         self._blocks: OrderedDict[str, dict[str, tuple[np.ndarray, mx.Dtype]]] = OrderedDict()
 
     def __contains__(self, key: object) -> bool:
@@ -54,9 +53,9 @@ class MemoryStore:
     def put(self, key: str, content: BlockContent) -> None:
         # As bytes, since numpy has no bfloat16.
         kept = {name: (np.array(array.view(mx.uint8)), array.dtype) for name, array in content.items()}
-        self._room -= _size(content)
+        self._bytes_available -= _size(content)
         self._blocks[key] = kept
-        while self._room < 0 and self._blocks:
+        while self._bytes_available < 0 and self._blocks:
             self.drop(next(iter(self._blocks)))
 
     def get(self, key: str) -> BlockContent:
@@ -64,7 +63,7 @@ class MemoryStore:
         return {name: mx.array(raw).view(dtype) for name, (raw, dtype) in self._blocks[key].items()}
 
     def drop(self, key: str) -> None:
-        self._room += sum(raw.nbytes for raw, _ in self._blocks.pop(key).values())
+        self._bytes_available += sum(raw.nbytes for raw, _ in self._blocks.pop(key).values())
 
 
 class FolderStore:
@@ -136,8 +135,8 @@ def open_stores(
     swap_space: int | str | os.PathLike[str] | None,
     prefix_cache_dir: str | os.PathLike[str] | None,
     fingerprint: Callable[[], str],
-) -> "Stores | None":
-    """The second tier that `EngineConfig` asks for, if any; `fingerprint` names the model that saved blocks are of.
+) -> "BlockStores | None":
+    """Open the stores that `EngineConfig` asks for, if any; `fingerprint` names the model that saved blocks are of.
 
     Raises ValueError for a folder that can't be written to.
     """
@@ -147,11 +146,11 @@ def open_stores(
     if prefix_cache_dir is not None:
         model = fingerprint()
         saved = FolderStore(Path(prefix_cache_dir).expanduser() / model, model)
-    return Stores(_open_swap(swap_space) if swap_space is not None else None, saved)
+    return BlockStores(_open_swap(swap_space) if swap_space is not None else None, saved)
 
 
 def _open_swap(swap_space: int | str | os.PathLike[str]) -> BlockStore:
-    """The tier for blocks of preempted sequences and evicted prefixes, gone with the process.
+    """Open the store for blocks of preempted sequences and evicted prefixes, gone with the process.
 
     swap_space: a size, in host memory where the device has its own, else in files of the temporary folder, since
     unified memory would gain nothing from a second copy; or a folder for the files. Raises ValueError.
@@ -176,7 +175,7 @@ def _open_swap(swap_space: int | str | os.PathLike[str]) -> BlockStore:
     return store
 
 
-class Stores:
+class BlockStores:
     """The stores of an engine as one: blocks that leave the pool go to `swap`, prompts' blocks to `saved`.
 
     A store that fails to take a block is not asked again; a warning says so once, and what is missing is computed.
@@ -184,16 +183,16 @@ class Stores:
 
     def __init__(self, swap: BlockStore | None, saved: BlockStore | None) -> None:
         self._swap = swap
-        self._saved = saved
+        self._disk = saved
         self._has_warned = False
         self.num_swapped_blocks = 0
 
     def __contains__(self, key: object) -> bool:
-        return any(key in store for store in (self._swap, self._saved) if store is not None)
+        return any(key in store for store in (self._swap, self._disk) if store is not None)
 
     @property
-    def takes_prompts(self) -> bool:
-        return self._saved is not None
+    def stores_prompts(self) -> bool:
+        return self._disk is not None
 
     def put_evicted(self, key: str, content: BlockContent) -> None:
         """Keep a block that leaves the pool."""
@@ -206,21 +205,21 @@ class Stores:
                 _warn(f"swap is off, preempted requests are computed again: {error}")
 
     def has_prompt(self, key: str) -> bool:
-        """Whether a block is kept for another run; one in swap is gone with this one."""
-        return self._saved is not None and key in self._saved
+        """Say whether a block is kept for another run; one in swap is gone with this one."""
+        return self._disk is not None and key in self._disk
 
     def put_prompt(self, key: str, content: BlockContent) -> None:
         """Keep a block of a prompt for another run."""
-        if self._saved is not None:
+        if self._disk is not None:
             try:
-                self._saved.put(key, content)
+                self._disk.put(key, content)
             except OSError as error:
-                self._saved = None
+                self._disk = None
                 _warn(f"prompts are not saved any more: {error}")
 
     def get(self, key: str) -> BlockContent | None:
-        """The block kept under `key`, or None, with one warning, if it can't be had any more."""
-        for store in (self._swap, self._saved):
+        """Return the block kept under `key`, or None, with one warning, if it can't be read back any more."""
+        for store in (self._swap, self._disk):
             if store is not None and key in store:
                 try:
                     return store.get(key)
@@ -230,7 +229,7 @@ class Stores:
 
     def drop(self, key: str, error: Exception) -> None:
         """Forget a block that can't be used, with one warning."""
-        for store in (self._swap, self._saved):
+        for store in (self._swap, self._disk):
             if store is not None and key in store:
                 store.drop(key)
         if not self._has_warned:
@@ -239,7 +238,7 @@ class Stores:
 
 
 def checksum(content: BlockContent) -> str:
-    """Of the bytes of all arrays, in the order of their names."""
+    """Return the crc32 of the bytes of all arrays, in the order of their names."""
     crc = 0
     for name in sorted(content):
         crc = zlib.crc32(np.array(content[name].view(mx.uint8)).tobytes(), crc)

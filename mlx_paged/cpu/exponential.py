@@ -12,7 +12,7 @@ import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
 
 _LOG2_E = 1 / math.log(2)
-_LEAST_EXPONENT = -100
+_MIN_EXPONENT = -100
 _ROUND = 1.5 * 2**23 + 127  # a float32 of this size has no bits for a fraction, and its low bits count in ones
 _EXP2 = Chebyshev.interpolate(np.exp2, 5, domain=[-0.5, 0.5]).convert(kind=Polynomial).coef.tolist()  # to 1e-7
 
@@ -27,7 +27,7 @@ def exp(x: mx.array) -> mx.array:
 
     It is never less than 2**-100, 8e-31, so that no product of it is denormal: those take several times as long.
     """
-    x = mx.maximum(x * _LOG2_E, _LEAST_EXPONENT)
+    x = mx.maximum(x * _LOG2_E, _MIN_EXPONENT)
     rounded = x + _ROUND  # n + 127, in its low bits
     f = x - (rounded - _ROUND)
     power = _EXP2[-1]

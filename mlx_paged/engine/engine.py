@@ -75,7 +75,7 @@ class Engine:
         num_seqs = config.max_num_seqs
         self._batch = RunningBatch(num_seqs, len(runner.plan.windows), max_blocks, config.block_size)
         self._scheduler = Scheduler(self.cache_groups, self._batch, num_seqs, config.max_num_batched_tokens)
-        self._block_mover = BlockMover(self.cache_groups, runner, stores)
+        self._block_mover = BlockMover(self.cache_groups, runner.kv_cache, stores)
         self._input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
         self._input_builder = InputBuilder(self._batch)
         self._steps = StepRunner(runner, self.profile)

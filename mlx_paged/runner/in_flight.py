@@ -65,12 +65,12 @@ class StepRunner:
         started = time.perf_counter()
         step.logits = self._runner.run(inputs)
         self.model_time_s += time.perf_counter() - started
-        if self._runner.may_submit_early:
+        if self._runner.overlap_is_safe:
             self._submit([step.logits])
 
     def submit(self, step: StepInFlight) -> None:
         """Submit a launched step, if `launch` did not, now that the step before it is over."""
-        if not self._runner.may_submit_early:
+        if not self._runner.overlap_is_safe:
             assert step.logits is not None
             self._submit([step.logits])
 
@@ -94,7 +94,7 @@ class StepRunner:
         with self._timer.part("wait"):
             is_drawn = step.sampled_tokens is not None or step.beam_candidates is not None
             results = [np.array(array) for array in step.device_results] if is_drawn else []
-            if not (results and self._runner.may_submit_early):
+            if not (results and self._runner.overlap_is_safe):
                 mx.eval(step.device_results)
                 mx.synchronize()  # nothing reads the pools any more: the next step may write them in place
         self.model_time_s += time.perf_counter() - started

@@ -10,27 +10,27 @@ from mlx_paged.blocks.cache_groups import blocks_for_window
 from mlx_paged.config import EngineConfig, format_memory, parse_memory
 from mlx_paged.models.loading import weight_bytes
 from mlx_paged.models.patch import PatchedModel
-from mlx_paged.runner.warmup import measure_reserve
+from mlx_paged.runner.warmup import measure_step_bytes
 
 _GPU_SHARE = 0.75  # of what the device recommends, for weights, activations and cache together
 _CPU_SHARE = 0.10  # of RAM, for the cache
-_MOST_BLOCKS = 1 << 20  # of a group that stores nothing, for a model that does not say how long its context is
+_MAX_BLOCKS = 1 << 20  # of a group that stores nothing, for a model that does not say how long its context is
 
 
 class MemoryPlan(NamedTuple):
-    """How the device's memory is divided, in bytes; `limit` is what it recommends as the most to use.
-
-    num_blocks, block_bytes: of each cache group, the one without a window first.
-    """
+    """How the device's memory is divided, in bytes. Lists have an entry per cache group."""
 
     num_blocks: list[int]
     block_bytes: list[int]
     windows: list[int | None]
     block_size: int
-    weights: int
-    reserve: int
-    limit: int
+    weight_bytes: int
+    step_bytes: int
+    """What one step takes beside weights and cache: the reserve."""
+    device_bytes: int
+    """What the device recommends as the most to use."""
     device: str
+    """What that number is."""
 
     @property
     def kv_bytes(self) -> int:
@@ -46,8 +46,8 @@ class MemoryPlan(NamedTuple):
         per_token = format_memory(sum(self.block_bytes) / self.block_size)
         return (
             f"KV cache: {' and '.join(pools)} of {self.block_size} tokens, {format_memory(self.kv_bytes)} ({per_token} "
-            f"per token); weights {format_memory(self.weights)}, reserve {format_memory(self.reserve)}; {self.device} "
-            f"{format_memory(self.limit)}"
+            f"per token); weights {format_memory(self.weight_bytes)}, reserve {format_memory(self.step_bytes)}; "
+            f"{self.device} {format_memory(self.device_bytes)}"
         )
 
 
@@ -56,60 +56,61 @@ def plan_memory(model: PatchedModel, config: EngineConfig, max_model_len: int | 
 
     The pool without a window is as large as asked for; one with a window gets what its sequences can hold, at most.
     """
-    limit, device = device_limit()
+    device_bytes, device = device_limit()
     on_cpu = mx.default_device() == mx.cpu
     weights = weight_bytes(model.model)
-    if weights >= limit:
+    if weights >= device_bytes:
         raise ValueError(
-            f"the weights take {format_memory(weights)} and there is {format_memory(limit)} of {device}: take a "
+            f"the weights take {format_memory(weights)} and there is {format_memory(device_bytes)} of {device}: take a "
             "smaller or a quantised model"
         )
-    reserve = measure_reserve(model, config, max_model_len, on_cpu)
-    room = limit - weights - reserve
+    step_bytes = measure_step_bytes(model, config, max_model_len, on_cpu)
+    bytes_available = device_bytes - weights - step_bytes
     windows = model.groups
     block_bytes = [0] * len(windows)
     for layer, group in model.stored_layers:
         block_bytes[group] += config.block_size * layer.bytes_per_token
-    most = [
+    window_caps = [
         blocks_for_window(window, config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
         for window in windows[1:]
         if window is not None
     ]
 
     def group_blocks(num_blocks: int) -> list[int]:
-        return [num_blocks, *(min(num_blocks, cap) for cap in most)]
+        return [num_blocks, *(min(num_blocks, cap) for cap in window_caps)]
 
     def num_bytes(num_blocks: int) -> int:
         return sum(count * size for count, size in zip(group_blocks(num_blocks), block_bytes, strict=True))
 
-    wanted = _MOST_BLOCKS
+    max_useful_blocks = _MAX_BLOCKS
     if max_model_len is not None:
-        wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
+        max_useful_blocks = config.max_num_seqs * -(-max_model_len // config.block_size)
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
     elif config.kv_cache_memory is not None:
-        budget = parse_memory(config.kv_cache_memory, limit)
-        num_blocks = _most_that_fit(num_bytes, budget, budget // block_bytes[0] if block_bytes[0] else wanted)
+        budget = parse_memory(config.kv_cache_memory, device_bytes)
+        most = budget // block_bytes[0] if block_bytes[0] else max_useful_blocks
+        num_blocks = _most_that_fit(num_bytes, budget, most)
         if num_blocks < 1:
             one = format_memory(num_bytes(1))
             raise ValueError(f"kv_cache_memory={config.kv_cache_memory!r} holds no block: one takes {one}")
     else:
-        share = int(_CPU_SHARE * limit) if on_cpu else int(_GPU_SHARE * limit) - weights - reserve
-        num_blocks = max(1, _most_that_fit(num_bytes, min(share, room), wanted))
-    if num_bytes(num_blocks) > room:
+        share = int(_CPU_SHARE * device_bytes) if on_cpu else int(_GPU_SHARE * device_bytes) - weights - step_bytes
+        num_blocks = max(1, _most_that_fit(num_bytes, min(share, bytes_available), max_useful_blocks))
+    if num_bytes(num_blocks) > bytes_available:
         raise ValueError(
             f"a KV cache of {num_blocks} blocks of {config.block_size} tokens = {format_memory(num_bytes(num_blocks))} "
-            f"does not fit: {device} {format_memory(limit)} - weights {format_memory(weights)} - reserve "
-            f"{format_memory(reserve)} leaves {format_memory(max(room, 0))}; lower num_kv_blocks or kv_cache_memory, "
-            "or max_num_batched_tokens, which sets the reserve"
+            f"does not fit: {device} {format_memory(device_bytes)} - weights {format_memory(weights)} - reserve "
+            f"{format_memory(step_bytes)} leaves {format_memory(max(bytes_available, 0))}; lower num_kv_blocks or "
+            "kv_cache_memory, or max_num_batched_tokens, which sets the reserve"
         )
     return MemoryPlan(
-        group_blocks(num_blocks), block_bytes, windows, config.block_size, weights, reserve, limit, device
+        group_blocks(num_blocks), block_bytes, windows, config.block_size, weights, step_bytes, device_bytes, device
     )
 
 
 def _most_that_fit(num_bytes: Callable[[int], int], budget: int, most: int) -> int:
-    """The largest count up to `most` whose bytes, which rise with it, are within the budget; 0 if none is."""
+    """Return the largest count up to `most` whose bytes, which rise with it, are within the budget; 0 if none is."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -121,7 +122,7 @@ def _most_that_fit(num_bytes: Callable[[int], int], budget: int, most: int) -> i
 
 
 def device_limit() -> tuple[int, str]:
-    """The most memory to use, in bytes, and what that number is."""
+    """Return the most memory to use, in bytes, and what that number is."""
     info = mx.device_info()
     if "max_recommended_working_set_size" in info:
         return int(info["max_recommended_working_set_size"]), "recommended GPU memory"

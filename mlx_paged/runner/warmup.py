@@ -13,7 +13,7 @@ _POOL_BYTES = 8 << 20  # of one layer's K, large beside what a step of a few tok
 _NUM_OVERLAPPED = 3
 
 
-def measure_reserve(model: PatchedModel, config: EngineConfig, max_model_len: int | None, on_cpu: bool) -> int:
+def measure_step_bytes(model: PatchedModel, config: EngineConfig, max_model_len: int | None, on_cpu: bool) -> int:
     """Bytes that one step takes beside weights and cache: one prefill at the largest chunk, measured.
 
     On a CPU, where that would take minutes for a large model, a few tokens are measured and scaled.
@@ -26,14 +26,14 @@ def measure_reserve(model: PatchedModel, config: EngineConfig, max_model_len: in
     kv_cache = _cache(model, config, num_blocks)
     before = _start_measuring()
     mx.eval(mx.logsumexp(model(kv_cache, inputs).astype(mx.float32), axis=-1))
-    measured = _grown_since(before)
+    measured = _peak_since(before)
     scores = 4 * config.max_num_seqs * model.vocab_size  # one float per token for each sequence
     if not on_cpu:
         return measured + scores  # the counts that penalties need
     return measured * chunk // num_tokens + 5 * scores  # with the logits, and what the sampler makes of them
 
 
-def may_submit_early(model: PatchedModel, config: EngineConfig) -> bool:
+def overlap_is_safe(model: PatchedModel, config: EngineConfig) -> bool:
     """Whether a step may be submitted while the one before it runs, without a write that copies a pool.
 
     A write is in place only if nothing holds the pool, and a step that has not finished reading does. Whether that
@@ -51,18 +51,18 @@ def may_submit_early(model: PatchedModel, config: EngineConfig) -> bool:
         num_blocks = min(num_blocks, config.num_kv_blocks)
     inputs, _ = _one_sequence(model, config, 1, 1)
     kv_cache = _cache(model, config, num_blocks)
-    pool_bytes = min(pool.nbytes for pool in kv_cache.keys)
+    pool_bytes = min(pool.keys.nbytes for pool in kv_cache.pools)
     mx.eval(model(kv_cache, inputs))
     before = _start_measuring()
     mx.eval(model(kv_cache, inputs))
-    alone = _grown_since(before)
+    alone = _peak_since(before)
     steps = [model(kv_cache, inputs) for _ in range(_NUM_OVERLAPPED)]
     before = _start_measuring()
     _keep_busy()
     for logits in steps:
         mx.async_eval(logits)
     mx.eval(steps)
-    return _grown_since(before) < _NUM_OVERLAPPED * alone + pool_bytes // 2
+    return _peak_since(before) < _NUM_OVERLAPPED * alone + pool_bytes // 2
 
 
 def _keep_busy() -> None:
@@ -103,6 +103,6 @@ def _start_measuring() -> int:
     return mx.get_active_memory()
 
 
-def _grown_since(before: int) -> int:
+def _peak_since(before: int) -> int:
     mx.synchronize()
     return max(0, mx.get_peak_memory() - before)

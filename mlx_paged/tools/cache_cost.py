@@ -18,7 +18,7 @@ from mlx_paged.errors import ModelError
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from mlx_paged.cache.kv_cache import LayerShape
+    from mlx_paged.cache.layer_spec import LayerSpec
 
 TYPICAL_PROMPT, TYPICAL_OUTPUT = 161, 338  # mean tokens of ShareGPT's conversations, Kwon et al. 2023, figure 11
 _SPREAD = 1.0  # standard deviation of the logarithm of a typical length
@@ -29,7 +29,7 @@ class LayerGroup(NamedTuple):
     """Layers that are alike."""
 
     num_layers: int
-    shape: LayerShape
+    shape: LayerSpec
     """What each of them stores per token."""
     window: int | None
     """The most tokens that a query of theirs sees; None: all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from mlx_paged import paged_attention
 from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention import work_items as kernel_plan
 from mlx_paged.attention.backend import AttentionOptions
+from mlx_paged.attention.cuda import CudaBackend, decode_layout, prefill_layout
+from mlx_paged.attention.kernel_backend import KernelBackend
 from mlx_paged.attention.kernel_plan import Plan, to_device
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.metal import MetalBackend
@@ -134,12 +137,13 @@ def test_arguments_without_a_kernel_are_named(
     assert not device.made
 
 
-@CALLS
-def test_without_a_device_the_wrapper_says_so(call: Callable[..., mx.array]) -> None:
-    if mx.metal.is_available():
+@pytest.mark.parametrize("backend", [MetalBackend(), CudaBackend()], ids=lambda backend: backend.name)
+def test_without_a_device_the_wrapper_says_so(backend: KernelBackend) -> None:
+    if backend.is_available():
         pytest.skip("there is one")
-    with pytest.raises(RuntimeError, match="Metal device"):
-        call()
+    plan = backend.plan_decode(np.full(3, 9, np.int32), None, SHAPE)
+    with pytest.raises(RuntimeError, match=f"{backend.title} device"):
+        backend.decode(*arrays(3, 4, {}), plan, AttentionOptions(1.0))
 
 
 @CALLS
@@ -272,3 +276,25 @@ def test_decodes_and_prompts_of_a_step_have_a_kernel_each_and_share_the_tables(d
     assert [name.split("_")[1] for name, _ in device.calls] == ["decode", "prefill"] * 2
     tables = [call["inputs"][3] for _, call in device.calls]
     assert tables[0] is tables[2] and tables[1] is tables[3]
+
+
+# -- CUDA alone --
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_shape_has_a_layout_that_fits_every_card(size: int) -> None:
+    for heads, head_dim, value_dim in itertools.product(range(1, 17), range(8, 257, 8), range(8, 257, 8)):
+        shape = Shape(1, heads, head_dim, value_dim, size)
+        decode = decode_layout(shape)
+        assert decode.shared_bytes <= 96 << 10 and decode.shared_bytes % 16 == 0
+        prefill = prefill_layout(shape)
+        assert prefill.shared_bytes <= 96 << 10 and prefill.shared_bytes % 16 == 0
+        assert prefill.tile.rows % (16 * prefill.matrices) == 0 and prefill.tile.keys % 16 == 0
+
+
+def test_an_older_card_takes_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    for generation, expected in ((7, False), (8, True), (9, True)):
+        monkeypatch.setattr(mx, "device_info", lambda major=generation: {"compute_capability_major": major})
+        assert CudaBackend().is_available() is expected

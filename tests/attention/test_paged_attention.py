@@ -15,9 +15,11 @@ from helpers.attention_cases import DTYPES, Case, check, points_of
 from mlx_paged import paged_attention
 from mlx_paged.attention import cpu as cpu
 from mlx_paged.attention import reference as reference
+from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import attend
+from mlx_paged.attention.shared_prefix import SharedPrefix
 
 # (query length, context length) of each sequence of a batch
 BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -96,7 +98,7 @@ def test_tiles_and_groups_bounded_by_memory_give_the_same_result(
     limit: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_without(backend)
-    monkeypatch.setattr(reference, "_MAX_BYTES", limit)
+    monkeypatch.setattr(reference, "MAX_BYTES", limit)
     tiles, original = [], reference._tile
     monkeypatch.setattr(reference, "_tile", lambda *args: tiles.append(args) or original(*args))
     for batch, window, consecutive in itertools.product(("mixed", "similar decodes"), (None, 33), (False, True)):
@@ -237,3 +239,47 @@ def test_no_tokens_give_an_empty_result() -> None:
         cu_seqlens_q=mx.zeros(1, mx.int32),
     )
     assert paged_attention(**empty).shape == (0, 4, 16)
+
+
+SHARING = (
+    Case(((1, 70), (1, 81), (1, 66), (1, 34), (1, 0), (1, 47), (1, 40)), shared=(((0, 1, 2), 4), ((5, 6), 2))),
+    Case(((1, 65), (1, 65)), heads=(7, 1), shared=(((0, 1), 4),), sinks=True),
+    Case(((1, 33), (9, 40), (1, 700), (1, 34), (1, 2000), (1, 49)), shared=(((0, 2, 3, 5), 2),), softcap=30.0),
+    Case(((1, 100), (1, 130), (1, 101)), shared=(((0, 1, 2), 6),), window=64),
+)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("slow", [False, True], ids=["MLX's exponentials", "our own"])
+@pytest.mark.parametrize("max_bytes", [1 << 27, 20_000])
+@pytest.mark.parametrize("case", SHARING, ids=range(len(SHARING)))
+def test_prefixes_that_are_computed_once_for_all_change_no_result(
+    case: Case, max_bytes: int, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_prefix, "MIN_KEYS_SAVED", 1)
+    monkeypatch.setattr(cpu, "_MIN_SAVED", 1)
+    monkeypatch.setattr(cpu, "exp_is_slow", lambda: slow)
+    monkeypatch.setattr(cpu, "MAX_BYTES", max_bytes)
+    monkeypatch.setattr(reference, "MAX_BYTES", max_bytes)
+    tiles, original = [], cpu._shared_tiles
+
+    def recorded(*args: Any) -> list[reference.Tile]:
+        tiles.extend(original(*args))
+        return tiles
+
+    monkeypatch.setattr(cpu, "_shared_tiles", recorded)
+    check(case._replace(dtype="float32"), backend="cpu")
+    assert bool(tiles) == (case.window is None)
+    assert {tile.rows.shape[0] for tile in tiles} <= {1} and all(tile.tokens.shape[1] > 1 for tile in tiles)
+
+
+def test_only_the_prefixes_that_save_the_most_are_computed_apart() -> None:
+    prefixes = [SharedPrefix(np.array([0, 2]), tokens) for tokens in (4096, 9000, 4095, 8000, 7000, 6000)]
+
+    def worth(found: list[SharedPrefix]) -> list[tuple[list[int], int]]:
+        lengths = np.full(5, 10_000, np.int32), np.array([0, 2, 3, 4, 5, 6], np.int32)  # the first one has two queries
+        metadata = AttentionMetadata(mx.zeros((5, 1), mx.int32), *lengths, lambda seqs: found)
+        return [(members.tolist(), num_tokens) for members, num_tokens in cpu._worth_sharing(metadata)]
+
+    assert worth(prefixes) == [([1, 3], 9000), ([1, 3], 8000), ([1, 3], 7000), ([1, 3], 6000)]
+    assert worth(prefixes[2:3]) == worth([]) == []

@@ -22,7 +22,7 @@ def found(tables: list[list[int]], context_lens: list[int], block_size: int) -> 
 
 @pytest.fixture
 def any_saving_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_prefix, "LEAST_KEYS_SAVED", 1)
+    monkeypatch.setattr(shared_prefix, "MIN_KEYS_SAVED", 1)
 
 
 def test_beams_share_the_blocks_of_their_prompt(any_saving_counts: None) -> None:
@@ -54,7 +54,7 @@ def test_what_a_group_leaves_out_joins_one_with_a_shorter_prefix(any_saving_coun
 
 def test_what_would_save_little_is_left_alone() -> None:
     tables = [[*range(40), 100], [*range(40), 101]]
-    least = shared_prefix.LEAST_KEYS_SAVED
+    least = shared_prefix.MIN_KEYS_SAVED
     assert found(tables, [33 * 16] * 2, 16) == [([0, 1], 512)] and least == 512
     assert found(tables, [32 * 16] * 2, 16) == []
 
@@ -92,7 +92,7 @@ def test_no_other_way_to_group_the_sequences_saves_more(branches: list[list[int]
         return (len(group) - 1) * length * 3
 
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(shared_prefix, "LEAST_KEYS_SAVED", 1)
+        patches.setattr(shared_prefix, "MIN_KEYS_SAVED", 1)
         groups = found(tables, contexts, 3)
     for members, num_tokens in groups:
         assert len({shareable[i][: num_tokens // 3] for i in members}) == 1 and num_tokens % 3 == 0

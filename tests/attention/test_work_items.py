@@ -108,8 +108,9 @@ def test_tiles_fit_every_head_dim(element_size: int) -> None:
 
 def test_work_is_listed_sequence_by_sequence_tile_by_tile_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_plan, "num_key_splits", lambda *_: np.array([2, 1, 1, 1]))
+    shape = Shape(1, 3, 192, 192, 2)
     cu_seqlens_q, context_lens = np.array([0, 1, 1, 18, 20], np.int32), np.array([9, 5, 40, 0], np.int32)
-    items = prefill_items(context_lens, cu_seqlens_q, None, Shape(1, 3, 192, 192, 2), 40)
+    items = prefill_items(context_lens, cu_seqlens_q, None, shape, 40, tile_for(shape))
     assert items.work.tolist() == [
         # sequence, first token, queries, first position, first row, part, parts, first part
         [0, 0, 1, 8, 0, 0, 2, 0],
@@ -138,4 +139,4 @@ def test_work_is_listed_sequence_by_sequence_tile_by_tile_part_by_part(monkeypat
     ],
 )
 def test_keys_are_split_where_threadgroups_are_few_or_uneven(num_tiles: Any, num_keys: Any, parts: Any) -> None:
-    assert num_key_splits(np.array(num_tiles), np.array(num_keys), ONE_HEAD, 40).tolist() == parts
+    assert num_key_splits(np.array(num_tiles), np.array(num_keys), ONE_HEAD, 40, tile_for(ONE_HEAD)).tolist() == parts

@@ -233,7 +233,7 @@ def test_damaged_blocks_are_computed_again_with_one_warning(
 
 def test_a_prompt_is_saved_even_if_its_block_is_in_swap(tmp_path: Path) -> None:
     swap, saved = MemoryStore(10**6), FolderStore(tmp_path, "a model")
-    stores = block_store.Stores(swap, saved)
+    stores = block_store.BlockStores(swap, saved)
     stores.put_evicted("one", content(1))
     assert "one" in stores
     assert not stores.has_prompt("one")

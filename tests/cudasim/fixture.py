@@ -22,6 +22,10 @@ class Cuda:
     def __init__(self, simulator: CudaSimulator | None) -> None:
         self._simulator = simulator
 
+    @property
+    def simulated(self) -> bool:
+        return self._simulator is not None
+
     def only_simulated(self, what: str) -> CudaSimulator:
         """Skips the rest of the test on a real card."""
         if self._simulator is None:

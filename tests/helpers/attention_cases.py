@@ -6,13 +6,17 @@ import itertools
 import os
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from metalsim.fixture import Metal
+import pytest
 
 from mlx_paged import paged_attention
+from mlx_paged.attention import work_items
+
+if TYPE_CHECKING:
+    from helpers.gpu import Gpu
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -137,6 +141,26 @@ def check(case: Case, seed: int = 0, backend: str | None = None) -> None:
     assert_close(out, dense_attention(arrays))
 
 
+def split(patches: pytest.MonkeyPatch, part_size: int | None) -> None:
+    """Have keys computed in parts of so many, of short contexts too. None: as it is decided."""
+    if part_size is not None:
+        patches.setattr(work_items, "keys_per_item", lambda *_: part_size)
+        patches.setattr(work_items, "num_key_splits", lambda _, num_keys, *__: (-(-num_keys // part_size)).clip(1))
+
+
+def decodes(*context_lens: int) -> tuple[tuple[int, int], ...]:
+    """The lengths of a case with one query per sequence."""
+    return tuple((1, context) for context in context_lens)
+
+
+def strided(arrays: Arrays) -> Arrays:
+    """The same with q and tables as parts of larger arrays."""
+    dim, columns = arrays.q.shape[2], arrays.block_tables.shape[1]
+    q = mx.concatenate([arrays.q + 1, arrays.q, arrays.q - 1], axis=2)[:, :, dim : 2 * dim]
+    tables = mx.concatenate([arrays.block_tables] * 3, axis=1)[:, columns : 2 * columns]
+    return arrays._replace(q=q, block_tables=tables)
+
+
 def pairwise_cover(grid: dict[str, list[Any]], seed: int = 0, reused: Sequence[str] = ()) -> list[tuple[Any, ...]]:
     """Points in which every two values of different dimensions of the grid meet.
 
@@ -180,7 +204,7 @@ def points_of(grid: dict[str, list[Any]], seed: int = 0, reused: Sequence[str] =
 
 
 def check_points(
-    points: Sequence[tuple[Any, ...]], attend: Callable[[Arrays, Any], mx.array], metal: Metal, at_once: int = 14
+    points: Sequence[tuple[Any, ...]], attend: Callable[[Arrays, Any], mx.array], gpu: Gpu, at_once: int = 14
 ) -> None:
     """Kernels against the dense result, with no findings. Points: the fields of a Case, the threads' order, `attend`'s.
 
@@ -192,10 +216,10 @@ def check_points(
 
         def run(number: int, chunk: Any = chunk, arrays: Any = arrays) -> mx.array:
             order, option = chunk[number][-2:]
-            metal.configure(order=order)
+            gpu.configure(order=order)
             return attend(arrays[number], option)
 
-        metal.compile_ahead(lambda run=run, chunk=chunk: [run(number) for number in range(len(chunk))])
+        gpu.compile_ahead(lambda run=run, chunk=chunk: [run(number) for number in range(len(chunk))])
         for number, values in enumerate(chunk):
             out = run(number)
             assert out.dtype == arrays[number].q.dtype
@@ -203,4 +227,4 @@ def check_points(
                 assert_close(out, dense_attention(arrays[number]))
             except AssertionError as error:
                 raise AssertionError(f"at {values}: {error}") from None
-    assert not metal.simulated or not any(report.findings for report in metal.reports)
+    assert not gpu.simulated or not any(report.findings for report in gpu.reports)

@@ -17,7 +17,7 @@ TRUNK = [7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47]
 
 
 def requests() -> list[Asked]:
-    """One of each kind: samples, a beam search, streams, a form, a prompt of several chunks."""
+    """One of each kind: samples, a beam search, streams, a grammar, a prompt of several chunks."""
     return [
         Asked(TRUNK, SamplingParams(temperature=0, max_tokens=9, logprobs=2, ignore_eos=True)),
         Asked([*TRUNK, 5], SamplingParams(n=3, seed=3, max_tokens=8, ignore_eos=True, repetition_penalty=1.2)),

@@ -1,21 +1,35 @@
-"""Kernels with a mistake in them, to see that it is noticed."""
+"""Mistakes that are planted in kernels, to see that they are noticed."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import pytest
-from metalsim import simulator
-from metalsim.fixture import Metal
+
+from helpers.attention_cases import Case, split
+from mlx_paged.attention import metal as metal
 
 
 class Mistake(NamedTuple):
-    """Text of a kernel's source or header, what takes its place, and which of its occurrences."""
+    """A mistake, and a case that must show it."""
 
     old: str
+    """Text of a kernel's source or header."""
     new: str
+    case: Case
     occurrence: int = 0
+    part_size: int | None = None
+    """Keys of a part. None: as it is decided."""
+    layout: Any = None
+    """Of Metal's paged_decode, instead of the one that is decided."""
+    finding: str = ""
+    """Text of the error."""
+
+    def set_up(self, patches: pytest.MonkeyPatch) -> None:
+        """Have the case computed as the mistake needs it."""
+        split(patches, self.part_size)
+        if self.layout is not None:
+            patches.setattr(metal, "decode_layout", lambda _: self.layout)
 
 
 def with_mistake(text: str, old: str, new: str, occurrence: int) -> str:
@@ -25,17 +39,3 @@ def with_mistake(text: str, old: str, new: str, occurrence: int) -> str:
         before, after = pieces[occurrence : occurrence + 2]
         pieces[occurrence : occurrence + 2] = [before + new + after]
     return old.join(pieces)
-
-
-def plant(mistake: Mistake, metal: Metal, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Make kernels with the mistake from here on; returns the names of those that have it, as they are made."""
-    metal.only_simulated("wrong kernels are run")
-    planted = []
-
-    def metal_kernel(*, name: str, source: str, header: str, **arguments: Any) -> Any:
-        texts = [with_mistake(text, mistake.old, mistake.new, mistake.occurrence) for text in (source, header)]
-        planted.extend(name for before, after in zip((source, header), texts, strict=True) if before != after)
-        return simulator.metal_kernel(name=name, source=texts[0], header=texts[1], **arguments)
-
-    monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
-    return planted

@@ -127,7 +127,7 @@ def check_traffic(content: dict[str, Any]) -> None:
     for row in results["decode"] + results["blocks_and_windows"]:
         assert row["distinct"] == 1
         assert 1 <= row["read"] <= 1.01 and 1 <= row["lines"] <= 1.05
-        assert row["private_words"] <= 96
+        assert row["register_words"] <= 96
     for row in results["decode"] + results["prefill"]:
         assert row["threadgroup_memory"] <= 32 << 10
         num_kv_heads = int(row["heads"].split("/")[1])

@@ -17,7 +17,7 @@ from mlx_paged.models import loading, registry
 
 
 def test_a_family_that_was_never_tested_is_loaded_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "unverified", lambda name: name == "qwen2")
+    monkeypatch.setattr(registry, "is_untested", lambda name: name == "qwen2")
     with pytest.warns(EngineWarning, match="model family 'qwen2' is not among those that were tested"):
         loading.load(None, None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -27,8 +27,9 @@ PRODUCT = str(Path(mlx_paged.__file__).parent)
 class StubRunner:
     """In place of a ModelRunner: the same logits for every row, and a note of what it was given."""
 
-    may_submit_early = True
+    overlap_is_safe = True
     kv_bytes = 0
+    kv_cache = SimpleNamespace(move_blocks=lambda moves, group: None)
     vocab_size = VOCAB_SIZE
 
     def __init__(self, num_blocks: int) -> None:
@@ -41,9 +42,6 @@ class StubRunner:
         return mx.zeros((rows.shape[0], VOCAB_SIZE))
 
     def reset(self) -> None:
-        pass
-
-    def move_blocks(self, group: int, moves: Any) -> None:
         pass
 
     def fingerprint(self) -> str:
@@ -165,7 +163,8 @@ def test_nothing_is_asked_of_a_block_manager_when_no_block_is_due() -> None:
     engine = decoding(64, aligned=True)
     skip_blocks(engine)
     calls = calls_of(engine, 10)
-    assert not [name for name in calls if name.startswith(("BlockManager.", "BlockAllocator.", "PrefixTree."))]
+    asked = {name for name in calls if name.startswith(("BlockManager.", "BlockAllocator.", "PrefixTree."))}
+    assert asked <= {"BlockManager.num_free_blocks", "BlockAllocator.num_free"}  # for the peak
 
 
 def test_the_functions_called_in_a_step_do_not_depend_on_the_number_of_sequences_or_their_contexts() -> None:

@@ -316,15 +316,15 @@ def test_the_registry_lists_what_these_tests_cover() -> None:
 def test_the_registry_names_families_as_mlx_lm_does() -> None:
     modules = {path.stem for path in pathlib.Path(mlx_lm.models.__file__ or "").parent.glob("*.py")}
     assert set(registry.FAMILIES) <= modules
-    assert registry.RENAMED == mlx_lm.utils.MODEL_REMAPPING
+    assert registry.SAME_CODE == mlx_lm.utils.MODEL_REMAPPING
 
 
 def test_a_family_is_found_by_the_names_it_goes_by() -> None:
-    assert registry.describe("mistral") == registry.Family("llama", "verified")
-    assert not registry.unverified("gemma4_unified")
-    assert registry.unverified("falcon_mamba")
-    assert registry.describe("a-family-of-tomorrow") is None
-    assert registry.unverified("a-family-of-tomorrow")
+    assert registry.family_of("mistral") == registry.Family("llama", "verified")
+    assert not registry.is_untested("gemma4_unified")
+    assert registry.is_untested("falcon_mamba")
+    assert registry.family_of("a-family-of-tomorrow") is None
+    assert registry.is_untested("a-family-of-tomorrow")
 
 
 def test_the_page_on_models_has_the_registrys_table() -> None:

@@ -13,11 +13,12 @@ from helpers.tiny_models import make_model
 from mlx_paged import BeamSearchParams, EngineConfig, SamplingParams
 from mlx_paged.attention.backend import Backend
 from mlx_paged.attention.reference import ReferenceBackend
-from mlx_paged.cache.kv_cache import LayerShape, PagedKVCache
+from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.config import PIPELINING
 from mlx_paged.engine.engine import Engine
 from mlx_paged.models.patch import patch_model
-from mlx_paged.runner.warmup import may_submit_early
+from mlx_paged.runner.warmup import overlap_is_safe
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_a_copy_of_the_pool_would_be_seen(
 class FewOperations:
     """Stands for a patched model whose whole step is a write and two reads: the next write would come too early."""
 
-    layers = [LayerShape(2, 32, 32, mx.float32)]  # noqa: RUF012
+    layers = [LayerSpec(2, 32, 32, mx.float32)]  # noqa: RUF012
     groups = [None]  # noqa: RUF012
     stored_layers = [(layers[0], 0)]  # noqa: RUF012
     vocab_size = 8
@@ -90,22 +91,22 @@ class FewOperations:
     def __call__(self, cache: PagedKVCache, step: Any) -> mx.array:
         block_ids = step.groups[0].slot_block_ids
         rows = mx.zeros((step.token_ids.shape[0], 2, 32))
-        ReferenceBackend().write(cache.keys[0], cache.values[0], step.groups[0], rows, rows)
-        return sum(pool[block_ids].sum(axis=(1, 2))[:, :8] for pool in (cache.keys[0], cache.values[0]))
+        ReferenceBackend().write(cache.pools[0].keys, cache.pools[0].values, step.groups[0], rows, rows)
+        return sum(pool[block_ids].sum(axis=(1, 2))[:, :8] for pool in (cache.pools[0].keys, cache.pools[0].values))
 
 
 def test_a_write_that_would_copy_while_the_step_before_reads_is_found_out() -> None:
-    assert not may_submit_early(FewOperations(), EngineConfig())  # type: ignore[arg-type]
+    assert not overlap_is_safe(FewOperations(), EngineConfig())  # type: ignore[arg-type]
 
 
 def test_a_deep_model_may_be_submitted_early() -> None:
     model = patch_model(make_model("llama", num_hidden_layers=16, hidden_size=32, intermediate_size=32))
-    assert may_submit_early(model, EngineConfig())
+    assert overlap_is_safe(model, EngineConfig())
 
 
 @pytest.mark.parametrize(("pipelining", "expected"), [("submit", True), ("build", False), ("off", False)])
 def test_what_is_asked_for_is_done_without_trying(pipelining: str, expected: bool) -> None:
-    assert may_submit_early(None, EngineConfig(pipelining=pipelining)) is expected  # type: ignore[arg-type]
+    assert overlap_is_safe(None, EngineConfig(pipelining=pipelining)) is expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pipelining", ["on", "", "Auto", None, True])

@@ -118,13 +118,13 @@ def test_a_mixed_workload_gives_the_same_in_all_modes(
         assert_same(results[pipelining], results["off"])
 
 
-def test_a_form_is_kept_in_all_modes(worded_model: nn.Module, tokenizer: Any) -> None:
+def test_a_grammar_is_kept_in_all_modes(worded_model: nn.Module, tokenizer: Any) -> None:
     pytest.importorskip("llguidance")
-    forms = [SamplingParams(seed=i, max_tokens=30, regex=r"[a-c]{2,5}( cat| dog)?", n=1 + i % 2) for i in range(4)]
+    asked = [SamplingParams(seed=i, max_tokens=30, regex=r"[a-c]{2,5}( cat| dog)?", n=1 + i % 2) for i in range(4)]
     requests = [
-        *((f"Anna {i}", params, i == 3) for i, params in enumerate(forms)),
+        *((f"Anna {i}", params, i == 3) for i, params in enumerate(asked)),
         ("Once", SamplingParams(seed=9, max_tokens=20), False),
-        ("Once", dataclasses.replace(forms[0], logit_bias={END: 5.0}), False),
+        ("Once", dataclasses.replace(asked[0], logit_bias={END: 5.0}), False),
     ]
     results = [
         serve(make_engine(worded_model, tokenizer, pipelining=pipelining), requests) for pipelining in PIPELINING

@@ -17,7 +17,7 @@ from mlx_lm.utils import load_model, quantize_model
 
 from mlx_paged import ModelError
 from mlx_paged.blocks.block_manager import BlockManager
-from mlx_paged.cache.kv_cache import LayerShape
+from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.tools.cache_cost import LayerGroup, compare, read_model, typical_lengths
 
 LLAMA_8B = {
@@ -37,7 +37,7 @@ LLAMA_8B = {
 
 def one_layer(window: int | None = None) -> LayerGroup:
     """A layer whose tokens take one byte."""
-    return LayerGroup(1, LayerShape(1, 1, 0, mx.uint8), window)
+    return LayerGroup(1, LayerSpec(1, 1, 0, mx.uint8), window)
 
 
 def write_config(folder: Path, config: Any) -> Path:
@@ -74,7 +74,7 @@ def test_a_window_layer_needs_its_window_and_the_blocks_that_it_touches() -> Non
 
 
 def test_groups_of_layers_count_by_their_bytes() -> None:
-    group = LayerGroup(3, LayerShape(num_kv_heads=2, key_dim=192, value_dim=128, dtype=mx.float16), window=None)
+    group = LayerGroup(3, LayerSpec(num_kv_heads=2, key_dim=192, value_dim=128, dtype=mx.float16), window=None)
     assert group.bytes_per_token == 3 * 2 * 320 * 2
     assert taken([group, one_layer()], [5], 7, 4) == {"reserved": 3841 * 7, "padded": 3841 * 256, "blocks": 3841 * 8}
 
@@ -105,7 +105,7 @@ def test_padded_is_what_mlx_lm_batch_caches_allocate(prompts: list[int], num_ste
     for num_tokens in [longest] + [1] * num_steps:
         tokens = mx.zeros((len(prompts), 2, num_tokens, 8), mx.float16)
         cache.update_and_fetch(tokens, tokens)
-    group = LayerGroup(1, LayerShape(2, 8, 8, mx.float16), None)
+    group = LayerGroup(1, LayerSpec(2, 8, 8, mx.float16), None)
     lengths = [prompt + num_steps for prompt in prompts]
     assert taken([group], lengths, 4096, 16)["padded"] == cache.nbytes
 
@@ -117,7 +117,7 @@ def test_padded_window_layers_are_what_mlx_lm_rotating_caches_allocate(num_steps
         token = mx.zeros((1, 1, 1, 4), mx.float32)
         cache.update_and_fetch(token, token)
         mx.eval(cache.keys, cache.values)
-    group = LayerGroup(1, LayerShape(1, 4, 4, mx.float32), 300)
+    group = LayerGroup(1, LayerSpec(1, 4, 4, mx.float32), 300)
     assert taken([group], [num_steps], 4096, 16)["padded"] == cache.nbytes
 
 

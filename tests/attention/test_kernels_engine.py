@@ -1,4 +1,4 @@
-"""Whole models through the engine, their attention computed by the Metal kernels."""
+"""Whole models through the engine, their attention computed by the kernels of either kind of GPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers.attention_cases import split
+from helpers.gpu import Gpu
 from helpers.tiny_models import VOCAB_SIZE
 from metalsim.fixture import Metal
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.attention import kernel_backend as kernel_backend
 from mlx_paged.attention import paged_attention as attention
-from mlx_paged.attention import work_items as kernel_plan
 from mlx_paged.cli.main import cli
 from mlx_paged.errors import EngineWarning
 
@@ -39,31 +40,33 @@ def generate(model: Any, **settings: Any) -> list[list[int]]:
     generator = np.random.default_rng(0)
     prompts = [generator.integers(0, VOCAB_SIZE, length).tolist() for length in (3, 45, 20)]
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    llm = LLM.from_model(model, **{"num_kv_blocks": 32, "max_num_batched_tokens": 24} | settings)
+    llm = LLM.from_model(model, **{"num_kv_blocks": 32, "max_num_batched_tokens": 24, "pipelining": "off"} | settings)
     return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss"])
 def test_a_model_generates_the_same_tokens_through_the_kernels(
-    family: str, metal: Metal, steps: list[set[str]], tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    family: str, gpu: Gpu, steps: list[set[str]], tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32; gpt_oss has windows and sinks."""
     model = tiny_model(family, num_hidden_layers=2)
     monkeypatch.setenv(attention.BACKEND_VARIABLE, "reference")
     expected = generate(model)
     assert not steps
-    monkeypatch.setenv(attention.BACKEND_VARIABLE, "metal")
-    monkeypatch.setattr(kernel_plan, "keys_per_item", lambda *_: 32)
+    monkeypatch.setenv(attention.BACKEND_VARIABLE, gpu.name)
+    split(monkeypatch, 32)
     assert generate(model) == expected
     assert {"decodes"} in steps and {"prefills"} in steps and {"decodes", "prefills"} in steps
-    assert {report.kernel.split("_")[1] for report in metal.reports} == {"decode", "prefill", "merge"}
+    assert set(gpu.kernels_run) == {"decode", "prefill", "merge"} | ({"write"} if gpu.name == "cuda" else set())
 
 
 def test_the_kernels_are_the_default_where_there_is_a_device(
-    metal: Metal, steps: list[set[str]], tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    gpu: Gpu, steps: list[set[str]], tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(attention.BACKEND_VARIABLE, raising=False)
-    generate(tiny_model("llama", num_hidden_layers=2))
+    llm = LLM.from_model(tiny_model("llama", num_hidden_layers=2), num_kv_blocks=8, pipelining="off")
+    assert llm.attention_backends == [gpu.name]
+    llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
     assert steps
 
 

@@ -1,0 +1,18 @@
+"""What one layer of a model caches."""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+
+class LayerSpec(NamedTuple):
+    """What one layer caches per token: K [num_kv_heads, key_dim] and V [num_kv_heads, value_dim] of `dtype`."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: mx.Dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.size

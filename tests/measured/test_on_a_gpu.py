@@ -1,0 +1,39 @@
+"""The script that is run beside an NVIDIA card: all of its parts, on the simulator."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from cudasim import Cuda
+from cudasim.fixture import cuda as cuda
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_everything_to_be_measured_on_a_card_can_be(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda.only_simulated("the benchmark is run without measuring")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    on_a_gpu = importlib.import_module("on_a_gpu")
+    monkeypatch.setattr(on_a_gpu, "run_tests", lambda files: "none failed")
+    results = {part.run.__name__: part.run(True) for part in on_a_gpu.PARTS}
+    assert [row["same"] for row in results["wrapper"]] == ["yes"] * 4
+    assert all(float(row["result"].split()[-1]) < 8e-3 for row in results["correctness"][2:])
+    assert all(row["share"] > 0 for part in ("decode", "prefill") for row in results[part])
+    assert {(row["writes"], row["tokens"] > 0) for row in results["writes"]} == {("kernel", True), ("scatter", True)}
+    assert len(results["submission"]) == 2 and all(row["tokens_per_s"] > 0 for row in results["submission"])
+    assert all(row["microseconds"] > 0 for row in results["uploads"])
+    assert all(row["kv"] > 0 for row in results["memory"])
+    assert {row["system"] for row in results["end_to_end"]} == {"mlx-lm", "mlx-paged"}
+
+
+def test_without_a_card_the_benchmark_says_so() -> None:
+    if mx.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, BENCHMARKS / "on_a_gpu.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("on_a_gpu.py: there is no CUDA device here")
