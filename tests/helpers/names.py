@@ -32,10 +32,11 @@ def definitions() -> dict[str, list[Any]]:
 
 
 def look_up(name: str) -> Any:
-    """What a name stands for; None for a field of a class. Raises AssertionError if there is none, or several."""
+    """What a name stands for; None for a field of a class. Raises AssertionError if there is none."""
     first, *rest = name.split(".")
     candidates = definitions().get(first, [])
-    assert len(candidates) == 1, f"{name}: {len(candidates)} definitions of {first}"
+    assert candidates, f"{name}: there is no {first}"
+    assert len(candidates) == 1 or not rest, f"{name}: {len(candidates)} definitions of {first}"
     value = candidates[0]
     for part in rest:
         fields = {field for each in getattr(value, "__mro__", ()) for field in inspect.get_annotations(each)}
@@ -46,6 +47,7 @@ def look_up(name: str) -> Any:
 
 def file_of(name: str) -> str:
     """The file that defines what a name begins with, from the top of the repository."""
+    assert len(definitions()[name.split(".")[0]]) == 1, name
     return str(Path(inspect.getfile(look_up(name.split(".")[0]))).resolve().relative_to(ROOT.resolve()))
 
 

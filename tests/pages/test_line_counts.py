@@ -16,7 +16,8 @@ SPEC.loader.exec_module(count_lines)
 
 
 def test_blank_lines_comments_and_docstrings_are_no_code() -> None:
-    text = '"""A module."""\n\nX = """two\nlines"""  # a comment\n# another\n\n\nclass A:\n    y: int\n    """A field."""\n'
+    text = '"""A module."""\n\nX = """two\nlines"""  # a comment\n# another\n'
+    text += '\n\nclass A:\n    y: int\n    """A field."""\n'
     assert count_lines.count_code(text) == 4
     assert count_lines.count_code(text, ["A"]) == 2
 
@@ -44,6 +45,8 @@ def test_contributing_states_the_bounds_that_are_held() -> None:
 def test_the_script_prints_the_folders_and_the_core_path() -> None:
     command = [sys.executable, ROOT / "docs" / "count_lines.py"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    counts = {name.strip(): int(code.replace(",", "")) for name, code in re.findall(r"(.{32}) .* (\S+) of code", printed)}
+    counts = {
+        name.strip(): int(code.replace(",", "")) for name, code in re.findall(r"(.{32}) .* (\S+) of code", printed)
+    }
     assert counts["the core path"] == sum(map(count_lines.core_code, count_lines.core_path()))
     assert counts["mlx_paged/scheduler/"] < counts["the core path"] < counts["all but the backend for CPUs"]
