@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -196,6 +197,7 @@ class StubRunner:
 
     overlap_is_safe = True
     kv_bytes = 0
+    kv_cache = SimpleNamespace(move_blocks=lambda moves, group: None)
 
     def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE, vocab_size: int = VOCAB_SIZE) -> None:
         self.plan = MemoryPlan([num_blocks], [1], [None], block_size, 0, 0, 0, "")
@@ -206,9 +208,6 @@ class StubRunner:
         return zeros(rows.shape[0], self.vocab_size)
 
     def reset(self) -> None:
-        pass
-
-    def move_blocks(self, group: int, moves: Any) -> None:
         pass
 
     def fingerprint(self) -> str:
