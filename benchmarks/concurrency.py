@@ -88,9 +88,10 @@ MEMORY_COLUMNS = {
     "preemptions": ("preemptions", ",d"),
 }
 
+PARTS = [
+    Part(throughput, "Throughput, so many requests at a time of twice as many", THROUGHPUT_COLUMNS),
+    Part(memory_over_time, "Memory while the requests of W3 are served, in tokens", MEMORY_COLUMNS),
+]
+
 if __name__ == "__main__":
-    parts = [
-        Part(throughput, "Throughput, so many requests at a time of twice as many", THROUGHPUT_COLUMNS),
-        Part(memory_over_time, "Memory while the requests of W3 are served, in tokens", MEMORY_COLUMNS),
-    ]
-    report.main("concurrency.py", __doc__, parts, mlx_lm=mlx_lm.__version__)
+    report.main("concurrency.py", __doc__, PARTS, mlx_lm=mlx_lm.__version__)

@@ -1,7 +1,7 @@
 """What the Metal kernels read, write and wait for, counted by the simulator: no Mac needed, and no time measured.
 
     python benchmarks/kernel_traffic.py [--quick] [--json FILE]     count, print tables, write the raw numbers
-    python benchmarks/kernel_traffic.py --markdown FILE             the tables of such a file, as in docs/kernels.md
+    python benchmarks/kernel_traffic.py --markdown FILE             the tables of such a file
 
 Run from a checkout on Linux: tests/metalsim runs the kernels thread by thread and counts what each load and store asks
 for. It has no cache, so these are upper bounds of what memory delivers. The same command gives the same numbers again.

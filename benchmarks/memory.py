@@ -1,7 +1,7 @@
 """What the memory system costs and saves: block operations, waste, sharing, prefix caching, fragmentation.
 
     python benchmarks/memory.py [--quick] [--json FILE]     measure, print tables, write the raw numbers
-    python benchmarks/memory.py --markdown FILE             the tables of such a file, as in docs/memory.md
+    python benchmarks/memory.py --markdown FILE             the tables of such a file
 
 Everything random is seeded. Times are medians of repetitions that alternate between what is compared.
 """

@@ -56,6 +56,10 @@ def part(workload: Workload, options: argparse.Namespace) -> Part:
     return Part(run, f"{workload.name}, {workload.about}" + (f", {chosen}" if chosen else ""), COLUMNS)
 
 
+DEFAULTS = argparse.Namespace(model=None, random_weights=None, scale=None, repetitions=None)
+PARTS = [part(workload, DEFAULTS) for workload in WORKLOADS.values()]
+
+
 def positive(value: str) -> int:
     """Read a whole number of at least 1."""
     if not value.isdecimal() or int(value) < 1:

@@ -1,0 +1,54 @@
+"""Writes benchmarks/results/README.md, the tables of all committed results: python benchmarks/results_page.py."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+from mlx_paged.tools.report import markdown
+
+FOLDER = Path(__file__).parent / "results"
+# Results -> the script that wrote them, what they are, and parts that are not shown.
+FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "workloads-linux-cpu.json": ("workloads", "Against mlx-lm", ()),
+    "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
+    "memory-linux-cpu.json": ("memory", "Blocks", ()),
+    "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
+    "attention-linux-cpu.json": ("attention", "Attention on a CPU", ()),
+    "kernel-traffic.json": ("kernel_traffic", "What Metal kernels ask of memory, counted by the simulator", ()),
+    "cuda-registers.json": ("cuda_registers", "Registers of CUDA kernels, as NVIDIA's compiler allots them", ()),
+}
+HEAD = """# Results
+
+The tables of the files in this folder, written by `python benchmarks/results_page.py`.
+[docs/benchmarks.md](../../docs/benchmarks.md) says what is claimed of them. Nothing was measured on a Mac or on an
+NVIDIA card. What was timed was timed with the engine of commit 3b85ee2 or an earlier one, which had more tricks for
+MLX's CPU build than today's.
+"""
+
+
+def section(file: str) -> str:
+    """Return the heading, the machine and the tables of a file of results."""
+    script, title, hidden = FILES[file]
+    content = json.loads((FOLDER / file).read_text())
+    machine = content["machine"]
+    about = ", ".join(
+        f"{key} {machine[key]}" for key in ("platform", "device", "python", "mlx", "preloaded") if machine.get(key)
+    )
+    parts = [part for part in import_module(script).PARTS if part.run.__name__ in content["results"]]
+    tables = [
+        f"{part.title}:\n\n{markdown(part.columns, content['results'][part.run.__name__])}"
+        for part in parts
+        if part.run.__name__ not in hidden
+    ]
+    return "\n\n".join([f"## {title}", f"`{file}`, by `{machine['command']}`; {about}.", *tables])
+
+
+def page() -> str:
+    """Return the whole page."""
+    return "\n".join([HEAD, *(section(file) + "\n" for file in FILES)])
+
+
+if __name__ == "__main__":
+    (FOLDER / "README.md").write_text(page())

@@ -1,0 +1,97 @@
+"""Counts lines of code, those without blanks, comments and docstrings: python docs/count_lines.py.
+
+The core path is what a greedy request runs: what `import mlx_paged.llm` loads, but for what `OPTIONAL` names.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import subprocess
+import sys
+import tokenize
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MAX_CORE_LINES = 4500
+MAX_FILE_LINES = 350
+LAYOUT = {
+    getattr(tokenize, name) for name in ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")
+}  # tokens that are no code
+OPTIONAL = {
+    "mlx_paged/attention/cpu.py": "a backend for CPUs",
+    "mlx_paged/attention/cuda.py": "a backend for NVIDIA's cards",
+    "mlx_paged/blocks/free_lists.py:BuddyFreeBlocks": "another allocator",
+    "mlx_paged/blocks/compaction.py": "on request, and with the buddy allocator",
+    "mlx_paged/blocks/inspection.py": "stats and check",
+    "mlx_paged/cache/block_store.py": "swap and saved prompts",
+    "mlx_paged/cpu": "for CPUs",
+    "mlx_paged/engine/profile.py": "where the time goes",
+    "mlx_paged/progress.py": "a bar on a terminal",
+    "mlx_paged/sampling/beam_search.py": "beams",
+    "mlx_paged/sampling/grammar.py": "structured output",
+    "mlx_paged/sampling/token_counts.py": "penalties",
+    "models/aliases.py": "names of models",
+    "models/hub.py": "downloads",
+    "models/registry.py": "what is known of families",
+}
+
+
+def count_code(text: str, leave_out: Collection[str] = ()) -> int:
+    """Count the lines of a Python file that are not blank, a comment or a docstring. leave_out: names of classes."""
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in LAYOUT:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        # A string that is a statement: a docstring, or what describes a field under it.
+        is_text = isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+        if is_text or (isinstance(node, ast.ClassDef) and node.name in leave_out):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(lines)
+
+
+def files() -> list[Path]:
+    """Return the Python files of the package and of `models/`, without the scripts that made the demo model."""
+    return sorted([*(ROOT / "mlx_paged").rglob("*.py"), *(ROOT / "models").glob("*.py")])
+
+
+def core_path() -> list[Path]:
+    """Return the files that a greedy request needs."""
+    code = (
+        "import sys, mlx_paged.llm\nprint(*(m.__file__ for n, m in sys.modules.items() if n.startswith('mlx_paged')))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    loaded = {Path(file).resolve() for file in printed.split()}
+    return [file for file in files() if file.resolve() in loaded and not _is_in(file, OPTIONAL)]
+
+
+def core_code(file: Path) -> int:
+    """Count the lines of code of a file of the core path, without its optional classes."""
+    name = str(file.relative_to(ROOT))
+    return count_code(file.read_text(), [each.split(":")[1] for each in OPTIONAL if each.startswith(f"{name}:")])
+
+
+def _is_in(file: Path, names: Iterable[str]) -> bool:
+    return any(ROOT / name in (file, *file.parents) for name in names)
+
+
+def main() -> None:
+    lines, code = defaultdict[str, int](int), defaultdict[str, int](int)
+    core, backend_for_cpus = core_path(), ("mlx_paged/attention/cpu.py", "mlx_paged/cpu")
+    for file in files():
+        text, parts = file.read_text(), file.relative_to(ROOT).parts
+        groups = ["/".join(parts[:-1]) + "/"]
+        groups += ["the core path"] if file in core else []
+        groups += [] if _is_in(file, backend_for_cpus) else ["all but the backend for CPUs"]
+        for group in groups:
+            lines[group] += len(text.splitlines())
+            code[group] += core_code(file) if group == "the core path" else count_code(text)
+    for folder in sorted(lines, key=lambda name: (name.startswith(("the ", "all ")), name)):
+        print(f"{folder:32} {lines[folder]:7,} lines {code[folder]:7,} of code")
+
+
+if __name__ == "__main__":
+    main()
