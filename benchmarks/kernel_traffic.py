@@ -145,7 +145,7 @@ def count_decode(heads: Heads, batch: int, context: int, block_size: int = 16, w
     arrays = make_arrays(heads, batch, context, 1, block_size)
     plan = METAL.plan_decode(np.full(batch, context, np.int32), window, heads.shape)
     num_keys = batch * (context if window is None else min(window, context))
-    reports = launches(lambda: METAL.decode(*arrays, plan, AttentionOptions(heads.head_dim**-0.5)))
+    reports = launches(lambda: METAL.run(*arrays, plan, AttentionOptions(heads.head_dim**-0.5)))
     row = {**heads.as_columns(), "batch": batch, "context": context}
     row |= counts(reports, heads, heads.kv_bytes(num_keys), num_keys)
     return row | {"register_words": decode_layout(heads.shape).register_words}
@@ -226,7 +226,7 @@ def count_prefill(heads: Heads, chunk: int, prior: int) -> Row:
     plan = METAL.plan_prefill(
         np.array([context], np.int32), np.array([0, chunk], np.int32), window=None, shape=heads.shape
     )
-    reports = launches(lambda: METAL.prefill(*arrays, plan, AttentionOptions(heads.head_dim**-0.5)))
+    reports = launches(lambda: METAL.run(*arrays, plan, AttentionOptions(heads.head_dim**-0.5)))
     last_rows = np.minimum(np.arange(tile.rows, chunk * group + tile.rows, tile.rows), chunk * group) - 1
     seen_by_tiles = heads.kv_bytes(int((prior + last_rows // group + 1).sum()))
     counted = counts(reports, heads, heads.kv_bytes(context), context)

@@ -71,3 +71,14 @@ class Backend(ABC):
         Returns [num_tokens, num_heads, value_dim] in q's dtype. write_done: what the last `write` into these pools
         returned.
         """
+
+
+def in_order(
+    outputs: list[mx.array], token_order: mx.array | None, num_tokens: int, shape: tuple[int, ...], dtype: mx.Dtype
+) -> mx.array:
+    """Put the outputs of a step's parts, [..., *shape], in the order of its tokens, with zeros for padding."""
+    num_padding = num_tokens - sum(len(out) for out in outputs)
+    if num_padding or not outputs:
+        outputs = [*outputs, mx.zeros((num_padding, *shape), dtype)]
+    result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+    return result if token_order is None else result[token_order]

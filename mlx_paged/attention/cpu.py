@@ -11,20 +11,18 @@ one thread, +-5%; "=": nothing changes; in brackets attention alone):
     own exponentials  1.03  1.04  1.09      1.03       1.00       1.00     [1.26]
     prompt tiles      =     =     1.01      1.10       =          =        [1.62]
     shared prefixes   =     =     =         =          =          =        [1.68]
-
-What was here too and has gone, since it saved less than 5% anywhere: a second stream for half of the decodes, which
-cost more than it brought (0.84 in decodes over 1,024 tokens); keys multiplied where they lie by `gather_mm` (0.99 to
-1.03); contexts cut into chunks that were merged (1.02 in W2).
 """
 
 from __future__ import annotations
 
+import functools
+
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.attention.backend import AttentionOptions
+from mlx_paged.attention.backend import AttentionOptions, in_order
 from mlx_paged.attention.metadata import AttentionMetadata
-from mlx_paged.attention.reference import MAX_BYTES, ReferenceBackend, Tile, by_token, in_order, rows_of, scores_of
+from mlx_paged.attention.reference import MAX_BYTES, ReferenceBackend, Tile, by_token, rows_of, scores_of
 from mlx_paged.cpu.exponential import exp, exp_is_slow
 
 _CACHED_BYTES = 2 << 20  # of scores
@@ -63,30 +61,46 @@ class CpuBackend(ReferenceBackend):
         prefixes: list[tuple[np.ndarray, int]] = metadata.plan_once("prefixes", lambda: _worth_sharing(metadata))
         if not prefixes or options.window is not None:
             return super().attend(q, k_cache, v_cache, metadata, options)
-        first_keys = np.zeros_like(metadata.context_lens)
-        for members, num_tokens in prefixes:
-            first_keys[members] = num_tokens
-        tiles, token_order = metadata.plan_once(
-            ("own keys", *key), lambda: self.plan(metadata, *key[1:], first_keys=first_keys)
-        )
-        shared = metadata.plan_once(("shared keys", *key), lambda: _shared_tiles(metadata, prefixes, *key[1:5]))
+        plan = functools.partial(self._plan_apart, metadata, prefixes, *key[1:5])
+        (tiles, token_order), shared = metadata.plan_once(("apart", *key), plan)
         k_rows, v_rows = k_cache.flatten(0, 2), v_cache.flatten(0, 2)
-        parts = []
-        for tile in tiles:
+
+        def compute(tile: Tile, options: AttentionOptions) -> list[mx.array]:
             found = _average_and_total(*scores_of(q, k_rows, v_rows, tile, options))
-            parts.append([by_token(array, tile) for array in found])
-        means, totals = ([part[i] for part in parts] for i in range(2))
+            return [by_token(array, tile) for array in found]
+
+        means, totals = map(list, zip(*(compute(tile, options) for tile in tiles), strict=True))
         num_tokens, num_heads = q.shape[:2]
         out = in_order(means, token_order, num_tokens, (num_heads, v_cache.shape[3]), mx.float32)
         log_total = in_order(totals, token_order, num_tokens, (num_heads, 1), mx.float32)
-        for tile in shared:  # a sink is one of a sequence's own keys
-            found = _average_and_total(*scores_of(q, k_rows, v_rows, tile, options._replace(sinks=None)))
-            more, log_more = (by_token(array, tile) for array in found)
+        for tile in shared:
+            more, log_more = compute(tile, options._replace(sinks=None))  # a sink is one of a sequence's own keys
             members = tile.tokens[0]
             both = mx.logaddexp(log_total[members], log_more)
             out[members] = out[members] * mx.exp(log_total[members] - both) + more * mx.exp(log_more - both)
             log_total[members] = both
         return out.astype(q.dtype)
+
+    def _plan_apart(
+        self,
+        metadata: AttentionMetadata,
+        prefixes: list[tuple[np.ndarray, int]],
+        num_heads: int,
+        block_size: int,
+        num_kv_heads: int,
+        dims: int,
+    ) -> tuple[tuple[list[Tile], mx.array | None], list[Tile]]:
+        """As `plan`, without the prefixes' keys, and tiles of one sequence with those and all members' queries."""
+        first_keys, shared = np.zeros_like(metadata.context_lens), []
+        for members, num_tokens in prefixes:
+            first_keys[members] = num_tokens
+            tokens = mx.array(metadata.cu_seqlens_q[members][None])
+            size = max(1, MAX_BYTES // (4 * (len(members) * num_heads + num_kv_heads * dims)))
+            for begin in range(0, num_tokens, size):
+                positions = mx.arange(begin, min(begin + size, num_tokens), dtype=mx.int32)[None]
+                rows = rows_of(metadata, members[:1], positions, block_size, num_kv_heads)
+                shared.append(Tile(tokens, rows, mx.zeros((1, 1, 1, 1, 1))))
+        return self.plan(metadata, num_heads, block_size, num_kv_heads, dims, None, first_keys), shared
 
 
 def _average_and_total(scores: mx.array, values: mx.array, sinks: mx.array | None) -> tuple[mx.array, mx.array]:
@@ -109,23 +123,3 @@ def _worth_sharing(metadata: AttentionMetadata) -> list[tuple[np.ndarray, int]]:
     seqs = np.flatnonzero((metadata.query_lens == 1) & (metadata.context_lens > 0))
     prefixes = sorted(metadata.find_shared_prefixes(seqs), key=lambda prefix: prefix.num_saved, reverse=True)
     return [(seqs[each.members], each.num_tokens) for each in prefixes[:_MAX_PREFIXES] if each.num_saved >= _MIN_SAVED]
-
-
-def _shared_tiles(
-    metadata: AttentionMetadata,
-    prefixes: list[tuple[np.ndarray, int]],
-    num_heads: int,
-    block_size: int,
-    num_kv_heads: int,
-    dims: int,
-) -> list[Tile]:
-    """Tiles of one sequence each, which has a prefix's keys, in pieces of bounded size, and all members' queries."""
-    tiles = []
-    for members, num_tokens in prefixes:
-        tokens = mx.array(metadata.cu_seqlens_q[members][None])
-        size = max(1, MAX_BYTES // (4 * (len(members) * num_heads + num_kv_heads * dims)))
-        for begin in range(0, num_tokens, size):
-            positions = mx.arange(begin, min(begin + size, num_tokens), dtype=mx.int32)[None]
-            rows = rows_of(metadata, members[:1], positions, block_size, num_kv_heads)
-            tiles.append(Tile(tokens, rows, mx.zeros((1, 1, 1, 1, 1))))
-    return tiles

@@ -6,71 +6,20 @@ MLX compiles it for the card that is there, once for each set of template argume
 As with Metal no input is ever copied to make it contiguous. Written for Ampere (sm_80) and newer.
 """
 
-from collections.abc import Callable
-from functools import cache, cached_property
-from importlib.resources import files
-from typing import Any, NamedTuple
+from functools import cached_property
 
 import mlx.core as mx
 
-from mlx_paged.attention.kernel_backend import Kernel, KernelBackend, Launch
+from mlx_paged.attention.kernel_backend import KernelBackend
+from mlx_paged.attention.kernel_plan import Launch
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.work_items import Shape, Tile
 
 _AMPERE = 8  # the first with the instructions of intrinsics.cuh
 _MAX_SHARED_BYTES = 96 << 10  # of a block, which every card since Ampere has
 _ROWS = 16  # that a warp computes at once with its matrix instructions
+_DECODE_KEYS = 16  # that a warp of paged_decode computes at once
 _THREADS_OF_WRITE = 256
-_HEADERS = ("intrinsics.cuh", "tiles.cuh")
-
-
-class DecodeLayout(NamedTuple):
-    """What a block of paged_decode consists of; see there."""
-
-    warps: int
-    stages: int
-    tile_keys: int
-    shared_bytes: int
-
-
-@cache
-def decode_layout(shape: Shape) -> DecodeLayout:
-    """As many stages, then warps, as shared memory has room for: what is under way hides the memory's latency."""
-    tile_keys = 16
-    query_bytes = _ROWS * _row_bytes(shape.head_dim, shape.element_size)
-    stage_bytes = tile_keys * sum(_row_bytes(dim, shape.element_size) for dim in (shape.head_dim, shape.value_dim))
-    for warps, stages in ((4, 3), (4, 2), (2, 2), (2, 1)):
-        merge_bytes = 4 * warps * (shape.heads_per_kv_head * shape.value_dim + 2 * _ROWS)
-        shared_bytes = query_bytes + max(warps * stages * stage_bytes, merge_bytes)
-        if shared_bytes <= _MAX_SHARED_BYTES:
-            return DecodeLayout(warps, stages, tile_keys, shared_bytes)
-    raise AssertionError(f"no layout for {shape}")
-
-
-class PrefillLayout(NamedTuple):
-    """What a block of paged_prefill computes; see there."""
-
-    tile: Tile
-    matrices: int
-    shared_bytes: int
-
-
-@cache
-def prefill_layout(shape: Shape) -> PrefillLayout:
-    """The largest tiles whose scores and output a thread's 255 registers hold: benchmarks/cuda_registers.py."""
-    is_half, longer = shape.element_size == 2, max(shape.head_dim, shape.value_dim)
-    if longer <= 128:
-        tile, matrices = (Tile(128, 64 if longer <= 96 else 48), 2) if is_half else (Tile(64, 32), 1)
-    else:
-        tile, matrices = Tile(64, 32) if is_half else Tile(32, 16), 1
-    key_bytes, value_bytes = (_row_bytes(dim, shape.element_size) for dim in (shape.head_dim, shape.value_dim))
-    return PrefillLayout(tile, matrices, tile.rows * key_bytes + tile.keys * (key_bytes + value_bytes))
-
-
-def _row_bytes(dim: int, element_size: int) -> int:
-    """From a row to the next in shared memory: row_stride of tiles.cuh."""
-    elements = -(-dim // 16) * 16 if element_size == 2 else dim
-    return elements * element_size + 16
 
 
 class CudaBackend(KernelBackend):
@@ -78,13 +27,11 @@ class CudaBackend(KernelBackend):
 
     name = "cuda"
     title = "CUDA"
+    suffix = "cu"
     writes_in_place = True
 
     def is_available(self) -> bool:
-        on_cpu_by_choice = mx.is_available(mx.gpu) and mx.default_device() == mx.cpu
-        if not mx.cuda.is_available() or on_cpu_by_choice:
-            return False
-        return int(mx.device_info().get("compute_capability_major", _AMPERE)) >= _AMPERE
+        return super().is_available() and int(mx.device_info().get("compute_capability_major", _AMPERE)) >= _AMPERE
 
     @cached_property
     def num_cores(self) -> int:
@@ -97,25 +44,35 @@ class CudaBackend(KernelBackend):
         return common.get(architecture, 128) // 4
 
     def prefill_tile(self, shape: Shape) -> Tile:
-        return prefill_layout(shape).tile
+        """The largest whose scores and output a thread's 255 registers hold: benchmarks/cuda_registers.py."""
+        is_half, longer = shape.element_size == 2, max(shape.head_dim, shape.value_dim)
+        if longer > 128:
+            return Tile(64, 32) if is_half else Tile(32, 16)
+        return Tile(128, 64 if longer <= 96 else 48) if is_half else Tile(64, 32)
 
     def grid(self, threads: int, second: int, items: int) -> tuple[int, int, int]:
         return threads * items, second, 1  # only the first dimension is large enough for items
 
     def launch_decode(self, shape: Shape) -> Launch:
-        layout = decode_layout(shape)
-        template = {
-            "HEADS": shape.heads_per_kv_head,
-            "WARPS": layout.warps,
-            "STAGES": layout.stages,
-            "TILE_KEYS": layout.tile_keys,
-        }
-        return Launch("paged_decode", 32 * layout.warps, template, layout.shared_bytes)
+        """As many stages, then warps, as shared memory has room for: what is under way hides the memory's latency."""
+        key_bytes, value_bytes = _row_bytes(shape)
+        stage_bytes = _DECODE_KEYS * (key_bytes + value_bytes)
+        for warps, stages in ((4, 3), (4, 2), (2, 2), (2, 1)):
+            merge_bytes = 4 * warps * (shape.heads_per_kv_head * shape.value_dim + 2 * _ROWS)
+            shared_bytes = _ROWS * key_bytes + max(warps * stages * stage_bytes, merge_bytes)
+            if shared_bytes <= _MAX_SHARED_BYTES:
+                counts = {"WARPS": warps, "STAGES": stages, "TILE_KEYS": _DECODE_KEYS}
+                return Launch("paged_decode", 32 * warps, {"HEADS": shape.heads_per_kv_head} | counts, shared_bytes)
+        raise AssertionError(f"no layout for {shape}")
 
     def launch_prefill(self, shape: Shape) -> Launch:
-        layout = prefill_layout(shape)
-        template = {"TILE_ROWS": layout.tile.rows, "TILE_KEYS": layout.tile.keys, "MATRICES": layout.matrices}
-        return Launch("paged_prefill", 2 * layout.tile.rows // layout.matrices, template, layout.shared_bytes)
+        rows, keys = self.prefill_tile(shape)
+        matrices = 2 if rows == 128 else 1
+        key_bytes, value_bytes = _row_bytes(shape)
+        template = {"TILE_ROWS": rows, "TILE_KEYS": keys, "MATRICES": matrices}
+        return Launch(
+            "paged_prefill", 2 * rows // matrices, template, rows * key_bytes + keys * (key_bytes + value_bytes)
+        )
 
     def write(
         self, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, keys: mx.array, values: mx.array
@@ -138,7 +95,7 @@ class CudaBackend(KernelBackend):
         num_kv_heads, head_dim = k_cache.shape[2:]
         value_dim, size = v_cache.shape[3], k_cache.dtype.size
         num_threads = keys.shape[0] * num_kv_heads * (head_dim + value_dim) * size // 16
-        kernel = self.make_kernel("paged_write", inputs, ("write_done",), 0)
+        kernel = self.make_kernel("paged_write", inputs, ("write_done",))
         return kernel(
             inputs=list(inputs.values()),
             template=[("T", k_cache.dtype), ("HEAD_DIM", head_dim), ("VALUE_DIM", value_dim)],
@@ -148,30 +105,12 @@ class CudaBackend(KernelBackend):
             output_dtypes=[mx.int32],
         )[0]
 
-    def make_kernel(
-        self, kernel_name: str, inputs: dict[str, mx.array], outputs: tuple[str, ...], shared_bytes: int
-    ) -> Kernel:
-        if not mx.cuda.is_available():
-            raise RuntimeError("CUDA kernels need a CUDA device, and there is none here")
-        return _make(mx.fast.cuda_kernel, kernel_name, tuple(inputs), outputs, shared_bytes)
+    def headers(self, kernel_name: str) -> tuple[str, ...]:
+        return "intrinsics.cuh", "tiles.cuh"
 
 
-@cache
-def _make(
-    cuda_kernel: Callable[..., Any], kernel_name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared: int
-) -> Kernel:
-    kernel: Kernel = cuda_kernel(
-        name=kernel_name,
-        input_names=list(inputs),
-        output_names=list(outputs),
-        header="\n".join(map(read_source, _HEADERS)),
-        source=read_source(f"{kernel_name}.cu"),
-        ensure_row_contiguous=False,
-        shared_memory=shared,
-    )
-    return kernel
-
-
-def read_source(file: str) -> str:
-    """The text of a file in cuda/."""
-    return files("mlx_paged.cuda").joinpath(file).read_text()
+def _row_bytes(shape: Shape) -> tuple[int, int]:
+    """From a row of K, and of V, to the next in shared memory: row_stride of tiles.cuh."""
+    multiple = 16 if shape.element_size == 2 else 1
+    sizes = [-(-dim // multiple) * multiple * shape.element_size + 16 for dim in (shape.head_dim, shape.value_dim)]
+    return sizes[0], sizes[1]

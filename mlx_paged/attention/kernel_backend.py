@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention import work_items
-from mlx_paged.attention.backend import AttentionOptions, Backend
-from mlx_paged.attention.kernel_plan import Call, Parts, Plan, SharedPlan, padded, split_by_kernel, to_device
+from mlx_paged.attention.backend import AttentionOptions, Backend, in_order
+from mlx_paged.attention.kernel_plan import Launch, Parts, Plan, padded, split_by_kernel, to_device
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.shared_prefix import SharedPrefix
-from mlx_paged.attention.work_items import Shape, Tile
+from mlx_paged.attention.work_items import Shape, Tile, WorkItems
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 BLOCK_SIZES = (8, 16, 32, 64)
@@ -30,18 +32,6 @@ _SIMDGROUPS_OF_MERGE = 8
 
 Kernel = Callable[..., list[mx.array]]
 Partial = list[mx.array]  # of parts: means [num_parts, num_heads, value_dim], logs of sums [num_parts, num_heads]
-PartialCall = Callable[..., Partial]
-
-
-class Launch(NamedTuple):
-    """How a kernel is launched for a shape."""
-
-    kernel_name: str
-    threads: int
-    """Of an item and KV head."""
-    template: dict[str, Any]
-    """Template arguments that only this kind of GPU has."""
-    shared_bytes: int = 0
 
 
 class KernelBackend(Backend):
@@ -49,6 +39,12 @@ class KernelBackend(Backend):
 
     title: str
     """Its name in messages."""
+    suffix: str
+    """That of the files of its kernels, which lie in the folder with its name."""
+
+    def is_available(self) -> bool:
+        on_cpu_by_choice = mx.is_available(mx.gpu) and mx.default_device() == mx.cpu
+        return getattr(mx, self.name).is_available() and not on_cpu_by_choice
 
     @property
     @abstractmethod
@@ -70,10 +66,23 @@ class KernelBackend(Backend):
     def launch_prefill(self, shape: Shape) -> Launch: ...
 
     @abstractmethod
+    def headers(self, kernel_name: str) -> tuple[str, ...]:
+        """The files that a kernel's text begins with."""
+
+    def unique_name(self, kernel_name: str, inputs: dict[str, mx.array]) -> str:
+        """The name under which MLX keeps the kernel for inputs like these."""
+        return kernel_name
+
     def make_kernel(
-        self, kernel_name: str, inputs: dict[str, mx.array], outputs: tuple[str, ...], shared_bytes: int
+        self, kernel_name: str, inputs: dict[str, mx.array], outputs: tuple[str, ...], shared_bytes: int = 0
     ) -> Kernel:
         """The kernel for inputs like these. Raises RuntimeError if there is no device."""
+        if not getattr(mx, self.name).is_available():
+            raise RuntimeError(f"{self.title} kernels need a {self.title} device, and there is none here")
+        make, name = getattr(mx.fast, f"{self.name}_kernel"), self.unique_name(kernel_name, inputs)
+        texts = (*self.headers(kernel_name), f"{kernel_name}.{self.suffix}")
+        settings = {"shared_memory": shared_bytes} if shared_bytes else {}
+        return _make(make, name, self.name, texts, tuple(inputs), outputs, **settings)
 
     def unsupported(self, dtype: mx.Dtype, num_heads: int, block_shape: Sequence[int], value_dim: int) -> str | None:
         block_size, num_kv_heads, head_dim = block_shape
@@ -102,20 +111,17 @@ class KernelBackend(Backend):
     ) -> mx.array:
         parts: Parts = metadata.plan_once("parts", lambda: split_by_kernel(metadata, self.max_decode_queries))
         shape, window, outputs = shape_of(q, k_cache, v_cache), options.window, []
+        key = self.name, shape, window
         if parts.decodes is not None:
             tokens, part = parts.decodes
-            plan = part.plan_once(("decode", self.name, shape, window), lambda: self._plan_decode(part, window, shape))
-            outputs.append(self.decode(q[tokens], k_cache, v_cache, part.block_tables, plan, options, write_done))
+            plan = part.plan_once(("decode", *key), lambda: self._plan_decode(part, window, shape))
+            outputs.append(self.run(q[tokens], k_cache, v_cache, part.block_tables, plan, options, write_done))
         if parts.prefills is not None:
             tokens, prompts = parts.prefills
             lengths = prompts.context_lens, prompts.cu_seqlens_q
-            key = ("prefill", self.name, shape, window)
-            plan = prompts.plan_once(key, lambda: self.plan_prefill(*lengths, window, shape))
-            outputs.append(self.prefill(q[tokens], k_cache, v_cache, prompts.block_tables, plan, options, write_done))
-        if not outputs:
-            return _no_tokens(q, k_cache, v_cache)
-        result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-        return result if parts.token_order is None else result[parts.token_order]
+            plan = prompts.plan_once(("prefill", *key), lambda: self.plan_prefill(*lengths, window, shape))
+            outputs.append(self.run(q[tokens], k_cache, v_cache, prompts.block_tables, plan, options, write_done))
+        return in_order(outputs, parts.token_order, q.shape[0], (q.shape[1], v_cache.shape[3]), q.dtype)
 
     # -- plans --
 
@@ -128,18 +134,15 @@ class KernelBackend(Backend):
         self, context_lens: np.ndarray, window: int | None, shape: Shape, prefixes: Sequence[SharedPrefix] = ()
     ) -> Plan:
         """The plan for one query per sequence. context_lens: int32 [num_seqs]. prefixes: only without a window."""
-        num_keys = context_lens if window is None else np.minimum(context_lens, window)
-        shared = None
+        num_keys = context_lens.copy() if window is None else np.minimum(context_lens, window)
+        for prefix in prefixes:
+            num_keys[prefix.members] -= prefix.num_tokens
+        size = work_items.keys_per_item(num_keys, shape, self.num_cores)
+        plan = to_device(work_items.decode_items(context_lens, num_keys, size), self.launch_decode(shape))
         if prefixes:
-            num_keys = context_lens.copy()
-            for prefix in prefixes:
-                num_keys[prefix.members] -= prefix.num_tokens
             tile = self.prefill_tile(shape)
             items, members, ranges = work_items.shared_items(prefixes, len(context_lens), shape, self.num_cores, tile)
-            shared = SharedPlan(to_device(items), padded(members), padded(ranges))
-        size = work_items.keys_per_item(num_keys, shape, self.num_cores)
-        plan = to_device(work_items.decode_items(context_lens, num_keys, size))
-        plan.shared = shared
+            plan.shared, plan.ranges = self._plan_tiles(items, None, shape, padded(members)), padded(ranges)
         return plan
 
     def plan_prefill(
@@ -147,11 +150,21 @@ class KernelBackend(Backend):
     ) -> Plan:
         """The plan for any number of queries per sequence, int32 [num_seqs + 1], and contexts, int32 [num_seqs]."""
         tile = self.prefill_tile(shape)
-        return to_device(work_items.prefill_items(context_lens, cu_seqlens_q, window, shape, self.num_cores, tile))
+        items = work_items.prefill_items(context_lens, cu_seqlens_q, window, shape, self.num_cores, tile)
+        return self._plan_tiles(items, window, shape, None)
 
-    # -- calls --
+    def _plan_tiles(self, items: WorkItems, window: int | None, shape: Shape, members: mx.array | None) -> Plan:
+        """The plan of paged_prefill. members: the items are of shared prefixes, and these are its queries."""
+        launch = self.launch_prefill(shape)
+        plan = to_device(items, launch._replace(template=launch.template | {"SHARED": members is not None}))
+        num_visible = _NO_WINDOW if window is None else min(window, _NO_WINDOW)
+        plan.constants["members"] = plan.work if members is None else members
+        plan.constants["window"] = mx.array(num_visible, mx.int32)
+        return plan
 
-    def decode(
+    # -- calls: of q, k_cache, v_cache, block_tables, sinks and write_done, of which the last two may be None --
+
+    def run(
         self,
         q: mx.array,
         k_cache: mx.array,
@@ -161,43 +174,17 @@ class KernelBackend(Backend):
         options: AttentionOptions,
         write_done: mx.array | None = None,
     ) -> mx.array:
-        """Attention of one query per sequence: q [num_seqs, num_heads, head_dim] -> [num_seqs, num_heads, value_dim].
+        """Attention of q [num_tokens, num_heads, head_dim], whose tokens are those of the plan. The window is its too.
 
-        block_tables: int32 [num_seqs, max_blocks]; the window is in the plan. Raises ValueError for arrays that have
-        no kernel.
+        block_tables: int32 [num_seqs, max_blocks]. Returns [num_tokens, num_heads, value_dim]. Raises ValueError for
+        arrays that have no kernel; they are checked, and the call is made, for the first of the layers alike.
         """
-        arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
-        return self._call(arrays, plan, options, write_done, self._prepare_decode)
-
-    def prefill(
-        self,
-        q: mx.array,
-        k_cache: mx.array,
-        v_cache: mx.array,
-        block_tables: mx.array,
-        plan: Plan,
-        options: AttentionOptions,
-        write_done: mx.array | None = None,
-    ) -> mx.array:
-        """As `decode`, of any number of queries per sequence: q is [num_tokens, num_heads, head_dim]."""
-        arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
-        return self._call(arrays, plan, options, write_done, self._prepare_prefill)
-
-    def _call(
-        self,
-        arrays: dict[str, mx.array],
-        plan: Plan,
-        options: AttentionOptions,
-        write_done: mx.array | None,
-        prepare: Callable[[dict[str, mx.array], Plan, AttentionOptions], Call],
-    ) -> mx.array:
-        """Call what `prepare` returns, which is made, and the arrays checked, for the first of the layers alike."""
-        q, k_cache, v_cache, block_tables = arrays.values()
-        sinks = options.sinks
-        key = (*options[:3], q.dtype, None if sinks is None else sinks.dtype)
+        scale, _, softcap, sinks = options
+        key = (scale, softcap, q.dtype, None if sinks is None else sinks.dtype)
         if key not in plan.calls:
             self._check(q, k_cache, v_cache, block_tables, sinks)
-            plan.calls[key] = prepare(arrays, plan, options) if q.shape[0] else _no_tokens
+            arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
+            plan.calls[key] = self._prepare(arrays, plan, options) if q.shape[0] else _no_tokens
         return plan.calls[key](q, k_cache, v_cache, block_tables, sinks, write_done)
 
     def _check(
@@ -216,83 +203,52 @@ class KernelBackend(Backend):
         if sinks is not None and sinks.shape != (q.shape[1],):
             raise ValueError(f"sinks must have one value per query head, [{q.shape[1]}], got {sinks.shape}")
 
-    def _prepare_decode(self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions) -> Call:
-        launch = self.launch_decode(shape_of(arrays["q"], arrays["k_cache"], arrays["v_cache"]))
-        own = self._prepare(launch, arrays, {}, plan, options)
+    def _prepare(self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions) -> Callable[..., mx.array]:
+        """The call for arrays like these, with the merging of parts where a row of q has several."""
+        own = self._prepare_parts(arrays, plan, options)
+        if plan.shared is None and not plan.is_split:
+            return lambda *arrays: own(*arrays)[0]
+        merge = self.prepare_merge(arrays["q"], arrays["v_cache"].shape[3], plan.cu_parts, plan.ranges)
         if plan.shared is None:
-            return self._merged(own, plan, arrays)
+            return lambda *arrays: merge(own(*arrays))
         # A sink is one of a sequence's own keys.
-        options = options._replace(window=None, sinks=None)
-        shared = self._prepare_tiles(arrays, plan.shared.plan, options, plan.shared.members)
-        merge = self.prepare_merge(arrays["q"], arrays["v_cache"].shape[3], plan.cu_parts, plan.shared.ranges)
+        shared = self._prepare_parts(arrays, plan.shared, options._replace(sinks=None))
         return lambda *arrays: merge(own(*arrays), shared(*arrays[:4], None, arrays[5]))
 
-    def _prepare_prefill(self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions) -> Call:
-        return self._merged(self._prepare_tiles(arrays, plan, options, None), plan, arrays)
-
-    def _prepare_tiles(
-        self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions, members: mx.array | None
-    ) -> PartialCall:
-        """paged_prefill. members: the plan is one of shared prefixes, and these are its queries."""
-        launch = self.launch_prefill(shape_of(arrays["q"], arrays["k_cache"], arrays["v_cache"]))
-        launch = launch._replace(template=launch.template | {"SHARED": members is not None})
-        window = _NO_WINDOW if options.window is None else min(options.window, _NO_WINDOW)
-        constants = {"members": plan.work if members is None else members, "window": mx.array(window, mx.int32)}
-        return self._prepare(launch, arrays, constants, plan, options)
-
-    def _prepare(
-        self,
-        launch: Launch,
-        arrays: dict[str, mx.array],
-        constants: dict[str, mx.array],
-        plan: Plan,
-        options: AttentionOptions,
-    ) -> PartialCall:
-        """What both kernels have in common: items, options, outputs."""
-        q, v_cache = arrays["q"], arrays["v_cache"]
+    def _prepare_parts(
+        self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions
+    ) -> Callable[..., Partial]:
+        """The call of the plan's own kernel, with all that does not differ between layers."""
+        q, v_cache, launch = arrays["q"], arrays["v_cache"], plan.launch
         num_kv_heads, value_dim = v_cache.shape[2:]
         scale, _, softcap, sinks = options
         constants = {
             "work": plan.work,
             "scale": mx.array(scale * _LOG2E if softcap is None else scale / softcap, mx.float32),
             "cap": mx.array(0 if softcap is None else softcap * _LOG2E, mx.float32),
-        } | constants
+        } | plan.constants
         inputs = arrays | constants | {"sinks": q if sinks is None else sinks}
         if self.writes_in_place:
             inputs["write_done"] = plan.work
         kernel = self.make_kernel(launch.kernel_name, inputs, ("out", "lse"), launch.shared_bytes)
-        sizes = {"HEAD_DIM": q.shape[2], "VALUE_DIM": value_dim}
-        flags = {"SOFTCAP": softcap is not None, "SINKS": sinks is not None}
+        template: dict[str, Any] = {"T": q.dtype, "HEAD_DIM": q.shape[2], "VALUE_DIM": value_dim}
+        template |= {"SOFTCAP": softcap is not None, "SINKS": sinks is not None} | launch.template
         settings: dict[str, Any] = {
-            "template": [("T", q.dtype), *sizes.items(), *flags.items(), *launch.template.items()],
+            "template": list(template.items()),
             "grid": self.grid(launch.threads, num_kv_heads, plan.num_items),
             "threadgroup": (launch.threads, 1, 1),
             "output_shapes": [(plan.num_parts, q.shape[1], value_dim), (plan.num_parts, q.shape[1])],
             "output_dtypes": [q.dtype, mx.float32],
         }
-        fixed = tuple(constants.values())
 
-        def call(
-            q: mx.array,
-            k_cache: mx.array,
-            v_cache: mx.array,
-            block_tables: mx.array,
-            sinks: mx.array | None,
-            write_done: mx.array | None,
-        ) -> Partial:
-            inputs = [q, k_cache, v_cache, block_tables, *fixed, q if sinks is None else sinks]
+        def call(*arrays: mx.array | None) -> Partial:
+            q, k_cache, v_cache, block_tables, sinks, write_done = arrays
+            inputs = [q, k_cache, v_cache, block_tables, *constants.values(), q if sinks is None else sinks]
             if self.writes_in_place:
                 inputs.append(plan.work if write_done is None else write_done)
             return kernel(inputs=inputs, **settings)
 
         return call
-
-    def _merged(self, partial: PartialCall, plan: Plan, arrays: dict[str, mx.array]) -> Call:
-        """The parts of each row of q joined, where rows have several."""
-        if not plan.is_split:
-            return lambda *arrays: partial(*arrays)[0]
-        merge = self.prepare_merge(arrays["q"], arrays["v_cache"].shape[3], plan.cu_parts)
-        return lambda *arrays: merge(partial(*arrays))
 
     def prepare_merge(
         self, q: mx.array, value_dim: int, cu_parts: mx.array, ranges: mx.array | None = None
@@ -313,7 +269,7 @@ class KernelBackend(Backend):
         def merge(own: Partial, shared: Partial | None = None) -> mx.array:
             inputs = [*own, cu_parts, *(shared or own), last]
             if not kernels:
-                kernels.append(self.make_kernel("paged_merge", dict(zip(names, inputs, strict=True)), ("out",), 0))
+                kernels.append(self.make_kernel("paged_merge", dict(zip(names, inputs, strict=True)), ("out",)))
             return kernels[0](inputs=inputs, **settings)[0]
 
         return merge
@@ -327,3 +283,19 @@ def shape_of(q: mx.array, k_cache: mx.array, v_cache: mx.array) -> Shape:
 
 def _no_tokens(q: mx.array, _k: mx.array, v_cache: mx.array, *_: mx.array | None) -> mx.array:
     return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
+
+
+@cache
+def _make(
+    make: Callable[..., Kernel],
+    name: str,
+    folder: str,
+    texts: tuple[str, ...],
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    **settings: int,
+) -> Kernel:
+    """Make a kernel with `mx.fast`'s function for it. texts: the files in `folder`, its headers and its source."""
+    *headers, source = (files(f"mlx_paged.{folder}").joinpath(file).read_text() for file in texts)
+    names = {"name": name, "input_names": list(inputs), "output_names": list(outputs)}
+    return make(**names, header="\n".join(headers), source=source, ensure_row_contiguous=False, **settings)

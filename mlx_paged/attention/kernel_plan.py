@@ -14,13 +14,24 @@ from mlx_paged.attention.work_items import WorkItems
 
 MIN_INPUT_SIZE = 8  # MLX binds smaller inputs as `constant`, which changes a Metal kernel's text: plans are padded
 
-Call = Callable[[mx.array, mx.array, mx.array, mx.array, mx.array | None, mx.array | None], mx.array]
+
+class Launch(NamedTuple):
+    """How a kernel is launched for a shape."""
+
+    kernel_name: str
+    threads: int
+    """Of an item and KV head."""
+    template: dict[str, Any]
+    """Template arguments that only this kind of GPU has."""
+    shared_bytes: int = 0
+    """Dynamic shared memory of a threadgroup."""
 
 
 @dataclass(eq=False)
 class Plan:
     """A step's work items on the device, the same for all layers of one shape and window: `WorkItems` tells."""
 
+    launch: Launch
     work: mx.array
     """At least MIN_INPUT_SIZE elements, as `cu_parts`."""
     num_items: int
@@ -28,17 +39,14 @@ class Plan:
     cu_parts: mx.array
     is_split: bool
     """Whether what `cu_parts` tells has to be merged."""
-    shared: SharedPlan | None = None
+    constants: dict[str, mx.array] = field(default_factory=dict)
+    """Inputs that only this kernel has."""
+    shared: Plan | None = None
     """Of a decode: the keys that several sequences share, which the items above leave out."""
-    calls: dict[Any, Call] = field(default_factory=dict)
-
-
-class SharedPlan(NamedTuple):
-    """The work items of shared prefixes on the device: `SharedWorkItems` tells."""
-
-    plan: Plan
-    members: mx.array
-    ranges: mx.array
+    ranges: mx.array | None = None
+    """With `shared`: the parts of each sequence's prefix, as in `SharedWorkItems`."""
+    calls: dict[Any, Callable[..., mx.array]] = field(default_factory=dict)
+    """What has been prepared for the layers that are alike."""
 
 
 class Part(NamedTuple):
@@ -76,9 +84,9 @@ def split_by_kernel(metadata: AttentionMetadata, max_decode_queries: int) -> Par
     return Parts(parts[0], parts[1], None if in_order else mx.array(order))
 
 
-def to_device(items: WorkItems) -> Plan:
+def to_device(items: WorkItems, launch: Launch) -> Plan:
     """The items as the kernels take them."""
-    return Plan(padded(items.work), len(items.work), items.num_parts, padded(items.cu_parts), items.is_split)
+    return Plan(launch, padded(items.work), len(items.work), items.num_parts, padded(items.cu_parts), items.is_split)
 
 
 def padded(values: np.ndarray) -> mx.array:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from mlx_paged.attention.shared_prefix import SharedPrefix
 FindSharedPrefixes = Callable[[np.ndarray], list[SharedPrefix]]
 
 
+@dataclass(eq=False)
 class AttentionMetadata:
     """Which tokens a step computes and where their context lies. All layers of a cache group share one in a step."""
 
@@ -24,31 +26,14 @@ class AttentionMetadata:
     cu_seqlens_q: np.ndarray
     """int32 [num_seqs + 1]: the queries of sequence i, the last tokens of its context, are tokens cu_seqlens_q[i] to
     cu_seqlens_q[i + 1] of the step."""
-    find_shared_prefixes: FindSharedPrefixes | None
+    find_shared_prefixes: FindSharedPrefixes | None = None
     """Given the numbers of sequences with one query each, returns the prefixes that they share, whose members are
     indices into these. None: nobody looks for any."""
-    slot_block_ids: mx.array | None
+    slot_block_ids: mx.array | None = None
     """int32 [num_tokens]: the block that each token's K and V go into. None: they are in place already."""
-    slot_offsets: mx.array | None
+    slot_offsets: mx.array | None = None
     """int32 [num_tokens]: the place in that block."""
-
-    def __init__(
-        self,
-        block_tables: mx.array,
-        context_lens: np.ndarray,
-        cu_seqlens_q: np.ndarray,
-        find_shared_prefixes: FindSharedPrefixes | None = None,
-        *,
-        slot_block_ids: mx.array | None = None,
-        slot_offsets: mx.array | None = None,
-    ) -> None:
-        self.block_tables = block_tables
-        self.context_lens = context_lens
-        self.cu_seqlens_q = cu_seqlens_q
-        self.find_shared_prefixes = find_shared_prefixes
-        self.slot_block_ids = slot_block_ids
-        self.slot_offsets = slot_offsets
-        self._plans: dict[Any, Any] = {}
+    _plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def query_lens(self) -> np.ndarray:
@@ -57,8 +42,9 @@ class AttentionMetadata:
 
     def select(self, seqs: np.ndarray, cu_seqlens_q: np.ndarray) -> AttentionMetadata:
         """The metadata of the sequences numbered `seqs`, ascending, for a q of their tokens alone."""
-        find = None if self.find_shared_prefixes is None else partial(_find_among, self.find_shared_prefixes, seqs)
-        return AttentionMetadata(self.block_tables[index_rows(seqs)], self.context_lens[seqs], cu_seqlens_q, find)
+        find = self.find_shared_prefixes
+        find_here = None if find is None else lambda some: find(seqs[some])
+        return AttentionMetadata(self.block_tables[index_rows(seqs)], self.context_lens[seqs], cu_seqlens_q, find_here)
 
     def plan_once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, called once for all layers that ask with the same `key`."""
@@ -78,10 +64,6 @@ class ModelInputs(NamedTuple):
     """int32 [num_rows]: the tokens after which a next one is chosen. None: all of them."""
     groups: list[AttentionMetadata]
     """One per cache group."""
-
-
-def _find_among(find: FindSharedPrefixes, seqs: np.ndarray, some: np.ndarray) -> list[SharedPrefix]:
-    return find(seqs[some])
 
 
 def index_rows(rows: np.ndarray) -> slice | mx.array:

@@ -8,22 +8,13 @@ No input is ever copied to make it contiguous: a pool must not be. The kernels t
 between rows, and rely on pools being contiguous, as they are since they were allocated.
 """
 
-from collections.abc import Callable
-from functools import cache, cached_property
-from importlib.resources import files
-from typing import Any
+from functools import cached_property
 
 import mlx.core as mx
 
-from mlx_paged.attention.kernel_backend import Kernel, KernelBackend, Launch
-from mlx_paged.attention.kernel_plan import MIN_INPUT_SIZE
+from mlx_paged.attention.kernel_backend import KernelBackend
+from mlx_paged.attention.kernel_plan import MIN_INPUT_SIZE, Launch
 from mlx_paged.attention.work_items import SCRATCH, SIMDGROUPS, Shape, Tile, decode_layout, tile_for
-
-_HEADERS = {
-    "paged_decode": ("packed.h",),
-    "paged_prefill": ("packed.h", "tiles.h"),
-    "paged_merge": ("packed.h",),
-}
 
 
 class MetalBackend(KernelBackend):
@@ -31,10 +22,7 @@ class MetalBackend(KernelBackend):
 
     name = "metal"
     title = "Metal"
-
-    def is_available(self) -> bool:
-        on_cpu_by_choice = mx.is_available(mx.gpu) and mx.default_device() == mx.cpu
-        return mx.metal.is_available() and not on_cpu_by_choice
+    suffix = "metal"
 
     @cached_property
     def num_cores(self) -> int:
@@ -68,28 +56,11 @@ class MetalBackend(KernelBackend):
         tile = self.prefill_tile(shape)
         return Launch("paged_prefill", 4 * tile.rows, {"TILE_ROWS": tile.rows, "TILE_KEYS": tile.keys})
 
-    def make_kernel(
-        self, kernel_name: str, inputs: dict[str, mx.array], outputs: tuple[str, ...], shared_bytes: int
-    ) -> Kernel:
-        if not mx.metal.is_available():
-            raise RuntimeError("Metal kernels need a Metal device, and there is none here")
+    def headers(self, kernel_name: str) -> tuple[str, ...]:
+        return ("packed.h", "tiles.h") if kernel_name == "paged_prefill" else ("packed.h",)
+
+    def unique_name(self, kernel_name: str, inputs: dict[str, mx.array]) -> str:
         name = f"{kernel_name}_" + "".join(str(int(array.size < MIN_INPUT_SIZE)) for array in inputs.values())
         if "sinks" in inputs:
             name += f"_{str(inputs['sinks'].dtype).removeprefix('mlx.core.')}"
-        return _make(mx.fast.metal_kernel, name, kernel_name, tuple(inputs), outputs)
-
-
-@cache
-def _make(
-    metal_kernel: Callable[..., Any], name: str, kernel_name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]
-) -> Kernel:
-    folder = files("mlx_paged.metal")
-    kernel: Kernel = metal_kernel(
-        name=name,
-        input_names=list(inputs),
-        output_names=list(outputs),
-        header="\n".join(folder.joinpath(file).read_text() for file in _HEADERS[kernel_name]),
-        source=folder.joinpath(f"{kernel_name}.metal").read_text(),
-        ensure_row_contiguous=False,
-    )
-    return kernel
+        return name

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.attention.backend import AttentionOptions, Backend
+from mlx_paged.attention.backend import AttentionOptions, Backend, in_order
 from mlx_paged.attention.metadata import AttentionMetadata
 
+_NO_WINDOW = 1 << 30
 MAX_BYTES = 128 << 20  # of what one operation gathers or scores, but for a single query of a single sequence
 
 
@@ -95,27 +96,32 @@ class ReferenceBackend(Backend):
     ) -> tuple[list[Tile], mx.array | None]:
         """The tiles of a step, and the row of each token in their outputs, which padding follows. None: in order.
 
-        dims: of a key and a value together. first_keys: int32 [num_seqs], keys before these are left out; only
-        without a window.
+        dims: of a key and a value together. first_keys: int32 [num_seqs], keys before these are left out.
         """
         contexts, query_lens = metadata.context_lens, metadata.query_lens
+        window = _NO_WINDOW if window is None else min(window, _NO_WINDOW)
+        first_keys = np.zeros_like(contexts) if first_keys is None else first_keys
         max_keys = MAX_BYTES // (4 * num_kv_heads * dims)
         tiles: list[Tile] = []
         tokens: list[np.ndarray] = []
         for num_queries in np.unique(query_lens[query_lens > 0]).tolist():
             seqs = np.flatnonzero((query_lens == num_queries) & (contexts > 0))
-            num_keys = contexts if window is None else np.minimum(contexts, num_queries + window - 1)
-            num_keys = num_keys if first_keys is None else num_keys - first_keys
+            num_keys = np.minimum(contexts - first_keys, num_queries + window - 1)
             for group in _similar_lengths(seqs, num_keys[seqs], max_keys):
                 size = self.tile_queries(4 * num_heads * len(group) * int(num_keys[group].max()))
                 for begin in range(0, num_queries, size):
-                    end = min(begin + size, num_queries)
-                    queries = metadata.cu_seqlens_q[group, None] + np.arange(begin, end, dtype=np.int32)
-                    first = None if first_keys is None else first_keys[group]
-                    tiles.append(_tile(metadata, group, queries, begin, block_size, num_kv_heads, window, first))
-                    tokens.append(queries.ravel())
+                    chunk = np.arange(begin, min(begin + size, num_queries), dtype=np.int32)
+                    queries = (contexts - query_lens)[group, None] + chunk  # positions in the sequences
+                    first_key = np.maximum(queries[:, :1] + 1 - window, first_keys[group, None])
+                    last_key = queries[:, -1:]
+                    keys = mx.array(first_key) + mx.arange(int((last_key - first_key).max()) + 1, dtype=mx.int32)
+                    distance = mx.array(queries)[:, :, None] - keys[:, None]
+                    bias = mx.where((distance >= 0) & (distance < window), 0.0, -mx.inf)[:, None, None]
+                    rows = rows_of(metadata, group, mx.minimum(keys, mx.array(last_key)), block_size, num_kv_heads)
+                    tokens.append(metadata.cu_seqlens_q[group, None] + chunk)
+                    tiles.append(Tile(mx.array(tokens[-1]), rows, bias))
         tokens.append(np.flatnonzero(np.repeat(contexts == 0, query_lens)))
-        order = np.concatenate(tokens).argsort().astype(np.int32)
+        order = np.concatenate(tokens, axis=None).argsort().astype(np.int32)
         return tiles, None if (order == np.arange(len(order))).all() else mx.array(order)
 
 
@@ -147,40 +153,6 @@ def by_token(array: mx.array, tile: Tile) -> mx.array:
     return array.reshape(num_seqs, -1, num_queries, array.shape[3]).swapaxes(1, 2).flatten(0, 1)
 
 
-def in_order(
-    outputs: list[mx.array], token_order: mx.array | None, num_tokens: int, shape: tuple[int, ...], dtype: mx.Dtype
-) -> mx.array:
-    """The outputs of tiles, [..., *shape], in the order of the step's tokens, with zeros for padding."""
-    num_padding = num_tokens - sum(len(out) for out in outputs)
-    if num_padding or not outputs:
-        outputs = [*outputs, mx.zeros((num_padding, *shape), dtype)]
-    result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-    return result if token_order is None else result[token_order]
-
-
-def _tile(
-    metadata: AttentionMetadata,
-    seqs: np.ndarray,
-    tokens: np.ndarray,
-    begin: int,
-    block_size: int,
-    num_kv_heads: int,
-    window: int | None,
-    first_key: np.ndarray | None,
-) -> Tile:
-    """Queries `begin` and following of each of `seqs`, which are rows `tokens` of q, and the keys that they see."""
-    num_queries = tokens.shape[1]
-    first_query = metadata.context_lens[seqs] - metadata.query_lens[seqs] + begin  # positions in the sequences
-    last_query = first_query + num_queries - 1
-    if first_key is None:
-        first_key = np.zeros_like(first_query) if window is None else np.maximum(first_query + 1 - window, 0)
-    positions = _column(first_key) + mx.arange(int((last_query - first_key).max()) + 1, dtype=mx.int32)
-    distance = (_column(first_query) + mx.arange(num_queries, dtype=mx.int32))[:, :, None] - positions[:, None]
-    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    rows = rows_of(metadata, seqs, mx.minimum(positions, _column(last_query)), block_size, num_kv_heads)
-    return Tile(mx.array(tokens), rows, mx.where(visible, 0.0, -mx.inf)[:, None, None])
-
-
 def rows_of(
     metadata: AttentionMetadata, seqs: np.ndarray, positions: mx.array, block_size: int, num_kv_heads: int
 ) -> mx.array:
@@ -189,13 +161,8 @@ def rows_of(
     Returns int32 [n, num_kv_heads, num_keys], which is wide enough: an array of MLX has fewer than 2**31 such rows.
     """
     block, offset = mx.divmod(positions, block_size)
-    slots = metadata.block_tables[_column(seqs), block] * block_size + offset
+    slots = metadata.block_tables[mx.array(seqs[:, None].astype(np.int32)), block] * block_size + offset
     return slots[:, None] * num_kv_heads + mx.arange(num_kv_heads, dtype=mx.int32)[:, None]
-
-
-def _column(values: np.ndarray) -> mx.array:
-    """int32 [n, 1] on the device."""
-    return mx.array(values[:, None].astype(np.int32))
 
 
 def _similar_lengths(seqs: np.ndarray, num_keys: np.ndarray, max_keys: int) -> list[np.ndarray]:

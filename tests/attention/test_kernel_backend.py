@@ -15,7 +15,7 @@ from mlx_paged import paged_attention
 from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention import work_items as kernel_plan
 from mlx_paged.attention.backend import AttentionOptions
-from mlx_paged.attention.cuda import CudaBackend, decode_layout, prefill_layout
+from mlx_paged.attention.cuda import CudaBackend
 from mlx_paged.attention.kernel_backend import KernelBackend
 from mlx_paged.attention.kernel_plan import Plan, to_device
 from mlx_paged.attention.metadata import AttentionMetadata
@@ -63,14 +63,14 @@ SHAPE = Shape(2, 2, 16, 24, 4)
 def call_decode(num_seqs: int = 3, max_blocks: int = 4, plan: Plan | None = None, **changes: Any) -> mx.array:
     """One query per sequence, 4 query and 2 KV heads."""
     plan = plan or METAL.plan_decode(np.full(num_seqs, 9, np.int32), None, SHAPE)
-    return METAL.decode(*arrays(num_seqs, max_blocks, changes), plan, AttentionOptions(1.0, **changes))
+    return METAL.run(*arrays(num_seqs, max_blocks, changes), plan, AttentionOptions(1.0, **changes))
 
 
 def call_prefill(num_seqs: int = 3, max_blocks: int = 4, **changes: Any) -> mx.array:
     """One query per sequence here as well, so that both take the same arrays."""
     cu_seqlens_q = np.arange(num_seqs + 1, dtype=np.int32)
     plan = METAL.plan_prefill(np.full(num_seqs, 9, np.int32), cu_seqlens_q, None, SHAPE)
-    return METAL.prefill(*arrays(num_seqs, max_blocks, changes), plan, AttentionOptions(1.0, **changes))
+    return METAL.run(*arrays(num_seqs, max_blocks, changes), plan, AttentionOptions(1.0, **changes))
 
 
 CALLS = pytest.mark.parametrize("call", [call_decode, call_prefill])
@@ -106,7 +106,7 @@ def test_no_queries_need_no_kernel(call: Callable[..., mx.array], device: FakeDe
 
 def test_a_context_in_several_parts_is_merged(device: FakeDevice) -> None:
     contexts = np.array([20, 5, 0], np.int32)
-    plan = to_device(kernel_plan.decode_items(contexts, contexts, 8))
+    plan = to_device(kernel_plan.decode_items(contexts, contexts, 8), METAL.launch_decode(SHAPE))
     assert call_decode(plan=plan).shape == (3, 4, 24)
     assert [name.split("_")[1] for name, _ in device.calls] == ["decode", "merge"]
     assert device.calls[0][1]["output_shapes"] == [(5, 4, 24), (5, 4)]
@@ -143,7 +143,7 @@ def test_without_a_device_the_wrapper_says_so(backend: KernelBackend) -> None:
         pytest.skip("there is one")
     plan = backend.plan_decode(np.full(3, 9, np.int32), None, SHAPE)
     with pytest.raises(RuntimeError, match=f"{backend.title} device"):
-        backend.decode(*arrays(3, 4, {}), plan, AttentionOptions(1.0))
+        backend.run(*arrays(3, 4, {}), plan, AttentionOptions(1.0))
 
 
 @CALLS
@@ -283,13 +283,14 @@ def test_decodes_and_prompts_of_a_step_have_a_kernel_each_and_share_the_tables(d
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_shape_has_a_layout_that_fits_every_card(size: int) -> None:
+    cuda = CudaBackend()
     for heads, head_dim, value_dim in itertools.product(range(1, 17), range(8, 257, 8), range(8, 257, 8)):
         shape = Shape(1, heads, head_dim, value_dim, size)
-        decode = decode_layout(shape)
-        assert decode.shared_bytes <= 96 << 10 and decode.shared_bytes % 16 == 0
-        prefill = prefill_layout(shape)
-        assert prefill.shared_bytes <= 96 << 10 and prefill.shared_bytes % 16 == 0
-        assert prefill.tile.rows % (16 * prefill.matrices) == 0 and prefill.tile.keys % 16 == 0
+        prefill = cuda.launch_prefill(shape)
+        for launch in (cuda.launch_decode(shape), prefill):
+            assert launch.shared_bytes <= 96 << 10 and launch.shared_bytes % 16 == 0
+        tile = cuda.prefill_tile(shape)
+        assert tile.rows % (16 * prefill.template["MATRICES"]) == 0 and tile.keys % 16 == 0
 
 
 def test_an_older_card_takes_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:

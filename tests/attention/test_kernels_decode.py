@@ -102,7 +102,7 @@ def test_blocks_outside_the_window_are_never_read(gpu: Gpu) -> None:
 def test_rows_of_queries_and_tables_may_have_any_stride(gpu: Gpu) -> None:
     arrays = make_arrays(Case(decodes(40, 0, 33), heads=(6, 2), dtype="float32"))
     plan = gpu.backend.plan_decode(arrays.context_lens, None, shape_of(*arrays[:3]))
-    out = gpu.backend.decode(*strided(arrays)[:4], plan, AttentionOptions(arrays.options["scale"]))
+    out = gpu.backend.run(*strided(arrays)[:4], plan, AttentionOptions(arrays.options["scale"]))
     assert_close(out, dense_attention(arrays))
 
 
@@ -112,7 +112,7 @@ def test_offsets_have_64_bits(gpu: Gpu) -> None:
     tables = mx.full((1, 8), (1 << 32) // (16 * 2 * 128), mx.int32)  # with 32 bits of offset this is block 0
     plan = gpu.backend.plan_decode(arrays.context_lens, None, shape_of(*arrays[:3]))
     with pytest.raises(AssertionError, match="out-of-bounds read"):
-        gpu.backend.decode(*arrays[:3], tables, plan, AttentionOptions(1.0))
+        gpu.backend.run(*arrays[:3], tables, plan, AttentionOptions(1.0))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_keys_and_values_are_read_once_in_whole_lines(ratio: int, head_dim: int,
     pool = mx.random.normal((256, 16, 1, head_dim)).astype(DTYPES[dtype])
     tables = mx.array(np.random.default_rng(0).permutation(256).astype(np.int32)[None])
     q = mx.random.normal((1, ratio, head_dim)).astype(DTYPES[dtype])
-    gpu.backend.decode(q, pool, pool + 0, tables, plan, AttentionOptions(0.1))
+    gpu.backend.run(q, pool, pool + 0, tables, plan, AttentionOptions(0.1))
     decode, merge = (report.traffic for report in gpu.reports)
     compulsory = num_keys * head_dim * size
     for name in ("k_cache", "v_cache"):

@@ -75,21 +75,22 @@ def test_it_equals_dense_attention_with_exponentials_of_either_kind(
         check(case, seed=number, backend="cpu")
 
 
+def record_tiles(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[reference.Tile]:
+    """The tiles that a module makes from here on."""
+    tiles, original = [], reference.Tile
+    monkeypatch.setattr(module, "Tile", lambda *arrays: tiles.append(original(*arrays)) or tiles[-1])
+    return tiles
+
+
 @on_a_cpu
 def test_on_a_cpu_prompts_are_computed_in_tiles_that_see_no_more_than_they_need(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu, "_CACHED_BYTES", 4 * 4 * 16 * 100)
-    seen, original = [], reference._tile
-
-    def recorded(*args: Any) -> reference.Tile:
-        tile = original(*args)
-        seen.append((tile.tokens.shape[1], tile.rows.shape[2]))
-        return tile
-
-    monkeypatch.setattr(reference, "_tile", recorded)
+    tiles = record_tiles(reference, monkeypatch)
     check(Case(((64, 100),), (4, 2), (64, 64), 8, None, None, False, "float32", False), seed=1, backend="cpu")
-    assert seen == [(16, 52), (16, 68), (16, 84), (16, 100)]
+    sizes = [(tile.tokens.shape[1], tile.rows.shape[2]) for tile in tiles]
+    assert sizes == [(16, 52), (16, 68), (16, 84), (16, 100)]
 
 
 @BACKENDS
@@ -99,8 +100,7 @@ def test_tiles_and_groups_bounded_by_memory_give_the_same_result(
 ) -> None:
     skip_without(backend)
     monkeypatch.setattr(reference, "MAX_BYTES", limit)
-    tiles, original = [], reference._tile
-    monkeypatch.setattr(reference, "_tile", lambda *args: tiles.append(args) or original(*args))
+    tiles = record_tiles(reference, monkeypatch)
     for batch, window, consecutive in itertools.product(("mixed", "similar decodes"), (None, 33), (False, True)):
         case = Case(BATCHES[batch], (4, 2), (64, 64), 8, window, None, True, "float32", consecutive)
         check(case, seed=1, backend=backend)
@@ -142,8 +142,7 @@ def test_sequences_are_computed_with_others_of_at_most_twice_their_keys() -> Non
 
 
 def test_a_step_keeps_its_plan_for_all_layers_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles, original = [], reference._tile
-    monkeypatch.setattr(reference, "_tile", lambda *args: tiles.append(args) or original(*args))
+    tiles = record_tiles(reference, monkeypatch)
     metadata = AttentionMetadata(
         mx.array([[0, 1], [2, 3]], mx.int32), np.array([20, 10], np.int32), np.array([0, 1, 4], np.int32)
     )
@@ -261,13 +260,7 @@ def test_prefixes_that_are_computed_once_for_all_change_no_result(
     monkeypatch.setattr(cpu, "exp_is_slow", lambda: slow)
     monkeypatch.setattr(cpu, "MAX_BYTES", max_bytes)
     monkeypatch.setattr(reference, "MAX_BYTES", max_bytes)
-    tiles, original = [], cpu._shared_tiles
-
-    def recorded(*args: Any) -> list[reference.Tile]:
-        tiles.extend(original(*args))
-        return tiles
-
-    monkeypatch.setattr(cpu, "_shared_tiles", recorded)
+    tiles = record_tiles(cpu, monkeypatch)
     check(case._replace(dtype="float32"), backend="cpu")
     assert bool(tiles) == (case.window is None)
     assert {tile.rows.shape[0] for tile in tiles} <= {1} and all(tile.tokens.shape[1] > 1 for tile in tiles)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.resources import files
 from typing import Any
 
 import mlx.core as mx
@@ -17,8 +18,6 @@ from metalsim.build import CompiledKernel
 from metalsim.config import Config
 from metalsim.library import KernelLibrary
 from metalsim.report import LaunchReport, SimulationError
-
-from mlx_paged.attention.cuda import read_source
 
 from .build import CudaSourceMap, compile_kernel
 
@@ -158,7 +157,7 @@ class _CudaLibrary(KernelLibrary):
 
 def _with_stand_ins(header: str, source: str, source_map: CudaSourceMap) -> tuple[str, str]:
     """Header and source with line numbers, and cuda/intrinsics.cuh replaced by its stand-in."""
-    intrinsics = read_source("intrinsics.cuh")
+    intrinsics = files("mlx_paged.cuda").joinpath("intrinsics.cuh").read_text()
     before, found, after = header.partition(intrinsics)
     if not found:
         raise ValueError(f"{source_map.kernel}: the header does not contain cuda/intrinsics.cuh")

@@ -101,7 +101,7 @@ def recorded_calls() -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def cuda_kernel(
-        *, name: str, input_names: Any, output_names: Any, source: str, header: str, shared_memory: int, **_: Any
+        *, name: str, input_names: Any, output_names: Any, source: str, header: str, shared_memory: int = 0, **_: Any
     ) -> Any:
         def call(
             *, inputs: Any, template: Any, threadgroup: Any, output_shapes: Any, output_dtypes: Any, **_: Any
@@ -139,10 +139,10 @@ def record(
     with recorded_calls() as calls:
         if kind == "prefill":
             plan = CudaBackend().plan_prefill(context_lens[:1], np.array([0, 2], np.int32), None, shape)
-            CudaBackend().prefill(q, *caches, tables[:1], plan, options)
+            CudaBackend().run(q, *caches, tables[:1], plan, options)
         else:
             plan = CudaBackend().plan_decode(context_lens, None, shape, prefixes)
-            CudaBackend().decode(q, *caches, tables, plan, options)
+            CudaBackend().run(q, *caches, tables, plan, options)
     return calls[1 if kind == "shared" else 0]
 
 

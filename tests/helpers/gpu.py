@@ -58,7 +58,7 @@ class Gpu:
         options = AttentionOptions(**arrays.options)
         shape = shape_of(*arrays[:3])
         plan = self.backend.plan_prefill(arrays.context_lens, arrays.cu_seqlens_q, options.window, shape)
-        return self.backend.prefill(*arrays[:4], plan, options)  # type: ignore[no-any-return]
+        return self.backend.run(*arrays[:4], plan, options)  # type: ignore[no-any-return]
 
     def plant(self, mistake: Mistake, patches: pytest.MonkeyPatch) -> list[str]:
         """Make kernels with the mistake from here on. Returns the names of those that have it, as they are made."""
