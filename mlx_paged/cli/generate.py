@@ -89,8 +89,7 @@ def _run(llm: LLM, requests: dict[int, Request], answers: _Answers, terminal: Te
                     bar.show()
     terminal.end_answer()
     if requests and terminal.shows_notes:
-        for line in summary.lines(llm):
-            terminal.note(line)
+        terminal.note(*summary.lines(llm))
 
 
 class _Answers:
@@ -112,7 +111,7 @@ class _Answers:
 
     def finish(self, position: int, output: Output) -> None:
         """Take the output of a prompt, or what went wrong in the engine."""
-        if (error := _error_of(output)) is not None:
+        if (error := error_of(output)) is not None:
             self.fail(position, error)
         else:
             self.results[position] = output
@@ -194,12 +193,8 @@ def _sample_record(sample: CompletionOutput) -> dict[str, Any]:
 
 
 def _hypothesis_record(hypothesis: BeamHypothesis) -> dict[str, Any]:
-    return {
-        "text": hypothesis.text,
-        "token_ids": hypothesis.token_ids,
-        "cum_logprob": _finite(hypothesis.cum_logprob),
-        "score": _finite(hypothesis.score),
-    }
+    scores = {"cum_logprob": _finite(hypothesis.cum_logprob), "score": _finite(hypothesis.score)}
+    return {"text": hypothesis.text, "token_ids": hypothesis.token_ids} | scores
 
 
 def _durations(metrics: RequestMetrics | None, num_tokens: int) -> dict[str, float | None]:
@@ -230,7 +225,7 @@ def _invalid_prompt(prompt: str, raw: bool) -> str | None:
     return None
 
 
-def _error_of(output: Output) -> str | None:
+def error_of(output: Output) -> str | None:
     """Say what went wrong in the engine. Returns None if nothing did."""
     if isinstance(output, BeamSearchOutput):
         return output.error

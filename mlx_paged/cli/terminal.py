@@ -52,10 +52,10 @@ class Terminal:
         """Name the answer that follows, below a blank line if there was one before."""
         self.answer("\n" * self._wrote + _styled(f"==> {text}", "1", sys.stdout) + "\n")
 
-    def note(self, text: str) -> None:
+    def note(self, *lines: str) -> None:
         """Say something beside the answers, to those who read it."""
-        if self.shows_notes:
-            self.to_stderr(_styled(text, "2", sys.stderr))
+        for line in lines if self.shows_notes else ():
+            self.to_stderr(_styled(line, "2", sys.stderr))
 
     def failure(self, text: str) -> None:
         """Say in one line what went wrong, whoever reads."""
