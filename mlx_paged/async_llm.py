@@ -54,12 +54,10 @@ class AsyncLLM:
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[RequestOutput, None]:
         """Complete one prompt piece by piece, batched with all that runs meanwhile.
 
-        Returns an iterator of deltas, as `LLM.stream` does. The request begins with the first `__anext__`. It ends, and
-        its blocks are freed, when its task is cancelled, when the iterator is closed, or when nobody holds it any more,
-        as after a `break` out of `async for`.
-
-        The first `__anext__` raises ValueError or TypeError for a bad request. It raises RuntimeError if the engine is
-        closed or broke.
+        Returns an iterator of deltas, as `LLM.stream` does. The request begins with the first `__anext__`, which raises
+        ValueError or TypeError for a bad request, and RuntimeError if the engine is closed or broke. It ends, and its
+        blocks are freed, when its task is cancelled, when the iterator is closed, or when nobody holds it any more, as
+        after a `break` out of `async for`.
         """
         return self._outputs(lambda llm: llm.engine.make_request(prompt, params or SamplingParams(), stream=True))
 
@@ -232,10 +230,8 @@ class _EngineThread:
         self._ready.set()
         while self._read_letters(llm):
             self._hand_out(llm, llm.engine.step())
-        for request_id in list(self._inboxes):
-            output = llm.engine.abort(request_id)
-            if output is not None:
-                self._hand_out(llm, [output])
+        aborted = [llm.engine.abort(request_id) for request_id in list(self._inboxes)]
+        self._hand_out(llm, list(filter(None, aborted)))
 
     def _read_letters(self, llm: LLM) -> bool:
         """Do what was asked for, sleeping while there is nothing to do. Returns False when the thread has to end."""
@@ -259,8 +255,7 @@ class _EngineThread:
         """Put outputs into their inboxes, waking each event loop once. The requests of a loop that is gone end."""
         by_loop = defaultdict(list)
         for output in outputs:
-            inbox = self._inboxes.get(output.request_id)
-            if inbox is not None:
+            if (inbox := self._inboxes.get(output.request_id)) is not None:
                 by_loop[inbox.loop].append((inbox, output))
                 if output.finished:
                     del self._inboxes[output.request_id]
