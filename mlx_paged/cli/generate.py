@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from mlx_paged.cli.options import DEFAULT_MAX_TOKENS, PromptArguments
-from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal, excerpt
+from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal, excerpt, samples_of
 from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, RequestMetrics, RequestOutput
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
@@ -159,21 +159,17 @@ class _Answers:
 
 def _record(output: Output) -> dict[str, Any]:
     """Describe an output for JSON. Times are seconds, the first three since the request arrived."""
-    samples: list[CompletionOutput] | list[BeamHypothesis]
-    if isinstance(output, BeamSearchOutput):
-        samples, name = output.sequences, "sequences"
-        records = [_hypothesis_record(hypothesis) for hypothesis in output.sequences]
-        blocks = {"num_blocks": output.num_blocks, "num_unshared_blocks": output.num_unshared_blocks}
+    record: dict[str, Any] = {}
+    if isinstance(output, RequestOutput):
+        record["outputs"] = [_sample_record(sample) for sample in output.outputs]
     else:
-        samples, name, blocks = output.outputs, "outputs", {}
-        records = [_sample_record(sample) for sample in output.outputs]
-    return {
-        name: records,
-        "num_prompt_tokens": len(output.prompt_token_ids),
-        "num_cached_tokens": output.num_cached_tokens,
-        **blocks,
-        "metrics": _durations(output.metrics, max((len(sample.token_ids) for sample in samples), default=0)),
-    }
+        record["sequences"] = [_hypothesis_record(hypothesis) for hypothesis in output.sequences]
+    record["num_prompt_tokens"] = len(output.prompt_token_ids)
+    record["num_cached_tokens"] = output.num_cached_tokens
+    if isinstance(output, BeamSearchOutput):
+        record |= {"num_blocks": output.num_blocks, "num_unshared_blocks": output.num_unshared_blocks}
+    num_tokens = max((len(sample.token_ids) for sample in samples_of(output)), default=0)
+    return record | {"metrics": _durations(output.metrics, num_tokens)}
 
 
 def _sample_record(sample: CompletionOutput) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class RunSummary:
     def count(self, output: RequestOutput | BeamSearchOutput) -> None:
         """Count a whole output, or one delta of a stream."""
         self.generated_tokens += output.num_output_tokens
-        for number, sample in enumerate(_samples(output)):
+        for number, sample in enumerate(samples_of(output)):
             self._lengths[output.request_id, number] += len(sample.token_ids)
         if output.finished:
             self._ended.append(output)
@@ -107,16 +107,16 @@ class RunSummary:
         num_cached = sum(output.num_cached_tokens for output in self._ended)
         prompt, generation = f"prompt {num_prompt} tokens", f"generation {self.generated_tokens} tokens"
         begun = [
-            (output, output.metrics)
+            (output, times)
             for output in self._ended
-            if output.metrics is not None and output.metrics.first_token_time is not None
+            if (times := output.metrics) and times.first_token_time is not None
         ]
         latency = []
         if begun:
             scheduled = min(_known(metrics.first_scheduled_time for _, metrics in begun))
             first_tokens = _known(metrics.first_token_time for _, metrics in begun)
             finished = max(_known(metrics.finished_time for _, metrics in begun))
-            num_samples = sum(max(1, len(_samples(output))) for output, _ in begun)
+            num_samples = sum(max(1, len(samples_of(output))) for output, _ in begun)
             prompt += _rate(num_prompt - num_cached, max(first_tokens) - scheduled)
             generation += _rate(self.generated_tokens - num_samples, finished - min(first_tokens))
             latency.append(f"first token {mean(_known(metrics.time_to_first_token for _, metrics in begun)):.2f} s")
@@ -136,7 +136,7 @@ class RunSummary:
         ]
 
     def _longest_sample(self, output: RequestOutput | BeamSearchOutput) -> int:
-        return max((self._lengths[output.request_id, number] for number in range(len(_samples(output)))), default=0)
+        return max((self._lengths[output.request_id, number] for number in range(len(samples_of(output)))), default=0)
 
 
 def excerpt(text: str, limit: int = 60) -> str:
@@ -149,7 +149,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _samples(output: RequestOutput | BeamSearchOutput) -> Sequence[CompletionOutput | BeamHypothesis]:
+def samples_of(output: RequestOutput | BeamSearchOutput) -> Sequence[CompletionOutput | BeamHypothesis]:
     return output.sequences if hasattr(output, "sequences") else output.outputs
 
 
