@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_paged.llm import LLM, Message, Prompt
-from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
@@ -251,7 +251,7 @@ class _EngineThread:
                 self._letters.put(letter)  # to be refused with the others
                 raise
 
-    def _hand_out(self, llm: LLM, outputs: Sequence[RequestOutput | BeamSearchOutput]) -> None:
+    def _hand_out(self, llm: LLM, outputs: Sequence[Output]) -> None:
         """Put outputs into their inboxes, waking each event loop once. The requests of a loop that is gone end."""
         by_loop = defaultdict(list)
         for output in outputs:

@@ -15,13 +15,12 @@ from mlx_paged.engine.engine import Engine
 from mlx_paged.engine.profile import Profile
 from mlx_paged.models import loading
 from mlx_paged.models.patch import patch_model
-from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.progress import ProgressBar
 from mlx_paged.request import Request
 from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
-Output = RequestOutput | BeamSearchOutput
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]

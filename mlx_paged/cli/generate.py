@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_paged.cli.options import DEFAULT_MAX_TOKENS, PromptArguments
 from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal, excerpt, samples_of
-from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, RequestMetrics, RequestOutput
+from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, Output, RequestMetrics, RequestOutput
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
     from mlx_paged.request import Request
 
-Output = RequestOutput | BeamSearchOutput
 Params = SamplingParams | BeamSearchParams
 
 
@@ -159,17 +158,13 @@ class _Answers:
 
 def _record(output: Output) -> dict[str, Any]:
     """Describe an output for JSON. Times are seconds, the first three since the request arrived."""
-    record: dict[str, Any] = {}
-    if isinstance(output, RequestOutput):
-        record["outputs"] = [_sample_record(sample) for sample in output.outputs]
-    else:
-        record["sequences"] = [_hypothesis_record(hypothesis) for hypothesis in output.sequences]
-    record["num_prompt_tokens"] = len(output.prompt_token_ids)
-    record["num_cached_tokens"] = output.num_cached_tokens
-    if isinstance(output, BeamSearchOutput):
-        record |= {"num_blocks": output.num_blocks, "num_unshared_blocks": output.num_unshared_blocks}
     num_tokens = max((len(sample.token_ids) for sample in samples_of(output)), default=0)
-    return record | {"metrics": _durations(output.metrics, num_tokens)}
+    metrics = {"metrics": _durations(output.metrics, num_tokens)}
+    counts = {"num_prompt_tokens": len(output.prompt_token_ids), "num_cached_tokens": output.num_cached_tokens}
+    if isinstance(output, RequestOutput):
+        return {"outputs": [_sample_record(sample) for sample in output.outputs], **counts, **metrics}
+    blocks = {"num_blocks": output.num_blocks, "num_unshared_blocks": output.num_unshared_blocks}
+    return {"sequences": [_hypothesis_record(one) for one in output.sequences], **counts, **blocks, **metrics}
 
 
 def _sample_record(sample: CompletionOutput) -> dict[str, Any]:

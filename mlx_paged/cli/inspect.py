@@ -22,8 +22,7 @@ _MOST = 1_000_000  # requests compared, or tokens drawn: beyond that nobody read
 
 def inspect_cache(*, name: str | None, model: str | None, blocks: bool, svg: str | None, **settings: Any) -> int:
     """Check the options and do what they ask for. Returns the exit code; raises click.UsageError."""
-    given = settings.pop("lengths")
-    lengths = None if given is None else parse_numbers("--lengths", given)
+    lengths = None if (given := settings.pop("lengths")) is None else parse_numbers("--lengths", given)
     for option in ("context", "concurrency", "block_size"):
         if settings[option] is not None and settings[option] < 1:
             raise click.UsageError(f"--{option.replace('_', '-')} must be at least 1, got {settings[option]}")

@@ -13,7 +13,7 @@ from mlx_paged.progress import ProgressBar
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
-    from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, RequestOutput
+    from mlx_paged.outputs import BeamHypothesis, CompletionOutput, Output
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
 
@@ -90,10 +90,10 @@ class RunSummary:
 
     def __init__(self) -> None:
         self.generated_tokens = 0
-        self._ended: list[RequestOutput | BeamSearchOutput] = []
+        self._ended: list[Output] = []
         self._lengths: Counter[tuple[int, int]] = Counter()  # tokens so far of a request's sample
 
-    def count(self, output: RequestOutput | BeamSearchOutput) -> None:
+    def count(self, output: Output) -> None:
         """Count a whole output, or one delta of a stream."""
         self.generated_tokens += output.num_output_tokens
         for number, sample in enumerate(samples_of(output)):
@@ -107,9 +107,9 @@ class RunSummary:
         num_cached = sum(output.num_cached_tokens for output in self._ended)
         prompt, generation = f"prompt {num_prompt} tokens", f"generation {self.generated_tokens} tokens"
         begun = [
-            (output, times)
+            (output, output.metrics)
             for output in self._ended
-            if (times := output.metrics) and times.first_token_time is not None
+            if output.metrics is not None and output.metrics.first_token_time is not None
         ]
         latency = []
         if begun:
@@ -135,7 +135,7 @@ class RunSummary:
             f"attention: {', '.join(map(_BACKENDS.__getitem__, llm.attention_backends))}",
         ]
 
-    def _longest_sample(self, output: RequestOutput | BeamSearchOutput) -> int:
+    def _longest_sample(self, output: Output) -> int:
         return max((self._lengths[output.request_id, number] for number in range(len(samples_of(output)))), default=0)
 
 
@@ -149,7 +149,8 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def samples_of(output: RequestOutput | BeamSearchOutput) -> Sequence[CompletionOutput | BeamHypothesis]:
+def samples_of(output: Output) -> Sequence[CompletionOutput | BeamHypothesis]:
+    """Return the samples of a request, or the hypotheses of a search."""
     return output.sequences if hasattr(output, "sequences") else output.outputs
 
 
