@@ -15,13 +15,15 @@ if not (pathlib.Path(__file__).parent / "models").is_dir():
     __path__.append(str(pathlib.Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
-    from mlx_paged.async_llm import AsyncLLM
-    from mlx_paged.attention.paged_attention import paged_attention
-    from mlx_paged.blocks.block_manager import BlockManager
-    from mlx_paged.config import EngineConfig
-    from mlx_paged.errors import ModelError, OutOfBlocks
-    from mlx_paged.llm import LLM
-    from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
+    from mlx_paged.async_llm import AsyncLLM as AsyncLLM
+    from mlx_paged.attention.paged_attention import paged_attention as paged_attention
+    from mlx_paged.blocks.block_manager import BlockManager as BlockManager
+    from mlx_paged.config import EngineConfig as EngineConfig
+    from mlx_paged.errors import ModelError as ModelError
+    from mlx_paged.errors import OutOfBlocks as OutOfBlocks
+    from mlx_paged.llm import LLM as LLM
+    from mlx_paged.sampling_params import BeamSearchParams as BeamSearchParams
+    from mlx_paged.sampling_params import SamplingParams as SamplingParams
 
 _HOME = {
     "LLM": "llm",
@@ -34,17 +36,7 @@ _HOME = {
     "ModelError": "errors",
     "paged_attention": "attention.paged_attention",
 }
-__all__ = [
-    "LLM",
-    "AsyncLLM",
-    "BeamSearchParams",
-    "BlockManager",
-    "EngineConfig",
-    "ModelError",
-    "OutOfBlocks",
-    "SamplingParams",
-    "paged_attention",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

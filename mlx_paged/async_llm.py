@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_paged.llm import LLM, Message, Prompt
-from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
@@ -54,12 +54,10 @@ class AsyncLLM:
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[RequestOutput, None]:
         """Complete one prompt piece by piece, batched with all that runs meanwhile.
 
-        Returns an iterator of deltas, as `LLM.stream` does. The request begins with the first `__anext__`. It ends, and
-        its blocks are freed, when its task is cancelled, when the iterator is closed, or when nobody holds it any more,
-        as after a `break` out of `async for`.
-
-        The first `__anext__` raises ValueError or TypeError for a bad request. It raises RuntimeError if the engine is
-        closed or broke.
+        Returns an iterator of deltas, as `LLM.stream` does. The request begins with the first `__anext__`, which raises
+        ValueError or TypeError for a bad request, and RuntimeError if the engine is closed or broke. It ends, and its
+        blocks are freed, when its task is cancelled, when the iterator is closed, or when nobody holds it any more, as
+        after a `break` out of `async for`.
         """
         return self._outputs(lambda llm: llm.engine.make_request(prompt, params or SamplingParams(), stream=True))
 
@@ -232,10 +230,8 @@ class _EngineThread:
         self._ready.set()
         while self._read_letters(llm):
             self._hand_out(llm, llm.engine.step())
-        for request_id in list(self._inboxes):
-            output = llm.engine.abort(request_id)
-            if output is not None:
-                self._hand_out(llm, [output])
+        aborted = [llm.engine.abort(request_id) for request_id in list(self._inboxes)]
+        self._hand_out(llm, list(filter(None, aborted)))
 
     def _read_letters(self, llm: LLM) -> bool:
         """Do what was asked for, sleeping while there is nothing to do. Returns False when the thread has to end."""
@@ -255,12 +251,11 @@ class _EngineThread:
                 self._letters.put(letter)  # to be refused with the others
                 raise
 
-    def _hand_out(self, llm: LLM, outputs: Sequence[RequestOutput | BeamSearchOutput]) -> None:
+    def _hand_out(self, llm: LLM, outputs: Sequence[Output]) -> None:
         """Put outputs into their inboxes, waking each event loop once. The requests of a loop that is gone end."""
         by_loop = defaultdict(list)
         for output in outputs:
-            inbox = self._inboxes.get(output.request_id)
-            if inbox is not None:
+            if (inbox := self._inboxes.get(output.request_id)) is not None:
                 by_loop[inbox.loop].append((inbox, output))
                 if output.finished:
                     del self._inboxes[output.request_id]

@@ -97,11 +97,9 @@ class EngineConfig:
         parse_memory(self.max_staging)
         if not self.prefix_caching and (self.swap_space is not None or self.prefix_cache_dir is not None):
             raise ValueError("swap_space and prefix_cache_dir find blocks by their prefixes: leave prefix_caching on")
-        if self.allocator not in ALLOCATORS:
-            raise ValueError(f"allocator must be one of {', '.join(ALLOCATORS)}, got {self.allocator!r}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.pipelining not in PIPELINING:
-            raise ValueError(f"pipelining must be one of {', '.join(PIPELINING)}, got {self.pipelining!r}")
+        for name, choices in (("allocator", ALLOCATORS), ("dtype", DTYPES), ("pipelining", PIPELINING)):
+            value = getattr(self, name)
+            if value not in choices and (name, value) != ("dtype", None):
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}")

@@ -15,13 +15,12 @@ from mlx_paged.engine.engine import Engine
 from mlx_paged.engine.profile import Profile
 from mlx_paged.models import loading
 from mlx_paged.models.patch import patch_model
-from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.progress import ProgressBar
 from mlx_paged.request import Request
 from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
-Output = RequestOutput | BeamSearchOutput
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
@@ -41,8 +40,7 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, **config: Any) -> None:
         engine_config = EngineConfig(**config)
-        loaded = loading.load(model, engine_config.dtype)
-        self._start(loaded, engine_config)
+        self._start(loading.load(model, engine_config.dtype), engine_config)
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer: Any = None, **config: Any) -> "LLM":
@@ -61,14 +59,12 @@ class LLM:
         return llm
 
     def _start(self, loaded: loading.LoadedModel, config: EngineConfig) -> None:
-        max_model_len = loaded.max_model_len
-        if config.max_model_len is not None:
-            if max_model_len is not None and config.max_model_len > max_model_len:
-                raise ValueError(
-                    f"max_model_len={config.max_model_len} is more than the {max_model_len} tokens of context "
-                    "that the model was made for"
-                )
-            max_model_len = config.max_model_len
+        asked, context = config.max_model_len, loaded.max_model_len
+        if asked is not None and context is not None and asked > context:
+            raise ValueError(
+                f"max_model_len={asked} is more than the {context} tokens of context that the model was made for"
+            )
+        max_model_len = context if asked is None else asked
         self.tokenizer = loaded.tokenizer
         self._outputs: dict[int, deque[Output]] = {}  # where the run that a request belongs to finds its outputs
         self._runner = ModelRunner(patch_model(loaded.model), config, max_model_len)

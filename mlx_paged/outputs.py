@@ -140,6 +140,9 @@ class BeamSearchOutput:
         return sum(len(hypothesis.token_ids) for hypothesis in self.sequences)
 
 
+Output = RequestOutput | BeamSearchOutput
+
+
 @dataclass
 class EngineStats:
     """Counters since the engine was made, and the state of its pool at this moment."""

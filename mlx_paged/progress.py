@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from mlx_paged.outputs import BeamSearchOutput, RequestOutput
+    from mlx_paged.outputs import Output
 
 
 class ProgressBar:
@@ -32,7 +32,7 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self.hide()
 
-    def count(self, output: RequestOutput | BeamSearchOutput) -> None:
+    def count(self, output: Output) -> None:
         """Count a finished prompt and its output tokens."""
         self._num_done += 1
         self._num_tokens += output.num_output_tokens

@@ -8,17 +8,11 @@ from typing import Any
 
 
 class _RequestParams:
-    """What both kinds of requests have. No dataclass of its own, so that the order of their fields stays theirs."""
-
-    cache_salt: str | None
-    priority: int
+    """Parameters that are checked one by one."""
 
     def _require(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
             raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-    def _require_priority(self) -> None:
-        self._require("priority", is_count(self.priority), "a whole number")
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ class SamplingParams(_RequestParams):
         bias = self.logit_bias or {}
         valid = all(is_count(token, 0) and is_number(value) for token, value in bias.items())
         self._require("logit_bias", valid, "a mapping of token ids to finite numbers")
-        self._require_priority()
+        self._require("priority", is_count(self.priority), "a whole number")
         given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of json_schema, regex and grammar, got {' and '.join(given)}")
@@ -153,7 +147,7 @@ class BeamSearchParams(_RequestParams):
         num = self.num_return_sequences
         valid = num is None or (is_count(num, 1) and num <= self.beam_width)
         self._require("num_return_sequences", valid, f"between 1 and beam_width={self.beam_width}")
-        self._require_priority()
+        self._require("priority", is_count(self.priority), "a whole number")
 
 
 def _is_schema(schema: object) -> bool:

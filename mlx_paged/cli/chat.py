@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
-from mlx_paged.cli.generate import make_request
+from mlx_paged.cli.generate import error_of, make_request
 from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal
 from mlx_paged.outputs import RequestOutput
 from mlx_paged.sampling_params import SamplingParams
@@ -59,27 +59,23 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, te
     summary = RunSummary()
     pieces: list[str] = []
     error = None
-    try:
-        with closing(llm.run([request])) as outputs:
-            for output in outputs:
-                assert isinstance(output, RequestOutput)
-                summary.count(output)
-                for sample in output.outputs:
-                    pieces.append(sample.text)
-                    terminal.answer(sample.text)
-                    if sample.finish_reason == "error":
-                        error = str(sample.stop_reason)
-                    elif sample.finish_reason == "length":
-                        terminal.end_answer()
-                        terminal.note(f"(ended after {summary.generated_tokens} tokens; --max-tokens allows more)")
-    except KeyboardInterrupt:  # between two steps: the engine lets none be torn
-        pass
+    # Ctrl-C comes between two steps: the engine lets none be torn.
+    with suppress(KeyboardInterrupt), closing(llm.run([request])) as outputs:
+        for output in outputs:
+            assert isinstance(output, RequestOutput)
+            summary.count(output)
+            error = error_of(output)
+            for sample in output.outputs:
+                pieces.append(sample.text)
+                terminal.answer(sample.text)
+                if sample.finish_reason == "length":
+                    terminal.end_answer()
+                    terminal.note(f"(ended after {summary.generated_tokens} tokens; --max-tokens allows more)")
     terminal.end_answer()
     if error is not None:
         raise ValueError(error)
     if terminal.verbose:
-        for line in summary.lines(llm):
-            terminal.note(line)
+        terminal.note(*summary.lines(llm))
     return "".join(pieces)
 
 

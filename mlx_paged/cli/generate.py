@@ -10,15 +10,14 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from mlx_paged.cli.options import DEFAULT_MAX_TOKENS, PromptArguments
-from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal, excerpt
-from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, RequestMetrics, RequestOutput
+from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal, excerpt, samples_of
+from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, Output, RequestMetrics, RequestOutput
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
     from mlx_paged.request import Request
 
-Output = RequestOutput | BeamSearchOutput
 Params = SamplingParams | BeamSearchParams
 
 
@@ -89,8 +88,7 @@ def _run(llm: LLM, requests: dict[int, Request], answers: _Answers, terminal: Te
                     bar.show()
     terminal.end_answer()
     if requests and terminal.shows_notes:
-        for line in summary.lines(llm):
-            terminal.note(line)
+        terminal.note(*summary.lines(llm))
 
 
 class _Answers:
@@ -112,7 +110,7 @@ class _Answers:
 
     def finish(self, position: int, output: Output) -> None:
         """Take the output of a prompt, or what went wrong in the engine."""
-        if (error := _error_of(output)) is not None:
+        if (error := error_of(output)) is not None:
             self.fail(position, error)
         else:
             self.results[position] = output
@@ -160,21 +158,13 @@ class _Answers:
 
 def _record(output: Output) -> dict[str, Any]:
     """Describe an output for JSON. Times are seconds, the first three since the request arrived."""
-    samples: list[CompletionOutput] | list[BeamHypothesis]
-    if isinstance(output, BeamSearchOutput):
-        samples, name = output.sequences, "sequences"
-        records = [_hypothesis_record(hypothesis) for hypothesis in output.sequences]
-        blocks = {"num_blocks": output.num_blocks, "num_unshared_blocks": output.num_unshared_blocks}
-    else:
-        samples, name, blocks = output.outputs, "outputs", {}
-        records = [_sample_record(sample) for sample in output.outputs]
-    return {
-        name: records,
-        "num_prompt_tokens": len(output.prompt_token_ids),
-        "num_cached_tokens": output.num_cached_tokens,
-        **blocks,
-        "metrics": _durations(output.metrics, max((len(sample.token_ids) for sample in samples), default=0)),
-    }
+    num_tokens = max((len(sample.token_ids) for sample in samples_of(output)), default=0)
+    metrics = {"metrics": _durations(output.metrics, num_tokens)}
+    counts = {"num_prompt_tokens": len(output.prompt_token_ids), "num_cached_tokens": output.num_cached_tokens}
+    if isinstance(output, RequestOutput):
+        return {"outputs": [_sample_record(sample) for sample in output.outputs], **counts, **metrics}
+    blocks = {"num_blocks": output.num_blocks, "num_unshared_blocks": output.num_unshared_blocks}
+    return {"sequences": [_hypothesis_record(one) for one in output.sequences], **counts, **blocks, **metrics}
 
 
 def _sample_record(sample: CompletionOutput) -> dict[str, Any]:
@@ -194,12 +184,8 @@ def _sample_record(sample: CompletionOutput) -> dict[str, Any]:
 
 
 def _hypothesis_record(hypothesis: BeamHypothesis) -> dict[str, Any]:
-    return {
-        "text": hypothesis.text,
-        "token_ids": hypothesis.token_ids,
-        "cum_logprob": _finite(hypothesis.cum_logprob),
-        "score": _finite(hypothesis.score),
-    }
+    scores = {"cum_logprob": _finite(hypothesis.cum_logprob), "score": _finite(hypothesis.score)}
+    return {"text": hypothesis.text, "token_ids": hypothesis.token_ids} | scores
 
 
 def _durations(metrics: RequestMetrics | None, num_tokens: int) -> dict[str, float | None]:
@@ -230,7 +216,7 @@ def _invalid_prompt(prompt: str, raw: bool) -> str | None:
     return None
 
 
-def _error_of(output: Output) -> str | None:
+def error_of(output: Output) -> str | None:
     """Say what went wrong in the engine. Returns None if nothing did."""
     if isinstance(output, BeamSearchOutput):
         return output.error

@@ -22,8 +22,7 @@ _MOST = 1_000_000  # requests compared, or tokens drawn: beyond that nobody read
 
 def inspect_cache(*, name: str | None, model: str | None, blocks: bool, svg: str | None, **settings: Any) -> int:
     """Check the options and do what they ask for. Returns the exit code; raises click.UsageError."""
-    given = settings.pop("lengths")
-    lengths = None if given is None else parse_numbers("--lengths", given)
+    lengths = None if (given := settings.pop("lengths")) is None else parse_numbers("--lengths", given)
     for option in ("context", "concurrency", "block_size"):
         if settings[option] is not None and settings[option] < 1:
             raise click.UsageError(f"--{option.replace('_', '-')} must be at least 1, got {settings[option]}")
@@ -115,10 +114,7 @@ def analyse(
         "needed_bytes": ways[0].needed,
         "ways": {way.name: {"bytes": way.taken, "waste": way.waste, "fit": way.fitting(room)} for way in ways},
     }
-    if as_json:
-        sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
-    else:
-        sys.stdout.write(_as_text(report))
+    sys.stdout.write(json.dumps(report, allow_nan=False) + "\n" if as_json else _as_text(report))
     return 0
 
 
@@ -126,39 +122,32 @@ def _as_text(report: dict[str, Any]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    console.begin_capture()
-
-    def say(*lines: str) -> None:
-        for line in lines:
-            console.print(line, soft_wrap=True, markup=False)
-
-    say(f"{report['model']}: {report['family']}, K and V in {report['dtype']}", "")
+    lines = [f"{report['model']}: {report['family']}, K and V in {report['dtype']}", ""]
     for layers in report["layers"]:
         heads = f"{layers['num_kv_heads']} KV head" + "s" * (layers["num_kv_heads"] > 1)
         window = "" if layers["window"] is None else f" with a window of {layers['window']:,} tokens"
-        say(
+        lines += [
             f"one token   {layers['num_layers']} layers{window} x {heads} x "
             f"({layers['key_dim']} K + {layers['value_dim']} V) x {layers['element_bytes']} bytes = "
             f"{layers['bytes_per_token']:,} bytes",
             f"one block   {report['block_size']} tokens x {layers['bytes_per_token']:,} bytes = "
             f"{layers['bytes_per_block']:,} bytes",
-        )
+        ]
     room = report["memory_bytes"] - report["weight_bytes"]
     unknown = report["unknown_quantization"]
-    say(
+    lines += [
         f"room        {report['device']} {format_memory(report['memory_bytes'])} - weights about "
         f"{format_memory(report['weight_bytes'])}{f' (without their {unknown} quantisation)' if unknown else ''} = "
         + (format_memory(room) if room > 0 else "nothing: the weights alone do not fit"),
         "",
-    )
+    ]
     lengths = report["lengths"]
     source = " (log-normal, mean 161 in and 338 out as in ShareGPT)" if report["lengths_are"] == "typical" else ""
     mean = sum(lengths) / len(lengths)
     span = (
         f"{min(lengths):,} to {max(lengths):,} tokens, mean {mean:,.0f}" if len(lengths) > 1 else f"{mean:,.0f} tokens"
     )
-    say(f"{len(lengths):,} request{'s' * (len(lengths) > 1)} of {span}{source}:", "")
+    lines += [f"{len(lengths):,} request{'s' * (len(lengths) > 1)} of {span}{source}:", ""]
     names = {
         "reserved": f"{report['context']:,} tokens reserved",
         "padded": "mlx-lm's padded batch",
@@ -171,14 +160,16 @@ def _as_text(report: dict[str, Any]) -> str:
         each, together = format_memory(way["bytes"] / len(lengths)), format_memory(way["bytes"])
         style = "bold" if name == "blocks" else ""
         table.add_row(names[name], each, together, f"{way['waste']:.1%}", f"{way['fit']:,}", style=style)
-    console.print(table)
-    say(
-        "",
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    lines += [
+        captured.get(),
         f"What queries can see takes {format_memory(report['needed_bytes'])}. mlx-lm's batch pads every request to the",
         "longest, in steps of 256 tokens. The engine also sets aside what one step computes.",
-        "Kwon et al. 2023 measured under 4% of waste in blocks of 16, 62 to 80% in systems that reserve.",
-    )
-    return console.end_capture()
+        "Kwon et al. 2023 measured under 4% of waste in blocks of 16, 62 to 80% in systems that reserve.\n",
+    ]
+    return "\n".join(lines)
 
 
 def draw(lengths: list[int], *, block_size: int, svg: str | None) -> int:

@@ -20,27 +20,12 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from mlx_paged import __version__
+from mlx_paged.cli import options
 from mlx_paged.cli.bench import measure_model
 from mlx_paged.cli.chat import hold_conversation
 from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.inspect import inspect_cache
 from mlx_paged.cli.loading import load_model, model_loader
-from mlx_paged.cli.options import (
-    PromptArguments,
-    bench_options,
-    engine_options,
-    flag,
-    float_option,
-    int_option,
-    model_option,
-    profile_option,
-    prompt_options,
-    read_text,
-    report_options,
-    sampling_options,
-    system_option,
-    text,
-)
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
 from mlx_paged.config import DTYPES, EngineConfig
 from mlx_paged.models.aliases import ALIASES
@@ -56,11 +41,14 @@ _OPTION_NAMES = {  # of settings
 
 
 class EngineCommand(click.Command):
-    """A command whose failures are one line; ValueError, ImportError and OSError speak for themselves."""
+    """A command whose object is its Terminal, and whose failures are one line.
+
+    ValueError, ImportError and OSError speak for themselves.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; returns its exit code."""
-        terminal = Terminal(verbose=ctx.params["verbose"], quiet=ctx.params["quiet"])
+        terminal = ctx.obj = Terminal(verbose=ctx.params.pop("verbose"), quiet=ctx.params.pop("quiet"))
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -112,30 +100,25 @@ class EngineGroup(click.Group):
 _ALIASES_EPILOG = "Aliases: " + ", ".join(ALIASES)
 
 
-def _show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
-    if asked:
-        click.echo(f"mlx-paged {__version__}")
-        ctx.exit()
-
-
 @click.group(cls=EngineGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@flag("--version", is_eager=True, expose_value=False, callback=_show_version, help="Show the version and exit.")
+@click.version_option(__version__, message="mlx-paged %(version)s")
 def cli() -> None:
     """Text from language models on MLX, with a paged KV cache."""
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
-@prompt_options
-@int_option("-n", default=1, help="Samples per prompt.")
-@sampling_options
-@text("--json-schema", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@options.prompt_options
+@options.int_option("-n", default=1, help="Samples per prompt.")
+@options.sampling_options
+@options.text("--json-schema", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
       help="The output is JSON of the form that this JSON schema gives.")  # fmt: skip
-@text("--regex", help="The output matches this regular expression.")
-@int_option("--logprobs", help="With --json: the N best tokens and their log-probabilities.")
-@engine_options
-@profile_option
-@report_options
-def generate(json_schema: Path | None, **settings: Any) -> int:
+@options.text("--regex", help="The output matches this regular expression.")
+@options.int_option("--logprobs", help="With --json: the N best tokens and their log-probabilities.")
+@options.engine_options
+@options.profile_option
+@options.report_options
+@click.pass_obj
+def generate(terminal: Terminal, json_schema: Path | None, **settings: Any) -> int:
     """Generate text for one prompt or many at once.
 
     Prompts are arguments, -p, -f, or piped in. A model with a chat template answers; with --raw it continues.
@@ -145,68 +128,68 @@ def generate(json_schema: Path | None, **settings: Any) -> int:
     if json_schema is not None and settings["regex"] is not None:
         raise click.UsageError("give --json-schema or --regex, not both")
     settings["json_schema"] = None if json_schema is None else _read_schema(json_schema)
-    return _answer(SamplingParams, settings)
+    return _answer(SamplingParams, settings, terminal)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
-@prompt_options
-@int_option("--beam-width", default=4, help="Hypotheses kept while searching. Default: 4.")
-@int_option("-m", "--max-tokens", default=64, help="Most tokens of a hypothesis. Default: 64.")
-@float_option("--length-penalty", default=1.0, help="The score is log-probability / tokens**X. Default: 1.")
+@options.prompt_options
+@options.int_option("--beam-width", default=4, help="Hypotheses kept while searching. Default: 4.")
+@options.int_option("-m", "--max-tokens", default=64, help="Most tokens of a hypothesis. Default: 64.")
+@options.float_option("--length-penalty", default=1.0, help="The score is log-probability / tokens**X. Default: 1.")
 @click.option("--early-stopping", type=click.Choice(["false", "true", "never"]), default="false",
               help="Stop when no hypothesis is likely to get better (false), when enough are finished (true), when "
               "none can get better (never). Default: false.")  # fmt: skip
-@int_option("--num-return", "num_return_sequences", help="Hypotheses shown, best first. Default: all of them.")
-@engine_options
-@profile_option
-@report_options
-def beam_search(early_stopping: str, **settings: Any) -> int:
+@options.int_option("--num-return", "num_return_sequences", help="Hypotheses shown, best first. Default: all of them.")
+@options.engine_options
+@options.profile_option
+@options.report_options
+@click.pass_obj
+def beam_search(terminal: Terminal, early_stopping: str, **settings: Any) -> int:
     """Find the likeliest texts for one prompt or many by beam search.
 
     Prompts are arguments, -p, -f, or piped in. After the hypotheses of a prompt, best first, comes the most blocks
     that its beams held at once, and how many they would have held without sharing any.
     """
     settings["early_stopping"] = {"false": False, "true": True}.get(early_stopping, early_stopping)
-    return _answer(BeamSearchParams, settings)
+    return _answer(BeamSearchParams, settings, terminal)
 
 
-def _answer(kind: type[Params], settings: dict[str, Any]) -> int:
+def _answer(kind: type[Params], settings: dict[str, Any], terminal: Terminal) -> int:
     """Answer the prompts of a command with parameters of one kind. Returns the exit code."""
-    model, profile, verbose, quiet = map(settings.pop, ("model", "profile", "verbose", "quiet"))
-    prompts = PromptArguments.take(settings)
+    model, profile = settings.pop("model"), settings.pop("profile")
+    prompts = options.PromptArguments.take(settings)
     params, engine = split_settings(settings, kind)
-    terminal = Terminal(verbose=verbose, quiet=quiet)
     with model_loader(model, engine, terminal, profile=profile) as load:
         return answer_prompts(prompts, load, params, terminal)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
-@model_option
-@system_option
-@sampling_options
-@engine_options
-@report_options
-def chat(model: str | None, system: str | None, verbose: bool, quiet: bool, **settings: Any) -> int:
+@options.model_option
+@options.system_option
+@options.sampling_options
+@options.engine_options
+@options.report_options
+@click.pass_obj
+def chat(terminal: Terminal, model: str | None, system: str | None, **settings: Any) -> int:
     """Talk with a model that remembers the conversation; /help shows what else can be typed."""
     params, engine = split_settings(settings, SamplingParams)
-    terminal = Terminal(verbose=verbose, quiet=quiet)
     return hold_conversation(load_model(model, engine, terminal), params, system=system, terminal=terminal)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
 @click.argument("name", metavar="[MODEL]", required=False)
-@model_option
-@int_option("--context", help="Longest prompt plus output. Default: 8192, or the model's limit.")
-@int_option("--concurrency", help="Requests at once. Default: 16, or as many as --lengths.")
-@text("--lengths", metavar="N,N,...", help="Tokens of the requests, prompt and output. Default: typical ones.")
-@int_option("--block-size", default=16, help="Tokens per block. Default: 16.")
-@text("--memory", metavar="SIZE", help="Plan for 16GB, say, or 50%. Default: what this machine has.")
-@text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32.")
-@flag("--json", "as_json", help="One JSON object.")
-@flag("--blocks", help="Draw the block pool of a small workload instead; --lengths are its prompts.")
-@text("--svg", metavar="FILE", help="With --blocks: save the picture too.")
-@report_options
-def inspect(verbose: bool, quiet: bool, **settings: Any) -> int:
+@options.model_option
+@options.int_option("--context", help="Longest prompt plus output. Default: 8192, or the model's limit.")
+@options.int_option("--concurrency", help="Requests at once. Default: 16, or as many as --lengths.")
+@options.text("--lengths", metavar="N,N,...", help="Tokens of the requests, prompt and output. Default: typical ones.")
+@options.int_option("--block-size", default=16, help="Tokens per block. Default: 16.")
+@options.text("--memory", metavar="SIZE", help="Plan for 16GB, say, or 50%. Default: what this machine has.")
+@options.text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32.")
+@options.flag("--json", "as_json", help="One JSON object.")
+@options.flag("--blocks", help="Draw the block pool of a small workload instead; --lengths are its prompts.")
+@options.text("--svg", metavar="FILE", help="With --blocks: save the picture too.")
+@options.report_options
+def inspect(**settings: Any) -> int:
     """Show what a model's KV cache takes and wastes, from its config.json alone, or draw a block pool.
 
     MODEL is an alias, a Hugging Face repository or a folder; without one it is the bundled demo model.
@@ -215,19 +198,19 @@ def inspect(verbose: bool, quiet: bool, **settings: Any) -> int:
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
-@model_option
-@bench_options
-@engine_options
-@report_options
-def bench(model: str | None, shape: str | None, verbose: bool, quiet: bool, **settings: Any) -> int:
+@options.model_option
+@options.bench_options
+@options.engine_options
+@options.report_options
+@click.pass_obj
+def bench(terminal: Terminal, model: str | None, shape: str | None, **settings: Any) -> int:
     """Measure a model's speed: tokens per second of prompts (pp) and of decoding (tg), by batch size.
 
     Sequences decode from one token on.
     """
     if model is not None and shape is not None:
         raise click.UsageError(f"give --model {model} or --random-weights {shape}, not both")
-    engine = engine_settings(settings)
-    return measure_model(model, shape, engine, terminal=Terminal(verbose=verbose, quiet=quiet), **settings)
+    return measure_model(model, shape, engine_settings(settings), terminal=terminal, **settings)
 
 
 def split_settings(settings: dict[str, Any], kind: type[Params]) -> tuple[Params, dict[str, Any]]:
@@ -240,8 +223,7 @@ def split_settings(settings: dict[str, Any], kind: type[Params]) -> tuple[Params
 def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Take the engine's settings out of a command's options. Raises click.UsageError for one out of range."""
     names = {field.name for field in dataclasses.fields(EngineConfig)} - {"seed"}  # --seed is the request's
-    engine = {name: settings.pop(name) for name in names & settings.keys()}
-    engine = {name: value for name, value in engine.items() if value is not None}
+    engine = {name: value for name in names & settings.keys() if (value := settings.pop(name)) is not None}
     if settings.pop("no_prefix_caching"):
         engine["prefix_caching"] = False
     with _as_usage_error():
@@ -255,16 +237,14 @@ def _as_usage_error() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        message = re.sub(
-            r"^n\b|\b[a-z]+(_[a-z]+)+\b|^\w+\b", lambda name: _OPTION_NAMES.get(name[0], name[0]), str(error)
-        )
-        raise click.UsageError(message) from None
+        names = r"^n\b|\b[a-z]+(_[a-z]+)+\b|^\w+\b"
+        raise click.UsageError(re.sub(names, lambda name: _OPTION_NAMES.get(name[0], name[0]), str(error))) from None
 
 
 def _read_schema(path: Path) -> dict[str, Any] | bool:
     """Read the JSON schema in a file. Raises click.UsageError for anything else."""
     try:
-        schema = json.loads(read_text(path))
+        schema = json.loads(options.read_text(path))
     except (ValueError, RecursionError) as error:
         raise click.UsageError(f"--json-schema: {path} is not JSON: {error}") from None
     if not isinstance(schema, dict | bool):
@@ -275,7 +255,3 @@ def _read_schema(path: Path) -> dict[str, Any] | bool:
 def main() -> NoReturn:
     """The console script."""
     cli.main()
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,7 @@ from mlx_paged.progress import ProgressBar
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
-    from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, RequestOutput
+    from mlx_paged.outputs import BeamHypothesis, CompletionOutput, Output
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
 
@@ -52,10 +52,10 @@ class Terminal:
         """Name the answer that follows, below a blank line if there was one before."""
         self.answer("\n" * self._wrote + _styled(f"==> {text}", "1", sys.stdout) + "\n")
 
-    def note(self, text: str) -> None:
+    def note(self, *lines: str) -> None:
         """Say something beside the answers, to those who read it."""
-        if self.shows_notes:
-            self.to_stderr(_styled(text, "2", sys.stderr))
+        for line in lines if self.shows_notes else ():
+            self.to_stderr(_styled(line, "2", sys.stderr))
 
     def failure(self, text: str) -> None:
         """Say in one line what went wrong, whoever reads."""
@@ -90,13 +90,13 @@ class RunSummary:
 
     def __init__(self) -> None:
         self.generated_tokens = 0
-        self._ended: list[RequestOutput | BeamSearchOutput] = []
+        self._ended: list[Output] = []
         self._lengths: Counter[tuple[int, int]] = Counter()  # tokens so far of a request's sample
 
-    def count(self, output: RequestOutput | BeamSearchOutput) -> None:
+    def count(self, output: Output) -> None:
         """Count a whole output, or one delta of a stream."""
         self.generated_tokens += output.num_output_tokens
-        for number, sample in enumerate(_samples(output)):
+        for number, sample in enumerate(samples_of(output)):
             self._lengths[output.request_id, number] += len(sample.token_ids)
         if output.finished:
             self._ended.append(output)
@@ -116,7 +116,7 @@ class RunSummary:
             scheduled = min(_known(metrics.first_scheduled_time for _, metrics in begun))
             first_tokens = _known(metrics.first_token_time for _, metrics in begun)
             finished = max(_known(metrics.finished_time for _, metrics in begun))
-            num_samples = sum(max(1, len(_samples(output))) for output, _ in begun)
+            num_samples = sum(max(1, len(samples_of(output))) for output, _ in begun)
             prompt += _rate(num_prompt - num_cached, max(first_tokens) - scheduled)
             generation += _rate(self.generated_tokens - num_samples, finished - min(first_tokens))
             latency.append(f"first token {mean(_known(metrics.time_to_first_token for _, metrics in begun)):.2f} s")
@@ -135,8 +135,8 @@ class RunSummary:
             f"attention: {', '.join(map(_BACKENDS.__getitem__, llm.attention_backends))}",
         ]
 
-    def _longest_sample(self, output: RequestOutput | BeamSearchOutput) -> int:
-        return max((self._lengths[output.request_id, number] for number in range(len(_samples(output)))), default=0)
+    def _longest_sample(self, output: Output) -> int:
+        return max((self._lengths[output.request_id, number] for number in range(len(samples_of(output)))), default=0)
 
 
 def excerpt(text: str, limit: int = 60) -> str:
@@ -149,7 +149,8 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _samples(output: RequestOutput | BeamSearchOutput) -> Sequence[CompletionOutput | BeamHypothesis]:
+def samples_of(output: Output) -> Sequence[CompletionOutput | BeamHypothesis]:
+    """Return the samples of a request, or the hypotheses of a search."""
     return output.sequences if hasattr(output, "sequences") else output.outputs
 
 

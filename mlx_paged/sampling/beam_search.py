@@ -73,28 +73,23 @@ class BeamSearch:
         total = (logprobs.astype(np.float64) + np.array([[beam.cum_logprob] for beam in self.beams])).ravel()
         if np.isnan(total).any():
             raise ValueError("the model's logits are not numbers (NaN)")
-        num_tokens = self._num_tokens + 1
-        is_last = num_tokens == self._max_tokens
-        num_columns = token_ids.shape[1]
+        self._num_tokens += 1
         beams: list[Beam] = []
         parents: list[int] = []
-        hypotheses = list(self._hypotheses)
         for rank, (index, token, cum_logprob) in enumerate(self._ranked(token_ids.ravel(), total)):
             if len(beams) == self._width:
                 break
-            parent = index // num_columns
+            parent = index // token_ids.shape[1]
             tokens = [*self.beams[parent].token_ids, token]
-            if not is_last and token not in self._eos_token_ids:
+            if self._num_tokens < self._max_tokens and token not in self._eos_token_ids:
                 beams.append(Beam(tokens, cum_logprob))
                 parents.append(parent)
             elif rank < self._width:  # end tokens further down only made room for others
-                hypotheses.append(self._hypothesis(tokens, cum_logprob))
-        hypotheses = self._best(hypotheses)
-        if self._is_over(beams, hypotheses, num_tokens):
-            beams, parents = [], []
-        # All at once, so that an interruption leaves the search as it was before or after.
-        self.beams, self._hypotheses, self._num_tokens, self.finished = beams, hypotheses, num_tokens, not beams
-        return parents
+                self._hypotheses.append(self._hypothesis(tokens, cum_logprob))
+        self._hypotheses = self._best(self._hypotheses)
+        self.finished = self._is_over(beams)
+        self.beams = [] if self.finished else beams
+        return [] if self.finished else parents
 
     def hypotheses(self) -> list[Hypothesis]:
         """Return the num_return_sequences best hypotheses, best first.
@@ -129,16 +124,16 @@ class BeamSearch:
         """Keep the beam_width best, best first; sorting is stable, so the earlier one of equals."""
         return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)[: self._width]
 
-    def _is_over(self, beams: list[Beam], hypotheses: list[Hypothesis], num_tokens: int) -> bool:
+    def _is_over(self, beams: list[Beam]) -> bool:
         """Tell whether nothing can grow, or what grows is not expected to beat what is finished."""
         if not beams:
             return True
-        if len(hypotheses) < self._width:
+        if len(self._hypotheses) < self._width:
             return False
         if self._stops_when_full:
             return True
         # A running beam only gets less likely. "never" grants it the length that divides its sum by most; the
         # default takes its length of now, which for a length_penalty above 0 may stop too early: a heuristic.
         grants_most = self._params.early_stopping == "never" and self._params.length_penalty > 0
-        length = self._max_tokens if grants_most else num_tokens
-        return self._score(beams[0].cum_logprob, length) <= hypotheses[-1].score
+        length = self._max_tokens if grants_most else self._num_tokens
+        return self._score(beams[0].cum_logprob, length) <= self._hypotheses[-1].score

@@ -49,20 +49,18 @@ class GrammarCompiler:
         Raises ValueError, in one line, for a grammar that can't be used and for an engine without tokenizer. Raises
         ImportError without llguidance.
         """
-        kind, text = _grammar_of(params)
+        key = _grammar_of(params)
         if self._tokenizer is None:
-            raise ValueError(f"{kind} needs a tokenizer, and this engine has none")
+            raise ValueError(f"{key[0]} needs a tokenizer, and this engine has none")
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids)
-            compiled = self._compiled.get((kind, text))
-            if compiled is None:
-                compiled = _compile(self._vocabulary, kind, text)
-                self._compiled[kind, text] = compiled
+            if key not in self._compiled:
+                self._compiled[key] = _compile(self._vocabulary, *key)
                 if len(self._compiled) > MAX_CACHED_GRAMMARS:
                     self._compiled.popitem(last=False)
-            self._compiled.move_to_end((kind, text))
-            return compiled.copy()
+            self._compiled.move_to_end(key)
+            return self._compiled[key].copy()
 
 
 class GrammarMatcher:
@@ -80,9 +78,8 @@ class GrammarMatcher:
         self._has_ended = False
 
     def mask(self) -> np.ndarray:
-        """Tell which tokens may come next.
+        """Tell which tokens may come next. Returns uint32 [ceil(vocab_size / 32)]: t is bit t % 32 of word t // 32.
 
-        Returns uint32 [ceil(vocab_size / 32)]: token t is bit t % 32 of word t // 32.
         End tokens are allowed exactly where the grammar may end, ids that the tokenizer does not know never. Raises
         ValueError, in one line, where nothing is allowed: the grammar leads nowhere, or is too complex for llguidance.
         """
@@ -221,8 +218,7 @@ def _json_grammar(schema: str) -> str:
 def _grammar_of(params: SamplingParams) -> tuple[str, str]:
     """Find the grammar that `params` ask for. Returns its kind and its text."""
     for kind in _GRAMMAR_KINDS:
-        value = getattr(params, kind)
-        if value is not None:
+        if (value := getattr(params, kind)) is not None:
             return kind, _schema_text(value) if kind == "json_schema" else value
     raise ValueError(f"the parameters ask for no form: give one of {', '.join(_GRAMMAR_KINDS)}")
 
@@ -232,9 +228,7 @@ def _schema_text(schema: Mapping[str, Any] | bool | str) -> str:
         value = json.loads(schema) if isinstance(schema, str) else schema
         if value is False:
             raise ValueError("the schema false allows nothing")
-        if value is True:
-            value = {}
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_dict)
+        return json.dumps({} if value is True else value, ensure_ascii=False, allow_nan=False, default=_as_dict)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"json_schema can't be used: {_one_line(str(error))}") from None
 

@@ -77,11 +77,8 @@ class BlockPicture:
                 filled = min(self.block_size, num_tokens - index * self.block_size)
                 self._holders.setdefault(block_id, []).append(sequence)
                 self._filled[block_id] = max(filled, self._filled.get(block_id, 0))
-        self._cached = {
-            block_id
-            for block_id in range(self.num_blocks)
-            if block_id not in self._holders and manager.is_cached(block_id)
-        }
+        unused = set(range(self.num_blocks)) - set(self._holders)
+        self._cached = {block_id for block_id in unused if manager.is_cached(block_id)}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"Block pool: {self.num_blocks} blocks of {self.block_size} tokens", Style(bold=True))
@@ -118,13 +115,11 @@ class BlockPicture:
         for kind, group in groupby(rows, self._kind):
             alike = list(group)
             if kind and len(alike) > 2:
-                num_blocks = sum(map(len, alike))
                 line = Text(" " * margin, no_wrap=True).append_text(self._cell(alike[0][0]))
-                yield line.append(f" ... {num_blocks:,} such blocks", Style(dim=True))
+                yield line.append(f" ... {sum(map(len, alike)):,} such blocks", Style(dim=True))
                 continue
             for row in alike:
-                line = Text(no_wrap=True)
-                line.append(f"{row.start:>{margin - 2}}  ", Style(dim=True))
+                line = Text(no_wrap=True).append(f"{row.start:>{margin - 2}}  ", Style(dim=True))
                 for block_id in row:
                     line.append_text(self._cell(block_id)).append(" ")
                 yield line
@@ -168,11 +163,11 @@ class BlockPicture:
             line = Text(no_wrap=True, overflow="crop")
             line.append(f"{sequence.letter:<{letters}}", Style(color=sequence.color, bold=True))
             line.append(f"  {sequence.name[:names]:<{names}}  {sequence.num_tokens:>{tokens},} tokens   ")
-            table = sequence.table
             if sequence.num_released:
                 line.append(f"-{sequence.num_released}".center(_CELL) + " ", Style(dim=True))
-            for index, block_id in enumerate(table):
-                if len(table) <= room or index < room - 2 or index == len(table) - 1:
+            last = len(sequence.table) - 1
+            for index, block_id in enumerate(sequence.table):
+                if last < room or index < room - 2 or index == last:
                     line.append_text(self._cell(block_id, str(block_id))).append(" ")
                 elif index == room - 2:
                     line.append("...".center(_CELL) + " ", Style(dim=True))
@@ -182,23 +177,20 @@ class BlockPicture:
         """What the cells mean, of those that occur."""
         full = Style(color=_INK, bgcolor=_COLORS[0])
         alone = [block_id for block_id, holders in self._holders.items() if len(holders) == 1]
-        entries: list[tuple[Text, str]] = []
-        if alone:
-            entries.append((Text(" A  ", full), "one sequence"))
-        if any(self._filled[block_id] < self.block_size for block_id in alone):
-            entries.append((Text.assemble((" a", full), ("  ", Style(bgcolor=_FREE))), "partly filled"))
-        if len(alone) < len(self._holders):
-            entries.append((Text(f" {_TIMES}2 ", Style(color=_INK, bgcolor=_SHARED)), "shared by 2"))
-        if self._cached:
-            entries.append((Text("░" * _CELL, _CACHED), "cached"))
-        if len(self._holders) + len(self._cached) < self.num_blocks:
-            entries.append((Text(" ·  ", Style(dim=True)), "free"))
-        if any(sequence.num_released for sequence in self.sequences):
-            entries.append((Text(" -1 ", Style(dim=True)), "left by the window"))
-        if self.num_swapped:
-            entries.append((Text("▒" * _CELL, _CACHED), f"swapped out, {self.num_swapped:,}"))
+        part = any(self._filled[block_id] < self.block_size for block_id in alone)
+        free = self.num_blocks - len(self._holders) - len(self._cached)
+        released = any(sequence.num_released for sequence in self.sequences)
+        entries = [
+            (alone, Text(" A  ", full), "one sequence"),
+            (part, Text.assemble((" a", full), ("  ", Style(bgcolor=_FREE))), "partly filled"),
+            (len(alone) < len(self._holders), Text(f" {_TIMES}2 ", Style(color=_INK, bgcolor=_SHARED)), "shared by 2"),
+            (self._cached, Text("░" * _CELL, _CACHED), "cached"),
+            (free, Text(" ·  ", Style(dim=True)), "free"),
+            (released, Text(" -1 ", Style(dim=True)), "left by the window"),
+            (self.num_swapped, Text("▒" * _CELL, _CACHED), f"swapped out, {self.num_swapped:,}"),
+        ]
         line = Text()
-        for cell, meaning in entries:
+        for _, cell, meaning in filter(lambda entry: entry[0], entries):
             entry = Text.assemble(cell, " ", meaning)
             if line and len(line) + 2 + len(entry) > width:
                 yield line

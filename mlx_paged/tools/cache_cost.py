@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -137,10 +138,8 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
     loading.set_dtype(model, dtype)
     patched = patch_model(model)
     stored = config.get("quantization_config")
-    counts: dict[Any, int] = {}
-    for shape, window in sorted(zip(patched.layers, patched.windows, strict=True), key=lambda layer: layer[1] or 0):
-        if shape is not None:
-            counts[shape, window] = counts.get((shape, window), 0) + 1
+    layers = sorted(zip(patched.layers, patched.windows, strict=True), key=lambda layer: layer[1] or 0)
+    counts = Counter((shape, window) for shape, window in layers if shape is not None)
     groups = [LayerGroup(count, shape, window) for (shape, window), count in counts.items()]
     return ModelSize(
         family=str(config["model_type"]),

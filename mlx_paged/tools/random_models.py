@@ -5,65 +5,42 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2-tiny": {  # only to see something run
-        "model_type": "qwen2",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "intermediate_size": 48,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
+
+def _shape(
+    model_type: str, hidden: int, layers: int, mlp: int, heads: tuple[int, int], vocab: int, **others: Any
+) -> dict[str, Any]:
+    """Write the configuration of a shape. heads: of queries, of K and V. others: entries of config.json."""
+    return {
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "vocab_size": vocab,
         "rope_theta": 1e6,
         "tie_word_embeddings": True,
-    },
-    "qwen2-20m": {
-        "model_type": "qwen2",
-        "hidden_size": 512,
-        "num_hidden_layers": 6,
-        "intermediate_size": 1408,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 8192,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-    },
-    "qwen2-0.5b": {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "intermediate_size": 4864,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-4b": {
-        "model_type": "qwen3",
-        "hidden_size": 2560,
-        "num_hidden_layers": 36,
-        "intermediate_size": 9728,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-    },
-    "llama-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "rope_theta": 5e5,
-        "tie_word_embeddings": False,
-    },
-}
+        **others,
+    }
+
+
 _CONTEXT = 32768
+SHAPES = {
+    "qwen2-tiny": _shape("qwen2", hidden=32, layers=2, mlp=48, heads=(4, 2), vocab=1024),  # only to see something run
+    "qwen2-20m": _shape("qwen2", hidden=512, layers=6, mlp=1408, heads=(8, 2), vocab=8192),
+    "qwen2-0.5b": _shape("qwen2", hidden=896, layers=24, mlp=4864, heads=(14, 2), vocab=151936),
+    "qwen3-4b": _shape("qwen3", hidden=2560, layers=36, mlp=9728, heads=(32, 8), vocab=151936, head_dim=128),
+    "llama-8b": _shape(
+        "llama",
+        hidden=4096,
+        layers=32,
+        mlp=14336,
+        heads=(32, 8),
+        vocab=128256,
+        rope_theta=5e5,
+        tie_word_embeddings=False,
+    ),
+}
 
 
 def make_random_model(shape: str, dtype: str | None = None) -> Any:

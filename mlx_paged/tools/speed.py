@@ -42,13 +42,15 @@ def measure_speed(
             size = prompt if test == "pp" else output
             if size == 0:
                 continue
+            params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
             samples = []
             for repetition in range(-1, repetitions):
                 progress(f"{test}{size} x {batch}: {'warming up' if repetition < 0 else repetition + 1}")
                 prompts = [[draw.randrange(llm.vocab_size) for _ in range(prompt)] for _ in range(batch)]
-                seconds = _seconds(llm, prompts, output)
+                started = time.perf_counter()
+                llm.generate(prompts, params)
                 if repetition >= 0:
-                    samples.append(batch * size / seconds)
+                    samples.append(batch * size / (time.perf_counter() - started))
             yield {
                 "test": f"{test}{size}",
                 "batch": batch,
@@ -56,10 +58,3 @@ def measure_speed(
                 "deviation": statistics.stdev(samples) if len(samples) > 1 else 0.0,
                 "samples": samples,
             }
-
-
-def _seconds(llm: LLM, prompts: list[list[int]], num_tokens: int) -> float:
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    started = time.perf_counter()
-    llm.generate(prompts, params)
-    return time.perf_counter() - started
