@@ -26,7 +26,7 @@ from mlx_paged.engine.interrupts import defer_interrupts
 from mlx_paged.engine.output_processor import FinishReason, OutputProcessor
 from mlx_paged.engine.profile import Profile
 from mlx_paged.engine.sampling_step import SamplingStep
-from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.outputs import EngineStats, Output
 from mlx_paged.request import Request, Sequence
 from mlx_paged.runner.in_flight import StepInFlight, StepRunner
 from mlx_paged.runner.input_builder import InputBuilder
@@ -39,8 +39,6 @@ from mlx_paged.scheduler.scheduler import Scheduler
 
 _LOG = logging.getLogger(__name__)
 _UNSEEDED = 1 << 40  # a sample index that no request has: keeps the engine's own seeds apart from users'
-
-Output = RequestOutput | BeamSearchOutput
 
 
 class Engine:

@@ -7,7 +7,7 @@ import numpy as np
 
 from mlx_paged.engine.profile import Profile
 from mlx_paged.engine.text_stream import TextStream
-from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, RequestOutput
+from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, Output, RequestOutput
 from mlx_paged.request import Request, Sequence
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
@@ -26,7 +26,7 @@ class OutputProcessor:
 
     requests: dict[int, Request]
     """All that have begun and not ended, by id."""
-    outputs: list[RequestOutput | BeamSearchOutput]
+    outputs: list[Output]
     """What waits to be handed out."""
 
     def __init__(
@@ -45,7 +45,7 @@ class OutputProcessor:
         self._scheduler = scheduler
         self._profile = profile
 
-    def take(self) -> list[RequestOutput | BeamSearchOutput]:
+    def take(self) -> list[Output]:
         """Hand out what waits."""
         outputs, self.outputs = self.outputs, []
         return outputs
@@ -213,7 +213,7 @@ class OutputProcessor:
         self._emit(request, True)
         del self.requests[request.request_id]
 
-    def _output(self, request: Request, finished: bool) -> RequestOutput | BeamSearchOutput:
+    def _output(self, request: Request, finished: bool) -> Output:
         """Return what the request has, or in a stream what it has gained since this was last emitted."""
         if request.search is not None:
             return self._beam_search_output(request)
