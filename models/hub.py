@@ -19,16 +19,8 @@ from mlx_paged.models.aliases import ALIASES
 DEMO_FOLDER = Path(__file__).parent / "demo"
 
 # What mlx-lm reads of a repository; Python files are left out because nothing here runs a repository's code.
-DOWNLOAD_PATTERNS = [
-    "*.json",
-    "*.jsonl",
-    "*.jinja",
-    "*.txt",
-    "*.tiktoken",
-    "model*.safetensors",
-    "tokenizer.model",
-    "tiktoken.model",
-]
+DOWNLOAD_PATTERNS = ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.tiktoken"]
+DOWNLOAD_PATTERNS += ["model*.safetensors", "tokenizer.model", "tiktoken.model"]
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _ANY_MODEL = "an alias (mlx-paged generate --help lists them), a Hugging Face repository (org/name) or a folder"
@@ -37,15 +29,10 @@ _ANY_MODEL = "an alias (mlx-paged generate --help lists them), a Hugging Face re
 def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None, config_only: bool = False) -> Path:
     """Find the folder that holds `model`, and download it first if need be.
 
-    Args:
-        model: None (the bundled demo model), an alias, a folder, or a repository "org/name". A plain string that is an
-            alias always means the alias (write "./qwen2" for a folder of that name); "org/name" means a folder if
-            there is one.
-        revision: branch, tag or commit of a repository.
-        config_only: of a repository, download config.json and nothing else.
-
-    Raises:
-        ModelError: there is no such model, or it can't be downloaded now.
+    model: None (the bundled demo model), an alias, a folder, or a repository "org/name". A plain string that is an
+    alias always means the alias (write "./qwen2" for a folder of that name); "org/name" means a folder if there is
+    one. revision: branch, tag or commit of a repository. config_only: of a repository, download config.json and
+    nothing else. Raises ModelError if there is no such model, or it can't be downloaded now.
     """
     if model is None:
         return _folder_with_config(DEMO_FOLDER)
@@ -173,7 +160,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str | None:
     from huggingface_hub import constants, errors
 
     endpoint, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-
+    is_incomplete = type(error).__name__ == "IncompleteSnapshotError"
     number = _errno(error)
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {repo} doesn't fit into {cache}; free some space, or point HF_HOME at another disk"
@@ -182,19 +169,14 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str | None:
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated: accept its licence at {endpoint}/{repo}, then run `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"there is no model {repo!r} at {endpoint} and no folder of that name (a private one needs `hf auth login`)"
-        )
+        here = f"at {endpoint} and no folder of that name"
+        return f"there is no model {repo!r} {here} (a private one needs `hf auth login`)"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no revision {revision!r}"
     if isinstance(error, errors.HFValidationError):
         return f"{repo!r} can't be a repository's name; a model is {_ANY_MODEL}"
-    if isinstance(error, errors.LocalEntryNotFoundError) or type(error).__name__ == "IncompleteSnapshotError":
-        state = (
-            "is only partly downloaded"
-            if type(error).__name__ == "IncompleteSnapshotError"
-            else "is not downloaded yet"
-        )
+    if isinstance(error, errors.LocalEntryNotFoundError) or is_incomplete:
+        state = "is only partly downloaded" if is_incomplete else "is not downloaded yet"
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{endpoint} can't be reached"
         return f"{repo} {state} and {offline}; try again when online, or give --model a folder"
     if isinstance(error, errors.HfHubHTTPError):

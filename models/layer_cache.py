@@ -33,12 +33,7 @@ class PagedLayerCache:
     """One layer of a paged KV cache during one step, with the interface of an mlx-lm cache."""
 
     def __init__(
-        self,
-        pool: LayerPool | None,
-        backend: Backend | None,
-        inputs: ModelInputs,
-        group: int,
-        window: int | None,
+        self, pool: LayerPool | None, backend: Backend | None, inputs: ModelInputs, group: int, window: int | None
     ) -> None:
         """pool, backend: None where nothing is stored, and so nothing asked of them."""
         self.inputs = inputs
@@ -50,8 +45,8 @@ class PagedLayerCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         """Put keys and values, [num_tokens, num_kv_heads, 1, dim], into their slots."""
-        write_done = self._backend.write(*self._pools, self._metadata, keys.squeeze(2), values.squeeze(2))
-        self._pool.write_done = write_done
+        new = keys.squeeze(2), values.squeeze(2)
+        self._pool.write_done = self._backend.write(*self._pools, self._metadata, *new)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[PagedKV, PagedKV]:

@@ -140,8 +140,9 @@ def patch_model(model: nn.Module) -> PatchedModel:
     check_seam()
     name = getattr(model, "model_type", type(model).__name__)
     windows = [_window_of(cache, name) for cache in make_prompt_cache(model)]
-    for module in model.modules():
-        _patch_attention(sys.modules[type(module).__module__])
+    for source in {sys.modules[type(module).__module__] for module in model.modules()}:
+        if getattr(source, _ATTENTION, None) is base.scaled_dot_product_attention:
+            setattr(source, _ATTENTION, _dispatch)
     inner = _inner_model(model)
     if inner is not None:
         select_logits(type(inner))
@@ -171,17 +172,11 @@ def _window_of(cache: Any, model_name: str) -> int | None:
     )
 
 
-def _patch_attention(module: Any) -> None:
-    """Let `module`'s attention function handle paged K and V; it stays as it was for everything else."""
-    original = getattr(module, _ATTENTION, None)
-    if original is base.scaled_dot_product_attention:
-        setattr(module, _ATTENTION, _dispatch)
-
-
 @functools.wraps(base.scaled_dot_product_attention)
 def _dispatch(
     queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None
 ) -> mx.array:
+    # Everything but paged K and V is computed as before.
     if not isinstance(keys, PagedKV):
         return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
     if not (mask is None or isinstance(mask, PagedMask)):
@@ -198,23 +193,21 @@ def _inner_model(model: nn.Module) -> nn.Module | None:
 
 
 def _trace(model: nn.Module, name: str, windows: list[int | None]) -> PatchedModel:
-    """Build the graph of a step, without running it, to see what each layer stores and what the model returns."""
+    """Build the graph of a step, without running it, to see what each layer stores and what the model returns.
+
+    Raises ModelError if the model's code does not take what it is given for what it is.
+    """
+    tokens, rows = mx.arange(_NUM_TRACED_TOKENS, dtype=mx.int32), mx.array(_TRACED_ROWS, mx.int32)
+    caches = [ShapeRecorder(ModelInputs(tokens, tokens, rows, []), window) for window in windows]
     try:
-        return _trace_step(model, windows)
+        logits = model(tokens[:, None], cache=caches)
+        selects_logits = logits.shape[0] == len(_TRACED_ROWS)
+        _expect_shape(logits, (len(_TRACED_ROWS) if selects_logits else _NUM_TRACED_TOKENS, 1, logits.shape[-1]))
     except Exception as error:  # whatever a model's code does to an opaque object
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
             f"model family {name!r} can't be paged: its code handles keys, values, masks or positions itself ({reason})"
         ) from error
-
-
-def _trace_step(model: nn.Module, windows: list[int | None]) -> PatchedModel:
-    """Raises any error if the model's code does not take what it is given for what it is."""
-    tokens, rows = mx.arange(_NUM_TRACED_TOKENS, dtype=mx.int32), mx.array(_TRACED_ROWS, mx.int32)
-    caches = [ShapeRecorder(ModelInputs(tokens, tokens, rows, []), window) for window in windows]
-    logits = model(tokens[:, None], cache=caches)
-    selects_logits = logits.shape[0] == len(_TRACED_ROWS)
-    _expect_shape(logits, (len(_TRACED_ROWS) if selects_logits else _NUM_TRACED_TOKENS, 1, logits.shape[-1]))
     shapes, num_heads = [cache.shape for cache in caches], [cache.num_heads for cache in caches]
     return PatchedModel(model, shapes, windows, num_heads, logits.shape[-1], selects_logits)
 

@@ -73,6 +73,20 @@ class Backend(ABC):
         """
 
 
+def check_arrays(q: mx.array, k_cache: mx.array, v_cache: mx.array, sinks: mx.array | None) -> None:
+    """Raise ValueError for arrays that do not fit together, TypeError if it is for their dtypes."""
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise TypeError(f"q, k_cache and v_cache differ in dtype: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(f"k_cache and v_cache differ in blocks: {list(k_cache.shape)} and {list(v_cache.shape)}")
+    if q.shape[2] != k_cache.shape[3]:
+        raise ValueError(f"head_dim of q is {q.shape[2]}, that of k_cache {k_cache.shape[3]}")
+    if q.shape[1] % k_cache.shape[2]:
+        raise ValueError(f"{q.shape[1]} query heads can't share {k_cache.shape[2]} KV heads evenly")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks must have one value per query head, [{q.shape[1]}], got {list(sinks.shape)}")
+
+
 def in_order(
     outputs: list[mx.array], token_order: mx.array | None, num_tokens: int, shape: tuple[int, ...], dtype: mx.Dtype
 ) -> mx.array:

@@ -82,15 +82,10 @@ class CpuBackend(ReferenceBackend):
         return out.astype(q.dtype)
 
     def _plan_apart(
-        self,
-        metadata: AttentionMetadata,
-        prefixes: list[tuple[np.ndarray, int]],
-        num_heads: int,
-        block_size: int,
-        num_kv_heads: int,
-        dims: int,
+        self, metadata: AttentionMetadata, prefixes: list[tuple[np.ndarray, int]], *sizes: int
     ) -> tuple[tuple[list[Tile], mx.array | None], list[Tile]]:
         """As `plan`, without the prefixes' keys, and tiles of one sequence with those and all members' queries."""
+        num_heads, block_size, num_kv_heads, dims = sizes
         first_keys, shared = np.zeros_like(metadata.context_lens), []
         for members, num_tokens in prefixes:
             first_keys[members] = num_tokens

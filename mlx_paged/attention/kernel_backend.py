@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention import work_items
-from mlx_paged.attention.backend import AttentionOptions, Backend, in_order
+from mlx_paged.attention.backend import AttentionOptions, Backend, check_arrays, in_order
 from mlx_paged.attention.kernel_plan import Launch, Parts, Plan, padded, split_by_kernel, to_device
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.shared_prefix import SharedPrefix
@@ -162,7 +162,7 @@ class KernelBackend(Backend):
         plan.constants["window"] = mx.array(num_visible, mx.int32)
         return plan
 
-    # -- calls: of q, k_cache, v_cache, block_tables, sinks and write_done, of which the last two may be None --
+    # -- calls, which take q, k_cache, v_cache, block_tables, sinks and write_done; the last two may be None --
 
     def run(
         self,
@@ -174,34 +174,22 @@ class KernelBackend(Backend):
         options: AttentionOptions,
         write_done: mx.array | None = None,
     ) -> mx.array:
-        """Attention of q [num_tokens, num_heads, head_dim], whose tokens are those of the plan. The window is its too.
+        """Attention of q [num_tokens, num_heads, head_dim], whose tokens and window are those of the plan.
 
-        block_tables: int32 [num_seqs, max_blocks]. Returns [num_tokens, num_heads, value_dim]. Raises ValueError for
-        arrays that have no kernel; they are checked, and the call is made, for the first of the layers alike.
+        block_tables: int32 [num_seqs, max_blocks]. Returns [num_tokens, num_heads, value_dim]. Raises ValueError or
+        TypeError for arrays that have no kernel; only those of the first of the layers alike are checked.
         """
         scale, _, softcap, sinks = options
         key = (scale, softcap, q.dtype, None if sinks is None else sinks.dtype)
         if key not in plan.calls:
-            self._check(q, k_cache, v_cache, block_tables, sinks)
+            if reason := self.unsupported(q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3]):
+                raise ValueError(reason)
+            check_arrays(q, k_cache, v_cache, sinks)
+            if block_tables.dtype != mx.int32:
+                raise TypeError(f"block_tables must be int32, got {block_tables.dtype}")
             arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
             plan.calls[key] = self._prepare(arrays, plan, options) if q.shape[0] else _no_tokens
         return plan.calls[key](q, k_cache, v_cache, block_tables, sinks, write_done)
-
-    def _check(
-        self, q: mx.array, k_cache: mx.array, v_cache: mx.array, block_tables: mx.array, sinks: mx.array | None
-    ) -> None:
-        """Raise ValueError for arrays that do not fit together or that no kernel takes."""
-        if reason := self.unsupported(q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3]):
-            raise ValueError(reason)
-        if not (q.dtype == k_cache.dtype == v_cache.dtype and block_tables.dtype == mx.int32):
-            raise ValueError(
-                "q, k_cache and v_cache must have one dtype and block_tables be int32; "
-                f"got {q.dtype}, {k_cache.dtype}, {v_cache.dtype} and {block_tables.dtype}"
-            )
-        if k_cache.shape[:3] != v_cache.shape[:3] or q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2]:
-            raise ValueError(f"q {q.shape}, k_cache {k_cache.shape} and v_cache {v_cache.shape} do not fit together")
-        if sinks is not None and sinks.shape != (q.shape[1],):
-            raise ValueError(f"sinks must have one value per query head, [{q.shape[1]}], got {sinks.shape}")
 
     def _prepare(self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions) -> Callable[..., mx.array]:
         """The call for arrays like these, with the merging of parts where a row of q has several."""
@@ -245,7 +233,7 @@ class KernelBackend(Backend):
             q, k_cache, v_cache, block_tables, sinks, write_done = arrays
             inputs = [q, k_cache, v_cache, block_tables, *constants.values(), q if sinks is None else sinks]
             if self.writes_in_place:
-                inputs.append(plan.work if write_done is None else write_done)
+                inputs.append(constants["work"] if write_done is None else write_done)
             return kernel(inputs=inputs, **settings)
 
         return call

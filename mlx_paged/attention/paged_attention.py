@@ -10,13 +10,13 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.attention.backend import AttentionOptions, Backend
+from mlx_paged.attention.backend import AttentionOptions, Backend, check_arrays
 from mlx_paged.attention.cpu import CpuBackend
 from mlx_paged.attention.cuda import CudaBackend
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.reference import ReferenceBackend
-from mlx_paged.attention.shared_prefix import SharedPrefix, find_shared_prefixes
+from mlx_paged.attention.shared_prefix import find_shared_prefixes
 from mlx_paged.errors import EngineWarning
 
 _ALL: tuple[Backend, ...] = (MetalBackend(), CudaBackend(), CpuBackend(), ReferenceBackend())
@@ -55,13 +55,18 @@ def paged_attention(
     Values in unused slots, NaN included, have no influence. Raises ValueError or TypeError for arguments that don't
     fit together.
     """
-    metadata = _checked_metadata(q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q)
+    if q.ndim != 3 or k_cache.ndim != 4 or v_cache.ndim != 4:
+        raise ValueError(
+            "q must be [num_tokens, num_heads, head_dim], the caches [num_blocks, block_size, num_kv_heads, head_dim]; "
+            f"got {list(q.shape)}, {list(k_cache.shape)} and {list(v_cache.shape)}"
+        )
+    check_arrays(q, k_cache, v_cache, sinks)
+    arrays = {"block_tables": block_tables, "context_lens": context_lens, "cu_seqlens_q": cu_seqlens_q}
+    metadata = _checked_metadata(q.shape[0], k_cache.shape[0], k_cache.shape[1], arrays)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (a query sees itself), got {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0, got {softcap}")
-    if sinks is not None and sinks.shape != (q.shape[1],):
-        raise ValueError(f"sinks must have one value per query head, [{q.shape[1]}], got {list(sinks.shape)}")
     q, k_cache, v_cache = map(mx.contiguous, (q, k_cache, v_cache))  # copies nothing that is
     return attend(q, k_cache, v_cache, metadata, AttentionOptions(scale, window, softcap, sinks), backend)
 
@@ -108,28 +113,9 @@ def _warn_once(message: str) -> None:
 
 
 def _checked_metadata(
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    block_tables: mx.array | np.ndarray,
-    context_lens: mx.array | np.ndarray,
-    cu_seqlens_q: mx.array | np.ndarray,
+    num_tokens: int, num_blocks: int, block_size: int, arrays: dict[str, mx.array | np.ndarray]
 ) -> AttentionMetadata:
-    """The metadata, or the first thing wrong with the arguments as an error; checked on the host."""
-    if q.ndim != 3 or k_cache.ndim != 4 or v_cache.ndim != 4:
-        raise ValueError(
-            "q must be [num_tokens, num_heads, head_dim], the caches [num_blocks, block_size, num_kv_heads, head_dim]; "
-            f"got {list(q.shape)}, {list(k_cache.shape)} and {list(v_cache.shape)}"
-        )
-    if not q.dtype == k_cache.dtype == v_cache.dtype:
-        raise TypeError(f"q, k_cache and v_cache differ in dtype: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
-    if k_cache.shape[:3] != v_cache.shape[:3]:
-        raise ValueError(f"k_cache and v_cache differ in blocks: {list(k_cache.shape)} and {list(v_cache.shape)}")
-    if q.shape[2] != k_cache.shape[3]:
-        raise ValueError(f"head_dim of q is {q.shape[2]}, that of k_cache {k_cache.shape[3]}")
-    if q.shape[1] % k_cache.shape[2]:
-        raise ValueError(f"{q.shape[1]} query heads can't share {k_cache.shape[2]} KV heads evenly")
-    arrays = {"block_tables": block_tables, "context_lens": context_lens, "cu_seqlens_q": cu_seqlens_q}
+    """Check, on the host, the arrays of `paged_attention` that say where tokens lie. Raises ValueError or TypeError."""
     host = {name: np.array(array) for name, array in arrays.items()}
     for name, array in host.items():
         if array.dtype != np.int32:
@@ -141,13 +127,12 @@ def _checked_metadata(
             f"got {list(tables.shape)}, {list(contexts.shape)} and {list(starts.shape)}"
         )
     lengths = np.diff(starts)
-    if starts[0] != 0 or (lengths < 0).any() or starts[-1] != q.shape[0]:
-        raise ValueError(f"cu_seqlens_q must rise from 0 to the {q.shape[0]} tokens of q, got {starts.tolist()}")
+    if starts[0] != 0 or (lengths < 0).any() or starts[-1] != num_tokens:
+        raise ValueError(f"cu_seqlens_q must rise from 0 to the {num_tokens} tokens of q, got {starts.tolist()}")
     if (contexts < 0).any():
         raise ValueError(f"context_lens must not be negative, got {contexts.tolist()}")
     for i in np.nonzero((lengths > contexts) & (contexts > 0))[0]:
         raise ValueError(f"sequence {i} has {lengths[i]} queries but a context of {contexts[i]} tokens")
-    num_blocks, block_size = k_cache.shape[:2]
     for i in np.nonzero(contexts > tables.shape[1] * block_size)[0]:
         raise ValueError(
             f"sequence {i} has a context of {contexts[i]} tokens, its table room for {tables.shape[1] * block_size}"
@@ -155,8 +140,6 @@ def _checked_metadata(
     used = np.arange(tables.shape[1])[None, :] < -(-contexts // block_size)[:, None]
     if (bad := tables[used & ((tables < 0) | (tables >= num_blocks))]).size:
         raise ValueError(f"block_tables names block {bad[0]}; the cache has blocks 0 to {num_blocks - 1}")
-
-    def find(seqs: np.ndarray) -> list[SharedPrefix]:
-        return find_shared_prefixes(tables[seqs], contexts[seqs], block_size)
-
-    return AttentionMetadata(mx.array(tables), contexts, starts, find)
+    return AttentionMetadata(
+        mx.array(tables), contexts, starts, lambda seqs: find_shared_prefixes(tables[seqs], contexts[seqs], block_size)
+    )

@@ -7,9 +7,8 @@ over the keys of the query's sequence up to the query's own position, of which a
 
 A decode is a prompt of one query. Sequences with equally many queries and similar contexts are one batch, whose keys
 and values are gathered from the blocks; positions past the end of a context stand for its last token again, so that
-what unused slots hold, NaN included, is never read. The gather takes rows of one head, straight into the order that
-the products want. Where the keys are is computed on the device, once per step: the host handles a few numbers per
-sequence, however long the contexts.
+what unused slots hold, NaN included, is never read. Where the keys are is computed on the device, once per step: the
+host handles a few numbers per sequence, however long the contexts.
 """
 
 from __future__ import annotations

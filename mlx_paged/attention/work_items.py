@@ -159,12 +159,7 @@ def num_key_splits(num_tiles: np.ndarray, num_keys: np.ndarray, shape: Shape, nu
 
 
 def prefill_items(
-    context_lens: np.ndarray,
-    cu_seqlens_q: np.ndarray,
-    window: int | None,
-    shape: Shape,
-    num_cores: int,
-    tile: Tile,
+    context_lens: np.ndarray, cu_seqlens_q: np.ndarray, window: int | None, shape: Shape, num_cores: int, tile: Tile
 ) -> WorkItems:
     """List the tiles of each sequence's rows, one row per query and head of a KV head, and the parts of their keys.
 
@@ -176,13 +171,11 @@ def prefill_items(
     if window is not None:
         num_keys = np.minimum(num_keys, window + tile.rows // shape.heads_per_kv_head)
     sequences = np.arange(len(query_lens))
-    first_positions = context_lens - query_lens
-    return _tiles(sequences, cu_seqlens_q[:-1], query_lens, first_positions, num_keys, shape, num_cores, tile)
+    return _tiles(sequences, query_lens, context_lens - query_lens, num_keys, shape, num_cores, tile)
 
 
 def _tiles(
     sequences: np.ndarray,
-    first_tokens: np.ndarray,
     query_lens: np.ndarray,
     first_positions: np.ndarray,
     num_keys: np.ndarray,
@@ -194,11 +187,11 @@ def _tiles(
     num_tiles = -(-query_lens * shape.heads_per_kv_head // tile.rows)
     num_parts = num_key_splits(num_tiles, num_keys, shape, num_cores, tile)
     cu_parts = _cumulative(np.repeat(num_parts, query_lens))
-    first_parts = cu_parts[np.cumsum(query_lens) - query_lens]
+    first_tokens = np.cumsum(query_lens) - query_lens
     num_items = num_tiles * num_parts
     run = np.repeat(np.arange(len(num_items)), num_items)
     in_tile, part = np.divmod(_ranges(num_items), num_parts[run])
-    of_run = (sequences, first_tokens, query_lens, first_positions, num_parts, first_parts)
+    of_run = (sequences, first_tokens, query_lens, first_positions, num_parts, cu_parts[first_tokens])
     sequence, first, queries, position, parts, first_part = (values[run] for values in of_run)
     return WorkItems(
         _columns(sequence, first, queries, position, in_tile * tile.rows, part, parts, first_part), cu_parts
@@ -226,8 +219,8 @@ def shared_items(
     counts = np.array([len(prefix.members) for prefix in prefixes])
     lengths = np.array([prefix.num_tokens for prefix in prefixes])
     members = np.concatenate([prefix.members for prefix in prefixes])
-    first = np.cumsum(counts) - counts
-    items = _tiles(members[first], first, counts, lengths - 1, lengths, shape, num_cores, tile)
+    first_members = members[np.cumsum(counts) - counts]
+    items = _tiles(first_members, counts, lengths - 1, lengths, shape, num_cores, tile)
     ranges = np.zeros((num_seqs, 2), np.int32)
     ranges[members] = np.stack([items.cu_parts[:-1], items.cu_parts[1:]], axis=1)
     return SharedWorkItems(items, members.astype(np.int32), ranges)

@@ -49,12 +49,12 @@ class InputBuilder:
             cu_seqlens_q, positions, token_rows = self._counts[: len(rows) + 1], starts, rows
         else:
             cu_seqlens_q = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
-            positions = self._counts_to(cu_seqlens_q[-1]) + np.repeat(starts - cu_seqlens_q[:-1], query_lens)
+            first_positions = starts - cu_seqlens_q[:-1]
+            positions = np.repeat(first_positions, query_lens) + np.arange(cu_seqlens_q[-1], dtype=np.int32)
             token_rows = np.repeat(rows, query_lens)
-        if rows is not self._last_rows:
-            if not np.array_equal(rows, self._last_rows):
-                self._last_device_rows = mx.array(rows.astype(np.int32))
-            self._last_rows = rows
+        if not (rows is self._last_rows or np.array_equal(rows, self._last_rows)):
+            self._last_device_rows = mx.array(rows.astype(np.int32))
+        self._last_rows = rows
         num_columns = -(-int(context_lens[context_lens.argmax()]) // block_size)
 
         def find_shared(seqs: np.ndarray) -> list[SharedPrefix]:
@@ -69,8 +69,8 @@ class InputBuilder:
                 block_ids = host.last_block[rows]
             used = tables.update()[:, :num_columns][self._last_device_rows]
             find = find_shared if tables is self._tables[0] else None
-            slots = {"slot_block_ids": mx.array(block_ids), "slot_offsets": slot_offsets}
-            groups.append(AttentionMetadata(used, context_lens, cu_seqlens_q, find, **slots))
+            slots = mx.array(block_ids), slot_offsets
+            groups.append(AttentionMetadata(used, context_lens, cu_seqlens_q, find, *slots))
         inputs = ModelInputs(self._token_ids(schedule, in_flight), mx.array(positions), None, groups)
         if not chunks:
             return inputs, rows
@@ -79,12 +79,6 @@ class InputBuilder:
         if len(seqs) == 0:
             seqs = np.array([len(rows) - 1])  # a step needs a result that can be waited for
         return inputs._replace(logits_indices=mx.array(cu_seqlens_q[1:][seqs] - 1)), logits_rows
-
-    def _counts_to(self, end: int) -> np.ndarray:
-        """Return int32 0 .. end - 1."""
-        if end > len(self._counts):
-            self._counts = np.arange(end, dtype=np.int32)
-        return self._counts[:end]
 
     def _token_ids(self, schedule: Schedule, in_flight: StepInFlight | None) -> mx.array:
         """Return int32 [num_tokens]: from the host what is known there, the rest from what is being drawn."""

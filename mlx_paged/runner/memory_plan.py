@@ -1,6 +1,7 @@
 """How many blocks of KV cache there is room for, and what the rest of the device's memory is for."""
 
 import os
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ class MemoryPlan(NamedTuple):
     def __str__(self) -> str:
         groups = zip(self.num_blocks, self.block_bytes, self.windows, strict=True)
         pools = [
-            f"{count} blocks" + (f" for windows of {window}" if window else "")
+            f"{count} blocks for windows of {window}" if window else f"{count} blocks"
             for count, size, window in groups
             if size
         ]
@@ -111,14 +112,7 @@ def plan_memory(model: PatchedModel, config: EngineConfig, max_model_len: int | 
 
 def _most_that_fit(num_bytes: Callable[[int], int], budget: int, most: int) -> int:
     """Return the largest count up to `most` whose bytes, which rise with it, are within the budget; 0 if none is."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if num_bytes(middle) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return bisect_right(range(most + 1), budget, lo=1, key=num_bytes) - 1
 
 
 def device_limit() -> tuple[int, str]:

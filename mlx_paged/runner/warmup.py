@@ -1,5 +1,7 @@
 """What can only be found out by running a model before its cache is made: memory beside the cache, safe overlap."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 
@@ -22,11 +24,8 @@ def measure_step_bytes(model: PatchedModel, config: EngineConfig, max_model_len:
     chunk = min(config.max_num_batched_tokens, max_model_len or config.max_num_batched_tokens)
     num_tokens = min(chunk, _CPU_TOKENS) if on_cpu else chunk
     num_rows = 1 if on_cpu else min(num_tokens, config.max_num_seqs)
-    inputs, num_blocks = _one_sequence(model, config, num_tokens, num_rows)
-    kv_cache = _cache(model, config, num_blocks)
-    before = _start_measuring()
-    mx.eval(mx.logsumexp(model(kv_cache, inputs).astype(mx.float32), axis=-1))
-    measured = _peak_since(before)
+    kv_cache, inputs = _one_sequence(model, config, num_tokens, num_rows)
+    measured = _peak_bytes(lambda: mx.eval(mx.logsumexp(model(kv_cache, inputs).astype(mx.float32), axis=-1)))
     scores = 4 * config.max_num_seqs * model.vocab_size  # one float per token for each sequence
     if not on_cpu:
         return measured + scores  # the counts that penalties need
@@ -49,20 +48,19 @@ def overlap_is_safe(model: PatchedModel, config: EngineConfig) -> bool:
     num_blocks = max(1, _POOL_BYTES // (smallest * config.block_size))
     if config.num_kv_blocks is not None:
         num_blocks = min(num_blocks, config.num_kv_blocks)
-    inputs, _ = _one_sequence(model, config, 1, 1)
-    kv_cache = _cache(model, config, num_blocks)
+    kv_cache, inputs = _one_sequence(model, config, 1, 1, num_blocks)
     pool_bytes = min(pool.keys.nbytes for pool in kv_cache.pools)
     mx.eval(model(kv_cache, inputs))
-    before = _start_measuring()
-    mx.eval(model(kv_cache, inputs))
-    alone = _peak_since(before)
+    alone = _peak_bytes(lambda: mx.eval(model(kv_cache, inputs)))
     steps = [model(kv_cache, inputs) for _ in range(_NUM_OVERLAPPED)]
-    before = _start_measuring()
-    _keep_busy()
-    for logits in steps:
-        mx.async_eval(logits)
-    mx.eval(steps)
-    return _peak_since(before) < _NUM_OVERLAPPED * alone + pool_bytes // 2
+
+    def run_overlapped() -> None:
+        _keep_busy()
+        for logits in steps:
+            mx.async_eval(logits)
+        mx.eval(steps)
+
+    return _peak_bytes(run_overlapped) < _NUM_OVERLAPPED * alone + pool_bytes // 2
 
 
 def _keep_busy() -> None:
@@ -76,10 +74,17 @@ def _keep_busy() -> None:
         mx.async_eval(product)
 
 
-def _one_sequence(model: PatchedModel, config: EngineConfig, num_tokens: int, num_rows: int) -> tuple[ModelInputs, int]:
-    """A step of `num_tokens` tokens of one prompt with logits for its last `num_rows`, and the blocks that it takes."""
+def _one_sequence(
+    model: PatchedModel, config: EngineConfig, num_tokens: int, num_rows: int, pool_blocks: int = 1
+) -> tuple[PagedKVCache, ModelInputs]:
+    """A step of `num_tokens` tokens of one prompt with logits for its last `num_rows`, and a cache with room for it.
+
+    pool_blocks: that the cache has at least.
+    """
     positions = np.arange(num_tokens, dtype=np.int32)
     num_blocks = -(-num_tokens // config.block_size)
+    layers = [layer for layer, _ in model.stored_layers]
+    kv_cache = PagedKVCache(layers, [max(num_blocks, pool_blocks)] * len(layers), config.block_size, 1)
     metadata = AttentionMetadata(
         mx.arange(num_blocks, dtype=mx.int32)[None],
         np.array([num_tokens], np.int32),
@@ -88,21 +93,15 @@ def _one_sequence(model: PatchedModel, config: EngineConfig, num_tokens: int, nu
         slot_offsets=mx.array(positions % config.block_size),
     )
     token_ids, logits_indices = mx.zeros(num_tokens, mx.int32), mx.array(positions[num_tokens - num_rows :])
-    return ModelInputs(token_ids, mx.array(positions), logits_indices, [metadata] * len(model.groups)), num_blocks
+    return kv_cache, ModelInputs(token_ids, mx.array(positions), logits_indices, [metadata] * len(model.groups))
 
 
-def _cache(model: PatchedModel, config: EngineConfig, num_blocks: int) -> PagedKVCache:
-    layers = [layer for layer, _ in model.stored_layers]
-    return PagedKVCache(layers, [num_blocks] * len(layers), config.block_size, 1)
-
-
-def _start_measuring() -> int:
+def _peak_bytes(run: Callable[[], None]) -> int:
+    """The most bytes that are in use at once while something runs, beside those that were before."""
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()
-    return mx.get_active_memory()
-
-
-def _peak_since(before: int) -> int:
+    before = mx.get_active_memory()
+    run()
     mx.synchronize()
     return max(0, mx.get_peak_memory() - before)
