@@ -138,7 +138,7 @@ class RunningBatch:
             append[row](token_id)
         self.last_token[rows] = token_ids
         is_nan = logprobs != logprobs
-        self.cumulative_logprob[rows] += np.where(is_nan, 0, logprobs)
+        self.cumulative_logprob[rows] += np.where(is_nan, 0, logprobs) if np.count_nonzero(is_nan) else logprobs
         check = (self.num_tokens >= self._check_from)[rows] | is_nan
         for stop_ids in self._stop_ids:
             check |= token_ids == stop_ids[rows]

@@ -160,23 +160,23 @@ class Scheduler:
         batch, most = self.batch, self._max_num_batched_tokens
         self._num_all_decode_steps -= 1
         if batch.version == self._all_decode_version and self._num_all_decode_steps >= 0:
-            return running[:most], False
+            return running, False  # the same array as before, which says that nothing has changed
         # Over all rows, free ones included, since that is faster than picking the others.
         is_ready = (batch.num_computed < batch.num_tokens) & (batch.num_tokens < batch.max_num_tokens)
         is_ready &= ~batch.is_prefilling
         is_prefilling = bool(np.count_nonzero(batch.is_prefilling))
         if np.count_nonzero(is_ready) < len(running):
             return running[is_ready[running]][:most], is_prefilling
-        if 0 < len(running) <= most:
-            self._all_decode_version = batch.version
-            self._num_all_decode_steps = int((batch.max_num_tokens - batch.num_tokens)[running].min()) - 1
-        return running[:most], is_prefilling
+        if not 0 < len(running) <= most:
+            return running[:most], is_prefilling
+        self._all_decode_version = batch.version
+        self._num_all_decode_steps = int((batch.max_num_tokens - batch.num_tokens)[running].min()) - 1
+        return running, is_prefilling
 
     def _allocate_slots(self, rows: np.ndarray, query_lens: np.ndarray) -> None:
         """Give each row slots for its next tokens. Raises OutOfBlocks; what was given until then is kept."""
         batch = self.batch
-        longest = query_lens.max(initial=0)
-        while len(short := rows[(batch.num_computed + longest > batch.num_slots)[rows]]):
+        while len(short := rows[(batch.num_computed + query_lens.max(initial=0) > batch.num_slots)[rows]]):
             grown = self.groups.append_blocks(batch.seq_id[short].tolist(), batch.num_computed[short].tolist())
             columns = batch.num_slots[short] // batch.block_size
             for tables, block_ids in zip(batch.tables, grown, strict=True):
