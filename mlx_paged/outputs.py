@@ -170,7 +170,7 @@ class EngineStats:
     num_cow_copies: int
     """Shared blocks that were copied before a write."""
     num_swapped_blocks: int
-    """Blocks that went to the second tier, host memory or disk."""
+    """Blocks that went to a block store, in host memory or on disk."""
     num_steps: int
     """Steps that computed something."""
     host_time_s: float

@@ -54,7 +54,7 @@ class CudaBackend(KernelBackend):
         return threads * items, second, 1  # only the first dimension is large enough for items
 
     def launch_decode(self, shape: Shape) -> Launch:
-        """As many stages, then warps, as shared memory has room for: what is under way hides the memory's latency."""
+        """As many stages, then warps, as shared memory has room for: what is in flight hides the memory's latency."""
         key_bytes, value_bytes = _row_bytes(shape)
         stage_bytes = _DECODE_KEYS * (key_bytes + value_bytes)
         for warps, stages in ((4, 3), (4, 2), (2, 2), (2, 1)):
