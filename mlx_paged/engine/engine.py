@@ -145,9 +145,11 @@ class Engine:
             if was_busy:  # in this very thread: a stream was closed by the garbage collector
                 self._pending_aborts.append(request_id)
                 return None
+            if self._is_torn:
+                return None
             self._admit_arrivals()
             request = self._outputs.requests.get(request_id)
-            if request is None or self._is_torn:
+            if request is None:
                 return None
             self._outputs.finish_request(request, FinishReason("abort"))
             return self._outputs.outputs.pop()

@@ -57,13 +57,13 @@ def test_a_second_signal_is_handled_at_once_and_the_first_one_not_again(handled:
 
 def test_a_block_that_lasts_long_is_broken_off(handled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "_MAX_DELAY_S", 0.01)
-    deadline = time.monotonic() + 30
+    deadline, was_broken_off = time.monotonic() + 30, True
     with pytest.raises(KeyboardInterrupt), defer_interrupts():
         signal.raise_signal(signal.SIGINT)
         while time.monotonic() < deadline:
             pass
-        raise AssertionError("not reached")
-    assert handled == [signal.SIGINT]
+        was_broken_off = False  # what waits is raised at the block's end, too
+    assert was_broken_off and handled == [signal.SIGINT]
 
 
 def test_an_error_in_the_block_does_not_swallow_the_signal(handled: list[int]) -> None:
