@@ -34,6 +34,8 @@ class Tile(NamedTuple):
     """int32 [num_seqs, num_kv_heads, num_keys]: the rows of their keys in a pool as [-1, dim]."""
     bias: mx.array
     """float32 [num_seqs, 1, 1, num_queries, num_keys]: 0 for keys that a query sees, otherwise -inf."""
+    block_ids: mx.array | None = None
+    """uint32 [num_seqs, num_blocks]: where keys are to be read in place, the blocks that they fill."""
 
 
 class ReferenceBackend(Backend):
@@ -55,12 +57,35 @@ class ReferenceBackend(Backend):
     ) -> mx.array:
         key = self.plan_key(q, k_cache, v_cache, options)
         tiles, token_order = metadata.plan_once(key, lambda: self.plan(metadata, *key[1:]))
-        k_rows, v_rows = k_cache.flatten(0, 2), v_cache.flatten(0, 2)
         outputs = []
         for tile in tiles:
-            out = by_token(self.average(*scores_of(q, k_rows, v_rows, tile, options)), tile)
+            out = by_token(self.average(*self.scores(q, k_cache, v_cache, tile, options)), tile)
             outputs.append(out.astype(q.dtype))
         return in_order(outputs, token_order, q.shape[0], (q.shape[1], v_cache.shape[3]), q.dtype)
+
+    def scores(
+        self, q: mx.array, k_cache: mx.array, v_cache: mx.array, tile: Tile, options: AttentionOptions
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """A tile's scores [num_seqs, num_kv_heads, num_rows, num_keys], values [..., num_keys, dim] and sinks [..., 1].
+
+        The rows of a KV head are the queries of each of its query heads.
+        """
+        num_seqs, num_kv_heads, num_keys = tile.rows.shape
+        by_head = (num_seqs, num_kv_heads, q.shape[1] // num_kv_heads, tile.tokens.shape[1], num_keys)
+        scale, _, softcap, sinks = options
+        queries = q[tile.tokens].astype(mx.float32).swapaxes(1, 2).reshape(num_seqs, num_kv_heads, -1, q.shape[2])
+        scores = self.products(queries * scale, k_cache, tile)
+        if softcap is not None:
+            scores = mx.tanh(scores / softcap) * softcap
+        scores = (scores.reshape(by_head) + tile.bias).reshape(scores.shape)
+        if sinks is not None:
+            sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, num_kv_heads, -1, 1, 1), (*by_head[:4], 1))
+            sinks = sinks.reshape(*scores.shape[:3], 1)
+        return scores, _gather(v_cache, tile), sinks
+
+    def products(self, queries: mx.array, k_cache: mx.array, tile: Tile) -> mx.array:
+        """Of queries [num_seqs, num_kv_heads, num_rows, dim] with a tile's keys."""
+        return queries @ _gather(k_cache, tile).swapaxes(2, 3)
 
     def average(self, scores: mx.array, values: mx.array, sinks: mx.array | None) -> mx.array:
         """The mean of values [..., num_keys, dim] with weights exp(scores), [..., num_rows, num_keys].
@@ -124,26 +149,9 @@ class ReferenceBackend(Backend):
         return tiles, None if (order == np.arange(len(order))).all() else mx.array(order)
 
 
-def scores_of(
-    q: mx.array, k_rows: mx.array, v_rows: mx.array, tile: Tile, options: AttentionOptions
-) -> tuple[mx.array, mx.array, mx.array | None]:
-    """A tile's scores [num_seqs, num_kv_heads, num_rows, num_keys], values [..., num_keys, dim] and sinks [..., 1].
-
-    The rows of a KV head are the queries of each of its query heads. Pools are [-1, dim].
-    """
-    num_seqs, num_kv_heads, num_keys = tile.rows.shape
-    by_head = (num_seqs, num_kv_heads, q.shape[1] // num_kv_heads, tile.tokens.shape[1], num_keys)
-    scale, _, softcap, sinks = options
-    queries = q[tile.tokens].astype(mx.float32).swapaxes(1, 2).reshape(num_seqs, num_kv_heads, -1, q.shape[2])
-    keys, values = (rows[tile.rows].astype(mx.float32) for rows in (k_rows, v_rows))
-    scores = (queries * scale) @ keys.swapaxes(2, 3)
-    if softcap is not None:
-        scores = mx.tanh(scores / softcap) * softcap
-    scores = (scores.reshape(by_head) + tile.bias).reshape(scores.shape)
-    if sinks is not None:
-        sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, num_kv_heads, -1, 1, 1), (*by_head[:4], 1))
-        sinks = sinks.reshape(*scores.shape[:3], 1)
-    return scores, values, sinks
+def _gather(cache: mx.array, tile: Tile) -> mx.array:
+    """Float32 [num_seqs, num_kv_heads, num_keys, dim]."""
+    return cache.flatten(0, 2)[tile.rows].astype(mx.float32)
 
 
 def by_token(array: mx.array, tile: Tile) -> mx.array:

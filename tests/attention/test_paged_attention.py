@@ -75,6 +75,25 @@ def test_it_equals_dense_attention_with_exponentials_of_either_kind(
         check(case, seed=number, backend="cpu")
 
 
+@on_a_cpu
+def test_decodes_that_read_keys_in_place_equal_dense_attention_whatever_unused_slots_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "_MIN_KEYS_IN_PLACE", 1)
+    used = []
+    gather_mm = mx.gather_mm
+    monkeypatch.setattr(mx, "gather_mm", lambda *arrays: used.append(1) or gather_mm(*arrays))
+    for softcap, sinks, heads in itertools.product((None, 30.0), (False, True), ((4, 4), (6, 2), (3, 1))):
+        lengths = ((1, 70), (5, 9), (1, 81), (1, 3), (1, 0), (1, 64), (1, 500))
+        case = Case(lengths, heads, (24, 40), 8, softcap=softcap, sinks=sinks, dtype="float32")
+        check(case, seed=1, backend="cpu")
+        assert used
+        used.clear()
+        check(case._replace(window=20), seed=1, backend="cpu")
+        check(case._replace(dtype="float16"), seed=1, backend="cpu")
+        assert not used
+
+
 def record_tiles(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[reference.Tile]:
     """The tiles that a module makes from here on."""
     tiles, original = [], reference.Tile
@@ -108,12 +127,13 @@ def test_tiles_and_groups_bounded_by_memory_give_the_same_result(
 
 
 @BACKENDS
-@pytest.mark.parametrize("spread", [7, 200], ids=["similar", "different"])
+@pytest.mark.parametrize("spread", [7, 203], ids=["similar", "different"])
 def test_a_batch_of_decodes_builds_no_more_operations_than_a_few(
     spread: int, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_without(backend)
     monkeypatch.setattr(cpu, "_MIN_OWN_EXP", 1)
+    monkeypatch.setattr(cpu, "_MIN_KEYS_IN_PLACE", 1)
 
     def num_operations(batch_size: int) -> int:
         k_cache = mx.zeros((28 * batch_size, 8, 2, 32))
