@@ -9,6 +9,7 @@ import pdoc
 MODULES = (
     "mlx_paged",
     "mlx_paged.outputs",
+    "mlx_paged.engine.chat_template",
     "mlx_paged.engine.engine",
     "mlx_paged.engine.profile",
     "mlx_paged.tools.block_picture",

@@ -15,11 +15,12 @@ import weakref
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 
-from mlx_paged.llm import LLM, Message, Prompt
+from mlx_paged.engine.chat_template import Message, TemplateOptions
+from mlx_paged.llm import LLM, Prompt
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
@@ -29,7 +30,7 @@ class AsyncLLM:
     """Serve a model with a paged KV cache to any number of tasks, in any number of event loops.
 
         async with AsyncLLM("qwen2") as llm:
-            async for output in llm.generate("Once upon a time"):
+            async for output in llm.chat([{"role": "user", "content": "Why is the sky blue?"}]):
                 print(output.outputs[0].text, end="")
 
     Arguments and errors are those of `LLM`. The constructor returns once the model is loaded; within a running event
@@ -59,14 +60,19 @@ class AsyncLLM:
         blocks are freed, when its task is cancelled, when the iterator is closed, or when nobody holds it any more, as
         after a `break` out of `async for`.
         """
-        return self._outputs(lambda llm: llm.engine.make_request(prompt, params or SamplingParams(), stream=True))
+        asked = SamplingParams() if params is None else params
+        return self._outputs(lambda llm: llm.engine.make_request(prompt, asked, stream=True))
 
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[TemplateOptions]
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a conversation through the model's chat template. Returns and raises as `generate` does."""
+        """Answer a conversation through the model's chat template. Returns and raises as `generate` does.
+
+        messages and options are those of `LLM.chat`.
+        """
+        asked = SamplingParams() if params is None else params
         return self._outputs(
-            lambda llm: llm.engine.make_request(llm.encode_chat(messages), params or SamplingParams(), stream=True)
+            lambda llm: llm.engine.make_request(llm.encode_chat(messages, **options), asked, stream=True)
         )
 
     async def beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> BeamSearchOutput:

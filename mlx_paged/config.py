@@ -1,8 +1,10 @@
 """What an engine can be told at start, validated: EngineConfig, and sizes of memory written as text."""
 
+import difflib
 import os
 import re
 from dataclasses import dataclass
+from typing import Any, Self
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
@@ -43,8 +45,29 @@ def format_memory(num_bytes: float) -> str:
     return f"{num_bytes:.3g} {units[0]}"
 
 
+def excerpt(value: object, limit: int = 200) -> str:
+    """Write a value for a message: its repr, on one line and not longer than `limit`."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an int of more digits than Python writes, somebody's own __repr__
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+class Settings:
+    """A dataclass that tells a mistyped argument which one may be meant."""
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        known: dict[str, Any] = vars(cls).get("__dataclass_fields__", {})
+        for name in given.keys() - known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise TypeError(f"there is no argument {name!r}: {meant}")
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Settings):
     """Everything `LLM` takes beside the model. Raises ValueError for a value out of range."""
 
     block_size: int = 16

@@ -9,5 +9,9 @@ class ModelError(ValueError):
     """A model can't be found, read or run. The message is one line and says what to do."""
 
 
+class PromptTooLong(ValueError):
+    """A prompt, with what it asks for, does not fit the context or the pool. The message has the arithmetic."""
+
+
 class EngineWarning(UserWarning):
     """Something works less well than it was asked to, and the engine goes on."""

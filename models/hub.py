@@ -97,7 +97,7 @@ def _folder_with_config(folder: Path) -> Path:
 def read_json(path: Path) -> dict[str, object]:
     """Read the object in a JSON file of a model. Raises ModelError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} can't be read as JSON ({error}); fetch the file again") from error
     if not isinstance(content, dict):

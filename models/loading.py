@@ -11,6 +11,8 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_paged.errors import EngineWarning, ModelError
 from mlx_paged.models import hub, registry
+from mlx_paged.models.byte_order_marks import without_marks
+from mlx_paged.models.generation_config import sampling_defaults
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
@@ -23,6 +25,8 @@ class LoadedModel(NamedTuple):
     """mlx-lm's TokenizerWrapper."""
     max_model_len: int | None
     """The longest context it was made for, in tokens; None if it does not say."""
+    sampling_defaults: dict[str, float]
+    """SamplingParams that its makers recommend, by name."""
 
 
 def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
@@ -34,19 +38,21 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
     _check_family(hub.resolve(name, config_only=True))  # before gigabytes of weights are fetched in vain
     folder = hub.resolve(name)
     hub.check_files(folder)
-    try:
-        model, config = load_model(folder, lazy=True)
-    except Exception as error:  # mlx-lm reports what it can't read in many ways
-        raise ModelError(f"{folder} can't be loaded by mlx-lm: {_one_line(error)}") from error
-    try:
-        tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:
-        raise ModelError(f"{folder} has no tokenizer that can be read: {_one_line(error)}") from error
+    defaults = sampling_defaults(folder)
+    with without_marks(folder) as readable:
+        try:
+            model, config = load_model(readable, lazy=True)
+        except Exception as error:  # mlx-lm reports what it can't read in many ways
+            raise ModelError(f"{folder} can't be loaded by mlx-lm: {_one_line(error)}") from error
+        try:
+            tokenizer = load_tokenizer(readable, eos_token_ids=config.get("eos_token_id"))
+        except Exception as error:
+            raise ModelError(f"{folder} has no tokenizer that can be read: {_one_line(error)}") from error
     if registry.is_untested(str(config.get("model_type"))):
         message = f"model family {config.get('model_type')!r} is not among those that were tested"
         warnings.warn(message, EngineWarning, stacklevel=2)
     set_dtype(model, dtype)
-    return LoadedModel(model, tokenizer, context_of(config))
+    return LoadedModel(model, tokenizer, context_of(config), defaults)
 
 
 def _check_family(folder: Path) -> None:

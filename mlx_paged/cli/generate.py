@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from mlx_paged.cli.loading import complete_params
 from mlx_paged.cli.options import DEFAULT_MAX_TOKENS, PromptArguments
 from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal, excerpt, samples_of
 from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, Output, RequestMetrics, RequestOutput
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
 Params = SamplingParams | BeamSearchParams
 
 
-def answer_prompts(prompts: PromptArguments, load: Callable[[], LLM], params: Params, terminal: Terminal) -> int:
+def answer_prompts(
+    prompts: PromptArguments, load: Callable[[], LLM], params: Params, terminal: Terminal, given: Collection[str] = ()
+) -> int:
     """Answer every prompt that can be answered. Returns the exit code: 1 if one could not.
 
-    load: called if there is a prompt to answer. A single text is shown as it comes. Raises click.UsageError as
+    load: called if there is a prompt to answer. given: the names of the parameters that are not the model's to decide.
+    A single text is shown as it comes. Raises click.UsageError as
     `prompts.read` does.
     """
     texts = prompts.read()
@@ -34,6 +38,7 @@ def answer_prompts(prompts: PromptArguments, load: Callable[[], LLM], params: Pa
             answers.fail(position, reason)
     if None in answers.results:
         llm = load()
+        params = complete_params(params, given, llm, terminal)
         stream = isinstance(params, SamplingParams) and params.n == len(texts) == 1 and not prompts.as_json
         if isinstance(params, SamplingParams) and params.n > 1 and params.is_greedy:
             terminal.note(f"the {params.n} samples will be equal: --temp 0.8 makes them differ")

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal
 from mlx_paged.errors import EngineWarning
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
+
+Params = TypeVar("Params", bound=SamplingParams | BeamSearchParams)
 
 
 @contextmanager
@@ -49,6 +53,18 @@ def load_model(model: str | None, engine: dict[str, Any], terminal: Terminal) ->
         llm = LLM(model, **engine)
     terminal.note(llm.describe_memory())
     return llm
+
+
+def complete_params(params: Params, given: Collection[str], llm: LLM, terminal: Terminal) -> Params:
+    """Take from the model's generation_config.json what was not given; sampling is greedy if it does not say."""
+    if not isinstance(params, SamplingParams):
+        return params
+    recommended = {name: value for name, value in llm.sampling_defaults.items() if name not in given}
+    if terminal.verbose and recommended:
+        listed = ", ".join(f"{name} {value:g}" for name, value in recommended.items())
+        terminal.note(f"sampling as the model's generation_config.json has it: {listed}")
+    greedy = {} if "temperature" in given else {"temperature": 0.0}
+    return dataclasses.replace(params, **(greedy | recommended))
 
 
 @contextmanager

@@ -22,10 +22,10 @@ import click
 from mlx_paged import __version__
 from mlx_paged.cli import options
 from mlx_paged.cli.bench import measure_model
-from mlx_paged.cli.chat import hold_conversation
+from mlx_paged.cli.chat import FULL, hold_conversation
 from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.inspect import inspect_cache
-from mlx_paged.cli.loading import load_model, model_loader
+from mlx_paged.cli.loading import complete_params, load_model, model_loader
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
 from mlx_paged.config import DTYPES, EngineConfig
 from mlx_paged.models.aliases import ALIASES
@@ -158,22 +158,32 @@ def _answer(kind: type[Params], settings: dict[str, Any], terminal: Terminal) ->
     """Answer the prompts of a command with parameters of one kind. Returns the exit code."""
     model, profile = settings.pop("model"), settings.pop("profile")
     prompts = options.PromptArguments.take(settings)
+    given = options.given(settings)
     params, engine = split_settings(settings, kind)
     with model_loader(model, engine, terminal, profile=profile) as load:
-        return answer_prompts(prompts, load, params, terminal)
+        return answer_prompts(prompts, load, params, terminal, given)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
 @options.model_option
 @options.system_option
+@click.option("--context-full", type=click.Choice(FULL), default=FULL[0],
+              help="At the end of the context drop the oldest turns, or stop. Default: drop.")  # fmt: skip
 @options.sampling_options
 @options.engine_options
 @options.report_options
 @click.pass_obj
-def chat(terminal: Terminal, model: str | None, system: str | None, **settings: Any) -> int:
-    """Talk with a model that remembers the conversation; /help shows what else can be typed."""
+def chat(terminal: Terminal, model: str | None, system: str | None, context_full: str, **settings: Any) -> int:
+    """Talk with a model that remembers the conversation.
+
+    A turn is a line, lines that are pasted, or lines with a backslash at the end; \"\"\" begins and ends a longer one.
+    Commands: /file NAME, /save NAME, /load NAME, /set NAME VALUE, /reset, /exit; /help explains them.
+    """
+    given = options.given(settings)
     params, engine = split_settings(settings, SamplingParams)
-    return hold_conversation(load_model(model, engine, terminal), params, system=system, terminal=terminal)
+    llm = load_model(model, engine, terminal)
+    params = complete_params(params, given, llm, terminal)
+    return hold_conversation(llm, params, system=system, context_full=context_full, terminal=terminal)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
@@ -217,7 +227,7 @@ def split_settings(settings: dict[str, Any], kind: type[Params]) -> tuple[Params
     """Split a command's options into the request's parameters and the engine's settings. Raises click.UsageError."""
     engine = engine_settings(settings)
     with _as_usage_error():
-        return kind(**settings), engine
+        return kind(**{name: settings[name] for name in options.given(settings)}), engine
 
 
 def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -74,10 +74,10 @@ class Engine:
         self._batch = RunningBatch(num_seqs, len(runner.plan.windows), max_blocks, config.block_size)
         self._scheduler = Scheduler(self.cache_groups, self._batch, num_seqs, config.max_num_batched_tokens)
         self._block_mover = BlockMover(self.cache_groups, runner.kv_cache, stores)
-        self._input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
+        self.input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
         self._input_builder = InputBuilder(self._batch)
         self._steps = StepRunner(runner, self.profile)
-        eos_token_ids = self._input_processor.eos_token_ids
+        eos_token_ids = self.input_processor.eos_token_ids
         self._outputs = OutputProcessor(tokenizer, eos_token_ids, self._batch, self._scheduler, self.profile)
         self._forking = Forking(self.block_manager, self._batch, self._scheduler, self._block_mover, self._outputs)
         self._sampling = SamplingStep(
@@ -121,7 +121,7 @@ class Engine:
         self, prompt: str | SequenceOf[int], params: SamplingParams | BeamSearchParams, *, stream: bool = False
     ) -> Request:
         """Return a validated request that is not queued yet. Raises what `add_request` does."""
-        return self._input_processor.make_request(prompt, params, stream=stream)
+        return self.input_processor.make_request(prompt, params, stream=stream)
 
     def submit(self, request: Request) -> int:
         """Queue a request that `make_request` made, from any thread. Returns its id. The next step admits it."""

@@ -32,9 +32,12 @@ class Forking:
         self._next_seq_id = 0
 
     def begin(self, request: Request) -> None:
-        """Let a request that has arrived wait."""
+        """Let a request that has arrived wait, or end if it can't begin."""
         self._outputs.requests[request.request_id] = request
-        self._scheduler.add(self._new_sequence(request, request.prompt_token_ids))
+        try:
+            self._scheduler.add(self._new_sequence(request, request.prompt_token_ids))
+        except Exception as error:  # of what it asks for
+            self._outputs.fail_request(request, error)
 
     def fork_samples(self, sources: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Make the samples of prompts that have just been computed.

@@ -2,17 +2,18 @@
 
 import threading
 import time
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
-import numpy as np
-
-from mlx_paged.config import EngineConfig
+from mlx_paged.config import EngineConfig, excerpt
+from mlx_paged.engine.chat_template import ChatTemplate
+from mlx_paged.errors import PromptTooLong
 from mlx_paged.outputs import RequestMetrics
 from mlx_paged.request import Request
 from mlx_paged.sampling.beam_search import BeamSearch
 from mlx_paged.sampling.grammar import GrammarCompiler
-from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams, as_int, as_list, is_text
 
 
 class InputProcessor:
@@ -30,23 +31,25 @@ class InputProcessor:
         self._config = config
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self.eos_token_ids)
         self._tokenizer_lock = threading.Lock()  # fast tokenizers do not like to be used twice at once
+        self.chat_template = ChatTemplate(tokenizer, self._tokenizer_lock)
 
     def make_request(
         self, prompt: str | SequenceOf[int], params: SamplingParams | BeamSearchParams, *, stream: bool = False
     ) -> Request:
         """A request without an id. Raises ValueError or TypeError as `Engine.add_request` does."""
+        if not isinstance(params, SamplingParams | BeamSearchParams):
+            raise TypeError(f"params must be SamplingParams or BeamSearchParams, got {excerpt(params)}")
         token_ids = self._encode(prompt)
         beams = isinstance(params, BeamSearchParams)
         width = params.beam_width if isinstance(params, BeamSearchParams) else params.n
-        outside = [token for token in token_ids if not 0 <= token < self._vocab_size]
+        self._check_token_ids("the prompt", token_ids)
+        for name in ("logit_bias", "stop_token_ids"):
+            self._check_token_ids(name, getattr(params, name, None) or ())
         if isinstance(params, SamplingParams):
-            outside += [token for token in params.logit_bias or () if token >= self._vocab_size]
             if params.stop_strings and self._tokenizer is None:
                 raise ValueError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
         elif stream:
             raise ValueError("a beam search can't be streamed: its hypotheses are known at its end")
-        if outside:
-            raise ValueError(f"token id {outside[0]} is outside the model's vocabulary of {self._vocab_size}")
         if width > self._config.max_num_seqs:
             asked = f"beam_width={width} beams" if beams else f"n={width} samples"
             raise ValueError(f"{asked} can't run at once: max_num_seqs is {self._config.max_num_seqs}")
@@ -64,6 +67,12 @@ class InputProcessor:
             matcher=self._grammar_matcher(params),
         )
 
+    def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                what = f"{name}: token id {excerpt(token_id)}"
+                raise ValueError(f"{what} is outside the model's vocabulary of {self._vocab_size}")
+
     def _grammar_matcher(self, params: SamplingParams | BeamSearchParams) -> Any:
         if isinstance(params, SamplingParams) and params.is_constrained:
             return self._grammars.matcher(params)
@@ -73,17 +82,15 @@ class InputProcessor:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise ValueError("this engine has no tokenizer: give the prompt as token ids")
+            if not is_text(prompt):
+                raise ValueError("the prompt is not UTF-8 text: it has half of a surrogate pair")
             bos = self._tokenizer.bos_token
             add_special_tokens = bos is None or not prompt.startswith(bos)
             with self._tokenizer_lock:
                 encoded = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens) if prompt else []
             token_ids = list(encoded)
         else:
-            token_ids = list(prompt)
-            types = set(map(type, token_ids))  # few, where tokens are many
-            if not all(issubclass(kind, int | np.integer) and kind is not bool for kind in types):
-                raise TypeError("a prompt is text or a list of token ids")
-            token_ids = [int(token) for token in token_ids]
+            token_ids = _token_ids(prompt)
         if not token_ids:
             raise ValueError("the prompt is empty: give it at least one token")
         return token_ids
@@ -95,7 +102,7 @@ class InputProcessor:
         context = self._max_model_len
         if context is not None:
             if num_prompt >= context:
-                raise ValueError(
+                raise PromptTooLong(
                     f"the prompt has {num_prompt} tokens and the context is {context}: shorten the prompt "
                     "or raise max_model_len if the model allows it"
                 )
@@ -106,7 +113,7 @@ class InputProcessor:
         needed = shared + tail * (num_beams if wanted > 1 else 1)  # beams of one token write nothing
         if needed > self._num_blocks:
             what = f"{wanted} more" if num_beams == 1 else f"{num_beams} beams of {wanted} more"
-            raise ValueError(
+            raise PromptTooLong(
                 f"a prompt of {num_prompt} tokens and {what} need {needed} blocks of {block_size} "
                 f"tokens and the pool has {self._num_blocks}: shorten the prompt, lower max_tokens, or raise "
                 "num_kv_blocks or kv_cache_memory"
@@ -115,3 +122,17 @@ class InputProcessor:
             return wanted
         room = self._num_blocks * block_size - num_prompt + 1
         return room if context is None else min(room, context - num_prompt)
+
+
+def _token_ids(prompt: object) -> list[int]:
+    """Copy a prompt of token ids. Raises TypeError for anything else, bytes too, which would be numbers of letters."""
+    values = as_list(prompt)
+    if values is not None:
+        token_ids: list[Any] = values if set(map(type, values)) <= {int} else list(map(as_int, values))
+        if None not in token_ids:
+            return token_ids
+        prompt = values[token_ids.index(None)]
+    hint = "; a conversation goes to chat" if isinstance(prompt, Mapping) else ""
+    hint = "; decode bytes first" if isinstance(prompt, bytes | bytearray) else hint
+    inside = "" if values is None else " in a list"
+    raise TypeError(f"a prompt is text or a list of token ids, got {excerpt(prompt)}{inside}{hint}")

@@ -13,6 +13,8 @@ from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.scheduler import Scheduler
 
+MAX_STOP_IDS = 32  # that are compared with the tokens of all rows: a request with more costs nobody else time
+
 
 class FinishReason(NamedTuple):
     """Why a sequence ends: its finish_reason and stop_reason."""
@@ -66,7 +68,9 @@ class OutputProcessor:
         params = request.params
         if not isinstance(params, SamplingParams):
             return []
-        return [*(() if self._ignores_eos(params) else self._eos_token_ids), *(params.stop_token_ids or ())]
+        asked = params.stop_token_ids or ()
+        asked = asked if len(asked) <= MAX_STOP_IDS else ()  # then each token is checked
+        return [*(() if self._ignores_eos(params) else self._eos_token_ids), *asked]
 
     def needs_every_token(self, sequence: Sequence) -> bool:
         """Say whether each token of a sequence has to be checked when it comes: the first one always has."""
@@ -76,6 +80,7 @@ class OutputProcessor:
             or sequence.request.stream
             or params.logprobs is not None
             or bool(params.stop_strings)
+            or len(params.stop_token_ids or ()) > MAX_STOP_IDS
             or sequence.matcher is not None
         )
 
@@ -162,6 +167,10 @@ class OutputProcessor:
             if not sequence.finished:
                 self._finish_sequence(sequence, stop)
         self._emit_final(request)
+
+    def fail_request(self, request: Request, error: Exception) -> None:
+        """End a request, with all its sequences, by an error that is its own."""
+        self.finish_request(request, _error(error))
 
     def _finish_sequence(self, sequence: Sequence, stop: FinishReason) -> None:
         """End a sequence, wherever it is, and complete its text."""

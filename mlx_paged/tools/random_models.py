@@ -61,4 +61,4 @@ def make_random_model(shape: str, dtype: str | None = None) -> Any:
     loading.set_dtype(model, dtype or ("float32" if mx.default_device() == mx.cpu else "bfloat16"))
     for weight in dict(tree_flatten(model.parameters())).values():
         mx.eval(weight)  # one after the other, so that no more than one is held in float32 too
-    return loading.LoadedModel(model, None, _CONTEXT)
+    return loading.LoadedModel(model, None, _CONTEXT, {})

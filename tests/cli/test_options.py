@@ -26,6 +26,15 @@ def test_without_any_prompt_the_ways_to_give_one_are_named(run: Run) -> None:
     assert run.made == []
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt_or_a_schema(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfHi\n")
+    (tmp_path / "any.json").write_bytes(b"\xef\xbb\xbftrue")
+    run("generate", "--raw", "-f", str(tmp_path / "a.txt"), "--json-schema", str(tmp_path / "any.json"))
+    assert (run.prompts, run.params.json_schema) == (["Hi"], True)
+    run("generate", "--raw", stdin=b"\xef\xbb\xbfHi")
+    assert run.prompts == ["Hi"]
+
+
 def test_stdin_and_files_that_are_not_utf8_are_bad_usage(run: Run, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"\xff\xd8")
     assert_one_line(run("generate", "-f", str(tmp_path / "image")), 2, "image is not UTF-8")
