@@ -58,7 +58,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.profile = Profile(config.profile)
         self._runner = runner
-        stores = open_stores(config.swap_space, config.prefix_cache_dir, runner.fingerprint)
+        stores = open_stores(config, runner.fingerprint)
         self.cache_groups = CacheGroups.make(
             runner.plan.num_blocks,
             runner.plan.windows,
