@@ -47,9 +47,8 @@ class InputProcessor:
             raise ValueError("a beam search can't be streamed: its hypotheses are known at its end")
         if outside:
             raise ValueError(f"token id {outside[0]} is outside the model's vocabulary of {self._vocab_size}")
-        if width > self._config.max_num_seqs:
-            asked = f"beam_width={width} beams" if beams else f"n={width} samples"
-            raise ValueError(f"{asked} can't run at once: max_num_seqs is {self._config.max_num_seqs}")
+        if beams and width > self._config.max_num_seqs:
+            raise ValueError(f"beam_width={width} beams can't run at once: max_num_seqs is {self._config.max_num_seqs}")
         max_tokens = self._max_new_tokens(len(token_ids), params.max_tokens, width if beams else 1)
         return Request(
             request_id=-1,
@@ -62,6 +61,7 @@ class InputProcessor:
             metrics=RequestMetrics(time.monotonic()),
             search=BeamSearch(params, max_tokens, self.eos_token_ids) if isinstance(params, BeamSearchParams) else None,
             matcher=self._grammar_matcher(params),
+            in_waves=not beams and width > self._config.max_num_seqs,
         )
 
     def _grammar_matcher(self, params: SamplingParams | BeamSearchParams) -> Any:
