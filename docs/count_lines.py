@@ -26,6 +26,7 @@ OPTIONAL = {
     "mlx_paged/blocks/free_lists.py:BuddyFreeBlocks": "another allocator",
     "mlx_paged/blocks/compaction.py": "on request, and with the buddy allocator",
     "mlx_paged/blocks/inspection.py": "stats and check",
+    "mlx_paged/cache/block_files.py": "swap and saved prompts",
     "mlx_paged/cache/block_store.py": "swap and saved prompts",
     "mlx_paged/cpu": "for CPUs",
     "mlx_paged/engine/chat_template.py": "conversations",

@@ -20,6 +20,7 @@ from typing import Any, Unpack
 import mlx.core as mx
 
 from mlx_paged.engine.chat_template import Message, TemplateOptions
+from mlx_paged.engine.own_process import OwnProcess
 from mlx_paged.llm import LLM, Prompt
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.request import Request
@@ -156,6 +157,7 @@ class _EngineThread:
         self._details = ""
         self._ready = threading.Event()  # loaded, or ended before that
         self._ended = False
+        self._process = OwnProcess()
         self._thread = threading.Thread(target=self._run, args=(load,), name="mlx-paged engine", daemon=True)
         atexit.register(self.close)
         self._thread.start()
@@ -188,10 +190,12 @@ class _EngineThread:
                 del self._inboxes[inbox.request_id]
                 llm.engine.abort(inbox.request_id)
 
-        self.send(inbox, end)
+        if not self._process.is_fork:  # where an iterator that was inherited is closed
+            self.send(inbox, end)
 
     def send(self, inbox: _Inbox, action: Callable[[LLM], None]) -> None:
-        """Have something done between two steps, after what was sent before."""
+        """Have something done between two steps, after what was sent before. Raises RuntimeError in a fork."""
+        self._process.require_own()
         self._letters.put((inbox, action))
         if self._ended:  # it may have come too late to be seen by the thread
             self._refuse_letters()

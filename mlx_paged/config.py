@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 _UNITS = {"": 1, "B": 1}
@@ -30,10 +31,29 @@ def parse_memory(size: int | str, total: int | None = None) -> int:
     if unit != "%":
         return int(number * _UNITS[unit])
     if number > 100:
-        raise ValueError(f"memory size {size!r}: a share of the device's memory is at most 100%")
+        raise ValueError(f"memory size {size!r}: a share is at most 100%")
     if total is None:
         raise ValueError(f"memory size {size!r}: a share needs a whole; give it in bytes, like 64MB")
     return int(total * number / 100)
+
+
+def parse_swap_space(swap_space: int | str | os.PathLike[str]) -> int | Path:
+    """Read `EngineConfig.swap_space`. Returns a size in bytes, or a folder.
+
+    Raises ValueError for what is neither: the name of a folder that isn't there yet contains a "/".
+    """
+    if not isinstance(swap_space, os.PathLike):
+        try:
+            return parse_memory(swap_space)
+        except ValueError as error:
+            if not isinstance(swap_space, str) or (swap_space[:1].isdigit() and "/" not in swap_space):
+                raise ValueError(f"swap_space: {error}") from None
+            if not swap_space or not ("/" in swap_space or Path(swap_space).expanduser().is_dir()):
+                raise ValueError(
+                    f"swap_space {swap_space!r} is neither a size, like 8GB, nor a folder that is there; "
+                    "a new one is written with a /, as in ./swap"
+                ) from None
+    return Path(swap_space).expanduser()
 
 
 def format_memory(num_bytes: float) -> str:
@@ -87,9 +107,13 @@ class EngineConfig(Settings):
     allocator: str = "lru"
     """Order in which free blocks are reused: "lru", "fifo" or "buddy"."""
     swap_space: int | str | os.PathLike[str] | None = None
-    """Where blocks of preempted requests and evicted prefixes go: a size of host memory ("8GB") or a folder."""
+    """Where blocks of preempted requests and evicted prefixes go: a size of host memory ("8GB") or a folder. The name
+    of a folder that isn't there yet contains a "/"."""
     prefix_cache_dir: str | os.PathLike[str] | None = None
     """A folder in which the blocks of prompts outlive the process."""
+    prefix_cache_size: int | str | None = None
+    """The most that is kept there, of all models together, and written there in an hour: bytes, "20GB", or a share of
+    the disk's free space, this folder's included; None: 10%. The blocks used least recently go first."""
     dtype: str | None = None
     """Of weights and cache: "float32", "float16" or "bfloat16"; None: as stored, and float32 on a CPU."""
     seed: int = 0
@@ -118,6 +142,17 @@ class EngineConfig(Settings):
         if "%" in str(self.max_staging):
             raise ValueError(f"max_staging is a size such as 64MB, got {self.max_staging!r}")
         parse_memory(self.max_staging)
+        if self.swap_space is not None:
+            parse_swap_space(self.swap_space)
+        if self.prefix_cache_dir is not None and not os.fspath(self.prefix_cache_dir):
+            raise ValueError("prefix_cache_dir is empty: give the name of a folder")
+        if self.prefix_cache_size is not None:
+            if self.prefix_cache_dir is None:
+                raise ValueError("prefix_cache_size is the size of a folder: give prefix_cache_dir, too")
+            try:
+                parse_memory(self.prefix_cache_size, total=1 << 40)
+            except ValueError as error:
+                raise ValueError(f"prefix_cache_size: {error}") from None
         if not self.prefix_caching and (self.swap_space is not None or self.prefix_cache_dir is not None):
             raise ValueError("swap_space and prefix_cache_dir find blocks by their prefixes: leave prefix_caching on")
         for name, choices in (("allocator", ALLOCATORS), ("dtype", DTYPES), ("pipelining", PIPELINING)):

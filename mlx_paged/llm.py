@@ -160,7 +160,8 @@ class LLM:
         """Run requests that `engine.make_request` made; yields what is new of them as it comes.
 
         That is the whole output of a request when it has ended, and the deltas of one that is streamed. Several runs
-        may be read in turn: each makes steps for all of them. Closing a run ends its requests and frees their blocks.
+        may be read in turn: each makes steps for all of them. Outputs of requests that are nobody's run are kept for
+        `engine.step()`. Closing a run ends its requests and frees their blocks.
         """
         arrived: deque[Output] = deque()
         unfinished: set[int] = set()
@@ -170,9 +171,8 @@ class LLM:
                 self._outputs[request_id] = arrived
             while arrived or unfinished:
                 while not arrived:
-                    for output in self.engine.step():
-                        if output.request_id in self._outputs:
-                            self._outputs[output.request_id].append(output)
+                    for output in self.engine.step(self._outputs):
+                        self._outputs[output.request_id].append(output)
                 output = arrived.popleft()
                 if output.finished:
                     unfinished.remove(output.request_id)

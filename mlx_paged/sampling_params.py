@@ -34,7 +34,7 @@ class SamplingParams(_RequestParams):
     """
 
     n: int = 1
-    """Samples of the prompt, each with random numbers of its own."""
+    """Samples of the prompt, each with random numbers of its own. Of more than `max_num_seqs`, some start later."""
     temperature: float = 1.0
     """Divides the logits; 0 is greedy."""
     top_p: float = 1.0

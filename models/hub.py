@@ -22,6 +22,21 @@ DEMO_FOLDER = Path(__file__).parent / "demo"
 DOWNLOAD_PATTERNS = ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.tiktoken"]
 DOWNLOAD_PATTERNS += ["model*.safetensors", "tokenizer.model", "tiktoken.model"]
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHARD = re.compile(r"(model.*)-(\d+)-of-(\d+)\.safetensors")
+_VOCABULARIES = [["tokenizer.json"], ["*.model"], ["*.tiktoken"], ["vocab.json", "merges.txt"], ["vocab.txt"]]
+_BY_TRANSFORMERS = (
+    "what was saved by PyTorch can't be read. Take a repository that has safetensors, or convert it where transformers "
+    "and torch are installed: AutoModelForCausalLM.from_pretrained({folder!r}).save_pretrained({folder!r})"
+)
+_OTHER_WEIGHTS = {
+    "adapter_model.safetensors": "an adapter, of no use without its base model: merge them into a model of its own",
+    ".safetensors": "under that name it isn't looked for. Take the repository's files for transformers",
+    ".bin": _BY_TRANSFORMERS,
+    ".pth": _BY_TRANSFORMERS,
+    ".pt": _BY_TRANSFORMERS,
+    ".gguf": "that is for llama.cpp. Take the repository that it was made from, or a conversion for mlx-lm",
+    ".npz": "a format that mlx-lm has given up. Take a newer conversion of the model",
+}
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _ANY_MODEL = "an alias (mlx-paged generate --help lists them), a Hugging Face repository (org/name) or a folder"
 
@@ -54,32 +69,52 @@ def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None
 
 
 def check_files(folder: Path) -> None:
-    """Check that `folder` holds a config and whole safetensors files. Raises ModelError, naming the file, otherwise.
+    """Check that `folder` holds a config, whole safetensors files and a tokenizer. Raises ModelError, naming the file.
 
     Only headers are read, so it is cheap for a model of any size.
     """
     _folder_with_config(folder)
     read_json(folder / "config.json")
+    check_weights(folder)
+    if not any(all(any(folder.glob(name)) for name in names) for names in _VOCABULARIES):
+        raise ModelError(f"{folder} has no tokenizer.json, nor another file with a vocabulary; fetch the model again")
+
+
+def check_weights(folder: Path) -> list[Path]:
+    """Check that `folder` holds a model's whole safetensors files. Returns them. Raises ModelError, naming the file."""
     shards = sorted(folder.glob("model*.safetensors"))
     index = folder / "model.safetensors.index.json"
+    names: set[str] = set()
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelError(f"{index} has no weight_map; fetch the file again")
-        missing = sorted({str(name) for name in weight_map.values()} - {shard.name for shard in shards})
-        if missing:
-            raise ModelError(
-                f"{folder} lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''}, which {index.name} "
-                f"names ({len(missing)} missing); fetch the model again"
-            )
-    if not shards:
-        others = sorted(
-            path.name for path in folder.iterdir() if path.suffix in {".bin", ".gguf", ".npz", ".pt", ".pth"}
+        names = {str(name) for name in weight_map.values()}
+    for shard in shards:  # where there is no index, their names tell how many there are
+        if part := _SHARD.fullmatch(shard.name):
+            numbers = range(1, int(part[3]) + 1)
+            names |= {f"{part[1]}-{number:0{len(part[2])}}-of-{part[3]}.safetensors" for number in numbers}
+    missing = sorted(names - {shard.name for shard in shards})
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''} ({len(missing)} of {len(names)} "
+            "files of its weights); fetch the model again"
         )
-        found = f"only {others[0]}, which can't be read; convert the model with mlx_lm.convert" if others else "none"
-        raise ModelError(f"{folder} should hold the weights as model*.safetensors, and there is {found}")
+    if not shards:
+        raise ModelError(
+            f"{folder} should hold the weights as model*.safetensors, and there is {_found_instead(folder)}"
+        )
     for shard in shards:
         _check_safetensors(shard)
+    return shards
+
+
+def _found_instead(folder: Path) -> str:
+    """Say what a folder has in the place of weights, and what helps."""
+    for suffix, help in _OTHER_WEIGHTS.items():
+        if others := sorted(path.name for path in folder.glob(f"*{suffix}")):
+            return f"only {others[0]}: {help.format(folder=str(folder))}"
+    return "none; fetch the model again"
 
 
 def _looks_like_path(model: str | os.PathLike[str]) -> bool:

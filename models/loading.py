@@ -48,6 +48,11 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
             tokenizer = load_tokenizer(readable, eos_token_ids=config.get("eos_token_id"))
         except Exception as error:
             raise ModelError(f"{folder} has no tokenizer that can be read: {_one_line(error)}") from error
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise ModelError(f"{folder} has no tokenizer that can be read: it makes no token of a letter")
+    if not (folder / "tokenizer_config.json").is_file():
+        message = f"{folder} has no tokenizer_config.json: prompts get no chat template, and special tokens are a guess"
+        warnings.warn(message, EngineWarning, stacklevel=2)
     if registry.is_untested(str(config.get("model_type"))):
         message = f"model family {config.get('model_type')!r} is not among those that were tested"
         warnings.warn(message, EngineWarning, stacklevel=2)

@@ -1,10 +1,12 @@
-"""`mlx-paged inspect`: what a model's KV cache takes and wastes, or a picture of a block pool."""
+"""`mlx-paged inspect`: what a model's KV cache takes and wastes, a picture of a block pool, or saved prompts."""
 
 from __future__ import annotations
 
 import json
 import random
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +33,27 @@ def inspect_cache(*, name: str | None, model: str | None, blocks: bool, svg: str
     if name is not None and model is not None:
         raise click.UsageError(f"give the model once, as {name!r} or as --model {model!r}")
     model = model if name is None else name
+    root = settings.pop("prefix_cache_dir")
+    given = {"MODEL": model, "--lengths": lengths, "--json": settings["as_json"], "--blocks": blocks, "--svg": svg}
+    given |= {f"--{option}": settings[option] for option in ("context", "concurrency", "memory", "dtype")}
+    if root is not None:
+        _refuse_others(given, "--prefix-cache-dir lists what is saved there and", ("--json",))
+        return list_saved(Path(root).expanduser(), as_json=settings["as_json"])
     if blocks:
-        unused = {"MODEL": model, "--json": settings["as_json"]}
-        unused |= {f"--{option}": settings[option] for option in ("context", "concurrency", "memory", "dtype")}
-        for option, value in unused.items():
-            if value:
-                raise click.UsageError(f"--blocks draws a workload without a model and takes no {option}")
+        _refuse_others(given, "--blocks draws a workload without a model and", ("--blocks", "--lengths", "--svg"))
         return draw(lengths or _PICTURE_PROMPTS, block_size=settings["block_size"], svg=svg)
     if svg is not None:
         raise click.UsageError("--svg saves what --blocks draws: give both")
     if settings["dtype"] not in (None, *DTYPES):
         raise click.UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {settings['dtype']!r}")
     return analyse(model, lengths=lengths, **settings)
+
+
+def _refuse_others(given: dict[str, Any], what: str, taken: Sequence[str]) -> None:
+    """Raise click.UsageError if an option is given that would be ignored."""
+    for option, value in given.items():
+        if value and option not in taken:
+            raise click.UsageError(f"{what} takes no {option}")
 
 
 def analyse(
@@ -108,6 +119,8 @@ def analyse(
         "device": device,
         "memory_bytes": limit,
         "weight_bytes": size.weight_bytes,
+        "weights": size.weights,
+        "weights_are": "measured" if size.is_measured else "described",
         "unknown_quantization": size.unknown_quantization,
         "lengths": requests,
         "lengths_are": "given" if lengths else "typical",
@@ -134,10 +147,8 @@ def _as_text(report: dict[str, Any]) -> str:
             f"{layers['bytes_per_block']:,} bytes",
         ]
     room = report["memory_bytes"] - report["weight_bytes"]
-    unknown = report["unknown_quantization"]
     lines += [
-        f"room        {report['device']} {format_memory(report['memory_bytes'])} - weights about "
-        f"{format_memory(report['weight_bytes'])}{f' (without their {unknown} quantisation)' if unknown else ''} = "
+        f"room        {report['device']} {format_memory(report['memory_bytes'])} - weights {_weights(report)} = "
         + (format_memory(room) if room > 0 else "nothing: the weights alone do not fit"),
         "",
     ]
@@ -170,6 +181,37 @@ def _as_text(report: dict[str, Any]) -> str:
         "Kwon et al. 2023 measured under 4% of waste in blocks of 16, 62 to 80% in systems that reserve.\n",
     ]
     return "\n".join(lines)
+
+
+def _weights(report: dict[str, Any]) -> str:
+    """Say what weights take, and in which types."""
+    about = "" if report["weights_are"] == "measured" else "about "
+    parts = [f"{format_memory(num_bytes)} {dtype}" for dtype, num_bytes in report["weights"].items()]
+    unknown = report["unknown_quantization"]
+    notes = [*(parts if len(parts) > 1 else report["weights"])]
+    notes += [f"without their {unknown} quantisation"] if unknown else []
+    return f"{about}{format_memory(report['weight_bytes'])} ({', '.join(notes)})"
+
+
+def list_saved(root: Path, *, as_json: bool) -> int:
+    """List what a folder of saved prompts has of each model. Raises click.UsageError if there is no such folder."""
+    from mlx_paged.cache.block_files import saved_models
+
+    try:
+        models = saved_models(root)
+    except OSError as error:
+        raise click.UsageError(f"--prefix-cache-dir: {error.strerror}: {root}") from None
+    if as_json:
+        sys.stdout.write(json.dumps([model._asdict() for model in models]) + "\n")
+        return 0
+    for name, num_blocks, num_bytes, last_used in models:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_used))
+        sys.stdout.write(
+            f"{name}  {num_blocks:,} block{'s' * (num_blocks != 1)}  {format_memory(num_bytes)}  last used {when}\n"
+        )
+    total = sum(model.num_bytes for model in models)
+    sys.stdout.write(f"{len(models)} model{'s' * (len(models) != 1)}, {format_memory(total)} in {root}\n")
+    return 0
 
 
 def draw(lengths: list[int], *, block_size: int, svg: str | None) -> int:

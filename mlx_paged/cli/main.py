@@ -1,7 +1,7 @@
 """The command line: commands, exit codes, and what bad input is told. What a command does is in a file of its name.
 
-Exit codes: 0, 1 (it failed: one line on stderr), 2 (bad usage, a value out of range too), 130 (Ctrl-C). Nothing heavy
-is imported until a model is loaded, so that --help answers at once.
+Exit codes: 0, 1 (it failed: one line on stderr), 2 (bad usage, a value out of range too), 130 (Ctrl-C, TERM, HUP).
+Nothing heavy is imported until a model is loaded, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlx_paged.cli.bench import measure_model
 from mlx_paged.cli.chat import FULL, hold_conversation
 from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.inspect import inspect_cache
-from mlx_paged.cli.loading import complete_params, load_model, model_loader
+from mlx_paged.cli.loading import complete_params, ending_signals, load_model, model_loader
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
 from mlx_paged.config import DTYPES, EngineConfig
 from mlx_paged.models.aliases import ALIASES
@@ -80,7 +80,8 @@ class EngineGroup(click.Group):
             elif hasattr(getattr(sys, name), "reconfigure"):  # answers may hold what the encoding can't show
                 getattr(sys, name).reconfigure(errors="replace")
         try:
-            code = super().main(*args, **{**extra, "prog_name": "mlx-paged", "standalone_mode": False})
+            with ending_signals():
+                code = super().main(*args, **{**extra, "prog_name": "mlx-paged", "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             code = error.exit_code
@@ -196,13 +197,15 @@ def chat(terminal: Terminal, model: str | None, system: str | None, context_full
 @options.text("--memory", metavar="SIZE", help="Plan for 16GB, say, or 50%. Default: what this machine has.")
 @options.text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32.")
 @options.flag("--json", "as_json", help="One JSON object.")
+@options.text("--prefix-cache-dir", metavar="FOLDER", help="List the saved prompts of a folder instead, by model.")
 @options.flag("--blocks", help="Draw the block pool of a small workload instead; --lengths are its prompts.")
 @options.text("--svg", metavar="FILE", help="With --blocks: save the picture too.")
 @options.report_options
 def inspect(**settings: Any) -> int:
-    """Show what a model's KV cache takes and wastes, from its config.json alone, or draw a block pool.
+    """Show what a model's KV cache takes and wastes, draw a block pool, or list saved prompts.
 
-    MODEL is an alias, a Hugging Face repository or a folder; without one it is the bundled demo model.
+    MODEL is an alias, a Hugging Face repository or a folder; without one it is the bundled demo model. Its config.json
+    is enough; weights that are in a folder are measured by their headers.
     """
     return inspect_cache(**settings)
 

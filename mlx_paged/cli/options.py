@@ -144,6 +144,11 @@ engine_options: Option = options(
     text("--allocator", metavar="|".join(ALLOCATORS), help="Order in which free blocks are reused. Default: lru."),
     text("--swap-space", metavar="SIZE|FOLDER", help="Where blocks of preempted requests go: 8GB, or a folder."),
     text("--prefix-cache-dir", metavar="FOLDER", help="Keep the blocks of prompts there for later runs."),
+    text(
+        "--prefix-cache-size",
+        metavar="SIZE",
+        help="Most that is there, of all models. Default: 10% of the free disk.",
+    ),
 )
 sampling_options: Option = options(
     int_option("-m", "--max-tokens", help=f"Default: {DEFAULT_MAX_TOKENS}, or what fits if that is less."),

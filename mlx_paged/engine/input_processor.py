@@ -50,9 +50,8 @@ class InputProcessor:
                 raise ValueError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
         elif stream:
             raise ValueError("a beam search can't be streamed: its hypotheses are known at its end")
-        if width > self._config.max_num_seqs:
-            asked = f"beam_width={width} beams" if beams else f"n={width} samples"
-            raise ValueError(f"{asked} can't run at once: max_num_seqs is {self._config.max_num_seqs}")
+        if beams and width > self._config.max_num_seqs:
+            raise ValueError(f"beam_width={width} beams can't run at once: max_num_seqs is {self._config.max_num_seqs}")
         max_tokens = self._max_new_tokens(len(token_ids), params.max_tokens, width if beams else 1)
         return Request(
             request_id=-1,
@@ -65,6 +64,7 @@ class InputProcessor:
             metrics=RequestMetrics(time.monotonic()),
             search=BeamSearch(params, max_tokens, self.eos_token_ids) if isinstance(params, BeamSearchParams) else None,
             matcher=self._grammar_matcher(params),
+            in_waves=not beams and width > self._config.max_num_seqs,
         )
 
     def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:

@@ -1,6 +1,7 @@
 """What becomes of tokens: stop checks, text, how sequences and requests end, and the outputs that are handed out."""
 
 import time
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,10 +48,20 @@ class OutputProcessor:
         self._scheduler = scheduler
         self._profile = profile
 
-    def take(self) -> list[Output]:
-        """Hand out what waits."""
-        outputs, self.outputs = self.outputs, []
-        return outputs
+    def take(self, wanted: Container[int] | None = None) -> list[Output]:
+        """Hand out what waits; with `wanted`, the ids of requests, what waits of these."""
+        taken, self.outputs = self.outputs, []
+        if wanted is not None:
+            self.outputs = [output for output in taken if output.request_id not in wanted]
+            taken = [output for output in taken if output.request_id in wanted]
+        return taken
+
+    def abort(self, request_id: int) -> Output | None:
+        """End a request. Returns its output, or None if it had ended and been handed out."""
+        if request_id in self.requests:
+            self.finish_request(self.requests[request_id], FinishReason("abort"))
+        outputs = self.take((request_id,))
+        return outputs[-1] if outputs else None
 
     def start(self, sequence: Sequence) -> None:
         """Give a new sequence what its request asks for beside tokens."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.attention_cases import DTYPES, Case, check, points_of
+from helpers.attention_cases import DTYPES, Case, assert_close, check, dense_attention, make_arrays, points_of
 
 from mlx_paged import paged_attention
 from mlx_paged.attention import cpu as cpu
@@ -110,6 +111,50 @@ def test_on_a_cpu_prompts_are_computed_in_tiles_that_see_no_more_than_they_need(
     check(Case(((64, 100),), (4, 2), (64, 64), 8, None, None, False, "float32", False), seed=1, backend="cpu")
     sizes = [(tile.tokens.shape[1], tile.rows.shape[2]) for tile in tiles]
     assert sizes == [(16, 52), (16, 68), (16, 84), (16, 100)]
+
+
+def transposed(array: mx.array) -> mx.array:
+    return mx.contiguous(array.T).T
+
+
+def every_second(array: mx.array) -> mx.array:
+    return mx.stack([array, array + 1], axis=-1).flatten(-2)[..., ::2]
+
+
+def backwards(array: mx.array) -> mx.array:
+    return mx.contiguous(array[..., ::-1])[..., ::-1]
+
+
+def of_numpy(layout: Callable[[Any], Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """The same layout for an array of the host."""
+    found: dict[Any, Callable[[np.ndarray], np.ndarray]] = {
+        transposed: np.asfortranarray,
+        every_second: lambda array: np.stack([array, array + 1], axis=-1).reshape(*array.shape[:-1], -1)[..., ::2],
+        backwards: lambda array: array[..., ::-1].copy()[..., ::-1],
+    }
+    return found[layout]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "metal", "cuda"])
+def test_the_layout_of_an_argument_in_memory_changes_nothing(backend: str, request: pytest.FixtureRequest) -> None:
+    skip_without(backend)
+    if backend in ("metal", "cuda"):
+        request.getfixturevalue(backend)
+    case = Case(((1, 20), (5, 9), (1, 33), (12, 40)), (4, 2), (32, 32), 8, sinks=True, dtype="float32")
+    arrays = make_arrays(case)
+    expected, given = dense_attention(arrays), [*arrays[:6], arrays.options["sinks"]]
+    names = ("q", "k_cache", "v_cache", "block_tables", "context_lens", "cu_seqlens_q", "sinks")
+    for layout, (number, name) in itertools.product((transposed, every_second, backwards), enumerate(names)):
+        kinds = [layout] if number in (0, 1, 2, 6) else [lambda a: layout(mx.array(a)), of_numpy(layout)]  # noqa: B023
+        for kind in kinds:
+            changed = list(given)
+            changed[number] = kind(given[number] if kind is layout else np.array(given[number]))
+            options = arrays.options | {"sinks": changed[6]}
+            out = paged_attention(*changed[:6], **options, backend=backend)
+            try:
+                assert_close(out, expected)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, {layout.__name__}: {error}") from None
 
 
 @BACKENDS

@@ -1,6 +1,7 @@
 """What reaches a request and the engine from options, files and stdin, and what bad values are told."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -108,8 +109,11 @@ def test_engine_options_reach_the_model_and_those_not_given_stay_its_own(run: Ru
         "block_size": 8, "num_kv_blocks": 99, "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 512,
         "dtype": "float16", "prefix_caching": False,
     }  # fmt: skip
-    run("generate", "--kv-cache-memory", "30%", "Hi")
-    assert run.made[-1].settings == {"kv_cache_memory": "30%"}
+    stores = "--swap-space 8GB --prefix-cache-dir saved --prefix-cache-size 20GB --kv-cache-memory 30%"
+    run("generate", *stores.split(), "Hi")
+    assert run.made[-1].settings == {
+        "kv_cache_memory": "30%", "swap_space": "8GB", "prefix_cache_dir": "saved", "prefix_cache_size": "20GB",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -119,10 +123,11 @@ def test_engine_options_reach_the_model_and_those_not_given_stay_its_own(run: Ru
         "-n 0", "--repetition-penalty 0", "--presence-penalty 9", "--logprobs -1 --json", "--logprobs 3",
         "--block-size 0", "--num-kv-blocks 0", "--kv-cache-memory 4XB", "--kv-cache-memory 200%", "--max-num-seqs 0",
         "--dtype int3", "--max-num-batched-tokens 0", "--max-model-len 0", "--no-such-option",
-        "--num-kv-blocks 9 --kv-cache-memory 1GB",
+        "--num-kv-blocks 9 --kv-cache-memory 1GB", "--swap-space=-5GB", "--swap-space=", "--swap-space=50%",
+        "--prefix-cache-dir=", "--prefix-cache-size 1GB", "--prefix-cache-size lots --prefix-cache-dir x",
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_bad_usage_told_in_one_line_before_a_model_is_loaded(args: str, run: Run) -> None:
-    option = "--temp" if args == "--temp cold" else args.split()[0]
+    option = "--temp" if args == "--temp cold" else re.split("[ =]", args)[0]
     assert_one_line(run("generate", *args.split(), "Hi"), 2, "memory size" if "memory" in option else option, "--help")
     assert run.made == []

@@ -19,7 +19,7 @@ from mlx_paged.cache import block_store as block_store
 
 
 @pytest.mark.parametrize("pipelining", PIPELINING)
-@pytest.mark.parametrize("victim", range(7))
+@pytest.mark.parametrize("victim", range(8))
 def test_a_request_of_any_kind_can_be_aborted_at_any_moment(victim: int, pipelining: str) -> None:
     engine = make_engine("gemma3_text", **TIGHT, pipelining=pipelining)
     for num_steps in range(2 * victim + 1, 2 * victim + 30, 1 if LONG else 9):

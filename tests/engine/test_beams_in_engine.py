@@ -105,13 +105,13 @@ def test_beams_that_lose_their_blocks_come_back_by_what_they_share(lab: Lab, con
     samples = engine.add_request(PROMPTS[0], SamplingParams(temperature=0, max_tokens=25))
     ids = [engine.add_request(PROMPTS[i], each) for i, each in enumerate(params)]
     shared = []
-    split_beams = engine._scheduler._split_beams
+    split_beams = engine._scheduler._split
 
     def recorded_split(sequence: Any) -> None:
         shared.append((sequence.num_shared_tokens, len(sequence.request.prompt_token_ids)))
         split_beams(sequence)
 
-    engine._scheduler._split_beams = recorded_split  # type: ignore[method-assign]
+    engine._scheduler._split = recorded_split  # type: ignore[method-assign]
     outputs = run(engine)
     for i, each in zip(ids, params, strict=True):
         lab.compare(outputs[i], each)

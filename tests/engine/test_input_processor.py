@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.engines import GREEDY, MakeEngine, complete, is_idle, tokens_of
 
-from mlx_paged import SamplingParams
+from mlx_paged import BeamSearchParams, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_prompt_as_long_as_the_context_leaves_no_room_and_one_shorter_leaves_a
 def test_parameters_that_the_engine_can_never_serve_are_refused(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_seqs=3)
     for params, message in (
-        (SamplingParams(n=4), "n=4 .* max_num_seqs is 3"),
+        (BeamSearchParams(beam_width=4), "beam_width=4 .* max_num_seqs is 3"),
         (SamplingParams(stop="x"), "tokenizer"),
         (SamplingParams(logit_bias={97: 1.0}), "97 is outside"),
     ):

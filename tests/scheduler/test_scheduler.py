@@ -165,7 +165,7 @@ def test_one_that_did_not_fit_is_tried_again_when_who_was_in_its_way_is_gone() -
     bench.step()
     bench.add(12)
     bench.step()
-    assert bench.scheduler._blocked_head is not None
+    assert bench.scheduler._blocked_head
     bench.scheduler.remove(first.sequences[0])
     first.sequences[0].finish_reason = "abort"
     assert planned(bench.step()) == [(1, 0, 12)]
