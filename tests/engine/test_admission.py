@@ -87,7 +87,7 @@ def test_any_prompt_is_text_or_token_ids_or_refused_in_one_line(make_engine: Mak
         (np.array([1.0]), "1.0 in a list"),
         (["a", "b"], "'a' in a list"),
     ],
-    ids=ascii,
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
 )
 def test_a_prompt_that_is_neither_text_nor_token_ids_is_told_what_it_is(
     make_engine: MakeEngine, prompt: Any, words: str
