@@ -13,5 +13,9 @@ class PromptTooLong(ValueError):
     """A prompt, with what it asks for, does not fit the context or the pool. The message has the arithmetic."""
 
 
+class QueueFull(RuntimeError):
+    """As many requests wait as may; the same one may be taken a little later."""
+
+
 class EngineWarning(UserWarning):
     """Something works less well than it was asked to, and the engine goes on."""

@@ -151,6 +151,10 @@ class EngineStats:
     """Blocks of the pool of the layers that keep the whole context, which the counts of blocks and tokens are of."""
     num_free_blocks: int
     """Blocks that no sequence holds; those that still cache a prefix are free too."""
+    num_running: int
+    """Sequences that run."""
+    num_waiting: int
+    """Sequences that wait for their turn."""
     peak_used_blocks: int
     """The most blocks that sequences held at once."""
     block_size: int

@@ -21,6 +21,7 @@ ROOMS = (
     "server",
     "tools",
     "async_llm",
+    "engine_thread",
     "llm",
     "engine",
     "speculation",

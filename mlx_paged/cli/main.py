@@ -26,6 +26,7 @@ from mlx_paged.cli.chat import FULL, hold_conversation
 from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.inspect import inspect_cache
 from mlx_paged.cli.loading import complete_params, ending_signals, load_model, model_loader
+from mlx_paged.cli.serve import serve_model, serve_options
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
 from mlx_paged.config import DTYPES, EngineConfig
 from mlx_paged.models.aliases import ALIASES
@@ -185,6 +186,21 @@ def chat(terminal: Terminal, model: str | None, system: str | None, context_full
     llm = load_model(model, engine, terminal)
     params = complete_params(params, given, llm, terminal)
     return hold_conversation(llm, params, system=system, context_full=context_full, terminal=terminal)
+
+
+@cli.command(epilog=_ALIASES_EPILOG)
+@options.model_option
+@serve_options
+@options.engine_options
+@options.report_options
+@click.pass_obj
+def serve(terminal: Terminal, model: str | None, **settings: Any) -> int:
+    """Serve a model over HTTP, as OpenAI's API has it: chat completions, completions.
+
+    Ends at Ctrl-C or TERM once running requests have ended, a second time at once.
+    """
+    engine = engine_settings(settings)
+    return serve_model(model, engine, terminal, **settings)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)

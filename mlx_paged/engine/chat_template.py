@@ -63,11 +63,10 @@ class ChatTemplate:
             raise TypeError(f"chat_template_kwargs must be a mapping, got {excerpt(chat_template_kwargs)}")
         given = {"tools": tools, "documents": documents, **(chat_template_kwargs or {})}
         variables = {name: value for name, value in given.items() if value is not None}
+        variables.setdefault("add_generation_prompt", not variables.get("continue_final_message"))
         try:
             with self._lock:
-                text = self._tokenizer.apply_chat_template(
-                    conversation, tokenize=False, add_generation_prompt=True, **variables
-                )
+                text = self._tokenizer.apply_chat_template(conversation, tokenize=False, **variables)
         except Exception as error:  # a template is a program: it raises what it likes
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"the model's chat template does not take this conversation: {reason}") from error

@@ -318,6 +318,8 @@ class Engine:
             return EngineStats(
                 num_blocks=manager.num_blocks,
                 num_free_blocks=manager.num_free_blocks,
+                num_running=len(self._scheduler.running),
+                num_waiting=len(self._scheduler.waiting) + len(self._arrivals),
                 peak_used_blocks=self._peak_used_blocks,
                 block_size=manager.block_size,
                 kv_bytes=self._runner.kv_bytes,

@@ -34,9 +34,17 @@ class InputProcessor:
         self.chat_template = ChatTemplate(tokenizer, self._tokenizer_lock)
 
     def make_request(
-        self, prompt: str | SequenceOf[int], params: SamplingParams | BeamSearchParams, *, stream: bool = False
+        self,
+        prompt: str | SequenceOf[int],
+        params: SamplingParams | BeamSearchParams,
+        *,
+        stream: bool = False,
+        clamp_max_tokens: bool = False,
     ) -> Request:
-        """A request without an id. Raises ValueError or TypeError as `Engine.add_request` does."""
+        """A request without an id. Raises ValueError or TypeError as `Engine.add_request` does.
+
+        clamp_max_tokens: where max_tokens is more than fits, take what fits.
+        """
         if not isinstance(params, SamplingParams | BeamSearchParams):
             raise TypeError(f"params must be SamplingParams or BeamSearchParams, got {excerpt(params)}")
         token_ids = self._encode(prompt)
@@ -52,7 +60,10 @@ class InputProcessor:
             raise ValueError("a beam search can't be streamed: its hypotheses are known at its end")
         if beams and width > self._config.max_num_seqs:
             raise ValueError(f"beam_width={width} beams can't run at once: max_num_seqs is {self._config.max_num_seqs}")
-        max_tokens = self._max_new_tokens(len(token_ids), params.max_tokens, width if beams else 1)
+        wanted, room = params.max_tokens, self._config.block_size * self._num_blocks - len(token_ids) + 1
+        if clamp_max_tokens and wanted is not None and not beams:
+            wanted = max(1, min(wanted, room))
+        max_tokens = self._max_new_tokens(len(token_ids), wanted, width if beams else 1)
         return Request(
             request_id=-1,
             prompt=prompt if isinstance(prompt, str) else None,
