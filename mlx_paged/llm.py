@@ -200,7 +200,8 @@ class LLM:
             raise ValueError(f"{counts}: give one for all or each")
         for one in each:
             if not isinstance(one, kind):
-                raise TypeError(f"params must be {kind.__name__}, or a list of one for each prompt, got {excerpt(one)}")
+                got = f"{type(one).__name__}: give one for all prompts, or a list of one for each"
+                raise TypeError(f"params must be {kind.__name__}, got {got}")
         requests = [self.engine.make_request(prompt, p) for prompt, p in zip(all_prompts, each, strict=True)]
         outputs = []
         with ProgressBar(len(requests), shown=progress) as bar, closing(self.run(requests)) as arriving:

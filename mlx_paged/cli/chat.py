@@ -159,6 +159,8 @@ class _Conversation:
             request, messages = self._make_request({"role": "user", "content": content})
             answer = self._stream(request)
         except ValueError as error:
+            if self._drops_oldest and isinstance(error, PromptTooLong):  # it does not fit alone
+                raise
             raise ValueError(f"{error}; /reset begins a new conversation") from error
         if answer:
             self._messages = [*messages, {"role": "assistant", "content": answer}]
