@@ -98,7 +98,7 @@ def test_requests_may_be_aborted_and_come_from_other_threads_while_a_step_is_mad
         sys.setswitchinterval(interval)
         for thread in threads:
             thread.join()
-    assert len(ids) == 3 * (7 + 5 + 3)
+    assert len(ids) == 3 * (8 + 6 + 4)
     assert sorted([*results.finished, *aborted]) == sorted(ids)
     for request_id, found in results.finished.items():
         alone("llama").compare(ids[request_id], found)
