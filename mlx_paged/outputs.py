@@ -10,7 +10,8 @@ class CompletionOutput:
     index: int
     """Which of the request's n samples it is, from 0."""
     text: str
-    """Decoded from the tokens; it ends before the stop string."""
+    """What the tokenizer decodes the tokens to, without special ones and the one that ended it; it ends before the stop
+    string."""
     token_ids: list[int]
     """The output's tokens, the stop token that ended it included."""
     cumulative_logprob: float
@@ -98,9 +99,10 @@ class BeamHypothesis:
     """A finished hypothesis of a beam search."""
 
     token_ids: list[int]
-    """The output's tokens, the end token included."""
+    """The output's tokens, the end token or the stop string included."""
     text: str
-    """Decoded from the tokens."""
+    """What the tokenizer decodes the tokens to, without special ones and the one that ended it; it ends before the stop
+    string."""
     cum_logprob: float
     """Sum of the tokens' log-probabilities."""
     score: float

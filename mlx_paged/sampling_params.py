@@ -8,7 +8,24 @@ from typing import Any
 
 
 class _RequestParams:
-    """Parameters that are checked one by one."""
+    """Parameters that are checked one by one, and those that sampling and beam search have in common."""
+
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    skip_special_tokens: bool
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def _check_text(self) -> None:
+        self._require("stop", all(isinstance(s, str) and s for s in self.stop_strings), "non-empty strings")
+        ids = self.stop_token_ids or ()
+        self._require("stop_token_ids", all(is_count(token, 0) for token in ids), "token ids of 0 or more")
+        self._require("skip_special_tokens", isinstance(self.skip_special_tokens, bool), "True or False")
 
     def _require(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
@@ -63,6 +80,8 @@ class SamplingParams(_RequestParams):
     """Regular expression of the output, in Rust's syntax."""
     grammar: str | None = None
     """Grammar of the output, in Lark's syntax."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text. The token that ends an output is never in it."""
 
     def __post_init__(self) -> None:
         self._require("n", is_count(self.n, 1), "a whole number of at least 1")
@@ -76,9 +95,7 @@ class SamplingParams(_RequestParams):
             value = getattr(self, name)
             self._require(name, is_number(value) and -2 <= value <= 2, "between -2 and 2")
         self._require("max_tokens", self.max_tokens is None or is_count(self.max_tokens, 1), "at least 1")
-        self._require("stop", all(isinstance(s, str) and s for s in self.stop_strings), "non-empty strings")
-        ids = self.stop_token_ids or ()
-        self._require("stop_token_ids", all(is_count(token, 0) for token in ids), "token ids of 0 or more")
+        self._check_text()
         self._require("seed", self.seed is None or is_count(self.seed), "a whole number")
         self._require("logprobs", self.logprobs is None or is_count(self.logprobs, 0), "a whole number >= 0")
         bias = self.logit_bias or {}
@@ -92,13 +109,6 @@ class SamplingParams(_RequestParams):
             value = getattr(self, name)
             self._require(name, value is None or (isinstance(value, str) and value != ""), "text that is not empty")
         self._require("json_schema", _is_schema(self.json_schema), "a JSON schema: an object, or its text")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def is_greedy(self) -> bool:
@@ -138,6 +148,12 @@ class BeamSearchParams(_RequestParams):
     """Cached prefixes are shared only with requests of an equal salt."""
     priority: int = 0
     """Higher ones are served first and preempted last."""
+    stop: str | Sequence[str] | None = None
+    """Strings that end a hypothesis as an end token does. Its text ends before them, its `token_ids` keep them."""
+    stop_token_ids: Sequence[int] | None = None
+    """More end tokens."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the texts. The token that ends a hypothesis is never in its text."""
 
     def __post_init__(self) -> None:
         self._require("beam_width", is_count(self.beam_width, 1), "a whole number of at least 1")
@@ -148,6 +164,7 @@ class BeamSearchParams(_RequestParams):
         valid = num is None or (is_count(num, 1) and num <= self.beam_width)
         self._require("num_return_sequences", valid, f"between 1 and beam_width={self.beam_width}")
         self._require("priority", is_count(self.priority), "a whole number")
+        self._check_text()
 
 
 def _is_schema(schema: object) -> bool:

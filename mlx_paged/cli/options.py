@@ -140,6 +140,11 @@ engine_options: Option = options(
     text("--swap-space", metavar="SIZE|FOLDER", help="Where blocks of preempted requests go: 8GB, or a folder."),
     text("--prefix-cache-dir", metavar="FOLDER", help="Keep the blocks of prompts there for later runs."),
 )
+text_options: Option = options(
+    text("--stop", multiple=True, help="End before this text. Repeatable."),
+    flag("--show-special-tokens", "skip_special_tokens", flag_value=False, default=True,
+         help="Leave special tokens in the text."),
+)  # fmt: skip
 sampling_options: Option = options(
     int_option("-m", "--max-tokens", help=f"Default: {DEFAULT_MAX_TOKENS}, or what fits if that is less."),
     float_option("--temp", "--temperature", "temperature", default=0.0, help="Default: 0, greedy."),
@@ -149,7 +154,7 @@ sampling_options: Option = options(
     float_option("--repetition-penalty", default=1.0, help="Above 1: against tokens seen before."),
     float_option("--presence-penalty", default=0.0, help="Against tokens of the output, once."),
     float_option("--frequency-penalty", default=0.0, help="Against tokens of the output, each time."),
-    text("--stop", multiple=True, help="End before this text. Repeatable."),
+    text_options,
     int_option("--seed", help="Makes random sampling repeatable."),
     flag("--ignore-eos", help="Run on past the model's end token."),
 )

@@ -77,8 +77,8 @@ class Engine:
         self._input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
         self._input_builder = InputBuilder(self._batch)
         self._steps = StepRunner(runner, self.profile)
-        eos_token_ids = self._input_processor.eos_token_ids
-        self._outputs = OutputProcessor(tokenizer, eos_token_ids, self._batch, self._scheduler, self.profile)
+        detokenizer, eos_token_ids = self._input_processor.detokenizer, self._input_processor.eos_token_ids
+        self._outputs = OutputProcessor(detokenizer, eos_token_ids, self._batch, self._scheduler, self.profile)
         self._forking = Forking(self.block_manager, self._batch, self._scheduler, self._block_mover, self._outputs)
         self._sampling = SamplingStep(
             self._batch, runner.vocab_size, self._forking, self._outputs, self._steps, self.profile
