@@ -24,7 +24,8 @@ class InputProcessor:
         self, tokenizer: Any, vocab_size: int, num_blocks: int, max_model_len: int | None, config: EngineConfig
     ) -> None:
         """num_blocks: those of the pool that keeps the whole context. max_model_len: None if only that bounds it."""
-        self._tokenizer = tokenizer = None if tokenizer is None else readable(tokenizer)
+        tokenizer = None if tokenizer is None else readable(tokenizer)
+        self._tokenizer = tokenizer
         self.eos_token_ids = frozenset(tokenizer.eos_token_ids) if tokenizer is not None else frozenset()
         self.detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
         self._special_prefix: list[int] | None = None
@@ -71,8 +72,9 @@ class InputProcessor:
     def _beam_search(self, params: SamplingParams | BeamSearchParams, max_tokens: int) -> BeamSearch | None:
         if not isinstance(params, BeamSearchParams):
             return None
-        watches = params.stop_strings and self.detokenizer is not None
-        text_stream = TextStream.of(self.detokenizer, params) if watches else None
+        text_stream = None
+        if params.stop_strings and self.detokenizer is not None:
+            text_stream = TextStream.of(self.detokenizer, params)
         return BeamSearch(params, max_tokens, self.eos_token_ids, text_stream)
 
     def _grammar_matcher(self, params: SamplingParams | BeamSearchParams) -> Any:
@@ -101,6 +103,7 @@ class InputProcessor:
 
         A rendered chat has that already. What would come behind the text, such as an end token, is left out.
         """
+        assert self._tokenizer is not None
         token_ids = list(self._tokenizer.encode(text, add_special_tokens=False))
         if self._special_prefix is None:
             whole = list(self._tokenizer.encode(text, add_special_tokens=True))
