@@ -59,8 +59,9 @@ class BeamSearch:
         self._stops_when_full = self._width == 1 or (params.early_stopping != "never" and bool(params.early_stopping))
         self._num_tokens = 0
         self._hypotheses: list[Hypothesis] = []
-        self.num_candidates = max(2, 1 + len(self._eos_token_ids)) * self._width
-        """Next tokens that `advance` takes per beam: beam_width of them are no end tokens whatever the model says."""
+        self.num_candidates = max(2, 1 + len(self._eos_token_ids) + len(params.stop_strings)) * self._width
+        """Next tokens that `advance` takes per beam: beam_width of them are no end tokens whatever the model says, and
+        rarely are they the ends of stop strings."""
         self.beams = [Beam(text_stream=text_stream)]
         """The running beams, best first, all of one length: a single empty one at the start, none at the end."""
         self.finished = False

@@ -71,7 +71,7 @@ def test_stop_strings_and_stop_tokens_end_hypotheses_as_end_tokens_do(
     problem: Any, stop: str, stop_token_ids: list[int]
 ) -> None:
     tables, params, eos_token_ids = problem
-    params = dataclasses.replace(params, stop_token_ids=stop_token_ids)
+    params = dataclasses.replace(params, stop=stop, stop_token_ids=stop_token_ids)
     expected = dense_beam_search(
         tables,
         params,
