@@ -28,6 +28,7 @@ OPTIONAL = {
     "mlx_paged/blocks/inspection.py": "stats and check",
     "mlx_paged/cache/block_store.py": "swap and saved prompts",
     "mlx_paged/cpu": "for CPUs",
+    "mlx_paged/engine/detokenizer.py:DecodeStream": "streams and stop strings",
     "mlx_paged/engine/profile.py": "where the time goes",
     "mlx_paged/progress.py": "a bar on a terminal",
     "mlx_paged/sampling/beam_search.py": "beams",
