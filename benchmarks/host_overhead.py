@@ -78,7 +78,7 @@ class Clock:
         self._wrap(engine._steps, "waiting", "wait")
         self._wrap(engine._sampling._sampler, "sampling graph", "sample")
         self._wrap(engine._runner, "model graph", "run")
-        self._wrap(engine._outputs, "detokenising", "_detokenize")
+        self._wrap(engine._outputs, "detokenising", "_detokenize", "_complete_text")
 
     def _cost_of_a_call(self, clock: Callable[[], int]) -> tuple[int, int]:
         """Nanoseconds that a call seems to cost the caller, and the function."""

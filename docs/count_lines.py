@@ -30,6 +30,7 @@ OPTIONAL = {
     "mlx_paged/cache/block_store.py": "swap and saved prompts",
     "mlx_paged/cpu": "for CPUs",
     "mlx_paged/engine/chat_template.py": "conversations",
+    "mlx_paged/engine/detokenizer.py:DecodeStream": "streams and stop strings",
     "mlx_paged/engine/profile.py": "where the time goes",
     "mlx_paged/outputs.py:BeamHypothesis": "beams",
     "mlx_paged/outputs.py:BeamSearchOutput": "beams",

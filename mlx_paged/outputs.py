@@ -10,7 +10,8 @@ class CompletionOutput:
     index: int
     """Which of the request's n samples it is, from 0."""
     text: str
-    """Decoded from the tokens; it ends before the stop string."""
+    """What the tokenizer decodes the tokens to, without special ones and the one that ended it; it ends before the stop
+    string."""
     token_ids: list[int]
     """The output's tokens, the stop token that ended it included."""
     cumulative_logprob: float
@@ -98,9 +99,10 @@ class BeamHypothesis:
     """A finished hypothesis of a beam search."""
 
     token_ids: list[int]
-    """The output's tokens, the end token included."""
+    """The output's tokens, the end token or the stop string included."""
     text: str
-    """Decoded from the tokens."""
+    """What the tokenizer decodes the tokens to, without special ones and the one that ended it; it ends before the stop
+    string."""
     cum_logprob: float
     """Sum of the tokens' log-probabilities."""
     score: float
@@ -163,8 +165,6 @@ class EngineStats:
     """Bytes of all pools."""
     kv_tokens: int
     """Tokens in blocks that sequences hold, shared ones counted once."""
-    kv_waste: float
-    """Share of the slots of used blocks that holds no token, from 0 to 1; 0 while no block is used."""
     prefix_hit_tokens: int
     """Prompt tokens whose K and V were found in the prefix cache."""
     prefix_query_tokens: int
@@ -181,3 +181,9 @@ class EngineStats:
     """Seconds of scheduling, batch building, stops and text."""
     model_time_s: float
     """Seconds of building the model's graph, running it and sampling."""
+
+    @property
+    def kv_waste(self) -> float:
+        """The share of the slots of used blocks that holds no token, from 0 to 1; 0 while no block is used."""
+        num_used = self.num_blocks - self.num_free_blocks
+        return 1 - self.kv_tokens / (num_used * self.block_size) if num_used else 0.0

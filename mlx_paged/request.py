@@ -26,8 +26,6 @@ class Sequence:
     logprobs: list[dict[int, float]] | None = None
     text_stream: Any = None
     """A TextStream, where there is a tokenizer."""
-    num_detokenized: int = 0
-    """Output tokens that the text stream has."""
     matcher: Any = None
     """A GrammarMatcher, where the output must follow a grammar."""
     beam_candidates: Any = None

@@ -17,6 +17,10 @@ Take = Callable[[Any], Any]
 class _RequestParams(Settings):
     """Parameters that are checked one by one. What is kept of numpy's numbers and of iterators are numbers, tuples."""
 
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    skip_special_tokens: bool
+
     def _take(self, name: str, take: Take, expected: str) -> None:
         value = getattr(self, name)
         if value is None and getattr(type(self), name) is None:
@@ -24,6 +28,19 @@ class _RequestParams(Settings):
         if (taken := take(value)) is None:
             raise ValueError(f"{name} must be {expected}, got {excerpt(value)}")
         object.__setattr__(self, name, taken)
+
+    def _take_text_fields(self) -> None:
+        text = "text, UTF-8 and not empty, or a list of such"
+        self._take("stop", _text if isinstance(self.stop, str) else _each(_text), text)
+        self._take("stop_token_ids", _each(_count(0)), "a list of token ids of 0 or more")
+        self._take("skip_special_tokens", _flag, "True or False")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,8 @@ class SamplingParams(_RequestParams):
     """Regular expression of the output, in Rust's syntax."""
     grammar: str | None = None
     """Grammar of the output, in Lark's syntax."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text. The token that ends an output is never in it."""
 
     def __post_init__(self) -> None:
         text, number = "text, UTF-8 and not empty", "a finite number"
@@ -86,8 +105,7 @@ class SamplingParams(_RequestParams):
         self._take("presence_penalty", _number(lambda x: -2 <= x <= 2), "between -2 and 2")
         self._take("frequency_penalty", _number(lambda x: -2 <= x <= 2), "between -2 and 2")
         self._take("max_tokens", _count(1), "a whole number of at least 1")
-        self._take("stop", _text if isinstance(self.stop, str) else _each(_text), f"{text}, or a list of such")
-        self._take("stop_token_ids", _each(_count(0)), "a list of token ids of 0 or more")
+        self._take_text_fields()
         self._take("ignore_eos", _flag, "True or False")
         self._take("seed", as_int, "a whole number")
         self._take("logprobs", _count(0), "a whole number of at least 0")
@@ -100,13 +118,6 @@ class SamplingParams(_RequestParams):
         self._take("regex", _text, text)
         self._take("grammar", _text, text)
         self._take("json_schema", _schema, "a JSON schema: an object, or its text")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def is_greedy(self) -> bool:
@@ -146,6 +157,12 @@ class BeamSearchParams(_RequestParams):
     """Cached prefixes are shared only with requests of an equal salt."""
     priority: int = 0
     """Higher ones are served first and preempted last."""
+    stop: str | Sequence[str] | None = None
+    """Strings that end a hypothesis as an end token does. Its text ends before them, its `token_ids` keep them."""
+    stop_token_ids: Sequence[int] | None = None
+    """More end tokens."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the texts. The token that ends a hypothesis is never in its text."""
 
     def __post_init__(self) -> None:
         self._take("beam_width", _count(1), "a whole number of at least 1")
@@ -157,6 +174,7 @@ class BeamSearchParams(_RequestParams):
         self._take("num_return_sequences", fits, f"between 1 and beam_width={self.beam_width}")
         self._take("cache_salt", lambda salt: salt if isinstance(salt, str) else None, "text")
         self._take("priority", as_int, "a whole number")
+        self._take_text_fields()
 
 
 def as_int(value: Any) -> int | None:

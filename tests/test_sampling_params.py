@@ -57,6 +57,8 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("stop_token_ids", [-1]),
     ("stop_token_ids", ["a"]),
     ("stop_token_ids", [1.0]),
+    ("skip_special_tokens", 1),
+    ("skip_special_tokens", None),
     ("seed", 1.5),
     ("seed", "7"),
     ("seed", True),

@@ -142,6 +142,7 @@ def generate(terminal: Terminal, json_schema: Path | None, **settings: Any) -> i
               help="Stop when no hypothesis is likely to get better (false), when enough are finished (true), when "
               "none can get better (never). Default: false.")  # fmt: skip
 @options.int_option("--num-return", "num_return_sequences", help="Hypotheses shown, best first. Default: all of them.")
+@options.text_options
 @options.engine_options
 @options.profile_option
 @options.report_options

@@ -150,6 +150,11 @@ engine_options: Option = options(
         help="Most that is there, of all models. Default: 10% of the free disk.",
     ),
 )
+text_options: Option = options(
+    text("--stop", multiple=True, help="End before this text. Repeatable."),
+    flag("--show-special-tokens", "skip_special_tokens", flag_value=False, default=True,
+         help="Leave special tokens in the text."),
+)  # fmt: skip
 sampling_options: Option = options(
     int_option("-m", "--max-tokens", help=f"Default: {DEFAULT_MAX_TOKENS}, or what fits if that is less."),
     float_option("--temp", "--temperature", "temperature", help="0 is greedy. Default: the model's, or 0."),
@@ -159,7 +164,7 @@ sampling_options: Option = options(
     float_option("--repetition-penalty", help="Above 1: against tokens seen before. Default: the model's, or 1."),
     float_option("--presence-penalty", help="Against tokens of the output, once. Default: 0."),
     float_option("--frequency-penalty", help="Against tokens of the output, each time. Default: 0."),
-    text("--stop", multiple=True, help="End before this text. Repeatable."),
+    text_options,
     int_option("--seed", help="Makes random sampling repeatable."),
     flag("--ignore-eos", help="Run on past the model's end token."),
 )

@@ -78,8 +78,8 @@ class Engine:
         self.input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
         self._input_builder = InputBuilder(self._batch)
         self._steps = StepRunner(runner, self.profile)
-        eos_token_ids = self.input_processor.eos_token_ids
-        self._outputs = OutputProcessor(tokenizer, eos_token_ids, self._batch, self._scheduler, self.profile)
+        detokenizer, eos_token_ids = self.input_processor.detokenizer, self.input_processor.eos_token_ids
+        self._outputs = OutputProcessor(detokenizer, eos_token_ids, self._batch, self._scheduler, self.profile)
         self._forking = Forking(self.block_manager, self._batch, self._scheduler, self._block_mover, self._outputs)
         self._sampling = SamplingStep(
             self._batch, runner.vocab_size, self._forking, self._outputs, self._steps, self.profile
@@ -311,10 +311,9 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return the engine's counters and the pool's state at this moment."""
         with self._exclusive():
+            self._require_whole()
             self._scheduler.sync_blocks()
             manager = self.block_manager
-            num_used = manager.num_blocks - manager.num_free_blocks
-            kv_tokens = manager.num_kv_tokens()
             return EngineStats(
                 num_blocks=manager.num_blocks,
                 num_free_blocks=manager.num_free_blocks,
@@ -323,8 +322,7 @@ class Engine:
                 peak_used_blocks=self._peak_used_blocks,
                 block_size=manager.block_size,
                 kv_bytes=self._runner.kv_bytes,
-                kv_tokens=kv_tokens,
-                kv_waste=1 - kv_tokens / (num_used * manager.block_size) if num_used else 0.0,
+                kv_tokens=manager.num_kv_tokens(),
                 prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
                 prefix_query_tokens=self._scheduler.prefix_query_tokens,
                 num_preemptions=self._scheduler.num_preemptions,

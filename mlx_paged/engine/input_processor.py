@@ -8,6 +8,8 @@ from typing import Any
 
 from mlx_paged.config import EngineConfig, excerpt
 from mlx_paged.engine.chat_template import ChatTemplate
+from mlx_paged.engine.detokenizer import Detokenizer, readable
+from mlx_paged.engine.text_stream import TextStream
 from mlx_paged.errors import PromptTooLong
 from mlx_paged.outputs import RequestMetrics
 from mlx_paged.request import Request
@@ -23,8 +25,11 @@ class InputProcessor:
         self, tokenizer: Any, vocab_size: int, num_blocks: int, max_model_len: int | None, config: EngineConfig
     ) -> None:
         """num_blocks: those of the pool that keeps the whole context. max_model_len: None if only that bounds it."""
-        self.eos_token_ids = frozenset(tokenizer.eos_token_ids) if tokenizer is not None else frozenset()
+        tokenizer = None if tokenizer is None else readable(tokenizer)
         self._tokenizer = tokenizer
+        self.eos_token_ids = frozenset(tokenizer.eos_token_ids) if tokenizer is not None else frozenset()
+        self.detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
+        self._special_prefix: list[int] | None = None
         self._vocab_size = vocab_size
         self._num_blocks = num_blocks
         self._max_model_len = max_model_len
@@ -53,10 +58,9 @@ class InputProcessor:
         self._check_token_ids("the prompt", token_ids)
         for name in ("logit_bias", "stop_token_ids"):
             self._check_token_ids(name, getattr(params, name, None) or ())
-        if isinstance(params, SamplingParams):
-            if params.stop_strings and self._tokenizer is None:
-                raise ValueError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
-        elif stream:
+        if params.stop_strings and self._tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this engine has none: use stop_token_ids")
+        if beams and stream:
             raise ValueError("a beam search can't be streamed: its hypotheses are known at its end")
         if beams and width > self._config.max_num_seqs:
             raise ValueError(f"beam_width={width} beams can't run at once: max_num_seqs is {self._config.max_num_seqs}")
@@ -73,7 +77,7 @@ class InputProcessor:
             max_tokens=max_tokens,
             stream=stream,
             metrics=RequestMetrics(time.monotonic()),
-            search=BeamSearch(params, max_tokens, self.eos_token_ids) if isinstance(params, BeamSearchParams) else None,
+            search=self._beam_search(params, max_tokens),
             matcher=self._grammar_matcher(params),
             in_waves=not beams and width > self._config.max_num_seqs,
         )
@@ -83,6 +87,14 @@ class InputProcessor:
             if not 0 <= token_id < self._vocab_size:
                 what = f"{name}: token id {excerpt(token_id)}"
                 raise ValueError(f"{what} is outside the model's vocabulary of {self._vocab_size}")
+
+    def _beam_search(self, params: SamplingParams | BeamSearchParams, max_tokens: int) -> BeamSearch | None:
+        if not isinstance(params, BeamSearchParams):
+            return None
+        text_stream = None
+        if params.stop_strings and self.detokenizer is not None:
+            text_stream = TextStream.of(self.detokenizer, params)
+        return BeamSearch(params, max_tokens, self.eos_token_ids, text_stream)
 
     def _grammar_matcher(self, params: SamplingParams | BeamSearchParams) -> Any:
         if isinstance(params, SamplingParams) and params.is_constrained:
@@ -95,16 +107,30 @@ class InputProcessor:
                 raise ValueError("this engine has no tokenizer: give the prompt as token ids")
             if not is_text(prompt):
                 raise ValueError("the prompt is not UTF-8 text: it has half of a surrogate pair")
-            bos = self._tokenizer.bos_token
-            add_special_tokens = bos is None or not prompt.startswith(bos)
             with self._tokenizer_lock:
-                encoded = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens) if prompt else []
-            token_ids = list(encoded)
+                token_ids = self._encode_text(prompt) if prompt else []
         else:
             token_ids = _token_ids(prompt)
         if not token_ids:
             raise ValueError("the prompt is empty: give it at least one token")
         return token_ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Tokenize a text that is to be continued: with what the tokenizer puts before every text, but only once.
+
+        A rendered chat has that already. What would come behind the text, such as an end token, is left out.
+        """
+        assert self._tokenizer is not None
+        token_ids = list(self._tokenizer.encode(text, add_special_tokens=False))
+        if self._special_prefix is None:
+            whole = list(self._tokenizer.encode(text, add_special_tokens=True))
+            places = range(len(whole) - len(token_ids) + 1)
+            found = [whole[:start] for start in places if whole[start : start + len(token_ids)] == token_ids]
+            if len(found) != 1:  # of a few texts, such as nothing but a start token
+                return token_ids if found else whole
+            (self._special_prefix,) = found
+        is_rendered = token_ids[:1] == self._special_prefix[:1]
+        return token_ids if is_rendered else self._special_prefix + token_ids
 
     def _max_new_tokens(self, num_prompt: int, max_tokens: int | None, num_beams: int) -> int:
         """How many tokens a request may put out. Raises ValueError if its prompt, or what it asks for, can't fit."""

@@ -126,7 +126,7 @@ class SamplingStep:
             assert sequence is not None
             try:
                 sequence.matcher.fill(masks[i])
-            except ValueError as error:
+            except Exception as error:  # a ValueError where nothing is allowed, else of the grammar's code
                 dead_ends.append(i)
-                self._outputs.fail_sequence(sequence, str(error))
+                self._outputs.fail_sequence(sequence, error)
         return masks, dead_ends

@@ -66,9 +66,11 @@ class GrammarCompiler:
 class GrammarMatcher:
     """Follow a sequence through its grammar. Made by `GrammarCompiler.matcher`; belongs to one thread at a time."""
 
-    def __init__(self, vocabulary: "_Vocabulary", matcher: "LLMatcher") -> None:
+    def __init__(self, vocabulary: "_Vocabulary", matcher: "LLMatcher", after_space: "LLMatcher | None" = None) -> None:
+        """after_space: that of the grammar behind a space, while a first token may lose one; None: it loses nothing."""
         self._vocabulary = vocabulary
         self._matcher = matcher
+        self._after_space = after_space
         # llguidance writes a bit for every token of the tokenizer, the model may have fewer.
         self._written = np.zeros(vocabulary.num_written_words, np.uint32)
         self._address = self._written.ctypes.data
@@ -99,8 +101,12 @@ class GrammarMatcher:
             raise ValueError(f"the form of this output does not allow token {token_id} here")
         if token_id in self._vocabulary.eos_token_ids:
             self._has_ended = True
-        elif not self._matcher.consume_token(token_id):
-            raise ValueError(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
+        else:
+            if self._after_space is not None and self._vocabulary.first_tokens[word] >> np.uint32(bit) & np.uint32(1):
+                self._matcher = self._after_space
+            self._after_space = None
+            if not self._matcher.consume_token(token_id):
+                raise ValueError(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
         self._is_current = False
 
     @property
@@ -115,7 +121,8 @@ class GrammarMatcher:
 
     def copy(self) -> "GrammarMatcher":
         """Make a matcher that is as far in its grammar and goes on by itself."""
-        copy = GrammarMatcher(self._vocabulary, self._matcher.deep_copy())
+        after_space = None if self._after_space is None else self._after_space.deep_copy()
+        copy = GrammarMatcher(self._vocabulary, self._matcher.deep_copy(), after_space)
         np.copyto(copy._written, self._written)
         copy._is_current, copy._can_go_on, copy._has_ended = self._is_current, self._can_go_on, self._has_ended
         return copy
@@ -128,10 +135,12 @@ class GrammarMatcher:
         if self._has_ended:
             self._allowed[:] = 0
         else:
-            self._matcher.unsafe_compute_mask_ptr(self._address, self._written.nbytes)
-            # End tokens are set here: llguidance also allows them in the middle where they stand for fitting text.
-            np.bitwise_and(self._allowed, self._vocabulary.text_tokens, out=self._allowed)
-            self._clear_unwritable()
+            self._compute(self._matcher)
+            if self._after_space is not None:
+                plain = self._allowed & ~self._vocabulary.spaced_tokens
+                self._compute(self._after_space)
+                np.bitwise_and(self._allowed, self._vocabulary.first_tokens, out=self._allowed)
+                np.bitwise_or(self._allowed, plain, out=self._allowed)
         self._can_go_on = bool(self._allowed.any())
         if may_end:
             np.bitwise_or(self._allowed, self._vocabulary.end_tokens, out=self._allowed)
@@ -139,13 +148,17 @@ class GrammarMatcher:
             raise ValueError(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
         self._is_current = True
 
-    def _clear_unwritable(self) -> None:
-        """Clear the one token left if it does not fit: llguidance allows one where no token can write the only text."""
+    def _compute(self, matcher: "LLMatcher") -> None:
+        """Have a matcher compute the mask, without end tokens."""
+        matcher.unsafe_compute_mask_ptr(self._address, self._written.nbytes)
+        # End tokens are set by `_update`: llguidance also allows them where they stand for fitting text.
+        np.bitwise_and(self._allowed, self._vocabulary.text_tokens, out=self._allowed)
+        # Where no token can write the only text that fits, llguidance allows one nevertheless.
         if np.count_nonzero(self._allowed) != 1:
             return
         word = int(self._allowed.argmax())
         bits = int(self._allowed[word])
-        if bits.bit_count() == 1 and not self._matcher.validate_tokens([word * 32 + bits.bit_length() - 1]):
+        if bits.bit_count() == 1 and not matcher.validate_tokens([word * 32 + bits.bit_length() - 1]):
             self._allowed[word] = 0
 
 
@@ -154,7 +167,8 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         hf_tokenizer = tokenizer._tokenizer
-        known = np.unique(list(hf_tokenizer.get_vocab().values()))
+        vocab = hf_tokenizer.get_vocab()
+        known = np.unique(list(vocab.values()))
         num_ids = max(vocab_size, int(known[-1]) + 1)
         known = known[known < vocab_size]
         self.eos_token_ids = sorted(set(known.tolist()).intersection(eos_token_ids))
@@ -167,6 +181,16 @@ class _Vocabulary:
         self.text_tokens = _bits(known, vocab_size) & ~self.end_tokens
         """uint32 [ceil(vocab_size / 32)], a bit for each other token that the tokenizer knows."""
         self.ll_tokenizer = _ll_tokenizer(hf_tokenizer, num_ids, self.eos_token_ids)
+        # SentencePiece's decoders leave the space out that the first token of a text begins with.
+        backend = hf_tokenizer.backend_tokenizer
+        spaced = [i for piece, i in vocab.items() if piece.startswith(("\u2581", "<0x20>")) and i < vocab_size]
+        self.drops_space = bool(spaced) and not backend.decode(spaced[:1]).startswith(" ")
+        first = spaced if self.drops_space else []
+        first = [i for i in first if backend.decode([i]) == self.ll_tokenizer.decode_str([i])[1:]]
+        self.spaced_tokens = _bits(spaced, vocab_size)
+        """uint32 [ceil(vocab_size / 32)], a bit for each token that begins with a space."""
+        self.first_tokens = _bits(first, vocab_size)
+        """uint32 [ceil(vocab_size / 32)], a bit for each that loses just this space at the start of a text."""
 
 
 def _ll_tokenizer(hf_tokenizer: Any, num_ids: int, eos_token_ids: list[int]) -> "LLTokenizer":
@@ -197,12 +221,22 @@ def _compile(vocabulary: _Vocabulary, kind: str, text: str) -> GrammarMatcher:
             raise ValueError(matcher.get_error())
     except ValueError as error:
         raise ValueError(f"{kind} can't be used: {_one_line(str(error))}") from None
-    compiled = GrammarMatcher(vocabulary, matcher)
+    after_space = None
+    if vocabulary.drops_space:
+        after_space = LLMatcher(vocabulary.ll_tokenizer, _behind_space(kind, grammar), log_level=0)
+    compiled = GrammarMatcher(vocabulary, matcher, after_space)
     try:
         compiled.mask()
     except ValueError:
         raise ValueError(f"{kind} can't be used: {_dead_end(matcher)}") from None
     return compiled
+
+
+def _behind_space(kind: str, grammar: str) -> str:
+    """Write the grammar of the same texts with a space before them."""
+    inner = {"lark_grammar": grammar} if kind == "grammar" else json.loads(grammar)["grammars"][0]
+    outer = {"name": "outer", "lark_grammar": 'start: " " @inner'}
+    return json.dumps({"grammars": [outer, inner | {"name": "inner"}]})
 
 
 def _json_grammar(schema: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.stub_llm import Run, StubLLM, assert_one_line
 
-from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 
 def test_prompts_come_from_arguments_options_files_and_stdin(run: Run, tmp_path: Path) -> None:
@@ -51,6 +51,15 @@ def test_sampling_options_reach_the_request_by_their_usual_names(run: Run) -> No
     args = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     run("generate", *args, "-n", "3", "--stop", "END", "--stop", "\n\n", "--ignore-eos", "--json", "Hi")
     assert run.params == SamplingParams(**options, n=3, stop=("END", "\n\n"), ignore_eos=True)
+
+
+def test_stop_strings_and_special_tokens_are_options_of_samples_and_beams(run: Run) -> None:
+    for command, kind in (("generate", SamplingParams), ("beam-search", BeamSearchParams)):
+        run(command, "--stop", "END", "--show-special-tokens", "Hi")
+        assert isinstance(run.params, kind)
+        assert (run.params.stop, run.params.skip_special_tokens) == (("END",), False)
+        run(command, "Hi")
+        assert (run.params.stop, run.params.skip_special_tokens) == ((), True)
 
 
 def test_the_form_of_the_output_is_a_schema_from_a_file_or_an_expression(run: Run, tmp_path: Path) -> None:
