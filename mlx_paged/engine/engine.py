@@ -214,9 +214,6 @@ class Engine:
             assert self._in_flight or is_idle, "requests wait, and none of them can be served"
             return None
         step = self._steps.begin(schedule, self._batch.version)
-        for chunk in schedule.chunks:
-            metrics = chunk.sequence.request.metrics
-            metrics.first_scheduled_time = metrics.first_scheduled_time or time.monotonic()
         with self.profile.part("move"):
             all_read_back = self._block_mover.run()
         if not all_read_back:  # those that counted on a stored block wait again
