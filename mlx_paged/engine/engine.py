@@ -178,7 +178,7 @@ class Engine:
                 if step is not None:
                     if self._must_finish(step):
                         self._receive(self._in_flight)
-                    self._count(step, time.perf_counter() - started)
+                    self._count(step, time.perf_counter() - started - self._block_mover.last_run_s)
                 if self.config.check_invariants:
                     self._scheduler.sync_blocks()
                     self.cache_groups.check()
@@ -249,7 +249,10 @@ class Engine:
         return self.config.pipelining == "off" or bool(step.beams) or step.schedule.is_short_of_blocks
 
     def _count(self, step: StepInFlight, seconds: float) -> None:
-        """Count a step, and decide whether storing blocks of preempted sequences pays: is faster than computing."""
+        """Count a step, and decide whether storing blocks of preempted sequences pays: is faster than computing.
+
+        seconds: how long it took beside moving blocks.
+        """
         self._num_steps += 1
         if step.schedule.chunks:
             latest, before = seconds / step.schedule.num_tokens, self._prefill_s_per_token
