@@ -84,8 +84,8 @@ def test_a_pool_that_something_still_reads_is_written_where_it_lies(cuda: Cuda) 
 @pytest.mark.parametrize("of", ["keys", "values"])
 def test_slots_past_the_32_bits_of_a_pool_are_found(of: str, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.only_simulated("memory that is not there is written")
-    if of == "values":  # keys are written to block 0
-        plant(cuda, "slot * key_pieces", "0 * key_pieces", monkeypatch)
+    others = "key_pieces" if of == "values" else "value_pieces"
+    plant(cuda, f"slot * {others}", f"0 * {others}", monkeypatch)
     pools = [mx.zeros((2, 16, 2, 128), mx.float16) for _ in "kv"]
     new = [mx.ones((1, 2, 128), mx.float16) for _ in "kv"]
     where = np.array([FAR_BLOCK], np.int32), np.zeros(1, np.int32)

@@ -123,8 +123,7 @@ def test_rows_of_queries_and_tables_may_have_any_stride(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("of", ["keys", "values"])
 def test_offsets_have_64_bits(of: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    if of == "values":  # keys come first, so they are taken from block 0
-        gpu.plant(WITHOUT_KEYS[gpu.name], monkeypatch)
+    gpu.plant(OTHERS_AT_0[gpu.name][of], monkeypatch)
     gpu.only_simulated("memory that is not there is read")
     arrays = make_arrays(Case(decodes(3), head_dim=(128, 128)))
     plan = gpu.backend.plan_decode(arrays.context_lens, None, shape_of(*arrays[:3]))
@@ -187,9 +186,16 @@ WIDE = Case(decodes(60), (4, 1), (32, 128), dtype="float32")  # teams are added 
 TWO_DIMS = LONG._replace(head_dim=(64, 64))
 TEAMS_OF_TWO: dict[str, Any] = {"part_size": 1024, "layout": DecodeLayout(32, 2, 1, 4, False, 0)}  # as of great sizes
 KV_ROW = "(size_t(metal::max(row, 0)) * num_kv_heads + kv_head)"
-WITHOUT_KEYS = {
-    "metal": Mistake("(size_t(metal::max(row, 0)) * num_kv_heads + kv_head) * QUERY_WORDS", "0", PLAIN),
-    "cuda": Mistake("(size_t(max(from, 0)) * num_kv_heads + kv_head) * HEAD_DIM", "0", PLAIN),
+#: To try offsets of the one, those of the other are 0.
+OTHERS_AT_0 = {
+    "metal": {
+        "keys": Mistake(f"{KV_ROW} * (VALUE_DIM / Word<T>::COUNT)", "0", PLAIN),
+        "values": Mistake(f"{KV_ROW} * QUERY_WORDS", "0", PLAIN),
+    },
+    "cuda": {
+        "keys": Mistake("(size_t(max(from, 0)) * num_kv_heads + kv_head) * VALUE_DIM", "0", PLAIN),
+        "values": Mistake("(size_t(max(from, 0)) * num_kv_heads + kv_head) * HEAD_DIM", "0", PLAIN),
+    },
 }
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 HALF = Case(decodes(150, 20), sinks=True, window=140)
