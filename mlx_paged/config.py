@@ -17,23 +17,23 @@ DTYPES = ("float32", "float16", "bfloat16")
 PIPELINING = ("auto", "submit", "build", "off")
 
 
-def parse_memory(size: int | str, total: int | None = None) -> int:
+def parse_memory(size: int | str, total: int | None = None, *, name: str = "memory size") -> int:
     """Read a size of memory: a count of bytes, "4GB" (4e9), "4GiB" (2**32), or "30%" of `total` bytes.
 
-    Returns bytes. Raises ValueError if the size can't be read, is not positive, or is a share above 100% or of an
-    unknown total.
+    name: what messages call it. Returns bytes. Raises ValueError if the size can't be read, is not positive, or is a
+    share above 100% or of an unknown total.
     """
     match = _SIZE.fullmatch(str(size).strip())
     unit = match.group(2).upper() if match else ""
     if match is None or not (unit == "%" or unit in _UNITS) or float(match.group(1)) <= 0:
-        raise ValueError(f"memory size {size!r}: write it as 4GB, 512MiB, 30% or a positive number of bytes")
+        raise ValueError(f"{name} {size!r}: write it as 4GB, 512MiB, 30% or a positive number of bytes")
     number = float(match.group(1))
     if unit != "%":
         return int(number * _UNITS[unit])
     if number > 100:
-        raise ValueError(f"memory size {size!r}: a share is at most 100%")
+        raise ValueError(f"{name} {size!r}: a share is at most 100%")
     if total is None:
-        raise ValueError(f"memory size {size!r}: a share needs a whole; give it in bytes, like 64MB")
+        raise ValueError(f"{name} {size!r}: a share needs a whole; give it in bytes, like 64MB")
     return int(total * number / 100)
 
 
@@ -44,10 +44,10 @@ def parse_swap_space(swap_space: int | str | os.PathLike[str]) -> int | Path:
     """
     if not isinstance(swap_space, os.PathLike):
         try:
-            return parse_memory(swap_space)
-        except ValueError as error:
+            return parse_memory(swap_space, name="swap_space")
+        except ValueError:
             if not isinstance(swap_space, str) or (swap_space[:1].isdigit() and "/" not in swap_space):
-                raise ValueError(f"swap_space: {error}") from None
+                raise
             if not swap_space or not ("/" in swap_space or Path(swap_space).expanduser().is_dir()):
                 raise ValueError(
                     f"swap_space {swap_space!r} is neither a size, like 8GB, nor a folder that is there; "
@@ -138,10 +138,10 @@ class EngineConfig(Settings):
         if self.num_kv_blocks is not None and self.kv_cache_memory is not None:
             raise ValueError("give num_kv_blocks or kv_cache_memory, not both: each of them sets the pool's size")
         if self.kv_cache_memory is not None:
-            parse_memory(self.kv_cache_memory, total=1 << 40)
+            parse_memory(self.kv_cache_memory, total=1 << 40, name="kv_cache_memory")
         if "%" in str(self.max_staging):
             raise ValueError(f"max_staging is a size such as 64MB, got {self.max_staging!r}")
-        parse_memory(self.max_staging)
+        parse_memory(self.max_staging, name="max_staging")
         if self.swap_space is not None:
             parse_swap_space(self.swap_space)
         if self.prefix_cache_dir is not None and not os.fspath(self.prefix_cache_dir):
@@ -149,10 +149,7 @@ class EngineConfig(Settings):
         if self.prefix_cache_size is not None:
             if self.prefix_cache_dir is None:
                 raise ValueError("prefix_cache_size is the size of a folder: give prefix_cache_dir, too")
-            try:
-                parse_memory(self.prefix_cache_size, total=1 << 40)
-            except ValueError as error:
-                raise ValueError(f"prefix_cache_size: {error}") from None
+            parse_memory(self.prefix_cache_size, total=1 << 40, name="prefix_cache_size")
         if not self.prefix_caching and (self.swap_space is not None or self.prefix_cache_dir is not None):
             raise ValueError("swap_space and prefix_cache_dir find blocks by their prefixes: leave prefix_caching on")
         for name, choices in (("allocator", ALLOCATORS), ("dtype", DTYPES), ("pipelining", PIPELINING)):

@@ -124,8 +124,7 @@ def test_a_value_out_of_range_is_refused_with_the_value_in_the_message(name: str
     with pytest.raises(ValueError) as caught:
         EngineConfig(**{name: value})
     message = str(caught.value)
-    assert repr(value) in message
-    assert name in message or "memory size" in message
+    assert repr(value) in message and name in message
     assert "\n" not in message
 
 
@@ -189,8 +188,8 @@ def test_saved_prompts_have_a_folder_and_a_size_only_with_one() -> None:
     for settings, message in (
         ({"prefix_cache_dir": ""}, "prefix_cache_dir is empty"),
         ({"prefix_cache_size": "20GB"}, "give prefix_cache_dir, too"),
-        ({"prefix_cache_dir": "saved", "prefix_cache_size": "-20GB"}, "prefix_cache_size: memory size '-20GB'"),
-        ({"prefix_cache_dir": "saved", "prefix_cache_size": "200%"}, "prefix_cache_size: .* at most 100%"),
+        ({"prefix_cache_dir": "saved", "prefix_cache_size": "-20GB"}, "prefix_cache_size '-20GB'"),
+        ({"prefix_cache_dir": "saved", "prefix_cache_size": "200%"}, "prefix_cache_size .* at most 100%"),
     ):
         with pytest.raises(ValueError, match=message):
             EngineConfig(**settings)

@@ -93,9 +93,9 @@ def serve_model(
             f"--host {host} is open to others: give --api-key-file or {KEY_VARIABLE}, or listen at 127.0.0.1"
         )
     try:
-        body_size = parse_memory(max_body)
+        body_size = parse_memory(max_body, name="--max-body")
     except ValueError as error:
-        raise click.UsageError(f"--max-body: {error}") from None
+        raise click.UsageError(str(error)) from None
     try:
         import uvicorn  # noqa: F401
 

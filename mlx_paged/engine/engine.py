@@ -180,7 +180,7 @@ class Engine:
                 if step is not None:
                     if self._must_finish(step):
                         self._receive(self._in_flight)
-                    self._count(step, time.perf_counter() - started)
+                    self._count(step, time.perf_counter() - started - self._block_mover.last_run_s)
                 if self.config.check_invariants:
                     self._scheduler.sync_blocks()
                     self.cache_groups.check()
@@ -216,9 +216,6 @@ class Engine:
             assert self._in_flight or is_idle, "requests wait, and none of them can be served"
             return None
         step = self._steps.begin(schedule, self._batch.version)
-        for chunk in schedule.chunks:
-            metrics = chunk.sequence.request.metrics
-            metrics.first_scheduled_time = metrics.first_scheduled_time or time.monotonic()
         with self.profile.part("move"):
             all_read_back = self._block_mover.run()
         if not all_read_back:  # those that counted on a stored block wait again
@@ -254,7 +251,10 @@ class Engine:
         return self.config.pipelining == "off" or bool(step.beams) or step.schedule.is_short_of_blocks
 
     def _count(self, step: StepInFlight, seconds: float) -> None:
-        """Count a step, and decide whether storing blocks of preempted sequences pays: is faster than computing."""
+        """Count a step, and decide whether storing blocks of preempted sequences pays: is faster than computing.
+
+        seconds: how long it took beside moving blocks.
+        """
         self._num_steps += 1
         if step.schedule.chunks:
             latest, before = seconds / step.schedule.num_tokens, self._prefill_s_per_token

@@ -133,6 +133,11 @@ class Scheduler:
         """Count the schedule's tokens as computed: their K/V is in place for whatever is computed from now on."""
         self.batch.num_computed[schedule.rows] += schedule.query_lens
         for sequence, start, num_tokens in schedule.chunks:
+            if sequence.request.metrics.first_scheduled_time is None:
+                sequence.request.metrics.first_scheduled_time = schedule.made_at
+                sequence.request.num_cached_tokens = start
+                self.prefix_query_tokens += sequence.num_target_tokens
+                self.prefix_hit_tokens += start
             self.batch.num_computed[sequence.row] = start + num_tokens
             self.groups.mark_computed(sequence.seq_id, start + num_tokens)
             if start + num_tokens == sequence.num_target_tokens:
@@ -204,7 +209,7 @@ class Scheduler:
         while num_tokens > 0 and sequence.row >= 0:
             try:
                 self._reserve(sequence, start + num_tokens)
-                self._add_chunk(sequence, num_tokens, schedule)
+                self._add_chunk(sequence, start, num_tokens, schedule)
                 return
             except OutOfBlocks:
                 if not can_preempt:
@@ -212,8 +217,7 @@ class Scheduler:
                     return
                 self._preempt_last(schedule)
 
-    def _add_chunk(self, sequence: Sequence, num_tokens: int, schedule: Schedule) -> None:
-        start = int(self.batch.num_computed[sequence.row])
+    def _add_chunk(self, sequence: Sequence, start: int, num_tokens: int, schedule: Schedule) -> None:
         schedule.chunks.append(Chunk(sequence, start, num_tokens))
         schedule.num_tokens += num_tokens
         if num_tokens > 1:
@@ -241,7 +245,7 @@ class Scheduler:
             self._start(sequence, num_cached)
             self.kept_prompts.done(sequence)
             self._num_reserved_rows += sequence.num_pending_forks
-            self._add_chunk(sequence, min(sequence.num_target_tokens - num_cached, budget), schedule)
+            self._add_chunk(sequence, num_cached, min(sequence.num_target_tokens - num_cached, budget), schedule)
 
     def _allocate(self, sequence: Sequence, budget: int) -> int | None:
         """Take blocks for a waiting sequence and its first chunk in every group.
@@ -261,10 +265,6 @@ class Scheduler:
         except OutOfBlocks:
             self.groups.free(sequence.seq_id)
             return None
-        if not has_run:
-            request.num_cached_tokens = num_cached
-            self.prefix_query_tokens += num_tokens
-            self.prefix_hit_tokens += num_cached
         return num_cached
 
     def _split(self, sequence: Sequence) -> None:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cudasim import Cuda
-from helpers.attention_cases import DTYPES, exact, points_of
+from helpers.attention_cases import DTYPES, FAR_BLOCK, exact, points_of
 from helpers.cuda_text import recorded_calls, slots_of
 
 from mlx_paged import LLM, SamplingParams
@@ -81,13 +81,26 @@ def test_a_pool_that_something_still_reads_is_written_where_it_lies(cuda: Cuda) 
         assert (view[5] == 1).all().item() and pool.sum().item() == 4 * 64
 
 
-def test_slots_past_the_32_bits_of_a_pool_are_found(cuda: Cuda) -> None:
+@pytest.mark.parametrize("of", ["keys", "values"])
+def test_slots_past_the_32_bits_of_a_pool_are_found(of: str, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.only_simulated("memory that is not there is written")
+    others = "key_pieces" if of == "values" else "value_pieces"
+    plant(cuda, f"slot * {others}", f"0 * {others}", monkeypatch)
     pools = [mx.zeros((2, 16, 2, 128), mx.float16) for _ in "kv"]
     new = [mx.ones((1, 2, 128), mx.float16) for _ in "kv"]
-    block_id = np.array([(1 << 32) // (16 * 2 * 128)], np.int32)  # with 32 bits of offset this is block 0
+    where = np.array([FAR_BLOCK], np.int32), np.zeros(1, np.int32)
     with pytest.raises(AssertionError, match="out-of-bounds write"):
-        CUDA.write(*pools, slots_of(block_id, np.zeros(1, np.int32)), *new)
+        CUDA.write(*pools, slots_of(*where), *new)
+
+
+def plant(cuda: Cuda, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make kernels with `new` in the place of `old` from here on."""
+
+    def make_with_mistake(*, source: str, **arguments: Any) -> Any:
+        assert old in source
+        return cuda.cuda_kernel(source=source.replace(old, new), **arguments)
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", make_with_mistake)
 
 
 WRITE_MISTAKES = {
@@ -104,13 +117,7 @@ WRITE_MISTAKES = {
 @pytest.mark.parametrize("name", WRITE_MISTAKES)
 def test_a_mistake_in_writing_is_noticed(name: str, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.only_simulated("wrong kernels are run")
-    old, new_text = WRITE_MISTAKES[name]
-
-    def make_with_mistake(*, source: str, **arguments: Any) -> Any:
-        assert old in source
-        return cuda.cuda_kernel(source=source.replace(old, new_text), **arguments)
-
-    monkeypatch.setattr(mx.fast, "cuda_kernel", make_with_mistake)
+    plant(cuda, *WRITE_MISTAKES[name], monkeypatch)
     pools = [mx.zeros((3, 8, 2, dim), mx.float32) for dim in (64, 32)]
     new = [mx.arange(5 * 2 * dim, dtype=mx.float32).reshape(5, 2, dim) + 1 for dim in (64, 32)]
     where = np.array([2, 0, 1, 2, 0], np.int32), np.array([7, 1, 3, 0, 4], np.int32)

@@ -121,6 +121,27 @@ def test_while_a_block_is_written_its_name_is_not_there_and_an_older_file_is_who
     assert same_bits(store.get("one"), content(2))
 
 
+def test_while_a_block_is_saved_nothing_has_its_name_but_an_old_file_that_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, save, states = FolderStore(tmp_path, "a model"), mx.save_safetensors, []
+    store.put("one", content(1))
+    old = (tmp_path / "one.safetensors").read_bytes()
+
+    def save_half_then_all(path: str, *arguments: object) -> None:
+        Path(path).write_bytes(old[: len(old) // 2])
+        found = {name: tmp_path / f"{name}.safetensors" for name in ("one", "two")}
+        states.append({name: file.read_bytes() for name, file in found.items() if file.exists()})
+        save(path, *arguments)
+
+    monkeypatch.setattr(mx, "save_safetensors", save_half_then_all)
+    store.put("two", content(2))
+    store.put("one", content(3))
+    two = (tmp_path / "two.safetensors").read_bytes()
+    assert states == [{"one": old}, {"one": old, "two": two}]
+    assert same_bits(store.get("one"), content(3))
+
+
 @pytest.mark.parametrize(
     ("family", "allocator", "swap"),
     [
@@ -249,6 +270,25 @@ def test_damaged_blocks_are_computed_again_with_one_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert texts(make_llm(model, prefix_cache_dir=tmp_path).generate(PROMPTS, GREEDY)) == expected
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_what_could_not_be_read_back_counts_as_not_cached(
+    family: str, tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    def make() -> LLM:
+        return make_llm(tiny_model(family), num_kv_blocks=100, prefix_cache_dir=tmp_path)
+
+    expected = texts(make().generate(PROMPTS[:2], GREEDY))
+    for path in tmp_path.rglob("*.safetensors"):
+        os.truncate(path, path.stat().st_size // 2)
+    second = make()
+    with pytest.warns(UserWarning, match="can't be read back is computed again"):
+        outputs = second.generate(PROMPTS[:2], GREEDY)
+    assert texts(outputs) == expected
+    assert [output.num_cached_tokens for output in outputs] == [0, 0]
+    stats = second.stats()
+    assert (stats.prefix_query_tokens, stats.prefix_hit_tokens) == (190, 0)
 
 
 def test_a_prompt_is_saved_even_if_its_block_is_in_swap(tmp_path: Path) -> None:

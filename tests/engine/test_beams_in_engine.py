@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from helpers import hugging_face
 from helpers.beam_lab import (
-    EARLY_STOPPING,
     FAMILIES,
     NEAR_TIE,
     PROMPTS,
@@ -140,27 +140,17 @@ def test_one_beam_is_greedy_decoding(lab: Lab) -> None:
         assert found.token_ids == unpaged_greedy(lab.model, prompt, 12).token_ids
 
 
-@pytest.mark.parametrize("early_stopping", EARLY_STOPPING)
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_the_engine_finds_what_hugging_face_finds(family: str, early_stopping: bool | str) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    from helpers.hugging_face import HuggingFace
-
-    twin = HuggingFace(family)
-    num_searches = num_near_ties = 0
-    for i, width in enumerate((2, 3, 5, 8)):
-        eos = twin.end_tokens(1 + i % 2)
-        params = BeamSearchParams(width, 10, (1.0, 0.0, 2.0, -0.5)[i], early_stopping)
+@pytest.mark.parametrize("family", hugging_face.FAMILIES)
+def test_the_engine_finds_what_transformers_found(family: str) -> None:
+    searched, num_near_ties = hugging_face.Searched(family), 0
+    for params, eos, results in hugging_face.recorded(family):
         config = {"block_size": 4, "num_kv_blocks": 80, "max_num_seqs": 9, "check_invariants": True}
-        engine = LLM.from_model(twin.model, EndTokens(eos), **config).engine
-        ids = [engine.add_request(prompt, params) for prompt in twin.prompts]
+        engine = LLM.from_model(searched.model, EndTokens(eos), **config).engine
+        ids = [engine.add_request(prompt, params) for prompt in searched.prompts]
         outputs = run(engine)
-        results = twin.generate(twin.prompts, params, eos)
-        for request_id, tables, expected in zip(ids, twin.tables, results, strict=True):
-            num_searches += 1
+        for request_id, tables, expected in zip(ids, searched.tables, results, strict=True):
             if dense_beam_search(tables, params, eos).margin < NEAR_TIE:
                 num_near_ties += 1
                 continue
             assert_same(outputs[request_id], expected)
-    assert num_near_ties <= num_searches // 4
+    assert num_near_ties <= 1

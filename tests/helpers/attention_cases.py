@@ -18,6 +18,9 @@ from mlx_paged.attention import work_items
 if TYPE_CHECKING:
     from helpers.gpu import Gpu
 
+#: With 16 tokens, 2 heads and 128 dimensions it is 2**32 pieces of 16 bytes away: a 32-bit offset, counted in whatever
+#: unit, would be that of block 0.
+FAR_BLOCK = 1 << 23
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 #: MLX_PAGED_LONG_TESTS=1 runs every point of the grids (days on a CPU) instead of a cover of all pairs.

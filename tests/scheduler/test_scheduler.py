@@ -102,6 +102,22 @@ def test_prefix_counters_count_whole_prompts_once_each() -> None:
     assert [request.num_cached_tokens for request in bench.requests] == [0, 8]
 
 
+def test_a_prompt_of_a_step_that_was_given_up_is_counted_once_it_is_computed() -> None:
+    bench = Bench()
+    bench.add(10, first_token=1)
+    bench.run()
+    request = bench.add(10, first_token=1)
+    schedule = bench.scheduler.schedule()
+    assert schedule is not None
+    bench.scheduler.cancel(schedule)
+    assert (bench.scheduler.prefix_query_tokens, request.metrics.first_scheduled_time) == (10, None)
+    bench.manager._tree.evict(0)  # what the step counted on
+    bench.run()
+    assert (bench.scheduler.prefix_query_tokens, bench.scheduler.prefix_hit_tokens) == (20, 0)
+    assert request.num_cached_tokens == 0
+    assert request.metrics.first_scheduled_time is not None
+
+
 def test_a_higher_priority_is_served_first_and_equal_ones_in_the_order_of_arrival() -> None:
     bench = Bench(budget=4)
     for priority in (0, 1, -1, 1, 0):
