@@ -23,6 +23,7 @@ import numpy as np
 from mlx_paged.attention.backend import AttentionOptions, in_order
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.reference import MAX_BYTES, ReferenceBackend, Tile, by_token, rows_of, scores_of
+from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cpu.exponential import exp, exp_is_slow
 
 _CACHED_BYTES = 2 << 20  # of scores
@@ -48,22 +49,13 @@ class CpuBackend(ReferenceBackend):
             return super().average(scores, values, sinks)
         return _average_and_total(scores, values, sinks)[0]
 
-    def attend(
-        self,
-        q: mx.array,
-        k_cache: mx.array,
-        v_cache: mx.array,
-        metadata: AttentionMetadata,
-        options: AttentionOptions,
-        write_done: mx.array | None = None,
-    ) -> mx.array:
-        key = self.plan_key(q, k_cache, v_cache, options)
+    def attend(self, q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions) -> mx.array:
         prefixes: list[tuple[np.ndarray, int]] = metadata.plan_once("prefixes", lambda: _worth_sharing(metadata))
         if not prefixes or options.window is not None:
-            return super().attend(q, k_cache, v_cache, metadata, options)
-        plan = functools.partial(self._plan_apart, metadata, prefixes, *key[1:5])
-        (tiles, token_order), shared = metadata.plan_once(("apart", *key), plan)
-        k_rows, v_rows = k_cache.flatten(0, 2), v_cache.flatten(0, 2)
+            return super().attend(q, pool, metadata, options)
+        plan = functools.partial(self._plan_apart, metadata, prefixes, q.shape[1], pool)
+        (tiles, token_order), shared = metadata.plan_once(("apart", *self.plan_key(q, pool)), plan)
+        k_rows, v_rows = pool.keys.flatten(0, 2), pool.values.flatten(0, 2)
 
         def compute(tile: Tile, options: AttentionOptions) -> list[mx.array]:
             found = _average_and_total(*scores_of(q, k_rows, v_rows, tile, options))
@@ -71,7 +63,7 @@ class CpuBackend(ReferenceBackend):
 
         means, totals = map(list, zip(*(compute(tile, options) for tile in tiles), strict=True))
         num_tokens, num_heads = q.shape[:2]
-        out = in_order(means, token_order, num_tokens, (num_heads, v_cache.shape[3]), mx.float32)
+        out = in_order(means, token_order, num_tokens, (num_heads, pool.values.shape[3]), mx.float32)
         log_total = in_order(totals, token_order, num_tokens, (num_heads, 1), mx.float32)
         for tile in shared:
             more, log_more = compute(tile, options._replace(sinks=None))  # a sink is one of a sequence's own keys
@@ -82,20 +74,21 @@ class CpuBackend(ReferenceBackend):
         return out.astype(q.dtype)
 
     def _plan_apart(
-        self, metadata: AttentionMetadata, prefixes: list[tuple[np.ndarray, int]], *sizes: int
+        self, metadata: AttentionMetadata, prefixes: list[tuple[np.ndarray, int]], num_heads: int, pool: LayerPool
     ) -> tuple[tuple[list[Tile], mx.array | None], list[Tile]]:
         """As `plan`, without the prefixes' keys, and tiles of one sequence with those and all members' queries."""
-        num_heads, block_size, num_kv_heads, dims = sizes
+        _, _, num_kv_heads, key_dim = pool.keys.shape
+        bytes_per_key = 4 * num_kv_heads * (key_dim + pool.values.shape[3])
         first_keys, shared = np.zeros_like(metadata.context_lens), []
         for members, num_tokens in prefixes:
             first_keys[members] = num_tokens
             tokens = mx.array(metadata.cu_seqlens_q[members][None])
-            size = max(1, MAX_BYTES // (4 * (len(members) * num_heads + num_kv_heads * dims)))
+            size = max(1, MAX_BYTES // (4 * len(members) * num_heads + bytes_per_key))
             for begin in range(0, num_tokens, size):
                 positions = mx.arange(begin, min(begin + size, num_tokens), dtype=mx.int32)[None]
-                rows = rows_of(metadata, members[:1], positions, block_size, num_kv_heads)
+                rows = rows_of(metadata, members[:1], positions, pool)
                 shared.append(Tile(tokens, rows, mx.zeros((1, 1, 1, 1, 1))))
-        return self.plan(metadata, num_heads, block_size, num_kv_heads, dims, None, first_keys), shared
+        return self.plan(metadata, num_heads, pool, None, first_keys), shared
 
 
 def _average_and_total(scores: mx.array, values: mx.array, sinks: mx.array | None) -> tuple[mx.array, mx.array]:
