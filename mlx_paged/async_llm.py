@@ -7,6 +7,7 @@ a queue; outputs and errors come back into an inbox in the caller's event loop.
 
 import asyncio
 import atexit
+import contextlib
 import gc
 import queue
 import threading
@@ -102,15 +103,12 @@ class AsyncLLM:
     async def _outputs(self, make_request: Callable[[LLM], Request]) -> AsyncGenerator[Any, None]:
         inbox = _Inbox()
         self._thread.submit(inbox, make_request)
-        finished = False
         try:
-            while not finished:
-                output = await inbox.take()
-                finished = output.finished
+            while not (output := await inbox.take()).finished:
                 yield output
+            yield output
         finally:
-            if not finished:
-                self._thread.abort(inbox)
+            self._thread.abort(inbox)  # of a request that has ended there is nothing left to abort
 
 
 class _Inbox:
@@ -122,7 +120,6 @@ class _Inbox:
         self.request_id: int | None = None  # read and written by the engine's thread alone
 
     def put(self, item: Any) -> None:
-        """Put something in, from any thread."""
         _put_all(self.loop, [(self, item)])
 
     async def take(self) -> Any:
@@ -157,7 +154,7 @@ class _EngineThread:
     # -- for other threads --------------------------------------------------------------------------------------
 
     def wait_until_loaded(self) -> None:
-        """Wait for the model. Raises what loading it raised."""
+        """Raise what loading the model raised."""
         self._ready.wait()
         error, self._load_error = self._load_error, None
         if error is not None:
@@ -191,11 +188,9 @@ class _EngineThread:
             self._refuse_letters()
 
     def request_stop(self) -> None:
-        """Let the thread end when it can."""
         self._letters.put(None)
 
     def close(self) -> None:
-        """End the thread and wait for that."""
         self.request_stop()
         self._thread.join()
         atexit.unregister(self.close)
@@ -267,13 +262,10 @@ class _EngineThread:
 
     def _refuse_letters(self) -> None:
         """Answer all letters with why there is no engine any more."""
-        while True:
-            try:
-                letter = self._letters.get(block=False)
-            except queue.Empty:
-                return
-            if letter is not None:
-                letter[0].put(self._refusal())
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (letter := self._letters.get(block=False)) is not None:
+                    letter[0].put(self._refusal())
 
     def _refusal(self) -> RuntimeError:
         error = RuntimeError(self._reason)

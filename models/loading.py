@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer
 
-from mlx_paged.errors import EngineWarning, ModelError
+from mlx_paged.errors import EngineWarning, ModelError, one_line
 from mlx_paged.models import hub, registry
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
@@ -31,30 +31,25 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
     dtype is that of the weights; None keeps them as stored, except that a CPU gets float32. Raises ModelError. Warns of
     a family that was not tested.
     """
-    _check_family(hub.resolve(name, config_only=True))  # before gigabytes of weights are fetched in vain
+    # What is known to fail is refused before gigabytes of weights are fetched in vain.
+    kind = str(hub.read_json(hub.resolve(name, config_only=True) / "config.json").get("model_type"))
+    family = registry.family_of(kind)
+    if family is not None and family.status == "refused":
+        raise ModelError(f"model family {kind!r} can't be paged: {family.note}")
     folder = hub.resolve(name)
     hub.check_files(folder)
     try:
         model, config = load_model(folder, lazy=True)
     except Exception as error:  # mlx-lm reports what it can't read in many ways
-        raise ModelError(f"{folder} can't be loaded by mlx-lm: {_one_line(error)}") from error
+        raise ModelError(f"{folder} can't be loaded by mlx-lm: {one_line(error)}") from error
     try:
         tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:
-        raise ModelError(f"{folder} has no tokenizer that can be read: {_one_line(error)}") from error
-    if registry.is_untested(str(config.get("model_type"))):
-        message = f"model family {config.get('model_type')!r} is not among those that were tested"
-        warnings.warn(message, EngineWarning, stacklevel=2)
+        raise ModelError(f"{folder} has no tokenizer that can be read: {one_line(error)}") from error
+    if registry.is_untested(kind):
+        warnings.warn(f"model family {kind!r} is not among those that were tested", EngineWarning, stacklevel=2)
     set_dtype(model, dtype)
     return LoadedModel(model, tokenizer, context_of(config))
-
-
-def _check_family(folder: Path) -> None:
-    """Check that the family is not known to fail. Raises ModelError."""
-    name = str(hub.read_json(folder / "config.json").get("model_type"))
-    family = registry.family_of(name)
-    if family is not None and family.status == "refused":
-        raise ModelError(f"model family {name!r} can't be paged: {family.note}")
 
 
 def set_dtype(model: nn.Module, dtype: str | None) -> None:
@@ -78,8 +73,3 @@ def context_of(config: dict[str, Any]) -> int | None:
             if isinstance(section.get(name), int):
                 return int(section[name])
     return None
-
-
-def _one_line(error: Exception) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 160 else line[:157] + "..."

@@ -51,7 +51,7 @@ def blocks_for_window(window: int, block_size: int, max_num_seqs: int, max_num_b
 
 
 class CacheGroups:
-    """One manager per group, with the methods of a single one.
+    """One manager per group, with the methods of a single one: what has no text here does as `BlockManager`'s.
 
     All groups change or none, except where `reserve` says otherwise.
     """
@@ -151,12 +151,10 @@ class CacheGroups:
         return [manager.append_blocks(seq_ids) for manager in self.managers]
 
     def sync(self, seq_id: Hashable, num_tokens: int) -> None:
-        """Do as `BlockManager.sync`."""
         for manager in self.managers:
             manager.sync(seq_id, num_tokens)
 
     def publish(self, seq_id: Hashable, num_tokens: int) -> Published:
-        """Do as `BlockManager.publish`."""
         return [(manager, manager.publish(seq_id, num_tokens)) for manager in self.managers]
 
     def unpublish(self, published: Published) -> None:
@@ -165,17 +163,14 @@ class CacheGroups:
             manager.unpublish(nodes)
 
     def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None:
-        """Do as `BlockManager.mark_computed`."""
         for manager in self.managers:
             manager.mark_computed(seq_id, num_tokens)
 
     def fork(self, seq_id: Hashable, new_seq_id: Hashable, token_ids: list[int] | None = None) -> None:
-        """Do as `BlockManager.fork`."""
         for manager in self.managers:
             manager.fork(seq_id, new_seq_id, token_ids)
 
     def free(self, seq_id: Hashable, *, will_return: bool = False) -> None:
-        """Do as `BlockManager.free`."""
         for manager in self.managers:
             manager.free(seq_id, will_return=will_return)
 
@@ -200,7 +195,6 @@ class CacheGroups:
         self.transfers_done()
 
     def compaction_helps(self, num_tokens: int) -> bool:
-        """Do as `BlockManager.compaction_helps`."""
         return self._full_context.compaction_helps(num_tokens)
 
     def compact(self) -> int:

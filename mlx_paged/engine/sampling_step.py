@@ -110,7 +110,7 @@ class SamplingStep:
             sequence = self._batch.sequences[rows[i]]
             assert sequence is not None
             try:
-                sequence.matcher.fill(masks[i])
+                masks[i] = sequence.matcher.mask()
             except ValueError as error:
                 dead_ends.append(i)
                 self._outputs.fail_sequence(sequence, str(error))

@@ -86,11 +86,6 @@ class GrammarMatcher:
         self._update()
         return self._allowed.copy()
 
-    def fill(self, out: np.ndarray) -> None:
-        """Write `mask` into `out`, uint32 [ceil(vocab_size / 32)]. Raises as `mask` does."""
-        self._update()
-        np.copyto(out, self._allowed)
-
     def advance(self, token_id: int) -> None:
         """Take in the next token. Raises ValueError, with nothing changed, if the mask does not allow it."""
         self._update()
@@ -121,7 +116,6 @@ class GrammarMatcher:
         return copy
 
     def _update(self) -> None:
-        """Bring the mask up to date."""
         if self._is_current:
             return
         may_end = self._has_ended or self._matcher.is_accepting()
@@ -131,22 +125,17 @@ class GrammarMatcher:
             self._matcher.unsafe_compute_mask_ptr(self._address, self._written.nbytes)
             # End tokens are set here: llguidance also allows them in the middle where they stand for fitting text.
             np.bitwise_and(self._allowed, self._vocabulary.text_tokens, out=self._allowed)
-            self._clear_unwritable()
+            if np.count_nonzero(self._allowed) == 1:  # llguidance allows one where no token can write the only text
+                word = int(self._allowed.argmax())
+                bits = int(self._allowed[word])
+                if bits.bit_count() == 1 and not self._matcher.validate_tokens([word * 32 + bits.bit_length() - 1]):
+                    self._allowed[word] = 0
         self._can_go_on = bool(self._allowed.any())
         if may_end:
             np.bitwise_or(self._allowed, self._vocabulary.end_tokens, out=self._allowed)
         elif not self._can_go_on:
             raise ValueError(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
         self._is_current = True
-
-    def _clear_unwritable(self) -> None:
-        """Clear the one token left if it does not fit: llguidance allows one where no token can write the only text."""
-        if np.count_nonzero(self._allowed) != 1:
-            return
-        word = int(self._allowed.argmax())
-        bits = int(self._allowed[word])
-        if bits.bit_count() == 1 and not self._matcher.validate_tokens([word * 32 + bits.bit_length() - 1]):
-            self._allowed[word] = 0
 
 
 class _Vocabulary:
@@ -187,7 +176,11 @@ def _compile(vocabulary: _Vocabulary, kind: str, text: str) -> GrammarMatcher:
 
     try:
         if kind == "json_schema":
-            grammar = _json_grammar(text)
+            layout: Any = {"whitespace_flexible": False}
+            if "\\u" not in text:
+                # Nothing in this schema needs \u, and {"\u0061":..} would come as another property than a declared "a".
+                layout["json_allowed_escapes"] = 'nrbtf\\"'
+            grammar = LLMatcher.grammar_from_json_schema(text, layout, {"lenient": False})
         elif kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         else:
@@ -203,16 +196,6 @@ def _compile(vocabulary: _Vocabulary, kind: str, text: str) -> GrammarMatcher:
     except ValueError:
         raise ValueError(f"{kind} can't be used: {_dead_end(matcher)}") from None
     return compiled
-
-
-def _json_grammar(schema: str) -> str:
-    from llguidance import LLMatcher
-
-    layout: Any = {"whitespace_flexible": False}
-    if "\\u" not in schema:
-        # Nothing in this schema needs \u, and {"\u0061":..} would come as another property than a declared "a".
-        layout["json_allowed_escapes"] = 'nrbtf\\"'
-    return LLMatcher.grammar_from_json_schema(schema, layout, {"lenient": False})
 
 
 def _grammar_of(params: SamplingParams) -> tuple[str, str]:

@@ -52,7 +52,7 @@ class SampledTokens(NamedTuple):
 class _PenaltyRows(NamedTuple):
     """Rows of a batch that have penalties; each float32 [num_penalty_rows, 1] unless said otherwise."""
 
-    rows: mx.array | None  # in the batch; None: all
+    rows: slice | mx.array  # in the batch
     count_rows: np.ndarray  # of `TokenCounts`, int32 [num_penalty_rows]
     device_count_rows: mx.array  # the same
     repetition: mx.array
@@ -63,12 +63,12 @@ class _PenaltyRows(NamedTuple):
 class _RandomRows(NamedTuple):
     """Rows of a batch that are not greedy; each float32 [num_random_rows, 1] unless said otherwise."""
 
-    rows: mx.array | None  # in the batch; None: all
+    rows: slice | mx.array  # in the batch
     row_numbers: np.ndarray  # in the batch
     sample_seeds: np.ndarray  # uint64 [num_random_rows]
     temperature: mx.array
     log_min_p: mx.array | None
-    cut_rows: mx.array | None  # those of the random rows that have a top_k or a top_p; None: all
+    cut_rows: slice | mx.array  # those of the random rows that have a top_k or a top_p
     top_k: mx.array | None  # int32, of the cut rows; None: there are none
     top_p: mx.array | None  # of the cut rows
 
@@ -148,7 +148,7 @@ class Sampler:
             scores = _penalise(scores, batch.penalties, *self._counts.read(batch.penalties.device_count_rows))
         token_ids = _draw(scores, batch.random, positions)
         if batch.penalties is not None:
-            self._counts.add(batch.penalties.count_rows, _take_rows(token_ids, batch.penalties.rows))
+            self._counts.add(batch.penalties.count_rows, token_ids[batch.penalties.rows])
 
         logprobs = (mx.take_along_axis(logits, token_ids[:, None], axis=-1) - normaliser)[:, 0]
         if batch.num_top == 0:
@@ -244,21 +244,17 @@ def _gather_random(params: np.ndarray, vocab_size: int) -> _RandomRows | None:
     )
 
 
-def _index(chosen: np.ndarray) -> mx.array | None:
-    return None if chosen.all() else mx.array(np.flatnonzero(chosen).astype(np.int32))
+def _index(chosen: np.ndarray) -> slice | mx.array:
+    return slice(None) if chosen.all() else mx.array(np.flatnonzero(chosen).astype(np.int32))
 
 
 def _column(values: np.ndarray) -> mx.array:
     return mx.array(np.ascontiguousarray(values)[:, None])
 
 
-def _take_rows(x: mx.array, rows: mx.array | None) -> mx.array:
-    return x if rows is None else x[rows]
-
-
-def _on_rows(rows: mx.array | None, x: mx.array, function: Callable[[mx.array], mx.array]) -> mx.array:
+def _on_rows(rows: slice | mx.array, x: mx.array, function: Callable[[mx.array], mx.array]) -> mx.array:
     """Apply `function` to some rows of `x`; the others come back as they are."""
-    if rows is None:
+    if isinstance(rows, slice):
         return function(x)
     result = mx.array(x)  # so that the assignment leaves `x` as it is
     result[rows] = function(x[rows])
@@ -288,9 +284,9 @@ def _draw(scores: mx.array, random: _RandomRows | None, positions: np.ndarray) -
     if random is None:
         return mx.argmax(scores, axis=-1)
     draws = _mix(random.sample_seeds + positions[random.row_numbers].astype(np.uint64))
-    weights = _truncate(_take_rows(scores, random.rows) / random.temperature, random)
+    weights = _truncate(scores[random.rows] / random.temperature, random)
     drawn = mx.argmax(weights + _gumbel(draws, scores.shape[-1]), axis=-1)
-    if random.rows is None:
+    if isinstance(random.rows, slice):
         return drawn
     token_ids = mx.argmax(scores, axis=-1)
     token_ids[random.rows] = drawn

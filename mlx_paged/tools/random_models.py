@@ -1,7 +1,5 @@
 """Models with random weights in the shapes of known ones: what a benchmark needs, without a download."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 
