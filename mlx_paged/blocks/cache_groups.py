@@ -109,13 +109,11 @@ class CacheGroups:
     def attach(self, seq_id: Hashable, token_ids: list[int], num_tokens: int, *, salt: Hashable = None) -> int:
         """Do as `BlockManager.attach`. Cached are the leading tokens that every group can start from."""
         tokens = token_ids[:num_tokens]
-        num_cached = self._full_context.num_cached_tokens(tokens, salt=salt)
-        agreed = False
-        while not agreed:
+        num_cached, before = self._full_context.num_cached_tokens(tokens, salt=salt), -1
+        while num_cached != before:  # until all agree
             before = num_cached
             for manager in self._windowed:
                 num_cached = manager.num_cached_tokens(tokens, salt=salt, limit=num_cached)
-            agreed = num_cached == before
         attached: list[BlockManager] = []
         try:
             for manager in self.managers:

@@ -1,7 +1,5 @@
 """`mlx-paged bench`: the speed of one model."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from pathlib import Path

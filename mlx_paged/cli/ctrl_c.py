@@ -13,13 +13,7 @@ GRACE_S = 1.5
 
 @contextmanager
 def ends_soon() -> Iterator[None]:
-    """End the process GRACE_S seconds after Ctrl-C if it has not ended by itself, whatever it is doing.
-
-    Only in the main thread, the only one that Ctrl-C reaches.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """End the process GRACE_S seconds after Ctrl-C if it has not ended by itself, whatever it is doing."""
     readable, writable = os.pipe()
     os.set_blocking(writable, False)
     is_over = threading.Event()

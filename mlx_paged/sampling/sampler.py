@@ -21,18 +21,10 @@ from mlx_paged.sampling_params import SamplingParams
 
 _LARGE = 1e30  # a larger parameter means no more than this, and might overflow float32
 _UINT64 = (1 << 64) - 1
-_ROW = np.dtype(
-    [
-        ("temperature", np.float32),  # 0: greedy
-        ("log_min_p", np.float32),
-        ("top_k", np.int32),  # vocab_size: all
-        ("top_p", np.float32),
-        ("repetition_penalty", np.float32),
-        ("presence_penalty", np.float32),
-        ("frequency_penalty", np.float32),
-        ("num_top", np.int32),
-        ("sample_seed", np.uint64),
-    ]
+_ROW = np.dtype(  # temperature 0: greedy; top_k vocab_size: all
+    [(name, np.float32) for name in ("temperature", "log_min_p", "top_p")]
+    + [(name, np.float32) for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")]
+    + [("top_k", np.int32), ("num_top", np.int32), ("sample_seed", np.uint64)]
 )
 
 
@@ -102,11 +94,11 @@ class Sampler:
         self._params[row] = (
             0.0 if params.is_greedy else min(params.temperature, _LARGE),
             math.log(params.min_p) if params.min_p > 0 else -math.inf,
-            min(params.top_k or self._vocab_size, self._vocab_size),
             params.top_p,
             min(max(params.repetition_penalty, 1 / _LARGE), _LARGE),
             params.presence_penalty,
             params.frequency_penalty,
+            min(params.top_k or self._vocab_size, self._vocab_size),
             min(params.logprobs or 0, self._vocab_size),
             seed,
         )
