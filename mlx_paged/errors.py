@@ -19,3 +19,9 @@ class QueueFull(RuntimeError):
 
 class EngineWarning(UserWarning):
     """Something works less well than it was asked to, and the engine goes on."""
+
+
+def one_line(error: BaseException) -> str:
+    """Tell an error in one line of at most 160 characters; one without a text by its name."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 160 else line[:157] + "..."

@@ -78,7 +78,6 @@ class RequestOutput:
     prompt: str | None
     """The prompt's text; None if it came as token ids."""
     prompt_token_ids: list[int]
-    """The prompt's tokens."""
     outputs: list[CompletionOutput] = field(default_factory=list)
     """A completion per sample."""
     finished: bool = False
@@ -86,7 +85,6 @@ class RequestOutput:
     num_cached_tokens: int = 0
     """Prompt tokens whose K and V came from the prefix cache."""
     metrics: RequestMetrics | None = None
-    """When what happened."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -111,22 +109,16 @@ class BeamHypothesis:
 
 @dataclass
 class BeamSearchOutput:
-    """The result of a beam search."""
+    """The result of a beam search. What `RequestOutput` has too means the same."""
 
     request_id: int
-    """Its number in the engine, as `add_request` returns it."""
     prompt: str | None
-    """The prompt's text; None if it came as token ids."""
     prompt_token_ids: list[int]
-    """The prompt's tokens."""
     sequences: list[BeamHypothesis] = field(default_factory=list)
     """The hypotheses, best first."""
     finished: bool = False
-    """Whether the search is over."""
     num_cached_tokens: int = 0
-    """Prompt tokens whose K and V came from the prefix cache."""
     metrics: RequestMetrics | None = None
-    """When what happened."""
     num_blocks: int = 0
     """The most blocks that its beams held at once."""
     num_unshared_blocks: int = 0

@@ -3,17 +3,14 @@
 Knows nothing of mlx or of model families. Every failure is a `ModelError` of one line.
 """
 
-from __future__ import annotations
-
 import difflib
 import errno
 import json
 import os
 import re
-import struct
 from pathlib import Path
 
-from mlx_paged.errors import ModelError
+from mlx_paged.errors import ModelError, one_line
 from mlx_paged.models.aliases import ALIASES
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -37,7 +34,6 @@ _OTHER_WEIGHTS = {
     ".gguf": "that is for llama.cpp. Take the repository that it was made from, or a conversion for mlx-lm",
     ".npz": "a format that mlx-lm has given up. Take a newer conversion of the model",
 }
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _ANY_MODEL = "an alias (mlx-paged generate --help lists them), a Hugging Face repository (org/name) or a folder"
 
 
@@ -104,8 +100,16 @@ def check_weights(folder: Path) -> list[Path]:
         raise ModelError(
             f"{folder} should hold the weights as model*.safetensors, and there is {_found_instead(folder)}"
         )
+    from safetensors import SafetensorError, safe_open
+
     for shard in shards:
-        _check_safetensors(shard)
+        try:
+            with safe_open(shard, framework="numpy"):
+                pass
+        except OSError as error:
+            raise ModelError(f"{shard} can't be read: {error}") from error
+        except SafetensorError as error:
+            raise ModelError(f"{shard} is not a whole safetensors file ({error}); fetch it again") from error
     return shards
 
 
@@ -138,36 +142,6 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} should hold a JSON object and holds {type(content).__name__}")
     return content
-
-
-def _check_safetensors(path: Path) -> None:
-    """Check that a safetensors file is whole. Raises ModelError.
-
-    The format: a length in 8 bytes, little-endian; that much JSON; then the tensors that it describes.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise ModelError(f"{path} is cut short ({size} bytes); fetch it again")
-            (header_bytes,) = struct.unpack("<Q", prefix)
-            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, size - 8):
-                raise ModelError(
-                    f"{path} is not a whole safetensors file: its header should take {header_bytes} bytes and the file "
-                    f"has {size}; fetch it again"
-                )
-            header = json.loads(file.read(header_bytes))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except OSError as error:
-        raise ModelError(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{path} is not a safetensors file: its header is broken; fetch it again") from error
-    expected = 8 + header_bytes + max(ends, default=0)
-    if size < expected:
-        raise ModelError(f"{path} is cut short: {size} of {expected} bytes; fetch it again")
 
 
 def _download(repo: str, revision: str | None, config_only: bool) -> Path:
@@ -217,7 +191,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str | None:
     if isinstance(error, errors.HfHubHTTPError):
         return f"{endpoint} answered {error.response.status_code} for {repo}; try again later"
     if isinstance(error, (OSError, getattr(errors, "HTTPError", OSError))):
-        return f"the download of {repo} broke off ({_first_line(error)}); run it again, what has arrived is kept"
+        return f"the download of {repo} broke off ({one_line(error)}); run it again, what has arrived is kept"
     return None
 
 
@@ -228,7 +202,3 @@ def _errno(error: BaseException | None) -> int | None:
             return error.errno
         error = error.__cause__ or error.__context__
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

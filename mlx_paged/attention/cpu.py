@@ -25,6 +25,7 @@ import numpy as np
 from mlx_paged.attention.backend import AttentionOptions, in_order
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.reference import MAX_BYTES, ReferenceBackend, Tile, by_token, rows_of
+from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cpu.exponential import exp, exp_is_slow
 
 _CACHED_BYTES = 2 << 20  # of scores
@@ -52,19 +53,19 @@ class CpuBackend(ReferenceBackend):
             return super().average(scores, values, sinks)
         return _average_and_total(scores, values, sinks)[0]
 
-    def products(self, queries: mx.array, k_cache: mx.array, tile: Tile) -> mx.array:
+    def products(self, queries: mx.array, keys: mx.array, tile: Tile) -> mx.array:
         """Of decodes with float32 keys: with whole blocks where they lie, [block_size, num_kv_heads * dim] each.
 
         A query has zeros in the place of the other heads. That multiplies num_kv_heads times as often and still is
         faster, up to some number of them: memory is what this waits for.
         """
         num_seqs, num_kv_heads, num_keys = tile.rows.shape
-        if tile.block_ids is None or k_cache.dtype != mx.float32:
-            return super().products(queries, k_cache, tile)
+        if tile.block_ids is None or keys.dtype != mx.float32:
+            return super().products(queries, keys, tile)
         heads = mx.eye(num_kv_heads).reshape(num_kv_heads, 1, num_kv_heads, 1)
         spread = (queries[:, :, :, None] * heads).reshape(num_seqs, -1, num_kv_heads * queries.shape[3])
         seqs = mx.broadcast_to(mx.arange(num_seqs, dtype=mx.uint32)[:, None], tile.block_ids.shape)
-        products = mx.gather_mm(spread, k_cache.flatten(2, 3).swapaxes(1, 2), seqs, tile.block_ids)
+        products = mx.gather_mm(spread, keys.flatten(2, 3).swapaxes(1, 2), seqs, tile.block_ids)
         products = products.swapaxes(1, 2).reshape(*queries.shape[:3], -1)[..., :num_keys]
         return mx.where(tile.bias[:, 0] == 0, products, 0)  # what unused slots hold may be NaN
 
@@ -72,13 +73,12 @@ class CpuBackend(ReferenceBackend):
         self,
         metadata: AttentionMetadata,
         num_heads: int,
-        block_size: int,
-        num_kv_heads: int,
-        dims: int,
+        pool: LayerPool,
         window: int | None,
         first_keys: np.ndarray | None = None,
     ) -> tuple[list[Tile], mx.array | None]:
-        tiles, order = super().plan(metadata, num_heads, block_size, num_kv_heads, dims, window, first_keys)
+        tiles, order = super().plan(metadata, num_heads, pool, window, first_keys)
+        _, block_size, num_kv_heads, _ = pool.keys.shape
         if window is not None or num_kv_heads > _MAX_HEADS_IN_PLACE:
             return tiles, order
         for i, tile in enumerate(tiles):
@@ -87,29 +87,20 @@ class CpuBackend(ReferenceBackend):
                 tiles[i] = tile._replace(block_ids=block_ids.astype(mx.uint32))
         return tiles, order
 
-    def attend(
-        self,
-        q: mx.array,
-        k_cache: mx.array,
-        v_cache: mx.array,
-        metadata: AttentionMetadata,
-        options: AttentionOptions,
-        write_done: mx.array | None = None,
-    ) -> mx.array:
-        key = self.plan_key(q, k_cache, v_cache, options)
+    def attend(self, q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions) -> mx.array:
         prefixes: list[tuple[np.ndarray, int]] = metadata.plan_once("prefixes", lambda: _worth_sharing(metadata))
         if not prefixes or options.window is not None:
-            return super().attend(q, k_cache, v_cache, metadata, options)
-        plan = functools.partial(self._plan_apart, metadata, prefixes, *key[1:5])
-        (tiles, token_order), shared = metadata.plan_once(("apart", *key), plan)
+            return super().attend(q, pool, metadata, options)
+        plan = functools.partial(self._plan_apart, metadata, prefixes, q.shape[1], pool)
+        (tiles, token_order), shared = metadata.plan_once(("apart", *self.plan_key(q, pool)), plan)
 
         def compute(tile: Tile, options: AttentionOptions) -> list[mx.array]:
-            found = _average_and_total(*self.scores(q, k_cache, v_cache, tile, options))
+            found = _average_and_total(*self.scores(q, pool, tile, options))
             return [by_token(array, tile) for array in found]
 
         means, totals = map(list, zip(*(compute(tile, options) for tile in tiles), strict=True))
         num_tokens, num_heads = q.shape[:2]
-        out = in_order(means, token_order, num_tokens, (num_heads, v_cache.shape[3]), mx.float32)
+        out = in_order(means, token_order, num_tokens, (num_heads, pool.values.shape[3]), mx.float32)
         log_total = in_order(totals, token_order, num_tokens, (num_heads, 1), mx.float32)
         for tile in shared:
             more, log_more = compute(tile, options._replace(sinks=None))  # a sink is one of a sequence's own keys
@@ -120,20 +111,21 @@ class CpuBackend(ReferenceBackend):
         return out.astype(q.dtype)
 
     def _plan_apart(
-        self, metadata: AttentionMetadata, prefixes: list[tuple[np.ndarray, int]], *sizes: int
+        self, metadata: AttentionMetadata, prefixes: list[tuple[np.ndarray, int]], num_heads: int, pool: LayerPool
     ) -> tuple[tuple[list[Tile], mx.array | None], list[Tile]]:
         """As `plan`, without the prefixes' keys, and tiles of one sequence with those and all members' queries."""
-        num_heads, block_size, num_kv_heads, dims = sizes
+        _, _, num_kv_heads, key_dim = pool.keys.shape
+        bytes_per_key = 4 * num_kv_heads * (key_dim + pool.values.shape[3])
         first_keys, shared = np.zeros_like(metadata.context_lens), []
         for members, num_tokens in prefixes:
             first_keys[members] = num_tokens
             tokens = mx.array(metadata.cu_seqlens_q[members][None])
-            size = max(1, MAX_BYTES // (4 * (len(members) * num_heads + num_kv_heads * dims)))
+            size = max(1, MAX_BYTES // (4 * len(members) * num_heads + bytes_per_key))
             for begin in range(0, num_tokens, size):
                 positions = mx.arange(begin, min(begin + size, num_tokens), dtype=mx.int32)[None]
-                rows = rows_of(metadata, members[:1], positions, block_size, num_kv_heads)
+                rows = rows_of(metadata, members[:1], positions, pool)
                 shared.append(Tile(tokens, rows, mx.zeros((1, 1, 1, 1, 1))))
-        return self.plan(metadata, num_heads, block_size, num_kv_heads, dims, None, first_keys), shared
+        return self.plan(metadata, num_heads, pool, None, first_keys), shared
 
 
 def _average_and_total(scores: mx.array, values: mx.array, sinks: mx.array | None) -> tuple[mx.array, mx.array]:

@@ -1,7 +1,5 @@
 """`mlx-paged inspect`: what a model's KV cache takes and wastes, a picture of a block pool, or saved prompts."""
 
-from __future__ import annotations
-
 import json
 import random
 import sys
@@ -132,8 +130,9 @@ def analyse(
 
 
 def _as_text(report: dict[str, Any]) -> str:
-    from rich.console import Console
     from rich.table import Table
+
+    from mlx_paged.tools.report import as_text
 
     lines = [f"{report['model']}: {report['family']}, K and V in {report['dtype']}", ""]
     for layers in report["layers"]:
@@ -154,28 +153,20 @@ def _as_text(report: dict[str, Any]) -> str:
     ]
     lengths = report["lengths"]
     source = " (log-normal, mean 161 in and 338 out as in ShareGPT)" if report["lengths_are"] == "typical" else ""
-    mean = sum(lengths) / len(lengths)
-    span = (
-        f"{min(lengths):,} to {max(lengths):,} tokens, mean {mean:,.0f}" if len(lengths) > 1 else f"{mean:,.0f} tokens"
-    )
+    span = f"{lengths[0]:,} tokens"
+    if len(lengths) > 1:
+        span = f"{min(lengths):,} to {max(lengths):,} tokens, mean {sum(lengths) / len(lengths):,.0f}"
     lines += [f"{len(lengths):,} request{'s' * (len(lengths) > 1)} of {span}{source}:", ""]
-    names = {
-        "reserved": f"{report['context']:,} tokens reserved",
-        "padded": "mlx-lm's padded batch",
-        "blocks": f"blocks of {report['block_size']}",
-    }
+    names = [f"{report['context']:,} tokens reserved", "mlx-lm's padded batch", f"blocks of {report['block_size']}"]
     table = Table(box=None, pad_edge=False)
     for heading in ("", "each", "together", "waste", "fit: room / each"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, way in report["ways"].items():
+    for name, way in zip(names, report["ways"].values(), strict=True):
         each, together = format_memory(way["bytes"] / len(lengths)), format_memory(way["bytes"])
-        style = "bold" if name == "blocks" else ""
-        table.add_row(names[name], each, together, f"{way['waste']:.1%}", f"{way['fit']:,}", style=style)
-    console = Console(highlight=False)
-    with console.capture() as captured:
-        console.print(table)
+        style = "bold" if name == names[-1] else ""
+        table.add_row(name, each, together, f"{way['waste']:.1%}", f"{way['fit']:,}", style=style)
     lines += [
-        captured.get(),
+        as_text(table),
         f"What queries can see takes {format_memory(report['needed_bytes'])}. mlx-lm's batch pads every request to the",
         "longest, in steps of 256 tokens. The engine also sets aside what one step computes.",
         "Kwon et al. 2023 measured under 4% of waste in blocks of 16, 62 to 80% in systems that reserve.\n",

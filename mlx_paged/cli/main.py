@@ -236,7 +236,7 @@ def inspect(**settings: Any) -> int:
 def bench(terminal: Terminal, model: str | None, shape: str | None, **settings: Any) -> int:
     """Measure a model's speed: tokens per second of prompts (pp) and of decoding (tg), by batch size.
 
-    Sequences decode from one token on.
+    Sequences decode from one token on. How long it will take is said beforehand; Ctrl-C ends it within two seconds.
     """
     if model is not None and shape is not None:
         raise click.UsageError(f"give --model {model} or --random-weights {shape}, not both")

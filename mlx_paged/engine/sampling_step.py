@@ -125,7 +125,7 @@ class SamplingStep:
             sequence = self._batch.sequences[rows[i]]
             assert sequence is not None
             try:
-                sequence.matcher.fill(masks[i])
+                masks[i] = sequence.matcher.mask()
             except Exception as error:  # a ValueError where nothing is allowed, else of the grammar's code
                 dead_ends.append(i)
                 self._outputs.fail_sequence(sequence, error)

@@ -88,11 +88,6 @@ class GrammarMatcher:
         self._update()
         return self._allowed.copy()
 
-    def fill(self, out: np.ndarray) -> None:
-        """Write `mask` into `out`, uint32 [ceil(vocab_size / 32)]. Raises as `mask` does."""
-        self._update()
-        np.copyto(out, self._allowed)
-
     def advance(self, token_id: int) -> None:
         """Take in the next token. Raises ValueError, with nothing changed, if the mask does not allow it."""
         self._update()
@@ -128,7 +123,6 @@ class GrammarMatcher:
         return copy
 
     def _update(self) -> None:
-        """Bring the mask up to date."""
         if self._is_current:
             return
         may_end = self._has_ended or self._matcher.is_accepting()
@@ -211,7 +205,11 @@ def _compile(vocabulary: _Vocabulary, kind: str, text: str) -> GrammarMatcher:
 
     try:
         if kind == "json_schema":
-            grammar = _json_grammar(text)
+            layout: Any = {"whitespace_flexible": False}
+            if "\\u" not in text:
+                # Nothing in this schema needs \u, and {"\u0061":..} would come as another property than a declared "a".
+                layout["json_allowed_escapes"] = 'nrbtf\\"'
+            grammar = LLMatcher.grammar_from_json_schema(text, layout, {"lenient": False})
         elif kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         else:
@@ -237,16 +235,6 @@ def _behind_space(kind: str, grammar: str) -> str:
     inner = {"lark_grammar": grammar} if kind == "grammar" else json.loads(grammar)["grammars"][0]
     outer = {"name": "outer", "lark_grammar": 'start: " " @inner'}
     return json.dumps({"grammars": [outer, inner | {"name": "inner"}]})
-
-
-def _json_grammar(schema: str) -> str:
-    from llguidance import LLMatcher
-
-    layout: Any = {"whitespace_flexible": False}
-    if "\\u" not in schema:
-        # Nothing in this schema needs \u, and {"\u0061":..} would come as another property than a declared "a".
-        layout["json_allowed_escapes"] = 'nrbtf\\"'
-    return LLMatcher.grammar_from_json_schema(schema, layout, {"lenient": False})
 
 
 def _grammar_of(params: SamplingParams) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_paged.config import DTYPES
-from mlx_paged.errors import ModelError
+from mlx_paged.errors import ModelError, one_line
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -144,7 +144,7 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
         config = load_config(folder)
         model = load_model(folder, lazy=True)[0] if is_measured else _build(config)
     except Exception as error:  # a configuration can be wrong in many ways
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise ModelError(f"{folder / 'config.json'} describes no model that mlx-lm can build: {reason}") from error
     loading.set_dtype(model, dtype)
     patched = patch_model(model)

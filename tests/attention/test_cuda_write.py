@@ -15,7 +15,7 @@ from helpers.cuda_text import recorded_calls, slots_of
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention.paged_attention import BACKEND_VARIABLE, BACKENDS, _warn_once
-from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.cache.kv_cache import LayerPool, PagedKVCache
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.errors import EngineWarning
 
@@ -45,6 +45,15 @@ def written_by_hand(
     return expected
 
 
+def write(pools: list[mx.array], where: tuple[np.ndarray, np.ndarray], new: list[mx.array]) -> mx.array:
+    """Put new rows into pools of K and V. Returns what says that it is done, computed."""
+    pool = LayerPool(dict(zip("kv", pools, strict=True)))
+    CUDA.write(pool, slots_of(*where), *new)
+    assert pool.write_done is not None
+    mx.eval(pool.write_done)
+    return pool.write_done
+
+
 @pytest.mark.parametrize("part", range(2))
 def test_new_keys_and_values_are_put_into_their_slots_and_nowhere_else(part: int, cuda: Cuda) -> None:
     for seed, point in enumerate(WRITES[part::2]):
@@ -64,9 +73,7 @@ def test_new_keys_and_values_are_put_into_their_slots_and_nowhere_else(part: int
             new = [mx.concatenate([rows, rows + 1], axis=2)[:, :, : rows.shape[2]] for rows in new]
         mx.eval(pools, new)
         expected = written_by_hand(pools, where, new)
-        written = CUDA.write(*pools, slots_of(*where), *new)
-        mx.eval(written)
-        assert written.tolist() == [0]
+        assert write(pools, where, new).tolist() == [0]
         for pool, content in zip(pools, expected, strict=True):
             np.testing.assert_array_equal(exact(pool), content)
 
@@ -74,8 +81,9 @@ def test_new_keys_and_values_are_put_into_their_slots_and_nowhere_else(part: int
 def test_a_pool_that_something_still_reads_is_written_where_it_lies(cuda: Cuda) -> None:
     cache = PagedKVCache([LayerSpec(4, 64, 64, mx.float32)], [16], 8, 1)
     where, rows, pools = np.array([5], np.int32), mx.ones((1, 4, 64)), (cache.pools[0].keys, cache.pools[0].values)
-    views = [pool[5] for pool in pools]  # on a card: a step that is not over
-    mx.eval(CUDA.write(*pools, slots_of(where, where), rows, rows))
+    views = [array[5] for array in pools]  # on a card: a step that is not over
+    CUDA.write(cache.pools[0], slots_of(where, where), rows, rows)
+    mx.eval(cache.pools[0].write_done)
     assert cache.pools[0].keys is pools[0] and cache.pools[0].values is pools[1]
     for view, pool in zip(views, pools, strict=True):
         assert (view[5] == 1).all().item() and pool.sum().item() == 4 * 64
@@ -90,7 +98,7 @@ def test_slots_past_the_32_bits_of_a_pool_are_found(of: str, cuda: Cuda, monkeyp
     new = [mx.ones((1, 2, 128), mx.float16) for _ in "kv"]
     where = np.array([FAR_BLOCK], np.int32), np.zeros(1, np.int32)
     with pytest.raises(AssertionError, match="out-of-bounds write"):
-        CUDA.write(*pools, slots_of(*where), *new)
+        write(pools, where, new)
 
 
 def plant(cuda: Cuda, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +132,7 @@ def test_a_mistake_in_writing_is_noticed(name: str, cuda: Cuda, monkeypatch: pyt
     mx.eval(pools, new)
     expected = written_by_hand(pools, where, new)
     with pytest.raises(AssertionError):  # a SimulationError is one
-        CUDA.write(*pools, slots_of(*where), *new)
+        write(pools, where, new)
         for pool, content in zip(pools, expected, strict=True):
             np.testing.assert_array_equal(exact(pool), content)
 

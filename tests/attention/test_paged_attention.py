@@ -19,8 +19,9 @@ from mlx_paged.attention import reference as reference
 from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
-from mlx_paged.attention.paged_attention import attend
 from mlx_paged.attention.shared_prefix import SharedPrefix
+from mlx_paged.cache.kv_cache import LayerPool
+from mlx_paged.cache.layer_spec import LayerSpec
 
 # (query length, context length) of each sequence of a batch
 BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -211,9 +212,9 @@ def test_a_step_keeps_its_plan_for_all_layers_that_are_alike(monkeypatch: pytest
     metadata = AttentionMetadata(
         mx.array([[0, 1], [2, 3]], mx.int32), np.array([20, 10], np.int32), np.array([0, 1, 4], np.int32)
     )
-    q, k_cache = mx.zeros((4, 4, 8)), mx.zeros((4, 16, 2, 8))
+    q, pool = mx.zeros((4, 4, 8)), LayerPool.zeros(LayerSpec(2, 8, 8, mx.float32), 4, 16)
     for window, scale in ((None, 1.0), (None, 2.0), (8, 1.0), (8, 1.0)):
-        attend(q, k_cache, k_cache, metadata, AttentionOptions(scale, window), "reference")
+        reference.ReferenceBackend().attend(q, pool, metadata, AttentionOptions(scale, window))
     assert len(tiles) == 2 * 2
 
 
@@ -227,12 +228,12 @@ def test_long_contexts_cost_the_host_nothing_until_the_device_computes(window: i
         np.full(num_seqs, context, np.int32) - np.arange(num_seqs, dtype=np.int32),
         np.arange(num_seqs + 1, dtype=np.int32) * num_queries,
     )
-    q, k_cache = mx.zeros((num_seqs * num_queries, 4, 8)), mx.zeros((2, block_size, 2, 8))
-    mx.eval(q, k_cache)
+    q, pool = mx.zeros((num_seqs * num_queries, 4, 8)), LayerPool.zeros(LayerSpec(2, 8, 8, mx.float32), 2, block_size)
+    mx.eval(q, pool.arrays)
     before = mx.get_active_memory()
     tracemalloc.start()
     try:
-        out = attend(q, k_cache, k_cache, metadata, AttentionOptions(1.0, window), "reference")
+        out = reference.ReferenceBackend().attend(q, pool, metadata, AttentionOptions(1.0, window))
         _, host_peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

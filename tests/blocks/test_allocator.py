@@ -146,7 +146,7 @@ def test_a_forgotten_cached_block_is_reused_as_an_empty_one(policy: str) -> None
     allocator = BlockAllocator(3, policy)
     allocator.allocate(3)
     allocator.release([0, 1, 2], everything)
-    allocator.uncache(1)
+    allocator.free_blocks.uncache(1)
     assert allocator.num_free == 3
     assert drain(allocator) == {"fifo": [0, 1, 2], "lru": [1, 0, 2]}[policy]
 

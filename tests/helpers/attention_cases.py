@@ -14,6 +14,7 @@ import pytest
 
 from mlx_paged import paged_attention
 from mlx_paged.attention import work_items
+from mlx_paged.cache.kv_cache import LayerPool
 
 if TYPE_CHECKING:
     from helpers.gpu import Gpu
@@ -57,6 +58,11 @@ class Arrays(NamedTuple):
     context_lens: np.ndarray
     cu_seqlens_q: np.ndarray
     options: dict[str, Any]
+
+    @property
+    def pool(self) -> LayerPool:
+        """As a layer has its K and V."""
+        return LayerPool({"k": self.k_cache, "v": self.v_cache})
 
     def attend(self, **options: Any) -> mx.array:
         """`paged_attention` of them."""

@@ -94,6 +94,7 @@ def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: 
         ("device", 0),
         ("tests", 3),
         ("generate", 0),
+        ("attention", 0),
         ("bench", 0),
         ("bench-large-buffers", 0),
     ]
