@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
 import time
@@ -51,7 +52,7 @@ def read_until(terminal: int, pattern: bytes) -> None:
     """Read what is shown on the terminal, up to what fits a pattern."""
     seen, end = b"", time.monotonic() + 60
     while not re.search(pattern, seen, re.DOTALL):
-        assert time.monotonic() < end, seen
+        assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], seen
         seen += os.read(terminal, 4096)
 
 
