@@ -3,9 +3,8 @@
 import importlib
 from typing import Any
 
-_SIZES = (
-    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"
-)  # fmt: skip
+_SIZES = ["hidden_size", "num_hidden_layers", "intermediate_size"]
+_SIZES += ["num_attention_heads", "num_key_value_heads", "vocab_size"]
 
 
 def _shape(model_type: str, *sizes: int, **others: Any) -> dict[str, Any]:
