@@ -115,7 +115,7 @@ def _checked_metadata(
     num_tokens: int, num_blocks: int, block_size: int, arrays: dict[str, mx.array | np.ndarray]
 ) -> AttentionMetadata:
     """Check, on the host, the arrays of `paged_attention` that say where tokens lie. Raises ValueError or TypeError."""
-    host = {name: np.array(array, order="C") for name, array in arrays.items()}
+    host = {name: np.array(array) for name, array in arrays.items()}
     for name, array in host.items():
         if array.dtype != np.int32:
             raise TypeError(f"{name} must be int32, got {array.dtype}")

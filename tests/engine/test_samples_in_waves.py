@@ -67,10 +67,25 @@ def test_the_blocks_of_the_prompt_are_kept_from_those_who_wait_behind_it(make_ll
     assert all_free(llm)
 
 
-def test_a_prompt_is_given_up_where_nothing_could_go_on_otherwise(make_llm: MakeLLM) -> None:
-    expected = samples(make_llm(max_num_seqs=8).generate([PROMPT[:9]], random(7, 8))[0])
-    llm = make_llm(max_num_seqs=3, num_kv_blocks=4)  # one sample fills it
-    assert samples(llm.generate([PROMPT[:9]], random(7, 8))[0]) == expected
+def test_a_prompt_is_given_up_where_a_sample_could_not_go_on_otherwise(make_llm: MakeLLM) -> None:
+    expected = samples(make_llm(max_num_seqs=8).generate([PROMPT[:10]], random(7, 8))[0])
+    llm = make_llm(max_num_seqs=3, num_kv_blocks=5)  # one sample fills it
+    assert samples(llm.generate([PROMPT[:10]], random(7, 8))[0]) == expected
+    assert all_free(llm)
+
+
+def test_a_prompt_is_given_up_for_a_request_that_is_served_before_it(make_llm: MakeLLM) -> None:
+    expected = samples(make_llm(max_num_seqs=8).generate([PROMPT[:10]], random(3, 4))[0])
+    llm = make_llm(max_num_seqs=1, num_kv_blocks=5)
+    request_id = llm.engine.add_request(PROMPT[:10], random(3, 4))
+    for _ in range(3):
+        llm.engine.step()
+    (output,) = llm.generate([[5] * 17], SamplingParams(max_tokens=4, priority=1))  # needs all blocks
+    assert len(output.outputs[0].token_ids) == 4
+    finished: list[Any] = []
+    while not finished:
+        finished = llm.engine.step((request_id,))
+    assert samples(finished[0]) == expected
     assert all_free(llm)
 
 
