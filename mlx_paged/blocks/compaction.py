@@ -30,7 +30,7 @@ def compact(allocator: BlockAllocator, tree: PrefixTree) -> list[tuple[int, int]
 
 def compaction_helps(allocator: BlockAllocator, count: int) -> bool:
     """Say whether `count` blocks would come in pieces now, and in one run after `compact`."""
-    if allocator.free_blocks.has_run(count) or count > allocator.num_free:
+    if allocator.free_blocks.has_run(count):
         return False
     # Runs start at multiples of their length, so the free space behind the used blocks may not hold a whole one.
     length = 1 << (count - 1).bit_length()

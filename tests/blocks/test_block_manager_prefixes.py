@@ -308,3 +308,13 @@ def test_what_was_published_and_not_computed_is_not_hit() -> None:
     manager.free("a")
     assert manager.allocate("b", tokens(10)) == 4
     manager.check()
+
+
+def test_what_another_sequence_published_first_is_not_unpublished_with_a_step_that_failed() -> None:
+    manager = BlockManager(8, 2)
+    manager.allocate("a", tokens(5))
+    manager.allocate("twin", tokens(5))
+    assert len(manager.publish("a", 5)) == 2
+    assert manager.publish("twin", 5) == []
+    manager.mark_computed("a", 5)
+    assert manager.num_cached_tokens(tokens(5)) == 4

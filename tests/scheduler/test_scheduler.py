@@ -157,6 +157,23 @@ def test_several_prompts_start_in_one_step_and_go_on_side_by_side() -> None:
     ]
 
 
+def test_samples_of_one_prompt_take_turns_where_a_step_has_fewer_tokens_than_they_are() -> None:
+    bench = Bench(budget=2)
+    bench.add(2, max_tokens=4, n=4)
+    bench.run()
+
+
+def test_what_a_step_that_was_given_up_would_have_computed_is_not_hit() -> None:
+    bench = Bench()
+    request = bench.add(9)
+    schedule = bench.scheduler.schedule()
+    assert schedule is not None
+    assert bench.manager.num_cached_tokens(request.prompt_token_ids) == 8, "the premise: others of this step hit it"
+    bench.scheduler.cancel(schedule)
+    assert bench.manager.num_cached_tokens(request.prompt_token_ids) == 0
+    bench.run()
+
+
 def test_with_fewer_tokens_a_step_than_sequences_the_later_ones_wait_but_get_there() -> None:
     bench = Bench(budget=2)
     for _ in range(4):

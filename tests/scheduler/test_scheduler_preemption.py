@@ -157,9 +157,9 @@ def test_beams_that_run_out_of_blocks_lose_them_together_and_come_back_by_what_t
     bench.run()
 
 
-def beams_short_of_blocks() -> tuple[PipelinedBench, Sequence, Sequence]:
-    """Two beams that have come back by what they share, and blocks for one of them to go on."""
-    bench = PipelinedBench(num_blocks=10, block_size=2)
+def beams_short_of_blocks(num_left: int = 0) -> tuple[PipelinedBench, Sequence, Sequence]:
+    """Two beams that have come back by what they share, and blocks for one of them to go on, and `num_left` more."""
+    bench = PipelinedBench(num_blocks=10 + num_left, block_size=2)
     request = bench.add(1, max_tokens=20, beam_width=2)
     request.is_forked = True
     bench.new_sequence(request)
@@ -195,9 +195,10 @@ def test_nobody_loses_blocks_while_it_is_not_known_yet_who_has_ended() -> None:
 
 
 def test_what_could_go_on_only_at_the_cost_of_others_waits_while_they_are_not_known() -> None:
-    bench, first, second = beams_short_of_blocks()
+    bench, first, second = beams_short_of_blocks(num_left=2)
     bench.add(1)
     schedule = bench.scheduler.schedule(can_preempt=False)
     assert schedule is not None
     assert (schedule.is_short_of_blocks, schedule.chunks, schedule.preempted) == (True, [Chunk(first, 1, 7)], [])
+    assert len(bench.scheduler.waiting) == 1, "there would be a block for it, but not its turn"
     assert bench.scheduler.running == [first, second]
