@@ -45,7 +45,7 @@ def test_a_space_at_the_start_of_a_grammar_stands_behind_the_one_that_decode_lea
     tokenizer = llama_style()
     compiler = GrammarCompiler(tokenizer, len(tokenizer), tokenizer.eos_token_ids)
     space, th, spaced_the = tokenizer.convert_tokens_to_ids(["▁", "th", "▁the"])
-    assert ids(compiler.matcher(SamplingParams(regex=" the x")).mask()) == [space]
+    assert ids(compiler.matcher(SamplingParams(regex=" (the|at|x) x")).mask()) == [space]
     first = ids(compiler.matcher(SamplingParams(regex="(the|at|x) x")).mask())
     assert {space, th, spaced_the} < set(first)
 
