@@ -182,11 +182,7 @@ class OutputProcessor:
 
     def fail_request(self, request: Request, error: Exception) -> None:
         """End a request, with all its sequences, by an error that is its own."""
-<<<<<<< HEAD
-        self.finish_request(request, FinishReason.of(error))
-=======
         self.finish_request(request, _error(error))
->>>>>>> h-text
 
     def _finish_sequence(self, sequence: Sequence, stop: FinishReason) -> None:
         """End a sequence, wherever it is, and complete its text."""
