@@ -91,12 +91,15 @@ class EngineConfig:
         if self.num_kv_blocks is not None and self.kv_cache_memory is not None:
             raise ValueError("give num_kv_blocks or kv_cache_memory, not both: each of them sets the pool's size")
         if self.kv_cache_memory is not None:
-            parse_memory(self.kv_cache_memory, total=1 << 40)
+            try:
+                parse_memory(self.kv_cache_memory, total=1 << 40)
+            except ValueError as error:
+                raise ValueError(f"kv_cache_memory can't be this: {error}") from None
         if "%" in str(self.max_staging):
             raise ValueError(f"max_staging is a size such as 64MB, got {self.max_staging!r}")
         parse_memory(self.max_staging)
         if not self.prefix_caching and (self.swap_space is not None or self.prefix_cache_dir is not None):
-            raise ValueError("swap_space and prefix_cache_dir find blocks by their prefixes: leave prefix_caching on")
+            raise ValueError("swap_space and prefix_cache_dir find blocks by prefixes: not with prefix_caching=False")
         for name, choices in (("allocator", ALLOCATORS), ("dtype", DTYPES), ("pipelining", PIPELINING)):
             value = getattr(self, name)
             if value not in choices and (name, value) != ("dtype", None):

@@ -1,8 +1,9 @@
 """The Python API: load a model, generate, chat, stream."""
 
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,6 +12,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from mlx_paged.config import EngineConfig
+from mlx_paged.cpu.blas import blas_name
 from mlx_paged.engine.engine import Engine
 from mlx_paged.engine.profile import Profile
 from mlx_paged.models import loading
@@ -18,12 +20,14 @@ from mlx_paged.models.patch import patch_model
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.progress import ProgressBar
 from mlx_paged.request import Request
+from mlx_paged.runner.memory_plan import blocks_for_requests
 from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
+KnownRequests = Callable[["LLM"], Iterable[tuple[Prompt, SamplingParams | BeamSearchParams]] | None]
 
 
 class LLM:
@@ -58,7 +62,24 @@ class LLM:
         llm._start(loading.LoadedModel(model, tokenizer, context), engine_config)
         return llm
 
-    def _start(self, loaded: loading.LoadedModel, config: EngineConfig) -> None:
+    @classmethod
+    def for_requests(
+        cls,
+        model: str | Path | None,
+        requests: KnownRequests,
+        **config: Any,
+    ) -> "LLM":
+        """Make an engine whose pool, if `config` gives it no size, is no larger than requests that are known need.
+
+        requests: called when the tokenizer is there and the weights are not, for the prompts that will be run and
+        their parameters, or None. What it raises ends the start.
+        """
+        engine_config = EngineConfig(**config)
+        llm = cls.__new__(cls)
+        llm._start(loading.load(model, engine_config.dtype), engine_config, requests)
+        return llm
+
+    def _start(self, loaded: loading.LoadedModel, config: EngineConfig, requests: KnownRequests | None = None) -> None:
         asked, context = config.max_model_len, loaded.max_model_len
         if asked is not None and context is not None and asked > context:
             raise ValueError(
@@ -67,7 +88,14 @@ class LLM:
         max_model_len = context if asked is None else asked
         self.tokenizer = loaded.tokenizer
         self._outputs: dict[int, deque[Output]] = {}  # where the run that a request belongs to finds its outputs
-        self._runner = ModelRunner(patch_model(loaded.model), config, max_model_len)
+        num_blocks = None
+        if requests is not None and (known := requests(self)) is not None:
+            sized = [
+                (len(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else len(prompt), params)
+                for prompt, params in known
+            ]
+            num_blocks = blocks_for_requests(sized, config, max_model_len)
+        self._runner = ModelRunner(patch_model(loaded.model), config, max_model_len, num_blocks)
         self.engine = Engine(self._runner, loaded.tokenizer, config, max_model_len)
 
     def generate(
@@ -107,11 +135,12 @@ class LLM:
         request = self.engine.make_request(prompt, params or SamplingParams(), stream=True)
         return cast(Iterator[RequestOutput], self.run([request]))
 
-    def run(self, requests: Sequence[Request]) -> Generator[Output]:
+    def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> Generator[Output]:
         """Run requests that `engine.make_request` made; yields what is new of them as it comes.
 
         That is the whole output of a request when it has ended, and the deltas of one that is streamed. Several runs
         may be read in turn: each makes steps for all of them. Closing a run ends its requests and frees their blocks.
+        on_step: called after each step.
         """
         arrived: deque[Output] = deque()
         unfinished: set[int] = set()
@@ -124,6 +153,8 @@ class LLM:
                     for output in self.engine.step():
                         if output.request_id in self._outputs:
                             self._outputs[output.request_id].append(output)
+                    if on_step is not None:
+                        on_step()
                 output = arrived.popleft()
                 if output.finished:
                     unfinished.remove(output.request_id)
@@ -154,12 +185,11 @@ class LLM:
         pairs = zip(cast(Sequence[Prompt], prompts), params, strict=True)
         requests = [self.engine.make_request(prompt, p) for prompt, p in pairs]
         outputs = []
-        with ProgressBar(len(requests), shown=progress) as bar, closing(self.run(requests)) as arriving:
+        with ProgressBar(requests, shown=progress) as bar, closing(self.run(requests, bar.show)) as arriving:
             bar.show()
             for output in arriving:
                 outputs.append(output)
                 bar.count(output)
-                bar.show()
         return sorted(outputs, key=lambda output: output.request_id)  # ids are given in the prompts' order
 
     @property
@@ -167,9 +197,12 @@ class LLM:
         """Whether the model's tokenizer says how a conversation is written."""
         return self.tokenizer is not None and bool(self.tokenizer.has_chat_template)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Write a conversation as the model's chat template does. Returns its token ids, ready for the answer.
 
+        chat_template_kwargs: what else the template takes, such as {"enable_thinking": False}.
         Raises ValueError if there is no chat template, or if it does not take this conversation.
         """
         if not messages:
@@ -177,7 +210,8 @@ class LLM:
         if not self.has_chat_template:
             raise ValueError("the model has no chat template: use generate with a plain prompt")
         try:
-            return list(self.tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True))
+            template = {"add_generation_prompt": True} | dict(chat_template_kwargs or {})
+            return list(self.tokenizer.apply_chat_template([dict(m) for m in messages], **template))
         except TemplateError as error:
             raise ValueError(f"the model's chat template does not take this conversation: {error}") from error
 
@@ -188,7 +222,7 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Count what the engine has done, and look at its block pool."""
-        return self.engine.stats()
+        return replace(self.engine.stats(), blas=blas_name())
 
     @property
     def profile(self) -> Profile | None:

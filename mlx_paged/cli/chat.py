@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mlx_paged.cli.generate import error_of, make_request
+from mlx_paged.cli.answers import error_of
+from mlx_paged.cli.generate import make_request
 from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal
 from mlx_paged.outputs import RequestOutput
 from mlx_paged.sampling_params import SamplingParams
@@ -19,13 +21,24 @@ HELP = """/reset (or /clear)  forget the conversation
 Ctrl-C              stop the current answer"""
 
 
-def hold_conversation(llm: LLM, params: SamplingParams, *, system: str | None, terminal: Terminal) -> int:
-    """Talk until the input ends. Returns the exit code: 1 if a turn of piped input could not be answered."""
+def require_chat_template(llm: LLM) -> None:
+    """Raise ValueError, before weights are loaded, for a model that can't hold a conversation."""
     if not llm.has_chat_template:
-        terminal.failure("this model has no chat template; mlx-paged generate --raw continues a text with it")
-        return 1
+        raise ValueError("this model has no chat template; mlx-paged generate --raw continues a text with it")
+
+
+def hold_conversation(
+    llm: LLM,
+    params: SamplingParams,
+    *,
+    system: str | None,
+    terminal: Terminal,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> int:
+    """Talk until the input ends. Returns the exit code: 1 if a turn of piped input could not be answered."""
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
+    template = {} if chat_template_kwargs is None else {"chat_template_kwargs": chat_template_kwargs}
     failed = False
     terminal.note("/help shows what can be typed, Ctrl-D leaves")
     while True:
@@ -45,7 +58,7 @@ def hold_conversation(llm: LLM, params: SamplingParams, *, system: str | None, t
         elif line:
             turn = [*messages, {"role": "user", "content": line}]
             try:
-                answer = _answer(llm, turn, params, terminal)
+                answer = _answer(llm, llm.encode_chat(turn, **template), params, terminal)
             except ValueError as error:
                 failed = True
                 terminal.failure(f"{error}; /reset begins a new conversation")
@@ -53,9 +66,9 @@ def hold_conversation(llm: LLM, params: SamplingParams, *, system: str | None, t
                 messages = [*turn, {"role": "assistant", "content": answer}] if answer else messages
 
 
-def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, terminal: Terminal) -> str:
+def _answer(llm: LLM, prompt: list[int], params: SamplingParams, terminal: Terminal) -> str:
     """Stream the answer and return it, as far as it came if Ctrl-C stopped it. Raises ValueError if there is none."""
-    request = make_request(llm, llm.encode_chat(messages), params, stream=True)
+    request = make_request(llm, prompt, params, stream=True)
     summary = RunSummary()
     pieces: list[str] = []
     error = None
