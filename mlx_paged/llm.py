@@ -190,6 +190,7 @@ class LLM:
             for output in arriving:
                 outputs.append(output)
                 bar.count(output)
+                bar.show()
         return sorted(outputs, key=lambda output: output.request_id)  # ids are given in the prompts' order
 
     @property

@@ -70,14 +70,17 @@ class Answers:
     def end(self) -> None:
         """Show what has not been shown yet, and say how many answers were cut."""
         self.terminal.end_answer()
-        many = self._num_samples > 1
         cut = self._cut[0] if self._cut else "by a stop string or token"
         if self._unfinished:
-            which = f"{len(self._unfinished)} of {self._num_samples} answers are" if many else "the answer is"
+            which = self._count(self._unfinished, "is", "are")
             self.terminal.failure(f"{which} not the whole {self._unfinished[0]} that was asked for, cut {cut}")
         elif self._cut:
-            which = f"{len(self._cut)} of {self._num_samples} answers were" if many else "the answer was"
-            self.terminal.warn(f"{which} cut {cut}")
+            self.terminal.warn(f"{self._count(self._cut, 'was', 'were')} cut {cut}")
+
+    def _count(self, some: Sequence[str], one: str, many: str) -> str:
+        """Say how many answers are meant, with a verb."""
+        which = f"{len(some)} of {self._num_samples} answers" if self._num_samples > 1 else "the answer"
+        return f"{which} {one if len(some) == 1 else many}"
 
     def _look_at_end(self, question: Question, sample: CompletionOutput) -> None:
         params = question.params
