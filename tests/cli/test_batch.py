@@ -100,6 +100,7 @@ def test_a_batch_that_was_interrupted_is_taken_up_where_it_ended(run: Run, tmp_p
     options = ("generate", "--raw", "--batch", str(requests), "--output", str(tmp_path / "out"))
 
     def before_output(self: StubLLM) -> None:
+        assert len(answers(tmp_path / "out")) == self.num_outputs  # whatever ends the process now
         if self.num_outputs == 2:
             raise KeyboardInterrupt
 
