@@ -13,150 +13,30 @@ calls of other parts.
 
 from __future__ import annotations
 
-import gc
-import random
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import report
-from mlx_lm.models import qwen2
-from mlx_lm.models.cache import BatchKVCache
+from graph_building import graph_building
 from report import Part, Row
+from step_clock import OTHER_PARTS, SUM, Clock, no_garbage_collection
 
 from mlx_paged import LLM, SamplingParams
-from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
-from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.config import EngineConfig
 from mlx_paged.engine.engine import Engine
-from mlx_paged.models.patch import PatchedModel, patch_model
 from mlx_paged.runner.memory_plan import MemoryPlan
 from mlx_paged.sampling.sampler import SampledTokens, Sampler
 
 BLOCK_SIZE = 16
 VOCAB_SIZE = 64
 STOP = VOCAB_SIZE - 1  # a token that ends sequences and never comes: stop checks are made and fail
-OWN_PARTS = ("scheduling", "block management", "batch arrays", "tokens and stops", "rest of the step")
-SUM = "sum of these"
-OTHER_PARTS = ("model graph", "sampling graph", "submitting", "waiting", "detokenising")
-CLOCKS: dict[str, Callable[[], int]] = {"cpu": time.thread_time_ns, "wall": time.perf_counter_ns}
-PARTS_OF_A_STEP = (*OWN_PARTS, SUM, *OTHER_PARTS)
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """The time of each part of an engine's steps, its own: what it calls of other parts is theirs.
-
-    Each step reads one clock, that of the CPU or of the wall, drawn at random. What this takes is left out: a call of
-    an empty function is measured first, and what it seems to cost the function and its caller is subtracted from each.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.steps: list[tuple[str, str, dict[str, float]]] = []  # (kind, clock, {part: seconds})
-        self._engine = engine
-        self._rng = random.Random(0)
-        self._times: dict[str, int] = dict.fromkeys(PARTS_OF_A_STEP, 0)
-        self._now = time.perf_counter_ns
-        self._part = OWN_PARTS[-1]
-        self._last = 0
-        self._outer_cost = self._inner_cost = 0
-        self._to_subtract = {name: self._cost_of_a_call(clock) for name, clock in CLOCKS.items()}
-        self._wrap(engine._scheduler, "scheduling", "schedule", "complete", "remove")
-        self._wrap(engine.cache_groups, "block management", "attach", "reserve", "append_blocks", "publish")
-        self._wrap(engine.cache_groups, "block management", "mark_computed", "free")
-        self._wrap(engine._input_builder, "batch arrays", "build")
-        self._wrap(engine._outputs, "tokens and stops", "process_tokens")
-        self._wrap(engine._steps, "waiting", "wait")
-        self._wrap(engine._sampling._sampler, "sampling graph", "sample")
-        self._wrap(engine._runner, "model graph", "run")
-        self._wrap(engine._outputs, "detokenising", "_detokenize")
-
-    def _cost_of_a_call(self, clock: Callable[[], int]) -> tuple[int, int]:
-        """Nanoseconds that a call seems to cost the caller, and the function."""
-        self._now, costs = clock, []
-        call = self._timed("waiting", lambda: None)
-        for _ in range(1000):
-            self._times = dict.fromkeys(PARTS_OF_A_STEP, 0)
-            self._last = clock()
-            call()
-            self._times[self._part] += clock() - self._last
-            costs.append((self._times[self._part], self._times["waiting"]))
-        outer, inner = zip(*costs, strict=True)
-        return int(statistics.median(outer)), int(statistics.median(inner))
-
-    def step(self, kind: str = "decode") -> int:
-        """One step of the engine; how many requests have ended with it."""
-        clock = self._rng.choice(list(CLOCKS))
-        self._now = CLOCKS[clock]
-        self._outer_cost, self._inner_cost = self._to_subtract[clock]
-        self._times = dict.fromkeys(PARTS_OF_A_STEP, 0)
-        submit = mx.async_eval
-        self._wrap(mx, "submitting", "async_eval")
-        try:
-            self._last = self._now()
-            outputs = self._timed("rest of the step", self._engine.step)()
-        finally:
-            mx.async_eval = submit
-        num_ended = sum(output.finished for output in outputs)
-        times = {part: taken / 1e9 for part, taken in self._times.items()}
-        times[SUM] = sum(times[part] for part in OWN_PARTS)
-        self.steps.append(("leave" if num_ended else kind, clock, times))
-        return num_ended
-
-    def times(self, kind: str, clock: str, part: str) -> list[float]:
-        """Seconds that a part took in each step of a kind that was measured with this clock."""
-        return [times[part] for step, by, times in self.steps if (step, by) == (kind, clock)]
-
-    def rows(self, kind: str = "decode") -> Iterator[Row]:
-        """Of the steps of a kind: the parts, and the sum of those that are the engine's own work."""
-        for part in PARTS_OF_A_STEP:
-            row: Row = {"part": part}
-            for clock in CLOCKS:
-                seconds = self.times(kind, clock, part)
-                row[f"{clock}_median_us"] = 1e6 * statistics.median(seconds)
-                row[f"{clock}_p95_us"] = 1e6 * float(np.quantile(seconds, 0.95))
-            yield row
-
-    def _wrap(self, owner: Any, part: str, *names: str) -> None:
-        for name in names:
-            setattr(owner, name, self._timed(part, getattr(owner, name)))
-
-    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            outer, now = self._part, self._now
-            self._times[outer] += now() - self._last - self._outer_cost
-            self._part = part
-            self._last = now()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._times[part] += now() - self._last - self._inner_cost
-                self._part = outer
-                self._last = now()
-
-        return timed
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Its pauses depend on what else the process holds."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 # -- how fast this machine is ------------------------------------------------------------------------------------
 
 
@@ -323,110 +203,7 @@ def detokenising(quick: bool) -> list[Row]:
     return rows
 
 
-# -- (b) building a model's graph --------------------------------------------------------------------------------
-
-
-class Decode(NamedTuple):
-    """reset: caches as before the step, and the last graph gone; build: the step's logits, not evaluated."""
-
-    reset: Callable[[], None]
-    build: Callable[[], mx.array]
-
-
-def graph_building(quick: bool) -> list[Row]:
-    """CPU time to build, without running it, the graph of a step: mlx-lm with its batch cache, and ours.
-
-    A Qwen2 with the heads of the 0.5B model, 24 layers and tiny sizes. Contexts are equal, or from a tenth of the
-    longest up to it. Medians of interleaved repeats, each from the same caches.
-    """
-    num_layers, repeats = (2, 3) if quick else (24, 40)
-    model = tiny_qwen2(num_layers)
-    rows = []
-    for batch in (4, 8) if quick else (32, 256):
-        for contexts in ("equal", "mixed"):
-            first = 100 if contexts == "mixed" else 1000
-            lengths = np.linspace(first, 1000, batch).astype(np.int32)
-            decodes = {"mlx_lm": mlx_lm_decode(model, lengths), "mlx_paged": mlx_paged_decode(model, lengths)}
-            times: dict[str, list[float]] = defaultdict(list)
-            with no_garbage_collection():
-                for _ in range(repeats):
-                    for name, decode in decodes.items():
-                        decode.reset()
-                        started = time.thread_time()
-                        logits = decode.build()
-                        times[name].append(1e3 * (time.thread_time() - started))
-                        del logits
-            medians = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
-            ratio = medians["mlx_paged_ms"] / medians["mlx_lm_ms"]
-            rows.append({"sequences": batch, "contexts": contexts, "layers": num_layers} | medians | {"ratio": ratio})
-    return rows
-
-
-def tiny_qwen2(num_layers: int) -> qwen2.Model:
-    """14 query and 2 KV heads, as in Qwen2 0.5B, of 8 instead of 64."""
-    arguments = qwen2.ModelArgs(
-        model_type="qwen2",
-        hidden_size=112,
-        num_hidden_layers=num_layers,
-        intermediate_size=64,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-6,
-        vocab_size=64,
-    )
-    model = qwen2.Model(arguments)
-    mx.eval(model.parameters())
-    return model
-
-
-def mlx_lm_decode(model: qwen2.Model, lengths: np.ndarray) -> Decode:
-    """Builds the graph of one token for each sequence, the last of its `lengths`, in mlx-lm's batch cache."""
-    args = model.args
-    caches = [BatchKVCache((lengths.max() - lengths).tolist()) for _ in range(args.num_hidden_layers)]
-    head_dim = args.hidden_size // args.num_attention_heads
-    kv = mx.zeros((len(lengths), args.num_key_value_heads, int(lengths.max()) - 1, head_dim))
-    for layer in caches:
-        layer.update_and_fetch(kv, kv)
-        mx.eval(layer.keys, layer.values, layer.offset, layer.left_padding)
-    states = [layer.state for layer in caches]
-    token_ids = mx.zeros((len(lengths), 1), mx.int32)
-
-    def reset() -> None:
-        for layer, state in zip(caches, states, strict=True):
-            layer.state = state
-
-    return Decode(reset, lambda: model(token_ids, cache=caches))
-
-
-def mlx_paged_decode(model: qwen2.Model, lengths: np.ndarray) -> Decode:
-    """The same over a paged cache, from host arrays of the step and the block tables on the device."""
-    patched: PatchedModel = patch_model(model)
-    num_blocks = -(-lengths // BLOCK_SIZE)
-    tables = np.zeros((len(lengths), int(num_blocks.max())), np.int32)
-    tables[np.arange(tables.shape[1]) < num_blocks[:, None]] = np.arange(num_blocks.sum())
-    matrix = mx.array(tables)
-    layers = [layer for layer, _ in patched.stored_layers]
-    kv_cache = PagedKVCache(layers, [int(num_blocks.sum())] * len(layers), BLOCK_SIZE, 1)
-    arrays = [dict(pool.arrays) for pool in kv_cache.pools]
-    token_ids = mx.zeros(len(lengths), mx.int32)
-    rows = mx.arange(len(lengths), dtype=mx.int32)
-    mx.eval(matrix, token_ids, rows)
-
-    def reset() -> None:
-        for pool, before in zip(kv_cache.pools, arrays, strict=True):
-            pool.arrays = dict(before)
-
-    def build() -> mx.array:
-        positions = mx.array(lengths - 1)
-        table = matrix[rows]
-        slots = {"slot_block_ids": table[rows, positions // BLOCK_SIZE], "slot_offsets": positions % BLOCK_SIZE}
-        metadata = AttentionMetadata(table, lengths, np.arange(len(lengths) + 1, dtype=np.int32), **slots)
-        return patched(kv_cache, ModelInputs(token_ids, positions, None, [metadata]))
-
-    return Decode(reset, build)
-
-
-# -- (c) the demo model end to end -------------------------------------------------------------------------------
+# -- (b) the demo model end to end -------------------------------------------------------------------------------
 
 
 def end_to_end(quick: bool) -> list[Row]:

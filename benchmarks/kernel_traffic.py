@@ -34,6 +34,7 @@ from mlx_paged import paged_attention
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.work_items import Shape, decode_layout, tile_for
+from mlx_paged.cache.kv_cache import LayerPool
 
 METAL = MetalBackend()
 DTYPE = mx.float16
@@ -87,8 +88,7 @@ class Arrays(NamedTuple):
     """The arguments of a kernel for one KV head; the blocks of a sequence are scattered."""
 
     q: mx.array
-    k_cache: mx.array
-    v_cache: mx.array
+    pool: LayerPool
     block_tables: mx.array
 
 
@@ -97,8 +97,9 @@ def make_arrays(heads: Heads, batch: int, context: int, num_queries: int, block_
     block_ids = np.random.default_rng(0).permutation(batch * per_sequence).astype(np.int32)
     group, head_dim = heads.shape.heads_per_kv_head, heads.head_dim
     q = mx.random.normal((batch * num_queries, group, head_dim), DTYPE)
-    k_cache, v_cache = (mx.random.normal((len(block_ids), block_size, 1, head_dim), DTYPE) for _ in range(2))
-    return Arrays(q, k_cache, v_cache, mx.array(block_ids.reshape(batch, per_sequence)))
+    shape = len(block_ids), block_size, 1, head_dim
+    pool = LayerPool({name: mx.random.normal(shape, DTYPE) for name in "kv"})
+    return Arrays(q, pool, mx.array(block_ids.reshape(batch, per_sequence)))
 
 
 def launches(run: Callable[[], Any]) -> list[LaunchReport]:

@@ -73,14 +73,10 @@ fi
 run device -c 'import json, mlx.core as mx; print(json.dumps(mx.device_info(), default=str))'
 run tests -m pytest -rs -k "not cuda" "${tests[@]}"
 run generate -m mlx_paged generate --verbose --profile "$work/trace.json" "Tell me a story." "Write a story about Tom."
-if [ -f benchmarks/attention.py ]; then
-    run attention benchmarks/attention.py "${sizes[@]+"${sizes[@]}"}" --json "$work/attention.json"
-fi
-if "$python" -m mlx_paged bench --help >/dev/null 2>&1; then
-    run bench -m mlx_paged bench "${bench[@]}" -o json
-    # MLX ends a command buffer at 40 or 50 MB of inputs, and each kernel's pool counts: what if it did not?
-    MLX_MAX_MB_PER_BUFFER=1000000 run bench-large-buffers -m mlx_paged bench "${bench[@]}" -o json
-fi
+run attention benchmarks/attention.py "${sizes[@]+"${sizes[@]}"}" --json "$work/attention.json"
+run bench -m mlx_paged bench "${bench[@]}" -o json
+# MLX ends a command buffer at 40 or 50 MB of inputs, and each kernel's pool counts: what if it did not?
+MLX_MAX_MB_PER_BUFFER=1000000 run bench-large-buffers -m mlx_paged bench "${bench[@]}" -o json
 
 "$python" - "$work" "$output" "${order[@]}" <<'END' || exit 1
 import json

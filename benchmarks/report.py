@@ -74,6 +74,8 @@ def main(
         mx.random.seed(0)
         try:
             rows = results[part.run.__name__] = part.run(options.quick)
+        except KeyboardInterrupt:
+            sys.exit(130)
         except Exception as error:  # the other parts may be worth having
             if isinstance(error, ModelError):
                 print(f"{part.run.__name__}: {error}", file=sys.stderr)

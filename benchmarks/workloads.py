@@ -67,7 +67,8 @@ def positive(value: str) -> int:
     return int(value)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(add_help=False)
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--model", help="alias, Hugging Face repository or folder; default: 21 million random weights")
@@ -77,3 +78,7 @@ if __name__ == "__main__":
     options, _ = parser.parse_known_args()
     parts = [part(workload, options) for workload in WORKLOADS.values()]
     report.main("workloads.py", __doc__, parts, own_options=[parser], mlx_lm=mlx_lm.__version__)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ except ImportError:
 MODULES = (
     "mlx_paged",
     "mlx_paged.outputs",
+    "mlx_paged.engine.chat_template",
     "mlx_paged.engine.engine",
     "mlx_paged.engine.profile",
     "mlx_paged.tools.block_picture",

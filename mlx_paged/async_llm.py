@@ -1,35 +1,31 @@
-"""AsyncLLM: an LLM for asyncio programs. Its engine runs in a thread of its own.
+"""AsyncLLM: an LLM for asyncio programs. Its engine runs in a thread of its own, see `engine_thread`.
 
-MLX's arrays and streams belong to the thread that made them, so that thread alone loads the model, runs it and
-releases it. It tokenises as well, since tokenizers don't bear two threads at a time. Callers send it letters through
-a queue; outputs and errors come back into an inbox in the caller's event loop.
+Templates, tokenising and grammars are worked out in other threads, so that no step waits for them.
 """
 
 import asyncio
-import atexit
-import gc
-import queue
-import threading
-import traceback
 import weakref
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Unpack
 
-import mlx.core as mx
-
-from mlx_paged.llm import LLM, Message, Prompt
-from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
+from mlx_paged.engine.chat_template import Message, TemplateOptions
+from mlx_paged.engine_thread import EngineThread, Inbox
+from mlx_paged.errors import QueueFull
+from mlx_paged.llm import LLM, Prompt
+from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
+
+T = TypeVar("T")
 
 
 class AsyncLLM:
     """Serve a model with a paged KV cache to any number of tasks, in any number of event loops.
 
         async with AsyncLLM("qwen2") as llm:
-            async for output in llm.generate("Once upon a time"):
+            async for output in llm.chat([{"role": "user", "content": "Why is the sky blue?"}]):
                 print(output.outputs[0].text, end="")
 
     Arguments and errors are those of `LLM`. The constructor returns once the model is loaded; within a running event
@@ -47,9 +43,21 @@ class AsyncLLM:
         return llm
 
     def _start(self, load: Callable[[], LLM]) -> None:
-        self._thread = _EngineThread(load)
+        self.max_waiting: int | None = None
+        """How many requests may wait beside those that can run at once; None: any number."""
+        self._running: set[Inbox] = set()
+        self._thread = EngineThread(load)
         weakref.finalize(self, self._thread.request_stop).atexit = False  # at exit the thread closes itself
         self._thread.wait_until_loaded()
+        self.tokenizer: Any = self._thread.tokenizer
+        """mlx-lm's TokenizerWrapper, for looking things up; encode nothing with it, other threads do."""
+        self.vocab_size: int = self._thread.vocab_size
+        self.max_model_len: int = self._thread.max_model_len
+        """The most tokens of prompt and output together."""
+        self.sampling_defaults: dict[str, float] = self._thread.sampling_defaults
+        """As `LLM.sampling_defaults`."""
+        self.memory: str = self._thread.memory
+        """As `LLM.describe_memory` says."""
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[RequestOutput, None]:
         """Complete one prompt piece by piece, batched with all that runs meanwhile.
@@ -59,24 +67,95 @@ class AsyncLLM:
         blocks are freed, when its task is cancelled, when the iterator is closed, or when nobody holds it any more, as
         after a `break` out of `async for`.
         """
-        return self._outputs(lambda llm: llm.engine.make_request(prompt, params or SamplingParams(), stream=True))
+        return self._answer(prompt, SamplingParams() if params is None else params)
 
     def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[TemplateOptions]
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a conversation through the model's chat template. Returns and raises as `generate` does."""
-        return self._outputs(
-            lambda llm: llm.engine.make_request(llm.encode_chat(messages), params or SamplingParams(), stream=True)
-        )
+        """Answer a conversation through the model's chat template. Returns and raises as `generate` does.
+
+        messages and options are those of `LLM.chat`.
+        """
+        return self._answer(None, SamplingParams() if params is None else params, messages, options)
+
+    async def _answer(
+        self, prompt: Any, params: SamplingParams, messages: Any = None, options: TemplateOptions | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        if prompt is None and options is not None:
+            prompt = await self.encode_chat(messages, **options)
+        async with aclosing(self.run(await self.make_request(prompt, params, stream=True))) as outputs:
+            async for output in outputs:
+                yield output
 
     async def beam_search(self, prompt: Prompt, params: BeamSearchParams | None = None) -> BeamSearchOutput:
         """Search the best hypotheses for one prompt. Raises as `generate` does. Cancelling it frees its blocks."""
-        outputs = self._outputs(lambda llm: llm.engine.make_request(prompt, params or BeamSearchParams()))
-        return [output async for output in outputs][-1]
+        request = await self.make_request(prompt, params or BeamSearchParams())
+        async with aclosing(self.run(request)) as outputs:
+            return [output async for output in outputs][-1]
+
+    async def encode_chat(self, messages: Sequence[Message], **options: Unpack[TemplateOptions]) -> list[int]:
+        """Write a conversation as the model's chat template does. Returns its token ids; raises as the LLM's does."""
+        return await self._prepare(lambda: self._thread.inputs.chat_template.encode(messages, **options))
+
+    async def make_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | BeamSearchParams,
+        *,
+        stream: bool = False,
+        clamp_max_tokens: bool = False,
+    ) -> Request:
+        """Make a request for `run`. Raises ValueError or TypeError for a bad one.
+
+        stream: its output comes piece by piece. clamp_max_tokens: where max_tokens is more than fits, take what fits.
+        """
+        make = self._thread.inputs.make_request
+        return await self._prepare(lambda: make(prompt, params, stream=stream, clamp_max_tokens=clamp_max_tokens))
+
+    async def _prepare(self, work: Callable[[], T]) -> T:
+        self._thread.require_running()
+        return await asyncio.to_thread(work)
+
+    async def run(self, request: Request) -> AsyncGenerator[Any, None]:
+        """Run a request that `make_request` made. Yields its outputs; closing the iterator frees its blocks.
+
+        Raises QueueFull if too many requests wait, RuntimeError if the engine is closed or broke.
+        """
+        most = self._thread.max_num_seqs + (self.max_waiting or 0)
+        if self.max_waiting is not None and len(self._running) >= most:
+            raise QueueFull(f"{len(self._running)} requests run or wait, and no more are taken")
+        inbox = Inbox()
+        self._running.add(inbox)
+        finished = False
+        try:
+            self._thread.submit(inbox, request)
+            while not finished:
+                output = await inbox.take()
+                finished = output.finished
+                yield output
+        finally:
+            self._running.discard(inbox)
+            if not finished:
+                self._thread.abort(inbox)
+
+    @property
+    def num_requests(self) -> int:
+        """How many requests run or wait."""
+        return len(self._running)
+
+    @property
+    def snapshot(self) -> EngineStats:
+        """The engine's counters as they were lately, at once and at no cost; `stats` waits for those of now."""
+        return self._thread.snapshot
+
+    @property
+    def failure(self) -> str | None:
+        """Why no request can be run any more; None while they can."""
+        return self._thread.failure
 
     async def stats(self) -> EngineStats:
         """Read the engine's counters and the state of its block pool, after all that was asked of it before."""
-        inbox = _Inbox()
+        inbox = Inbox()
         self._thread.send(inbox, lambda llm: inbox.put(llm.stats()))
         return await inbox.take()
 
@@ -98,211 +177,3 @@ class AsyncLLM:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-    async def _outputs(self, make_request: Callable[[LLM], Request]) -> AsyncGenerator[Any, None]:
-        inbox = _Inbox()
-        self._thread.submit(inbox, make_request)
-        finished = False
-        try:
-            while not finished:
-                output = await inbox.take()
-                finished = output.finished
-                yield output
-        finally:
-            if not finished:
-                self._thread.abort(inbox)
-
-
-class _Inbox:
-    """Hold what the engine thread has for one caller: outputs, or the exception that ends its waiting."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.items: asyncio.Queue[Any] = asyncio.Queue()
-        self.request_id: int | None = None  # read and written by the engine's thread alone
-
-    def put(self, item: Any) -> None:
-        """Put something in, from any thread."""
-        _put_all(self.loop, [(self, item)])
-
-    async def take(self) -> Any:
-        """Wait for the next output. Raises an exception that was put in."""
-        item = await self.items.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-
-Letter = tuple[_Inbox, Callable[[LLM], None]]
-
-
-class _EngineThread:
-    """Run an LLM in a thread, and take what other threads ask of it.
-
-    Letters are put into a SimpleQueue because finalizers send them too, at any moment and in any thread.
-    """
-
-    def __init__(self, load: Callable[[], LLM]) -> None:
-        self._letters: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()  # None: end
-        self._inboxes: dict[int, _Inbox] = {}  # of the requests that run
-        self._load_error: BaseException | None = None
-        self._reason = "this AsyncLLM is closed"  # what callers are told after the end
-        self._details = ""
-        self._ready = threading.Event()  # loaded, or ended before that
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, args=(load,), name="mlx-paged engine", daemon=True)
-        atexit.register(self.close)
-        self._thread.start()
-
-    # -- for other threads --------------------------------------------------------------------------------------
-
-    def wait_until_loaded(self) -> None:
-        """Wait for the model. Raises what loading it raised."""
-        self._ready.wait()
-        error, self._load_error = self._load_error, None
-        if error is not None:
-            self.close()
-            raise error
-
-    def submit(self, inbox: _Inbox, make_request: Callable[[LLM], Request]) -> None:
-        """Have a request made and run. Its outputs, or why it could not be made, come into the inbox."""
-
-        def begin(llm: LLM) -> None:
-            request = make_request(llm)
-            inbox.request_id = llm.engine.submit(request)
-            self._inboxes[inbox.request_id] = inbox
-
-        self.send(inbox, begin)
-
-    def abort(self, inbox: _Inbox) -> None:
-        """End the inbox's request, if it runs."""
-
-        def end(llm: LLM) -> None:
-            if inbox.request_id in self._inboxes:
-                del self._inboxes[inbox.request_id]
-                llm.engine.abort(inbox.request_id)
-
-        self.send(inbox, end)
-
-    def send(self, inbox: _Inbox, action: Callable[[LLM], None]) -> None:
-        """Have something done between two steps, after what was sent before."""
-        self._letters.put((inbox, action))
-        if self._ended:  # it may have come too late to be seen by the thread
-            self._refuse_letters()
-
-    def request_stop(self) -> None:
-        """Let the thread end when it can."""
-        self._letters.put(None)
-
-    def close(self) -> None:
-        """End the thread and wait for that."""
-        self.request_stop()
-        self._thread.join()
-        atexit.unregister(self.close)
-
-    # -- in the thread ------------------------------------------------------------------------------------------
-
-    def _run(self, load: Callable[[], LLM]) -> None:
-        try:
-            self._load_and_serve(load)
-        except BaseException as error:
-            if self._ready.is_set():
-                self._reason = f"the engine of this AsyncLLM broke: {type(error).__name__}: {error}"
-                self._details = _details(error)
-            else:
-                self._load_error = _without_frames(error)
-        try:
-            del load
-            gc.collect()  # model and engine refer to each other; their arrays have to go before this thread does
-            mx.synchronize()
-            mx.clear_cache()
-            mx.clear_streams()  # what MLX would do later, at the thread's very end, aborts a process that is ending too
-        finally:
-            self._ended = True
-            self._ready.set()
-            for inbox in self._inboxes.values():
-                inbox.put(self._refusal())
-            self._inboxes.clear()
-            self._refuse_letters()
-
-    def _load_and_serve(self, load: Callable[[], LLM]) -> None:
-        llm = load()
-        self._ready.set()
-        while self._read_letters(llm):
-            self._hand_out(llm, llm.engine.step())
-        aborted = [llm.engine.abort(request_id) for request_id in list(self._inboxes)]
-        self._hand_out(llm, list(filter(None, aborted)))
-
-    def _read_letters(self, llm: LLM) -> bool:
-        """Do what was asked for, sleeping while there is nothing to do. Returns False when the thread has to end."""
-        while True:
-            try:
-                letter = self._letters.get(block=not llm.engine.has_unfinished())
-            except queue.Empty:
-                return True
-            if letter is None:
-                return False
-            inbox, action = letter
-            try:
-                action(llm)
-            except Exception as error:
-                inbox.put(_without_frames(error))
-            except BaseException:
-                self._letters.put(letter)  # to be refused with the others
-                raise
-
-    def _hand_out(self, llm: LLM, outputs: Sequence[Output]) -> None:
-        """Put outputs into their inboxes, waking each event loop once. The requests of a loop that is gone end."""
-        by_loop = defaultdict(list)
-        for output in outputs:
-            if (inbox := self._inboxes.get(output.request_id)) is not None:
-                by_loop[inbox.loop].append((inbox, output))
-                if output.finished:
-                    del self._inboxes[output.request_id]
-        for loop, items in by_loop.items():
-            if not _put_all(loop, items):
-                for _, output in items:
-                    if self._inboxes.pop(output.request_id, None) is not None:
-                        llm.engine.abort(output.request_id)
-
-    def _refuse_letters(self) -> None:
-        """Answer all letters with why there is no engine any more."""
-        while True:
-            try:
-                letter = self._letters.get(block=False)
-            except queue.Empty:
-                return
-            if letter is not None:
-                letter[0].put(self._refusal())
-
-    def _refusal(self) -> RuntimeError:
-        error = RuntimeError(self._reason)
-        if self._details:
-            error.add_note(self._details)
-        return error
-
-
-def _put_all(loop: asyncio.AbstractEventLoop, items: list[tuple[_Inbox, Any]]) -> bool:
-    """Put things into inboxes of an event loop, from any thread. Returns False if the loop is closed."""
-
-    def put() -> None:
-        for inbox, item in items:
-            inbox.items.put_nowait(item)
-
-    try:
-        loop.call_soon_threadsafe(put)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _without_frames(error: BaseException) -> BaseException:
-    """Drop the frames that an exception came through: in another thread they would keep the model alive."""
-    if not isinstance(error, ValueError | TypeError | ImportError | OSError):  # those speak for themselves
-        error.add_note(_details(error))
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
-
-
-def _details(error: BaseException) -> str:
-    return "In the engine's thread:\n" + "".join(traceback.format_exception(error)).rstrip()

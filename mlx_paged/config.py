@@ -1,8 +1,11 @@
 """What an engine can be told at start, validated: EngineConfig, and sizes of memory written as text."""
 
+import difflib
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
@@ -14,24 +17,43 @@ DTYPES = ("float32", "float16", "bfloat16")
 PIPELINING = ("auto", "submit", "build", "off")
 
 
-def parse_memory(size: int | str, total: int | None = None) -> int:
+def parse_memory(size: int | str, total: int | None = None, *, name: str = "memory size") -> int:
     """Read a size of memory: a count of bytes, "4GB" (4e9), "4GiB" (2**32), or "30%" of `total` bytes.
 
-    Returns bytes. Raises ValueError if the size can't be read, is not positive, or is a share above 100% or of an
-    unknown total.
+    name: what messages call it. Returns bytes. Raises ValueError if the size can't be read, is not positive, or is a
+    share above 100% or of an unknown total.
     """
     match = _SIZE.fullmatch(str(size).strip())
     unit = match.group(2).upper() if match else ""
     if match is None or not (unit == "%" or unit in _UNITS) or float(match.group(1)) <= 0:
-        raise ValueError(f"memory size {size!r}: write it as 4GB, 512MiB, 30% or a positive number of bytes")
+        raise ValueError(f"{name} {size!r}: write it as 4GB, 512MiB, 30% or a positive number of bytes")
     number = float(match.group(1))
     if unit != "%":
         return int(number * _UNITS[unit])
     if number > 100:
-        raise ValueError(f"memory size {size!r}: a share of the device's memory is at most 100%")
+        raise ValueError(f"{name} {size!r}: a share is at most 100%")
     if total is None:
-        raise ValueError(f"memory size {size!r}: a share needs a whole; give it in bytes, like 64MB")
+        raise ValueError(f"{name} {size!r}: a share needs a whole; give it in bytes, like 64MB")
     return int(total * number / 100)
+
+
+def parse_swap_space(swap_space: int | str | os.PathLike[str]) -> int | Path:
+    """Read `EngineConfig.swap_space`. Returns a size in bytes, or a folder.
+
+    Raises ValueError for what is neither: the name of a folder that isn't there yet contains a "/".
+    """
+    if not isinstance(swap_space, os.PathLike):
+        try:
+            return parse_memory(swap_space, name="swap_space")
+        except ValueError:
+            if not isinstance(swap_space, str) or (swap_space[:1].isdigit() and "/" not in swap_space):
+                raise
+            if not swap_space or not ("/" in swap_space or Path(swap_space).expanduser().is_dir()):
+                raise ValueError(
+                    f"swap_space {swap_space!r} is neither a size, like 8GB, nor a folder that is there; "
+                    "a new one is written with a /, as in ./swap"
+                ) from None
+    return Path(swap_space).expanduser()
 
 
 def format_memory(num_bytes: float) -> str:
@@ -43,8 +65,29 @@ def format_memory(num_bytes: float) -> str:
     return f"{num_bytes:.3g} {units[0]}"
 
 
+def excerpt(value: object, limit: int = 200) -> str:
+    """Write a value for a message: its repr, on one line and not longer than `limit`."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an int of more digits than Python writes, somebody's own __repr__
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+class Settings:
+    """A dataclass that tells a mistyped argument which one may be meant."""
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        known: dict[str, Any] = vars(cls).get("__dataclass_fields__", {})
+        for name in given.keys() - known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise TypeError(f"there is no argument {name!r}: {meant}")
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Settings):
     """Everything `LLM` takes beside the model. Raises ValueError for a value out of range."""
 
     block_size: int = 16
@@ -64,9 +107,13 @@ class EngineConfig:
     allocator: str = "lru"
     """Order in which free blocks are reused: "lru", "fifo" or "buddy"."""
     swap_space: int | str | os.PathLike[str] | None = None
-    """Where blocks of preempted requests and evicted prefixes go: a size of host memory ("8GB") or a folder."""
+    """Where blocks of preempted requests and evicted prefixes go: a size of host memory ("8GB") or a folder. The name
+    of a folder that isn't there yet contains a "/"."""
     prefix_cache_dir: str | os.PathLike[str] | None = None
     """A folder in which the blocks of prompts outlive the process."""
+    prefix_cache_size: int | str | None = None
+    """The most that is kept there, of all models together, and written there in an hour: bytes, "20GB", or a share of
+    the disk's free space, this folder's included; None: 10%. The blocks used least recently go first."""
     dtype: str | None = None
     """Of weights and cache: "float32", "float16" or "bfloat16"; None: as stored, and float32 on a CPU."""
     seed: int = 0
@@ -91,13 +138,18 @@ class EngineConfig:
         if self.num_kv_blocks is not None and self.kv_cache_memory is not None:
             raise ValueError("give num_kv_blocks or kv_cache_memory, not both: each of them sets the pool's size")
         if self.kv_cache_memory is not None:
-            try:
-                parse_memory(self.kv_cache_memory, total=1 << 40)
-            except ValueError as error:
-                raise ValueError(f"kv_cache_memory can't be this: {error}") from None
+            parse_memory(self.kv_cache_memory, total=1 << 40, name="kv_cache_memory")
         if "%" in str(self.max_staging):
             raise ValueError(f"max_staging is a size such as 64MB, got {self.max_staging!r}")
-        parse_memory(self.max_staging)
+        parse_memory(self.max_staging, name="max_staging")
+        if self.swap_space is not None:
+            parse_swap_space(self.swap_space)
+        if self.prefix_cache_dir is not None and not os.fspath(self.prefix_cache_dir):
+            raise ValueError("prefix_cache_dir is empty: give the name of a folder")
+        if self.prefix_cache_size is not None:
+            if self.prefix_cache_dir is None:
+                raise ValueError("prefix_cache_size is the size of a folder: give prefix_cache_dir, too")
+            parse_memory(self.prefix_cache_size, total=1 << 40, name="prefix_cache_size")
         if not self.prefix_caching and (self.swap_space is not None or self.prefix_cache_dir is not None):
             raise ValueError("swap_space and prefix_cache_dir find blocks by prefixes: not with prefix_caching=False")
         for name, choices in (("allocator", ALLOCATORS), ("dtype", DTYPES), ("pipelining", PIPELINING)):

@@ -9,5 +9,19 @@ class ModelError(ValueError):
     """A model can't be found, read or run. The message is one line and says what to do."""
 
 
+class PromptTooLong(ValueError):
+    """A prompt, with what it asks for, does not fit the context or the pool. The message has the arithmetic."""
+
+
+class QueueFull(RuntimeError):
+    """As many requests wait as may; the same one may be taken a little later."""
+
+
 class EngineWarning(UserWarning):
     """Something works less well than it was asked to, and the engine goes on."""
+
+
+def one_line(error: BaseException) -> str:
+    """Tell an error in one line of at most 160 characters; one without a text by its name."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 160 else line[:157] + "..."

@@ -1,18 +1,18 @@
-"""The Python API: load a model, generate, chat, stream."""
+"""The Python API: load a model, chat, generate, stream."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, Unpack, cast, overload
 
 import mlx.nn as nn
-import numpy as np
-from jinja2 import TemplateError
 
-from mlx_paged.config import EngineConfig
+from mlx_paged.config import EngineConfig, excerpt
 from mlx_paged.cpu.blas import blas_name
+from mlx_paged.engine.chat_template import ChatTemplate, Message, TemplateOptions
 from mlx_paged.engine.engine import Engine
 from mlx_paged.engine.profile import Profile
 from mlx_paged.models import loading
@@ -22,11 +22,10 @@ from mlx_paged.progress import ProgressBar
 from mlx_paged.request import Request
 from mlx_paged.runner.memory_plan import blocks_for_requests
 from mlx_paged.runner.model_runner import ModelRunner
-from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams, as_int, as_list
 
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)
 Prompt = str | Sequence[int]
-Message = Mapping[str, str]
 KnownRequests = Callable[["LLM"], Iterable[tuple[Prompt, SamplingParams | BeamSearchParams]] | None]
 
 
@@ -34,8 +33,8 @@ class LLM:
     """A model with a paged KV cache.
 
         llm = LLM("qwen2")
-        for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=64)):
-            print(output.outputs[0].text)
+        answer = llm.chat([{"role": "user", "content": "Why is the sky blue?"}], SamplingParams(max_tokens=64))
+        print(answer.outputs[0].text)
 
     model: an alias, a Hugging Face repository, a folder, or None for the bundled demo model; the other arguments are
     those of `EngineConfig`. Raises ModelError for a model that can't be had or run, ValueError for a value out of
@@ -59,7 +58,7 @@ class LLM:
         args = getattr(model, "args", None)
         context = loading.context_of({} if args is None else vars(args))
         llm = cls.__new__(cls)
-        llm._start(loading.LoadedModel(model, tokenizer, context), engine_config)
+        llm._start(loading.LoadedModel(model, tokenizer, context, {}), engine_config)
         return llm
 
     @classmethod
@@ -87,7 +86,10 @@ class LLM:
             )
         max_model_len = context if asked is None else asked
         self.tokenizer = loaded.tokenizer
+        self.sampling_defaults = loaded.sampling_defaults
+        """What the model's generation_config.json says of SamplingParams, by their names; it may be empty."""
         self._outputs: dict[int, deque[Output]] = {}  # where the run that a request belongs to finds its outputs
+        self._chat_template = ChatTemplate(self.tokenizer, threading.Lock())
         num_blocks = None
         if requests is not None and (known := requests(self)) is not None:
             sized = [
@@ -97,6 +99,7 @@ class LLM:
             num_blocks = blocks_for_requests(sized, config, max_model_len)
         self._runner = ModelRunner(patch_model(loaded.model), config, max_model_len, num_blocks)
         self.engine = Engine(self._runner, loaded.tokenizer, config, max_model_len)
+        self._chat_template = self.engine.input_processor.chat_template
 
     def generate(
         self,
@@ -107,9 +110,13 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts, all of them batched. Returns their outputs in the prompts' order.
 
-        prompts: texts or lists of token ids, or a single one. params: for all prompts, or one for each. progress:
-        show a bar on stderr if that is a terminal. Everything is validated before anything runs: raises ValueError,
-        or TypeError, as `Engine.add_request` does. When it is interrupted, what it held is freed.
+        A prompt is continued as it stands: no chat template is applied, and a model that was trained to answer often
+        ends at once, or rambles. `chat` asks such a model.
+
+        prompts: texts or lists of token ids, or a single one. params: for all prompts, or one for each; None is
+        SamplingParams(), which draws from the model's own distribution. progress: show a bar on stderr if that is a
+        terminal. Everything is validated before anything runs: raises ValueError, or TypeError, as
+        `Engine.add_request` does. When it is interrupted, what it held is freed.
         """
         return cast(list[RequestOutput], self._complete(prompts, params, SamplingParams, progress))
 
@@ -123,24 +130,69 @@ class LLM:
         """Find the best hypotheses for each prompt, all prompts batched. Arguments and errors are `generate`'s."""
         return cast(list[BeamSearchOutput], self._complete(prompts, params, BeamSearchParams, progress))
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
-        """Answer a conversation, [{"role": ..., "content": ...}, ...], through the model's chat template."""
-        return self.generate([self.encode_chat(messages)], params)[0]
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool = False,
+        **options: Unpack[TemplateOptions],
+    ) -> RequestOutput: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+        **options: Unpack[TemplateOptions],
+    ) -> list[RequestOutput]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+        **options: Unpack[TemplateOptions],
+    ) -> RequestOutput | list[RequestOutput]:
+        """Answer a conversation through the model's chat template, or each of a list of them, all batched.
+
+        Returns the answer, or a list of answers in the conversations' order. messages: [{"role": "user", "content":
+        ...}, ...], where content is text or a list of parts, {"type": "text", "text": ...}. options: what the template
+        may use, as in `encode_chat`. params and progress, and what is raised, are those of `generate`;
+        `get_default_sampling_params` returns what the model's makers recommend.
+        """
+        conversations = as_list(messages)
+        if conversations and not isinstance(conversations[0], Mapping):
+            return self.generate(
+                [self.encode_chat(each, **options) for each in conversations], params, progress=progress
+            )
+        conversation = cast(Sequence[Message], messages if conversations is None else conversations)
+        return self.generate([self.encode_chat(conversation, **options)], params, progress=progress)[0]
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[TemplateOptions]
+    ) -> Iterator[RequestOutput]:
+        """Answer one conversation piece by piece, as `stream` completes a prompt. Its arguments are `chat`'s."""
+        return self.stream(self.encode_chat(messages, **options), params)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt piece by piece: each output has the text and tokens that are new, the last is finished.
 
         The prompt is validated at once. Closing the iterator ends the request and frees its blocks.
         """
-        request = self.engine.make_request(prompt, params or SamplingParams(), stream=True)
+        request = self.engine.make_request(prompt, SamplingParams() if params is None else params, stream=True)
         return cast(Iterator[RequestOutput], self.run([request]))
 
     def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> Generator[Output]:
         """Run requests that `engine.make_request` made; yields what is new of them as it comes.
 
         That is the whole output of a request when it has ended, and the deltas of one that is streamed. Several runs
-        may be read in turn: each makes steps for all of them. Closing a run ends its requests and frees their blocks.
-        on_step: called after each step.
+        may be read in turn: each makes steps for all of them. Outputs of requests that are nobody's run are kept for
+        `engine.step()`. Closing a run ends its requests and frees their blocks. on_step: called after each step.
         """
         arrived: deque[Output] = deque()
         unfinished: set[int] = set()
@@ -150,9 +202,8 @@ class LLM:
                 self._outputs[request_id] = arrived
             while arrived or unfinished:
                 while not arrived:
-                    for output in self.engine.step():
-                        if output.request_id in self._outputs:
-                            self._outputs[output.request_id].append(output)
+                    for output in self.engine.step(self._outputs):
+                        self._outputs[output.request_id].append(output)
                     if on_step is not None:
                         on_step()
                 output = arrived.popleft()
@@ -173,17 +224,18 @@ class LLM:
         progress: bool,
     ) -> list[Output]:
         """Run requests of one kind to their ends."""
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
-            prompts = cast(list[Prompt], [prompts])
-        if params is None or not isinstance(params, Sequence):
-            params = [kind() if params is None else params] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling parameters: give one for all or each")
-        for one in params:
+        all_prompts = _as_prompts(prompts)
+        each = as_list(params)
+        if each is None:
+            each = [kind() if params is None else params] * len(all_prompts)
+        if len(each) != len(all_prompts):
+            counts = f"{len(all_prompts)} prompts but {len(each)} sampling parameters"
+            raise ValueError(f"{counts}: give one for all or each")
+        for one in each:
             if not isinstance(one, kind):
-                raise TypeError(f"the parameters must be {kind.__name__}, got {type(one).__name__}")
-        pairs = zip(cast(Sequence[Prompt], prompts), params, strict=True)
-        requests = [self.engine.make_request(prompt, p) for prompt, p in pairs]
+                got = f"{type(one).__name__}: give one for all prompts, or a list of one for each"
+                raise TypeError(f"params must be {kind.__name__}, got {got}")
+        requests = [self.engine.make_request(prompt, p) for prompt, p in zip(all_prompts, each, strict=True)]
         outputs = []
         with ProgressBar(requests, shown=progress) as bar, closing(self.run(requests, bar.show)) as arriving:
             bar.show()
@@ -193,28 +245,26 @@ class LLM:
                 bar.show()
         return sorted(outputs, key=lambda output: output.request_id)  # ids are given in the prompts' order
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return SamplingParams as the model's generation_config.json has them, its other fields at their defaults.
+
+        `dataclasses.replace` changes one. The command line starts from these; `generate` and `chat` take them only if
+        they are given, so that a script's answers don't change with a file of the model.
+        """
+        return SamplingParams(**self.sampling_defaults)
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the model's tokenizer says how a conversation is written."""
-        return self.tokenizer is not None and bool(self.tokenizer.has_chat_template)
+        return self._chat_template.exists
 
-    def encode_chat(
-        self, messages: Sequence[Message], *, chat_template_kwargs: Mapping[str, Any] | None = None
-    ) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], **options: Unpack[TemplateOptions]) -> list[int]:
         """Write a conversation as the model's chat template does. Returns its token ids, ready for the answer.
 
-        chat_template_kwargs: what else the template takes, such as {"enable_thinking": False}.
-        Raises ValueError if there is no chat template, or if it does not take this conversation.
+        options: `tools`, `documents` and `chat_template_kwargs`, which the template may use or ignore. Raises
+        ValueError if there is no chat template, or if it does not take this conversation, TypeError for what is none.
         """
-        if not messages:
-            raise ValueError("the conversation is empty: give it at least one message")
-        if not self.has_chat_template:
-            raise ValueError("the model has no chat template: use generate with a plain prompt")
-        try:
-            template = {"add_generation_prompt": True} | dict(chat_template_kwargs or {})
-            return list(self.tokenizer.apply_chat_template([dict(m) for m in messages], **template))
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template does not take this conversation: {error}") from error
+        return self._chat_template.encode(messages, **options)
 
     @property
     def vocab_size(self) -> int:
@@ -239,3 +289,11 @@ class LLM:
     def describe_memory(self) -> str:
         """Say in one line how the device's memory is divided."""
         return str(self._runner.plan)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """Return a list of prompts, where there may be a single one. Raises TypeError for what is neither."""
+    values = [prompts] if isinstance(prompts, str) else as_list(prompts)
+    if values is None:
+        raise TypeError(f"prompts must be texts or lists of token ids, or a single one, got {excerpt(prompts)}")
+    return [values] if values and as_int(values[0]) is not None else values

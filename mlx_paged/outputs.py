@@ -10,7 +10,8 @@ class CompletionOutput:
     index: int
     """Which of the request's n samples it is, from 0."""
     text: str
-    """Decoded from the tokens; it ends before the stop string."""
+    """What the tokenizer decodes the tokens to, without special ones and the one that ended it; it ends before the stop
+    string."""
     token_ids: list[int]
     """The output's tokens, the stop token that ended it included."""
     cumulative_logprob: float
@@ -77,7 +78,6 @@ class RequestOutput:
     prompt: str | None
     """The prompt's text; None if it came as token ids."""
     prompt_token_ids: list[int]
-    """The prompt's tokens."""
     outputs: list[CompletionOutput] = field(default_factory=list)
     """A completion per sample."""
     finished: bool = False
@@ -85,7 +85,6 @@ class RequestOutput:
     num_cached_tokens: int = 0
     """Prompt tokens whose K and V came from the prefix cache."""
     metrics: RequestMetrics | None = None
-    """When what happened."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -98,9 +97,10 @@ class BeamHypothesis:
     """A finished hypothesis of a beam search."""
 
     token_ids: list[int]
-    """The output's tokens, the end token included."""
+    """The output's tokens, the end token or the stop string included."""
     text: str
-    """Decoded from the tokens."""
+    """What the tokenizer decodes the tokens to, without special ones and the one that ended it; it ends before the stop
+    string."""
     cum_logprob: float
     """Sum of the tokens' log-probabilities."""
     score: float
@@ -109,22 +109,16 @@ class BeamHypothesis:
 
 @dataclass
 class BeamSearchOutput:
-    """The result of a beam search."""
+    """The result of a beam search. What `RequestOutput` has too means the same."""
 
     request_id: int
-    """Its number in the engine, as `add_request` returns it."""
     prompt: str | None
-    """The prompt's text; None if it came as token ids."""
     prompt_token_ids: list[int]
-    """The prompt's tokens."""
     sequences: list[BeamHypothesis] = field(default_factory=list)
     """The hypotheses, best first."""
     finished: bool = False
-    """Whether the search is over."""
     num_cached_tokens: int = 0
-    """Prompt tokens whose K and V came from the prefix cache."""
     metrics: RequestMetrics | None = None
-    """When what happened."""
     num_blocks: int = 0
     """The most blocks that its beams held at once."""
     num_unshared_blocks: int = 0
@@ -151,6 +145,10 @@ class EngineStats:
     """Blocks of the pool of the layers that keep the whole context, which the counts of blocks and tokens are of."""
     num_free_blocks: int
     """Blocks that no sequence holds; those that still cache a prefix are free too."""
+    num_running: int
+    """Sequences that run."""
+    num_waiting: int
+    """Sequences that wait for their turn."""
     peak_used_blocks: int
     """The most blocks that sequences held at once."""
     block_size: int
@@ -159,8 +157,6 @@ class EngineStats:
     """Bytes of all pools."""
     kv_tokens: int
     """Tokens in blocks that sequences hold, shared ones counted once."""
-    kv_waste: float
-    """Share of the slots of used blocks that holds no token, from 0 to 1; 0 while no block is used."""
     prefix_hit_tokens: int
     """Prompt tokens whose K and V were found in the prefix cache."""
     prefix_query_tokens: int
@@ -179,3 +175,9 @@ class EngineStats:
     """Seconds of building the model's graph, running it and sampling."""
     blas: str | None = None
     """What multiplies float32 matrices on a CPU, "OpenBLAS 0.3.21" say; None where a GPU does."""
+
+    @property
+    def kv_waste(self) -> float:
+        """The share of the slots of used blocks that holds no token, from 0 to 1; 0 while no block is used."""
+        num_used = self.num_blocks - self.num_free_blocks
+        return 1 - self.kv_tokens / (num_used * self.block_size) if num_used else 0.0

@@ -20,14 +20,12 @@ class Sequence:
     row: int = -1
     """Its row in the running batch; -1: it does not run."""
     num_shared_tokens: int | None = None
-    """While it is computed for its sibling beams too, how many tokens they share; else None."""
+    """While it is computed for its siblings too, how many tokens they share; else None."""
     cumulative_logprob: float = 0.0
     """As of its last token that was checked."""
     logprobs: list[dict[int, float]] | None = None
     text_stream: Any = None
     """A TextStream, where there is a tokenizer."""
-    num_detokenized: int = 0
-    """Output tokens that the text stream has."""
     matcher: Any = None
     """A GrammarMatcher, where the output must follow a grammar."""
     beam_candidates: Any = None
@@ -88,6 +86,8 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     """Of a beam search those that are kept, best first."""
     num_sequences_made: int = 0
+    in_waves: bool = False
+    """It has more samples than can run at once: each starts as soon as there is a row for it."""
     is_forked: bool = False
     """The sequences that start from its prompt have been made."""
     num_streamed: list[tuple[int, int]] = field(default_factory=list)
@@ -101,8 +101,10 @@ class Request:
 
     @property
     def max_num_sequences(self) -> int:
-        """The most sequences that it runs at once."""
-        return self.params.n if isinstance(self.params, SamplingParams) else self.params.beam_width
+        """The most sequences that have to run at once."""
+        if isinstance(self.params, SamplingParams):
+            return 1 if self.in_waves else self.params.n
+        return self.params.beam_width
 
     @property
     def finished(self) -> bool:

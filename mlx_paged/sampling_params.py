@@ -2,17 +2,45 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+from mlx_paged.config import Settings, excerpt
 
-class _RequestParams:
-    """Parameters that are checked one by one."""
+Take = Callable[[Any], Any]
+"""From a value as it was given to the plain Python value that is kept, None for one that can't be taken."""
 
-    def _require(self, name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+class _RequestParams(Settings):
+    """Parameters that are checked one by one. What is kept of numpy's numbers and of iterators are numbers, tuples."""
+
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    skip_special_tokens: bool
+
+    def _take(self, name: str, take: Take, expected: str) -> None:
+        value = getattr(self, name)
+        if value is None and getattr(type(self), name) is None:
+            return
+        if (taken := take(value)) is None:
+            raise ValueError(f"{name} must be {expected}, got {excerpt(value)}")
+        object.__setattr__(self, name, taken)
+
+    def _take_text_fields(self) -> None:
+        text = "text, UTF-8 and not empty, or a list of such"
+        self._take("stop", _text if isinstance(self.stop, str) else _each(_text), text)
+        self._take("stop_token_ids", _each(_count(0)), "a list of token ids of 0 or more")
+        self._take("skip_special_tokens", _flag, "True or False")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 @dataclass(frozen=True)
@@ -23,7 +51,7 @@ class SamplingParams(_RequestParams):
     """
 
     n: int = 1
-    """Samples of the prompt, each with random numbers of its own."""
+    """Samples of the prompt, each with random numbers of its own. Of more than `max_num_seqs`, some start later."""
     temperature: float = 1.0
     """Divides the logits; 0 is greedy."""
     top_p: float = 1.0
@@ -63,42 +91,33 @@ class SamplingParams(_RequestParams):
     """Regular expression of the output, in Rust's syntax."""
     grammar: str | None = None
     """Grammar of the output, in Lark's syntax."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text. The token that ends an output is never in it."""
 
     def __post_init__(self) -> None:
-        self._require("n", is_count(self.n, 1), "a whole number of at least 1")
-        self._require("temperature", is_number(self.temperature) and self.temperature >= 0, "0 or more")
-        self._require("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._require("top_k", is_count(self.top_k, 0), "a whole number of at least 0 (0 keeps all tokens)")
-        self._require("min_p", is_number(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1")
-        penalty = self.repetition_penalty
-        self._require("repetition_penalty", is_number(penalty) and penalty > 0, "above 0 (1 changes nothing)")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            self._require(name, is_number(value) and -2 <= value <= 2, "between -2 and 2")
-        self._require("max_tokens", self.max_tokens is None or is_count(self.max_tokens, 1), "at least 1")
-        self._require("stop", all(isinstance(s, str) and s for s in self.stop_strings), "non-empty strings")
-        ids = self.stop_token_ids or ()
-        self._require("stop_token_ids", all(is_count(token, 0) for token in ids), "token ids of 0 or more")
-        self._require("seed", self.seed is None or is_count(self.seed), "a whole number")
-        self._require("logprobs", self.logprobs is None or is_count(self.logprobs, 0), "a whole number >= 0")
-        bias = self.logit_bias or {}
-        valid = all(is_count(token, 0) and is_number(value) for token, value in bias.items())
-        self._require("logit_bias", valid, "a mapping of token ids to finite numbers")
-        self._require("priority", is_count(self.priority), "a whole number")
+        text, number = "text, UTF-8 and not empty", "a finite number"
+        self._take("n", _count(1), "a whole number of at least 1")
+        self._take("temperature", _number(lambda x: x >= 0), f"{number}, 0 or more")
+        self._take("top_p", _number(lambda x: 0 < x <= 1), "above 0 and at most 1")
+        self._take("top_k", _count(0), "a whole number of at least 0 (0 keeps all tokens)")
+        self._take("min_p", _number(lambda x: 0 <= x <= 1), "between 0 and 1")
+        self._take("repetition_penalty", _number(lambda x: x > 0), f"{number} above 0 (1 changes nothing)")
+        self._take("presence_penalty", _number(lambda x: -2 <= x <= 2), "between -2 and 2")
+        self._take("frequency_penalty", _number(lambda x: -2 <= x <= 2), "between -2 and 2")
+        self._take("max_tokens", _count(1), "a whole number of at least 1")
+        self._take_text_fields()
+        self._take("ignore_eos", _flag, "True or False")
+        self._take("seed", as_int, "a whole number")
+        self._take("logprobs", _count(0), "a whole number of at least 0")
+        self._take("logit_bias", _bias, "a mapping of token ids to finite numbers")
+        self._take("cache_salt", lambda salt: salt if isinstance(salt, str) else None, "text")
+        self._take("priority", as_int, "a whole number")
         given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of json_schema, regex and grammar, got {' and '.join(given)}")
-        for name in ("regex", "grammar"):
-            value = getattr(self, name)
-            self._require(name, value is None or (isinstance(value, str) and value != ""), "text that is not empty")
-        self._require("json_schema", _is_schema(self.json_schema), "a JSON schema: an object, or its text")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        self._take("regex", _text, text)
+        self._take("grammar", _text, text)
+        self._take("json_schema", _schema, "a JSON schema: an object, or its text")
 
     @property
     def is_greedy(self) -> bool:
@@ -138,32 +157,97 @@ class BeamSearchParams(_RequestParams):
     """Cached prefixes are shared only with requests of an equal salt."""
     priority: int = 0
     """Higher ones are served first and preempted last."""
+    stop: str | Sequence[str] | None = None
+    """Strings that end a hypothesis as an end token does. Its text ends before them, its `token_ids` keep them."""
+    stop_token_ids: Sequence[int] | None = None
+    """More end tokens."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the texts. The token that ends a hypothesis is never in its text."""
 
     def __post_init__(self) -> None:
-        self._require("beam_width", is_count(self.beam_width, 1), "a whole number of at least 1")
-        self._require("max_tokens", is_count(self.max_tokens, 1), "a whole number of at least 1")
-        self._require("length_penalty", is_number(self.length_penalty), "a finite number")
-        self._require("early_stopping", self.early_stopping in (True, False, "never"), 'True, False or "never"')
-        num = self.num_return_sequences
-        valid = num is None or (is_count(num, 1) and num <= self.beam_width)
-        self._require("num_return_sequences", valid, f"between 1 and beam_width={self.beam_width}")
-        self._require("priority", is_count(self.priority), "a whole number")
+        self._take("beam_width", _count(1), "a whole number of at least 1")
+        self._take("max_tokens", _count(1), "a whole number of at least 1")
+        self._take("length_penalty", as_number, "a finite number")
+        is_never = isinstance(self.early_stopping, str) and self.early_stopping == "never"
+        self._take("early_stopping", (lambda never: never) if is_never else _flag, 'True, False or "never"')
+        fits = lambda num: None if (count := _count(1)(num)) is None or count > self.beam_width else count  # noqa: E731
+        self._take("num_return_sequences", fits, f"between 1 and beam_width={self.beam_width}")
+        self._take("cache_salt", lambda salt: salt if isinstance(salt, str) else None, "text")
+        self._take("priority", as_int, "a whole number")
+        self._take_text_fields()
 
 
-def _is_schema(schema: object) -> bool:
-    if not isinstance(schema, str):
-        return schema is None or isinstance(schema, bool | Mapping)
+def as_int(value: Any) -> int | None:
+    """Return a whole number, numpy's too, as an int; None for anything else."""
     try:
-        return isinstance(json.loads(schema), bool | dict)
-    except ValueError:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_number(value: Any) -> float | None:
+    """Return a finite number, numpy's too, as a float; None for anything else."""
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def as_list(values: Any) -> list[Any] | None:
+    """Copy what can be read one by one, also if that can be done once. Returns None for text, bytes, mappings, others.
+
+    Of an array come Python's numbers, and of one with two axes lists of them.
+    """
+    if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set) or not isinstance(values, Iterable):
+        return None
+    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    return values if isinstance(values, list) else None  # of an array without axes comes a number
+
+
+def is_text(value: object) -> bool:
+    """Say whether `value` is text that can be written as UTF-8: it has no lone surrogate."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
         return False
 
 
-def is_count(value: object, least: int | None = None) -> bool:
-    """Whether `value` is a whole number, and at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+def _count(least: int) -> Take:
+    return lambda value: count if (count := as_int(value)) is not None and count >= least else None
 
 
-def is_number(value: object) -> bool:
-    """Whether `value` is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(valid: Callable[[float], bool]) -> Take:
+    return lambda value: number if (number := as_number(value)) is not None and valid(number) else None
+
+
+def _each(take: Take) -> Take:
+    def take_each(values: Any) -> tuple[Any, ...] | None:
+        taken = [None] if (listed := as_list(values)) is None else list(map(take, listed))
+        return None if None in taken else tuple(dict.fromkeys(taken))
+
+    return take_each
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if is_text(value) and value else None
+
+
+def _bias(bias: Any) -> Any:
+    if not isinstance(bias, Mapping):
+        return None
+    taken = {_count(0)(token): as_number(value) for token, value in bias.items()}
+    return None if None in taken or None in taken.values() else taken
+
+
+def _schema(schema: Any) -> Any:
+    if not isinstance(schema, str):
+        return schema if isinstance(schema, bool | Mapping) else None
+    try:
+        return schema if isinstance(json.loads(schema), bool | dict) else None
+    except (ValueError, RecursionError):
+        return None

@@ -3,17 +3,14 @@
 Knows nothing of mlx or of model families. Every failure is a `ModelError` of one line.
 """
 
-from __future__ import annotations
-
 import difflib
 import errno
 import json
 import os
 import re
-import struct
 from pathlib import Path
 
-from mlx_paged.errors import ModelError
+from mlx_paged.errors import ModelError, one_line
 from mlx_paged.models.aliases import ALIASES
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -22,7 +19,21 @@ DEMO_FOLDER = Path(__file__).parent / "demo"
 DOWNLOAD_PATTERNS = ["*.json", "*.jsonl", "*.jinja", "*.txt", "*.tiktoken"]
 DOWNLOAD_PATTERNS += ["model*.safetensors", "tokenizer.model", "tiktoken.model"]
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_SHARD = re.compile(r"(model.*)-(\d+)-of-(\d+)\.safetensors")
+_VOCABULARIES = [["tokenizer.json"], ["*.model"], ["*.tiktoken"], ["vocab.json", "merges.txt"], ["vocab.txt"]]
+_BY_TRANSFORMERS = (
+    "what was saved by PyTorch can't be read. Take a repository that has safetensors, or convert it where transformers "
+    "and torch are installed: AutoModelForCausalLM.from_pretrained({folder!r}).save_pretrained({folder!r})"
+)
+_OTHER_WEIGHTS = {
+    "adapter_model.safetensors": "an adapter, of no use without its base model: merge them into a model of its own",
+    ".safetensors": "under that name it isn't looked for. Take the repository's files for transformers",
+    ".bin": _BY_TRANSFORMERS,
+    ".pth": _BY_TRANSFORMERS,
+    ".pt": _BY_TRANSFORMERS,
+    ".gguf": "that is for llama.cpp. Take the repository that it was made from, or a conversion for mlx-lm",
+    ".npz": "a format that mlx-lm has given up. Take a newer conversion of the model",
+}
 _ANY_MODEL = "an alias (mlx-paged generate --help lists them), a Hugging Face repository (org/name) or a folder"
 
 
@@ -54,32 +65,60 @@ def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None
 
 
 def check_files(folder: Path) -> None:
-    """Check that `folder` holds a config and whole safetensors files. Raises ModelError, naming the file, otherwise.
+    """Check that `folder` holds a config, whole safetensors files and a tokenizer. Raises ModelError, naming the file.
 
     Only headers are read, so it is cheap for a model of any size.
     """
     _folder_with_config(folder)
     read_json(folder / "config.json")
+    check_weights(folder)
+    if not any(all(any(folder.glob(name)) for name in names) for names in _VOCABULARIES):
+        raise ModelError(f"{folder} has no tokenizer.json, nor another file with a vocabulary; fetch the model again")
+
+
+def check_weights(folder: Path) -> list[Path]:
+    """Check that `folder` holds a model's whole safetensors files. Returns them. Raises ModelError, naming the file."""
     shards = sorted(folder.glob("model*.safetensors"))
     index = folder / "model.safetensors.index.json"
+    names: set[str] = set()
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelError(f"{index} has no weight_map; fetch the file again")
-        missing = sorted({str(name) for name in weight_map.values()} - {shard.name for shard in shards})
-        if missing:
-            raise ModelError(
-                f"{folder} lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''}, which {index.name} "
-                f"names ({len(missing)} missing); fetch the model again"
-            )
-    if not shards:
-        others = sorted(
-            path.name for path in folder.iterdir() if path.suffix in {".bin", ".gguf", ".npz", ".pt", ".pth"}
+        names = {str(name) for name in weight_map.values()}
+    for shard in shards:  # where there is no index, their names tell how many there are
+        if part := _SHARD.fullmatch(shard.name):
+            numbers = range(1, int(part[3]) + 1)
+            names |= {f"{part[1]}-{number:0{len(part[2])}}-of-{part[3]}.safetensors" for number in numbers}
+    missing = sorted(names - {shard.name for shard in shards})
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''} ({len(missing)} of {len(names)} "
+            "files of its weights); fetch the model again"
         )
-        found = f"only {others[0]}, which can't be read; convert the model with mlx_lm.convert" if others else "none"
-        raise ModelError(f"{folder} should hold the weights as model*.safetensors, and there is {found}")
+    if not shards:
+        raise ModelError(
+            f"{folder} should hold the weights as model*.safetensors, and there is {_found_instead(folder)}"
+        )
+    from safetensors import SafetensorError, safe_open
+
     for shard in shards:
-        _check_safetensors(shard)
+        try:
+            with safe_open(shard, framework="numpy"):
+                pass
+        except OSError as error:
+            raise ModelError(f"{shard} can't be read: {error}") from error
+        except SafetensorError as error:
+            raise ModelError(f"{shard} is not a whole safetensors file ({error}); fetch it again") from error
+    return shards
+
+
+def _found_instead(folder: Path) -> str:
+    """Say what a folder has in the place of weights, and what helps."""
+    for suffix, help in _OTHER_WEIGHTS.items():
+        if others := sorted(path.name for path in folder.glob(f"*{suffix}")):
+            return f"only {others[0]}: {help.format(folder=str(folder))}"
+    return "none; fetch the model again"
 
 
 def _looks_like_path(model: str | os.PathLike[str]) -> bool:
@@ -97,42 +136,12 @@ def _folder_with_config(folder: Path) -> Path:
 def read_json(path: Path) -> dict[str, object]:
     """Read the object in a JSON file of a model. Raises ModelError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} can't be read as JSON ({error}); fetch the file again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} should hold a JSON object and holds {type(content).__name__}")
     return content
-
-
-def _check_safetensors(path: Path) -> None:
-    """Check that a safetensors file is whole. Raises ModelError.
-
-    The format: a length in 8 bytes, little-endian; that much JSON; then the tensors that it describes.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise ModelError(f"{path} is cut short ({size} bytes); fetch it again")
-            (header_bytes,) = struct.unpack("<Q", prefix)
-            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, size - 8):
-                raise ModelError(
-                    f"{path} is not a whole safetensors file: its header should take {header_bytes} bytes and the file "
-                    f"has {size}; fetch it again"
-                )
-            header = json.loads(file.read(header_bytes))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except OSError as error:
-        raise ModelError(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{path} is not a safetensors file: its header is broken; fetch it again") from error
-    expected = 8 + header_bytes + max(ends, default=0)
-    if size < expected:
-        raise ModelError(f"{path} is cut short: {size} of {expected} bytes; fetch it again")
 
 
 def _download(repo: str, revision: str | None, config_only: bool) -> Path:
@@ -182,7 +191,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str | None:
     if isinstance(error, errors.HfHubHTTPError):
         return f"{endpoint} answered {error.response.status_code} for {repo}; try again later"
     if isinstance(error, (OSError, getattr(errors, "HTTPError", OSError))):
-        return f"the download of {repo} broke off ({_first_line(error)}); run it again, what has arrived is kept"
+        return f"the download of {repo} broke off ({one_line(error)}); run it again, what has arrived is kept"
     return None
 
 
@@ -193,7 +202,3 @@ def _errno(error: BaseException | None) -> int | None:
             return error.errno
         error = error.__cause__ or error.__context__
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -45,13 +45,12 @@ class PagedLayerCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         """Put keys and values, [num_tokens, num_kv_heads, 1, dim], into their slots."""
-        new = keys.squeeze(2), values.squeeze(2)
-        self._pool.write_done = self._backend.write(*self._pools, self._metadata, *new)
+        self._backend.write(self._pool, self._metadata, keys.squeeze(2), values.squeeze(2))
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
         """Handles of what is stored, for layers that share it."""
-        dtype = self._pools[0].dtype
+        dtype = self._pool.keys.dtype
         return PagedKV(self, dtype), PagedKV(self, dtype)
 
     def make_mask(self, N: int, *, return_array: bool = False, window_size: int | None = None) -> PagedMask:
@@ -63,10 +62,6 @@ class PagedLayerCache:
         if mask is not None and mask.window is not None:
             window = mask.window if window is None else min(window, mask.window)
         options = AttentionOptions(scale, window, None, sinks)
-        q = queries.squeeze(2).astype(self._pools[0].dtype)
-        out = self._backend.attend(q, *self._pools, self._metadata, options, self._pool.write_done)
+        q = queries.squeeze(2).astype(self._pool.keys.dtype)
+        out = self._backend.attend(q, self._pool, self._metadata, options)
         return mx.expand_dims(out, 2).astype(queries.dtype)
-
-    @property
-    def _pools(self) -> tuple[mx.array, mx.array]:
-        return self._pool.keys, self._pool.values

@@ -9,8 +9,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer
 
-from mlx_paged.errors import EngineWarning, ModelError
+from mlx_paged.errors import EngineWarning, ModelError, one_line
 from mlx_paged.models import hub, registry
+from mlx_paged.models.byte_order_marks import without_marks
+from mlx_paged.models.generation_config import sampling_defaults
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
@@ -23,6 +25,8 @@ class LoadedModel(NamedTuple):
     """mlx-lm's TokenizerWrapper."""
     max_model_len: int | None
     """The longest context it was made for, in tokens; None if it does not say."""
+    sampling_defaults: dict[str, float]
+    """SamplingParams that its makers recommend, by name."""
 
 
 def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
@@ -31,30 +35,32 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
     dtype is that of the weights; None keeps them as stored, except that a CPU gets float32. Raises ModelError. Warns of
     a family that was not tested.
     """
-    _check_family(hub.resolve(name, config_only=True))  # before gigabytes of weights are fetched in vain
+    # What is known to fail is refused before gigabytes of weights are fetched in vain.
+    kind = str(hub.read_json(hub.resolve(name, config_only=True) / "config.json").get("model_type"))
+    family = registry.family_of(kind)
+    if family is not None and family.status == "refused":
+        raise ModelError(f"model family {kind!r} can't be paged: {family.note}")
     folder = hub.resolve(name)
     hub.check_files(folder)
-    try:
-        model, config = load_model(folder, lazy=True)
-    except Exception as error:  # mlx-lm reports what it can't read in many ways
-        raise ModelError(f"{folder} can't be loaded by mlx-lm: {_one_line(error)}") from error
-    try:
-        tokenizer = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:
-        raise ModelError(f"{folder} has no tokenizer that can be read: {_one_line(error)}") from error
-    if registry.is_untested(str(config.get("model_type"))):
-        message = f"model family {config.get('model_type')!r} is not among those that were tested"
+    defaults = sampling_defaults(folder)
+    with without_marks(folder) as readable:
+        try:
+            model, config = load_model(readable, lazy=True)
+        except Exception as error:  # mlx-lm reports what it can't read in many ways
+            raise ModelError(f"{folder} can't be loaded by mlx-lm: {one_line(error)}") from error
+        try:
+            tokenizer = load_tokenizer(readable, eos_token_ids=config.get("eos_token_id"))
+        except Exception as error:
+            raise ModelError(f"{folder} has no tokenizer that can be read: {one_line(error)}") from error
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise ModelError(f"{folder} has no tokenizer that can be read: it makes no token of a letter")
+    if not (folder / "tokenizer_config.json").is_file():
+        message = f"{folder} has no tokenizer_config.json: prompts get no chat template, and special tokens are a guess"
         warnings.warn(message, EngineWarning, stacklevel=2)
+    if registry.is_untested(kind):
+        warnings.warn(f"model family {kind!r} is not among those that were tested", EngineWarning, stacklevel=2)
     set_dtype(model, dtype)
-    return LoadedModel(model, tokenizer, context_of(config))
-
-
-def _check_family(folder: Path) -> None:
-    """Check that the family is not known to fail. Raises ModelError."""
-    name = str(hub.read_json(folder / "config.json").get("model_type"))
-    family = registry.family_of(name)
-    if family is not None and family.status == "refused":
-        raise ModelError(f"model family {name!r} can't be paged: {family.note}")
+    return LoadedModel(model, tokenizer, context_of(config), defaults)
 
 
 def set_dtype(model: nn.Module, dtype: str | None) -> None:
@@ -78,8 +84,3 @@ def context_of(config: dict[str, Any]) -> int | None:
             if isinstance(section.get(name), int):
                 return int(section[name])
     return None
-
-
-def _one_line(error: Exception) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 160 else line[:157] + "..."

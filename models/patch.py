@@ -6,8 +6,6 @@ objects, which only the attention function in `_dispatch` understands. A model t
 fails at load, in `_trace`, instead of computing something wrong.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import sys
@@ -25,7 +23,7 @@ from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.attention.paged_attention import choose_backend
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.cache.layer_spec import LayerSpec
-from mlx_paged.errors import ModelError
+from mlx_paged.errors import ModelError, one_line
 from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache, PagedMask
 from mlx_paged.models.select_logits import select_logits
 
@@ -108,14 +106,10 @@ class PatchedModel:
         Raises ValueError if the environment asks for a backend that can't be had.
         """
         if block_size not in self._backends:
-            chosen: list[Backend | None] = []
-            for layer, num_heads in zip(self.layers, self.num_heads, strict=True):
-                if layer is None:
-                    chosen.append(None)
-                    continue
-                block_shape = block_size, layer.num_kv_heads, layer.key_dim
-                chosen.append(choose_backend(layer.dtype, num_heads, block_shape, layer.value_dim))
-            self._backends[block_size] = chosen
+            self._backends[block_size] = [
+                None if layer is None else choose_backend(layer, num_heads, block_size)
+                for layer, num_heads in zip(self.layers, self.num_heads, strict=True)
+            ]
         return self._backends[block_size]
 
     def __call__(self, kv_cache: PagedKVCache, inputs: ModelInputs) -> mx.array:
@@ -204,10 +198,8 @@ def _trace(model: nn.Module, name: str, windows: list[int | None]) -> PatchedMod
         selects_logits = logits.shape[0] == len(_TRACED_ROWS)
         _expect_shape(logits, (len(_TRACED_ROWS) if selects_logits else _NUM_TRACED_TOKENS, 1, logits.shape[-1]))
     except Exception as error:  # whatever a model's code does to an opaque object
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"model family {name!r} can't be paged: its code handles keys, values, masks or positions itself ({reason})"
-        ) from error
+        what = "its code handles keys, values, masks or positions itself"
+        raise ModelError(f"model family {name!r} can't be paged: {what} ({one_line(error)})") from error
     shapes, num_heads = [cache.shape for cache in caches], [cache.num_heads for cache in caches]
     return PatchedModel(model, shapes, windows, num_heads, logits.shape[-1], selects_logits)
 

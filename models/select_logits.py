@@ -3,8 +3,6 @@
 The model's own code after that, such as a family's scaling or capping of logits, stays as it is.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -104,7 +104,7 @@ class BeamEngine:
     def abort(self, request_id: int) -> None:
         self.aborted.append(request_id)
 
-    def step(self) -> list[BeamSearchOutput]:
+    def step(self, wanted: object) -> list[BeamSearchOutput]:
         self.num_steps += 1
         if self.num_steps < 3:
             return []

@@ -14,6 +14,7 @@ from mlx_paged.attention.kernel_backend import KernelBackend
 from mlx_paged.attention.kernel_plan import Launch
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.work_items import Shape, Tile
+from mlx_paged.cache.kv_cache import LayerPool
 
 _AMPERE = 8  # the first with the instructions of intrinsics.cuh
 _MAX_SHARED_BYTES = 96 << 10  # of a block, which every card since Ampere has
@@ -74,16 +75,15 @@ class CudaBackend(KernelBackend):
             "paged_prefill", 2 * rows // matrices, template, rows * key_bytes + keys * (key_bytes + value_bytes)
         )
 
-    def write(
-        self, k_cache: mx.array, v_cache: mx.array, metadata: AttentionMetadata, keys: mx.array, values: mx.array
-    ) -> mx.array:
-        """Put K and V of at least one token into their slots, in the pools' own memory.
+    def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
+        """Put K and V of at least one token into their slots, in the pool's own memory.
 
-        MLX does not know that the pools change: it never copies them for that, whoever still reads them, and would
-        compute what reads them next too early. So that has to be `attend` with what is returned here as `write_done`,
-        or come after `mx.synchronize()`. What read them before has to have been submitted to the device before.
+        MLX does not know that the pool changes: it never copies it for that, whoever still reads it, and would compute
+        what reads it next too early. So that has to be `attend`, which waits for the pool's `write_done`, or come
+        after `mx.synchronize()`. What read it before has to have been submitted to the device before.
         """
         assert metadata.slot_block_ids is not None and metadata.slot_offsets is not None
+        k_cache, v_cache = pool.keys, pool.values
         inputs = {
             "k_cache": k_cache,
             "v_cache": v_cache,
@@ -96,14 +96,14 @@ class CudaBackend(KernelBackend):
         value_dim, size = v_cache.shape[3], k_cache.dtype.size
         num_threads = keys.shape[0] * num_kv_heads * (head_dim + value_dim) * size // 16
         kernel = self.make_kernel("paged_write", inputs, ("write_done",))
-        return kernel(
+        (pool.write_done,) = kernel(
             inputs=list(inputs.values()),
             template=[("T", k_cache.dtype), ("HEAD_DIM", head_dim), ("VALUE_DIM", value_dim)],
             grid=(-(-num_threads // _THREADS_OF_WRITE) * _THREADS_OF_WRITE, 1, 1),
             threadgroup=(_THREADS_OF_WRITE, 1, 1),
             output_shapes=[(1,)],
             output_dtypes=[mx.int32],
-        )[0]
+        )
 
     def headers(self, kernel_name: str) -> tuple[str, ...]:
         return "intrinsics.cuh", "tiles.cuh"

@@ -4,8 +4,6 @@ A call is prepared once for the layers of a step that are alike, and then takes 
 step's graph should not cost more on the host than what the kernels take the place of.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -16,11 +14,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention import work_items
-from mlx_paged.attention.backend import AttentionOptions, Backend, check_arrays, in_order
+from mlx_paged.attention.backend import AttentionOptions, Backend, in_order
 from mlx_paged.attention.kernel_plan import Launch, Parts, Plan, padded, split_by_kernel, to_device
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.shared_prefix import SharedPrefix
 from mlx_paged.attention.work_items import Shape, Tile, WorkItems
+from mlx_paged.cache.kv_cache import LayerPool
+from mlx_paged.cache.layer_spec import LayerSpec
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 BLOCK_SIZES = (8, 16, 32, 64)
@@ -80,48 +80,40 @@ class KernelBackend(Backend):
         if not getattr(mx, self.name).is_available():
             raise RuntimeError(f"{self.title} kernels need a {self.title} device, and there is none here")
         make, name = getattr(mx.fast, f"{self.name}_kernel"), self.unique_name(kernel_name, inputs)
-        texts = (*self.headers(kernel_name), f"{kernel_name}.{self.suffix}")
+        header, source = _texts(self.name, self.headers(kernel_name), f"{kernel_name}.{self.suffix}")
+        names = {"name": name, "input_names": tuple(inputs), "output_names": outputs}
         settings = {"shared_memory": shared_bytes} if shared_bytes else {}
-        return _make(make, name, self.name, texts, tuple(inputs), outputs, **settings)
+        return _make(make, **names, header=header, source=source, ensure_row_contiguous=False, **settings)
 
-    def unsupported(self, dtype: mx.Dtype, num_heads: int, block_shape: Sequence[int], value_dim: int) -> str | None:
-        block_size, num_kv_heads, head_dim = block_shape
-        if dtype not in DTYPES:
-            return f"no {self.title} kernel for dtype {dtype}: float16, bfloat16 and float32 have one"
+    def unsupported(self, layer: LayerSpec, num_heads: int, block_size: int) -> str | None:
+        if layer.dtype not in DTYPES:
+            return f"no {self.title} kernel for dtype {layer.dtype}: float16, bfloat16 and float32 have one"
         if block_size not in BLOCK_SIZES:
             return f"no {self.title} kernel for block_size {block_size}: {', '.join(map(str, BLOCK_SIZES))} have one"
-        for name, dim in (("head_dim", head_dim), ("value_dim", value_dim)):
+        for name, dim in (("head_dim", layer.key_dim), ("value_dim", layer.value_dim)):
             if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
                 return f"no {self.title} kernel for {name} {dim}: multiples of 8 up to {MAX_HEAD_DIM} have one"
-        if num_heads // num_kv_heads > MAX_HEADS_PER_KV_HEAD:
+        if num_heads // layer.num_kv_heads > MAX_HEADS_PER_KV_HEAD:
             return (
-                f"no {self.title} kernel for {num_heads} query heads on {num_kv_heads} KV heads: "
+                f"no {self.title} kernel for {num_heads} query heads on {layer.num_kv_heads} KV heads: "
                 f"at most {MAX_HEADS_PER_KV_HEAD} may share one"
             )
         return None
 
-    def attend(
-        self,
-        q: mx.array,
-        k_cache: mx.array,
-        v_cache: mx.array,
-        metadata: AttentionMetadata,
-        options: AttentionOptions,
-        write_done: mx.array | None = None,
-    ) -> mx.array:
+    def attend(self, q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions) -> mx.array:
         parts: Parts = metadata.plan_once("parts", lambda: split_by_kernel(metadata, self.max_decode_queries))
-        shape, window, outputs = shape_of(q, k_cache, v_cache), options.window, []
+        shape, window, outputs = shape_of(q, pool), options.window, []
         key = self.name, shape, window
         if parts.decodes is not None:
             tokens, part = parts.decodes
             plan = part.plan_once(("decode", *key), lambda: self._plan_decode(part, window, shape))
-            outputs.append(self.run(q[tokens], k_cache, v_cache, part.block_tables, plan, options, write_done))
+            outputs.append(self.run(q[tokens], pool, part.block_tables, plan, options))
         if parts.prefills is not None:
             tokens, prompts = parts.prefills
             lengths = prompts.context_lens, prompts.cu_seqlens_q
             plan = prompts.plan_once(("prefill", *key), lambda: self.plan_prefill(*lengths, window, shape))
-            outputs.append(self.run(q[tokens], k_cache, v_cache, prompts.block_tables, plan, options, write_done))
-        return in_order(outputs, parts.token_order, q.shape[0], (q.shape[1], v_cache.shape[3]), q.dtype)
+            outputs.append(self.run(q[tokens], pool, prompts.block_tables, plan, options))
+        return in_order(outputs, parts.token_order, q.shape[0], (q.shape[1], shape.value_dim), q.dtype)
 
     # -- plans --
 
@@ -162,34 +154,23 @@ class KernelBackend(Backend):
         plan.constants["window"] = mx.array(num_visible, mx.int32)
         return plan
 
-    # -- calls, which take q, k_cache, v_cache, block_tables, sinks and write_done; the last two may be None --
+    # -- calls, which take q, pool, block_tables and the sinks, or None --
 
     def run(
-        self,
-        q: mx.array,
-        k_cache: mx.array,
-        v_cache: mx.array,
-        block_tables: mx.array,
-        plan: Plan,
-        options: AttentionOptions,
-        write_done: mx.array | None = None,
+        self, q: mx.array, pool: LayerPool, block_tables: mx.array, plan: Plan, options: AttentionOptions
     ) -> mx.array:
         """Attention of q [num_tokens, num_heads, head_dim], whose tokens and window are those of the plan.
 
-        block_tables: int32 [num_seqs, max_blocks]. Returns [num_tokens, num_heads, value_dim]. Raises ValueError or
-        TypeError for arrays that have no kernel; only those of the first of the layers alike are checked.
+        block_tables: int32 [num_seqs, max_blocks]. Returns [num_tokens, num_heads, value_dim].
         """
+        if not q.shape[0]:
+            return mx.zeros((0, q.shape[1], pool.values.shape[3]), q.dtype)
         scale, _, softcap, sinks = options
         key = (scale, softcap, q.dtype, None if sinks is None else sinks.dtype)
         if key not in plan.calls:
-            if reason := self.unsupported(q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3]):
-                raise ValueError(reason)
-            check_arrays(q, k_cache, v_cache, sinks)
-            if block_tables.dtype != mx.int32:
-                raise TypeError(f"block_tables must be int32, got {block_tables.dtype}")
-            arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "block_tables": block_tables}
-            plan.calls[key] = self._prepare(arrays, plan, options) if q.shape[0] else _no_tokens
-        return plan.calls[key](q, k_cache, v_cache, block_tables, sinks, write_done)
+            arrays = {"q": q, "k_cache": pool.keys, "v_cache": pool.values, "block_tables": block_tables}
+            plan.calls[key] = self._prepare(arrays, plan, options)
+        return plan.calls[key](q, pool, block_tables, sinks)
 
     def _prepare(self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions) -> Callable[..., mx.array]:
         """The call for arrays like these, with the merging of parts where a row of q has several."""
@@ -201,7 +182,7 @@ class KernelBackend(Backend):
             return lambda *arrays: merge(own(*arrays))
         # A sink is one of a sequence's own keys.
         shared = self._prepare_parts(arrays, plan.shared, options._replace(sinks=None))
-        return lambda *arrays: merge(own(*arrays), shared(*arrays[:4], None, arrays[5]))
+        return lambda *arrays: merge(own(*arrays), shared(*arrays[:3], None))
 
     def _prepare_parts(
         self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions
@@ -229,11 +210,10 @@ class KernelBackend(Backend):
             "output_dtypes": [q.dtype, mx.float32],
         }
 
-        def call(*arrays: mx.array | None) -> Partial:
-            q, k_cache, v_cache, block_tables, sinks, write_done = arrays
-            inputs = [q, k_cache, v_cache, block_tables, *constants.values(), q if sinks is None else sinks]
+        def call(q: mx.array, pool: LayerPool, block_tables: mx.array, sinks: mx.array | None) -> Partial:
+            inputs = [q, pool.keys, pool.values, block_tables, *constants.values(), q if sinks is None else sinks]
             if self.writes_in_place:
-                inputs.append(constants["work"] if write_done is None else write_done)
+                inputs.append(constants["work"] if pool.write_done is None else pool.write_done)
             return kernel(inputs=inputs, **settings)
 
         return call
@@ -263,27 +243,19 @@ class KernelBackend(Backend):
         return merge
 
 
-def shape_of(q: mx.array, k_cache: mx.array, v_cache: mx.array) -> Shape:
+def shape_of(q: mx.array, pool: LayerPool) -> Shape:
     """What a plan for these arrays depends on."""
-    num_kv_heads, head_dim = k_cache.shape[2:]
-    return Shape(num_kv_heads, q.shape[1] // num_kv_heads, head_dim, v_cache.shape[3], q.dtype.size)
-
-
-def _no_tokens(q: mx.array, _k: mx.array, v_cache: mx.array, *_: mx.array | None) -> mx.array:
-    return mx.zeros((0, q.shape[1], v_cache.shape[3]), q.dtype)
+    num_kv_heads, head_dim = pool.keys.shape[2:]
+    return Shape(num_kv_heads, q.shape[1] // num_kv_heads, head_dim, pool.values.shape[3], q.dtype.size)
 
 
 @cache
-def _make(
-    make: Callable[..., Kernel],
-    name: str,
-    folder: str,
-    texts: tuple[str, ...],
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-    **settings: int,
-) -> Kernel:
-    """Make a kernel with `mx.fast`'s function for it. texts: the files in `folder`, its headers and its source."""
-    *headers, source = (files(f"mlx_paged.{folder}").joinpath(file).read_text() for file in texts)
-    names = {"name": name, "input_names": list(inputs), "output_names": list(outputs)}
-    return make(**names, header="\n".join(headers), source=source, ensure_row_contiguous=False, **settings)
+def _make(make: Callable[..., Kernel], **arguments: Any) -> Kernel:
+    """Make a kernel with `mx.fast`'s function for it, once."""
+    return make(**arguments)
+
+
+@cache
+def _texts(folder: str, headers: tuple[str, ...], source: str) -> tuple[str, str]:
+    texts = [files(f"mlx_paged.{folder}").joinpath(file).read_text() for file in (*headers, source)]
+    return "\n".join(texts[:-1]), texts[-1]

@@ -1,7 +1,5 @@
 """A step's plan for the kernels: which sequences each of them computes, and its work items on the device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -41,7 +39,7 @@ class Plan:
     """Whether what `cu_parts` tells has to be merged."""
     constants: dict[str, mx.array] = field(default_factory=dict)
     """Inputs that only this kernel has."""
-    shared: Plan | None = None
+    shared: "Plan | None" = None
     """Of a decode: the keys that several sequences share, which the items above leave out."""
     ranges: mx.array | None = None
     """With `shared`: the parts of each sequence's prefix, as in `SharedWorkItems`."""

@@ -1,7 +1,5 @@
 """What a model is told of a step: tokens, positions, slots, and where each sequence's context lies."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,7 +38,7 @@ class AttentionMetadata:
         """int32 [num_seqs]."""
         return self.cu_seqlens_q[1:] - self.cu_seqlens_q[:-1]
 
-    def select(self, seqs: np.ndarray, cu_seqlens_q: np.ndarray) -> AttentionMetadata:
+    def select(self, seqs: np.ndarray, cu_seqlens_q: np.ndarray) -> "AttentionMetadata":
         """The metadata of the sequences numbered `seqs`, ascending, for a q of their tokens alone."""
         find = self.find_shared_prefixes
         find_here = None if find is None else lambda some: find(seqs[some])

@@ -1,22 +1,21 @@
 """Attention of ragged queries over a paged KV cache: the public function, and the choice of its backend."""
 
-from __future__ import annotations
-
 import os
 import warnings
-from collections.abc import Sequence
 from functools import cache
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.attention.backend import AttentionOptions, Backend, check_arrays
+from mlx_paged.attention.backend import AttentionOptions, Backend
 from mlx_paged.attention.cpu import CpuBackend
 from mlx_paged.attention.cuda import CudaBackend
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.reference import ReferenceBackend
 from mlx_paged.attention.shared_prefix import find_shared_prefixes
+from mlx_paged.cache.kv_cache import LayerPool
+from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.errors import EngineWarning
 
 _ALL: tuple[Backend, ...] = (MetalBackend(), CudaBackend(), CpuBackend(), ReferenceBackend())
@@ -60,7 +59,7 @@ def paged_attention(
             "q must be [num_tokens, num_heads, head_dim], the caches [num_blocks, block_size, num_kv_heads, head_dim]; "
             f"got {list(q.shape)}, {list(k_cache.shape)} and {list(v_cache.shape)}"
         )
-    check_arrays(q, k_cache, v_cache, sinks)
+    _check_arrays(q, k_cache, v_cache, sinks)
     arrays = {"block_tables": block_tables, "context_lens": context_lens, "cu_seqlens_q": cu_seqlens_q}
     metadata = _checked_metadata(q.shape[0], k_cache.shape[0], k_cache.shape[1], arrays)
     if window is not None and window < 1:
@@ -68,29 +67,15 @@ def paged_attention(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0, got {softcap}")
     q, k_cache, v_cache = map(mx.contiguous, (q, k_cache, v_cache))  # copies nothing that is
-    return attend(q, k_cache, v_cache, metadata, AttentionOptions(scale, window, softcap, sinks), backend)
+    sinks = None if sinks is None else mx.contiguous(sinks)
+    layer = LayerSpec(k_cache.shape[2], k_cache.shape[3], v_cache.shape[3], q.dtype)
+    chosen = choose_backend(layer, q.shape[1], k_cache.shape[1], backend)
+    options = AttentionOptions(scale, window, softcap, sinks)
+    return chosen.attend(q, LayerPool({"k": k_cache, "v": v_cache}), metadata, options)
 
 
-def attend(
-    q: mx.array,
-    k_cache: mx.array,
-    v_cache: mx.array,
-    metadata: AttentionMetadata,
-    options: AttentionOptions,
-    backend: str | None = None,
-) -> mx.array:
-    """`paged_attention` without its checks, for metadata that is right by construction."""
-    chosen = choose_backend(q.dtype, q.shape[1], k_cache.shape[1:], v_cache.shape[3], backend)
-    return chosen.attend(q, k_cache, v_cache, metadata, options)
-
-
-def choose_backend(
-    dtype: mx.Dtype, num_heads: int, block_shape: Sequence[int], value_dim: int, asked: str | None = None
-) -> Backend:
-    """What the caller, the environment or the device asks for. Raises ValueError if that can't be had.
-
-    dtype: of the queries and the pools. block_shape: block_size, num_kv_heads, head_dim.
-    """
+def choose_backend(layer: LayerSpec, num_heads: int, block_size: int, asked: str | None = None) -> Backend:
+    """What the caller, the environment or the device asks for. Raises ValueError if that can't be had."""
     forced = asked or os.environ.get(BACKEND_VARIABLE)
     available = [backend for backend in BACKENDS.values() if backend.is_available()]
     names = [backend.name for backend in available]
@@ -98,7 +83,7 @@ def choose_backend(
         origin = "" if asked else f" ({BACKEND_VARIABLE})"
         raise ValueError(f"backend {forced!r}{origin} is not available here; there is: {', '.join(names)}")
     for backend in [BACKENDS[forced]] if forced else available:
-        reason = backend.unsupported(dtype, num_heads, block_shape, value_dim)
+        reason = backend.unsupported(layer, num_heads, block_size)
         if reason is None:
             return backend
         if forced:
@@ -110,6 +95,20 @@ def choose_backend(
 @cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, EngineWarning, stacklevel=4)
+
+
+def _check_arrays(q: mx.array, k_cache: mx.array, v_cache: mx.array, sinks: mx.array | None) -> None:
+    """Raise ValueError for arrays that do not fit together, TypeError if it is for their dtypes."""
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise TypeError(f"q, k_cache and v_cache differ in dtype: {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(f"k_cache and v_cache differ in blocks: {list(k_cache.shape)} and {list(v_cache.shape)}")
+    if q.shape[2] != k_cache.shape[3]:
+        raise ValueError(f"head_dim of q is {q.shape[2]}, that of k_cache {k_cache.shape[3]}")
+    if q.shape[1] % k_cache.shape[2]:
+        raise ValueError(f"{q.shape[1]} query heads can't share {k_cache.shape[2]} KV heads evenly")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks must have one value per query head, [{q.shape[1]}], got {list(sinks.shape)}")
 
 
 def _checked_metadata(

@@ -11,15 +11,15 @@ what unused slots hold, NaN included, is never read. Where the keys are is compu
 host handles a few numbers per sequence, however long the contexts.
 """
 
-from __future__ import annotations
-
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention.backend import AttentionOptions, Backend, in_order
 from mlx_paged.attention.metadata import AttentionMetadata
+from mlx_paged.cache.kv_cache import LayerPool
 
 _NO_WINDOW = 1 << 30
 MAX_BYTES = 128 << 20  # of what one operation gathers or scores, but for a single query of a single sequence
@@ -34,6 +34,8 @@ class Tile(NamedTuple):
     """int32 [num_seqs, num_kv_heads, num_keys]: the rows of their keys in a pool as [-1, dim]."""
     bias: mx.array
     """float32 [num_seqs, 1, 1, num_queries, num_keys]: 0 for keys that a query sees, otherwise -inf."""
+    block_ids: mx.array | None = None
+    """uint32 [num_seqs, num_blocks]: where keys are to be read in place, the blocks that they fill."""
 
 
 class ReferenceBackend(Backend):
@@ -44,23 +46,38 @@ class ReferenceBackend(Backend):
     def is_available(self) -> bool:
         return True
 
-    def attend(
-        self,
-        q: mx.array,
-        k_cache: mx.array,
-        v_cache: mx.array,
-        metadata: AttentionMetadata,
-        options: AttentionOptions,
-        write_done: mx.array | None = None,
-    ) -> mx.array:
-        key = self.plan_key(q, k_cache, v_cache, options)
-        tiles, token_order = metadata.plan_once(key, lambda: self.plan(metadata, *key[1:]))
-        k_rows, v_rows = k_cache.flatten(0, 2), v_cache.flatten(0, 2)
+    def attend(self, q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions) -> mx.array:
+        plan = functools.partial(self.plan, metadata, q.shape[1], pool, options.window)
+        tiles, token_order = metadata.plan_once((*self.plan_key(q, pool), options.window), plan)
         outputs = []
         for tile in tiles:
-            out = by_token(self.average(*scores_of(q, k_rows, v_rows, tile, options)), tile)
+            out = by_token(self.average(*self.scores(q, pool, tile, options)), tile)
             outputs.append(out.astype(q.dtype))
-        return in_order(outputs, token_order, q.shape[0], (q.shape[1], v_cache.shape[3]), q.dtype)
+        return in_order(outputs, token_order, q.shape[0], (q.shape[1], pool.values.shape[3]), q.dtype)
+
+    def scores(
+        self, q: mx.array, pool: LayerPool, tile: Tile, options: AttentionOptions
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """A tile's scores [num_seqs, num_kv_heads, num_rows, num_keys], values [..., num_keys, dim] and sinks [..., 1].
+
+        The rows of a KV head are the queries of each of its query heads.
+        """
+        num_seqs, num_kv_heads, num_keys = tile.rows.shape
+        by_head = (num_seqs, num_kv_heads, q.shape[1] // num_kv_heads, tile.tokens.shape[1], num_keys)
+        scale, _, softcap, sinks = options
+        queries = q[tile.tokens].astype(mx.float32).swapaxes(1, 2).reshape(num_seqs, num_kv_heads, -1, q.shape[2])
+        scores = self.products(queries * scale, pool.keys, tile)
+        if softcap is not None:
+            scores = mx.tanh(scores / softcap) * softcap
+        scores = (scores.reshape(by_head) + tile.bias).reshape(scores.shape)
+        if sinks is not None:
+            sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, num_kv_heads, -1, 1, 1), (*by_head[:4], 1))
+            sinks = sinks.reshape(*scores.shape[:3], 1)
+        return scores, _gather(pool.values, tile), sinks
+
+    def products(self, queries: mx.array, keys: mx.array, tile: Tile) -> mx.array:
+        """Of queries [num_seqs, num_kv_heads, num_rows, dim] with a tile's keys."""
+        return queries @ _gather(keys, tile).swapaxes(2, 3)
 
     def average(self, scores: mx.array, values: mx.array, sinks: mx.array | None) -> mx.array:
         """The mean of values [..., num_keys, dim] with weights exp(scores), [..., num_rows, num_keys].
@@ -76,31 +93,27 @@ class ReferenceBackend(Backend):
         """How many queries of a batch are computed at once, given the bytes of their scores."""
         return max(1, MAX_BYTES // bytes_per_query)
 
-    def plan_key(
-        self, q: mx.array, k_cache: mx.array, v_cache: mx.array, options: AttentionOptions
-    ) -> tuple[str, int, int, int, int, int | None]:
-        """What a plan depends on, beside the step's metadata: the arguments of `plan`, after the backend's name."""
-        _, block_size, num_kv_heads, head_dim = k_cache.shape
-        return self.name, q.shape[1], block_size, num_kv_heads, head_dim + v_cache.shape[3], options.window
+    def plan_key(self, q: mx.array, pool: LayerPool) -> tuple[Any, ...]:
+        """What a plan depends on, beside the step's metadata and the window."""
+        return self.name, q.shape[1], *pool.keys.shape[1:], pool.values.shape[3]
 
     def plan(
         self,
         metadata: AttentionMetadata,
         num_heads: int,
-        block_size: int,
-        num_kv_heads: int,
-        dims: int,
+        pool: LayerPool,
         window: int | None,
         first_keys: np.ndarray | None = None,
     ) -> tuple[list[Tile], mx.array | None]:
         """The tiles of a step, and the row of each token in their outputs, which padding follows. None: in order.
 
-        dims: of a key and a value together. first_keys: int32 [num_seqs], keys before these are left out.
+        first_keys: int32 [num_seqs], keys before these are left out.
         """
+        _, _, num_kv_heads, key_dim = pool.keys.shape
         contexts, query_lens = metadata.context_lens, metadata.query_lens
         window = _NO_WINDOW if window is None else min(window, _NO_WINDOW)
         first_keys = np.zeros_like(contexts) if first_keys is None else first_keys
-        max_keys = MAX_BYTES // (4 * num_kv_heads * dims)
+        max_keys = MAX_BYTES // (4 * num_kv_heads * (key_dim + pool.values.shape[3]))
         tiles: list[Tile] = []
         tokens: list[np.ndarray] = []
         for num_queries in np.unique(query_lens[query_lens > 0]).tolist():
@@ -116,7 +129,7 @@ class ReferenceBackend(Backend):
                     keys = mx.array(first_key) + mx.arange(int((last_key - first_key).max()) + 1, dtype=mx.int32)
                     distance = mx.array(queries)[:, :, None] - keys[:, None]
                     bias = mx.where((distance >= 0) & (distance < window), 0.0, -mx.inf)[:, None, None]
-                    rows = rows_of(metadata, group, mx.minimum(keys, mx.array(last_key)), block_size, num_kv_heads)
+                    rows = rows_of(metadata, group, mx.minimum(keys, mx.array(last_key)), pool)
                     tokens.append(metadata.cu_seqlens_q[group, None] + chunk)
                     tiles.append(Tile(mx.array(tokens[-1]), rows, bias))
         tokens.append(np.flatnonzero(np.repeat(contexts == 0, query_lens)))
@@ -124,26 +137,9 @@ class ReferenceBackend(Backend):
         return tiles, None if (order == np.arange(len(order))).all() else mx.array(order)
 
 
-def scores_of(
-    q: mx.array, k_rows: mx.array, v_rows: mx.array, tile: Tile, options: AttentionOptions
-) -> tuple[mx.array, mx.array, mx.array | None]:
-    """A tile's scores [num_seqs, num_kv_heads, num_rows, num_keys], values [..., num_keys, dim] and sinks [..., 1].
-
-    The rows of a KV head are the queries of each of its query heads. Pools are [-1, dim].
-    """
-    num_seqs, num_kv_heads, num_keys = tile.rows.shape
-    by_head = (num_seqs, num_kv_heads, q.shape[1] // num_kv_heads, tile.tokens.shape[1], num_keys)
-    scale, _, softcap, sinks = options
-    queries = q[tile.tokens].astype(mx.float32).swapaxes(1, 2).reshape(num_seqs, num_kv_heads, -1, q.shape[2])
-    keys, values = (rows[tile.rows].astype(mx.float32) for rows in (k_rows, v_rows))
-    scores = (queries * scale) @ keys.swapaxes(2, 3)
-    if softcap is not None:
-        scores = mx.tanh(scores / softcap) * softcap
-    scores = (scores.reshape(by_head) + tile.bias).reshape(scores.shape)
-    if sinks is not None:
-        sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, num_kv_heads, -1, 1, 1), (*by_head[:4], 1))
-        sinks = sinks.reshape(*scores.shape[:3], 1)
-    return scores, values, sinks
+def _gather(cache: mx.array, tile: Tile) -> mx.array:
+    """Float32 [num_seqs, num_kv_heads, num_keys, dim]."""
+    return cache.flatten(0, 2)[tile.rows].astype(mx.float32)
 
 
 def by_token(array: mx.array, tile: Tile) -> mx.array:
@@ -152,13 +148,12 @@ def by_token(array: mx.array, tile: Tile) -> mx.array:
     return array.reshape(num_seqs, -1, num_queries, array.shape[3]).swapaxes(1, 2).flatten(0, 1)
 
 
-def rows_of(
-    metadata: AttentionMetadata, seqs: np.ndarray, positions: mx.array, block_size: int, num_kv_heads: int
-) -> mx.array:
-    """Where a pool as [-1, dim] has the keys at `positions`, [n, num_keys], of `seqs`, [n].
+def rows_of(metadata: AttentionMetadata, seqs: np.ndarray, positions: mx.array, pool: LayerPool) -> mx.array:
+    """Where the pool as [-1, dim] has the keys at `positions`, [n, num_keys], of `seqs`, [n].
 
     Returns int32 [n, num_kv_heads, num_keys], which is wide enough: an array of MLX has fewer than 2**31 such rows.
     """
+    _, block_size, num_kv_heads, _ = pool.keys.shape
     block, offset = mx.divmod(positions, block_size)
     slots = metadata.block_tables[mx.array(seqs[:, None].astype(np.int32)), block] * block_size + offset
     return slots[:, None] * num_kv_heads + mx.arange(num_kv_heads, dtype=mx.int32)[:, None]

@@ -91,13 +91,11 @@ def decode_layout(shape: Shape) -> DecodeLayout:
 def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:
     """Choose how many keys of a sequence one threadgroup of paged_decode computes: contexts are split into such parts.
 
-    num_keys: [num_seqs], those each sequence attends to.
-
-    Small enough to give every core 8 threadgroups, and 256 in all; large enough that all simdgroups have a tile, and
-    that writing and reading the parts is at most 2% of reading K and V. But a context of 2048 keys or more has 8 parts
-    whatever they cost: with 16 query heads to a KV head, 8 parts of 4096 keys cost 3.2%, and the 5 that cost 2% would
-    leave most of a device idle that has one sequence of 8 KV heads to compute. No context is split where the
-    sequences' KV heads come within half of that many threadgroups and the longest is at most twice an equal share.
+    num_keys: [num_seqs], those each sequence attends to. Small enough to give every core 8 threadgroups, and 256 in
+    all; large enough that all simdgroups have a tile, and that writing and reading the parts is at most 2% of reading K
+    and V. But a context of 2048 keys or more has 8 parts whatever they cost, or most of a device would be idle that has
+    one sequence to compute. No context is split where the sequences' KV heads come within half of that many
+    threadgroups and the longest is at most twice an equal share.
     """
     longest = int(num_keys.max(initial=1))
     step = SIMDGROUPS * _TILE_KEYS
@@ -138,7 +136,7 @@ class Tile(NamedTuple):
 
 
 def tile_for(shape: Shape) -> Tile:
-    """Choose Metal's tile for these sizes: up to 32 keys, as many as 32 KB of threadgroup memory have room for."""
+    """Choose Metal's tile: up to 32 keys, as many as 32 KB of threadgroup memory have room for."""
     pad = 16 // shape.element_size
     longer = max(shape.head_dim, shape.value_dim)
     rows = 32 if longer < 192 else 16

@@ -1,7 +1,4 @@
-"""The block allocator: which block ids are free, and how often each is referenced.
-
-It knows ids only: no tokens, no tables, no arrays.
-"""
+"""The block allocator: which block ids are free, and how often each is referenced. It knows ids only."""
 
 from collections.abc import Callable, Iterable
 
@@ -17,38 +14,29 @@ class BlockAllocator:
             raise ValueError(f"allocator must be one of {', '.join(POLICIES)}, got {policy!r}")
         self.num_blocks = num_blocks
         self.ref_counts = [0] * num_blocks
-        self._free = POLICIES[policy](num_blocks)
+        self.free_blocks = POLICIES[policy](num_blocks)
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
-
-    @property
-    def prefers_runs(self) -> bool:
-        """Whether it matters to the policy which block a block follows."""
-        return self._free.prefers_runs
+        return len(self.free_blocks)
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
         """Take `count` free blocks, each with one reference, to follow block `after` in a table.
 
         Returns their ids. Raises OutOfBlocks with nothing changed.
         """
-        if count > len(self._free):
-            raise OutOfBlocks(f"{count} blocks needed, {len(self._free)} of {self.num_blocks} are free")
-        block_ids = self._free.take(count, after)
+        if count > self.num_free:
+            raise OutOfBlocks(f"{count} blocks needed, {self.num_free} of {self.num_blocks} are free")
+        block_ids = self.free_blocks.take(count, after)
         for block_id in block_ids:
             self.ref_counts[block_id] = 1
         return block_ids
-
-    def has_run(self, count: int) -> bool:
-        """Say whether `count` blocks would come as one run, or the policy does not care."""
-        return self._free.has_run(count)
 
     def retain(self, block_ids: Iterable[int]) -> None:
         """Add a reference to each block; a free one stops being free."""
         for block_id in block_ids:
             if self.ref_counts[block_id] == 0:
-                self._free.remove(block_id)
+                self.free_blocks.remove(block_id)
             self.ref_counts[block_id] += 1
 
     def release(self, block_ids: Iterable[int], is_cached: Callable[[int], bool]) -> None:
@@ -56,11 +44,7 @@ class BlockAllocator:
         for block_id in block_ids:
             self.ref_counts[block_id] -= 1
             if self.ref_counts[block_id] == 0:
-                self._free.add(block_id, is_cached(block_id))
-
-    def uncache(self, block_id: int) -> None:
-        """Note that a free block's content is of no use any more."""
-        self._free.uncache(block_id)
+                self.free_blocks.add(block_id, is_cached(block_id))
 
     def move(self, moves: list[tuple[int, int]]) -> None:
         """Follow contents that moved from block to block, one (src, dst) after another, each dst free by then."""
@@ -70,4 +54,4 @@ class BlockAllocator:
         new_counts = {now: self.ref_counts[before] for now, before in content_of.items()}
         for block_id, count in new_counts.items():
             self.ref_counts[block_id] = count
-        self._free.rename({before: now for now, before in content_of.items()})
+        self.free_blocks.rename({before: now for now, before in content_of.items()})

@@ -11,14 +11,14 @@ from mlx_paged.blocks import compaction, inspection
 from mlx_paged.blocks.allocator import BlockAllocator
 from mlx_paged.blocks.prefix_tree import PrefixNode, PrefixTree
 from mlx_paged.blocks.sequence_blocks import NO_BLOCK, SequenceBlocks
-from mlx_paged.blocks.transfers import BlockStoreIndex
+from mlx_paged.blocks.transfers import GroupStoreIndex
 from mlx_paged.errors import OutOfBlocks
 
 
 class BlockManager:
-    """Map the tokens of sequences to blocks of a pool of `num_blocks`, all of them usable.
+    """Map the tokens of sequences, named by any hashable id, to blocks of a pool of `num_blocks`, all of them usable.
 
-    A sequence is named by any hashable id. Method by method, either all of it happens or, with an error, nothing.
+    Method by method, either all of it happens or, with an error, nothing. An unknown id is a KeyError.
     With a `window`, of which a query sees its own key and the window - 1 before it, a sequence gives back the blocks
     that no further query can see: their table entries become NO_BLOCK. With a `store`, prefixes that are evicted from
     the pool go there if they were of use, and are found there.
@@ -34,7 +34,7 @@ class BlockManager:
         allocator: str = "lru",
         prefix_caching: bool = True,
         window: int | None = None,
-        store: BlockStoreIndex | None = None,
+        store: GroupStoreIndex | None = None,
     ) -> None:
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
@@ -64,15 +64,15 @@ class BlockManager:
         return list(self._sequences)
 
     def block_table(self, seq_id: Hashable, start: int = 0) -> list[int]:
-        """Return the block ids of a sequence in order, from the `start`-th on. Raises KeyError for an unknown id."""
+        """Return the block ids of a sequence in order, from the `start`-th on."""
         return self._get(seq_id).table[start:]
 
     def num_tokens(self, seq_id: Hashable) -> int:
-        """Count the tokens that a sequence has slots for. Raises KeyError for an unknown id."""
+        """Count the tokens that a sequence has slots for."""
         return self._get(seq_id).num_tokens
 
     def num_slots(self, seq_id: Hashable) -> int:
-        """Count the tokens that the blocks of a sequence can hold. Raises KeyError for an unknown id."""
+        """Count the tokens that the blocks of a sequence can hold."""
         return len(self._get(seq_id).table) * self.block_size
 
     def num_computed(self, seq_id: Hashable) -> int:
@@ -172,8 +172,7 @@ class BlockManager:
         """Give a sequence more tokens, and slots for them.
 
         Returns the (source, destination) block copies to run before their K/V is written: one pair if the last
-        block is partly filled and shared, else none; the last owner of a block writes in place. Raises OutOfBlocks,
-        and KeyError for an unknown id.
+        block is partly filled and shared, else none; the last owner of a block writes in place. Raises OutOfBlocks.
         """
         sequence = self._get(seq_id)
         copies = self.reserve(seq_id, sequence.num_tokens + len(token_ids))
@@ -207,7 +206,7 @@ class BlockManager:
     def append_blocks(self, seq_ids: Sequence[Hashable]) -> list[int]:
         """Give each of the sequences one more block. Returns the block ids. Raises OutOfBlocks with nothing changed."""
         tables = [self._sequences[seq_id].table for seq_id in seq_ids]
-        if self._allocator.prefers_runs:
+        if self._allocator.free_blocks.prefers_runs:
             if len(tables) > self.num_free_blocks:
                 raise OutOfBlocks(f"{len(tables)} blocks needed, {self.num_free_blocks} of {self.num_blocks} are free")
             block_ids = [self._allocate(1, after=t[-1] if t[-1] != NO_BLOCK else None)[0] for t in tables]
@@ -257,11 +256,10 @@ class BlockManager:
                 self._tree.evict(node.block_id)
 
     def fork(self, seq_id: Hashable, new_seq_id: Hashable, token_ids: list[int] | None = None) -> None:
-        """Make `new_seq_id` share the blocks of `seq_id`.
+        """Make `new_seq_id` share the blocks of `seq_id`; K and V are copied at the first write to one partly filled.
 
         token_ids: the new sequence's own list, of which only what is computed is shared; None: a copy of all tokens
-        that have slots. Costs work on ids only; K and V are copied at the first write to a shared, partly filled
-        block. Raises KeyError; ValueError for a live new id.
+        that have slots. Raises KeyError; ValueError for a live new id.
         """
         sequence = self._get(seq_id)
         self._require_new(new_seq_id)

@@ -51,7 +51,7 @@ def blocks_for_window(window: int, block_size: int, max_num_seqs: int, max_num_b
 
 
 class CacheGroups:
-    """One manager per group, with the methods of a single one.
+    """One manager per group, with the methods of a single one: what has no text here does as `BlockManager`'s.
 
     All groups change or none, except where `reserve` says otherwise.
     """
@@ -109,13 +109,11 @@ class CacheGroups:
     def attach(self, seq_id: Hashable, token_ids: list[int], num_tokens: int, *, salt: Hashable = None) -> int:
         """Do as `BlockManager.attach`. Cached are the leading tokens that every group can start from."""
         tokens = token_ids[:num_tokens]
-        num_cached = self._full_context.num_cached_tokens(tokens, salt=salt)
-        agreed = False
-        while not agreed:
+        num_cached, before = self._full_context.num_cached_tokens(tokens, salt=salt), -1
+        while num_cached != before:  # until all agree
             before = num_cached
             for manager in self._windowed:
                 num_cached = manager.num_cached_tokens(tokens, salt=salt, limit=num_cached)
-            agreed = num_cached == before
         attached: list[BlockManager] = []
         try:
             for manager in self.managers:
@@ -151,12 +149,10 @@ class CacheGroups:
         return [manager.append_blocks(seq_ids) for manager in self.managers]
 
     def sync(self, seq_id: Hashable, num_tokens: int) -> None:
-        """Do as `BlockManager.sync`."""
         for manager in self.managers:
             manager.sync(seq_id, num_tokens)
 
     def publish(self, seq_id: Hashable, num_tokens: int) -> Published:
-        """Do as `BlockManager.publish`."""
         return [(manager, manager.publish(seq_id, num_tokens)) for manager in self.managers]
 
     def unpublish(self, published: Published) -> None:
@@ -165,17 +161,14 @@ class CacheGroups:
             manager.unpublish(nodes)
 
     def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None:
-        """Do as `BlockManager.mark_computed`."""
         for manager in self.managers:
             manager.mark_computed(seq_id, num_tokens)
 
     def fork(self, seq_id: Hashable, new_seq_id: Hashable, token_ids: list[int] | None = None) -> None:
-        """Do as `BlockManager.fork`."""
         for manager in self.managers:
             manager.fork(seq_id, new_seq_id, token_ids)
 
     def free(self, seq_id: Hashable, *, will_return: bool = False) -> None:
-        """Do as `BlockManager.free`."""
         for manager in self.managers:
             manager.free(seq_id, will_return=will_return)
 
@@ -200,7 +193,6 @@ class CacheGroups:
         self.transfers_done()
 
     def compaction_helps(self, num_tokens: int) -> bool:
-        """Do as `BlockManager.compaction_helps`."""
         return self._full_context.compaction_helps(num_tokens)
 
     def compact(self) -> int:

@@ -5,11 +5,7 @@ from mlx_paged.blocks.prefix_tree import PrefixTree
 
 
 def compact(allocator: BlockAllocator, tree: PrefixTree) -> list[tuple[int, int]]:
-    """Move the blocks in use to ids 0 .. n-1, in the allocator and the tree.
-
-    Returns (source, destination) copies, right when run one after another. Cached blocks that nobody uses move out of
-    the way and stay cached, except one where the pool has no empty block to begin with.
-    """
+    """Do what `BlockManager.compact` says, in the allocator and the tree."""
     ref_counts = allocator.ref_counts
     num_used = allocator.num_blocks - allocator.num_free
     holes = [block_id for block_id in range(num_used) if ref_counts[block_id] == 0]
@@ -23,7 +19,7 @@ def compact(allocator: BlockAllocator, tree: PrefixTree) -> list[tuple[int, int]
             moves.append((dst, empty.pop()))
         elif dst in tree:
             tree.evict(dst)
-            allocator.uncache(dst)
+            allocator.free_blocks.uncache(dst)
         moves.append((src, dst))
         empty.append(src)
     allocator.move(moves)
@@ -34,7 +30,7 @@ def compact(allocator: BlockAllocator, tree: PrefixTree) -> list[tuple[int, int]
 
 def compaction_helps(allocator: BlockAllocator, count: int) -> bool:
     """Say whether `count` blocks would come in pieces now, and in one run after `compact`."""
-    if allocator.has_run(count) or count > allocator.num_free:
+    if allocator.free_blocks.has_run(count):
         return False
     # Runs start at multiples of their length, so the free space behind the used blocks may not hold a whole one.
     length = 1 << (count - 1).bit_length()

@@ -1,7 +1,4 @@
-"""Free lists: in which order the free blocks of a pool are reused, by policy.
-
-They know ids only: no reference counts, no tokens, no tables, no arrays.
-"""
+"""Free lists: in which order the free blocks of a pool are reused, by policy. They know ids only."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,7 +11,7 @@ class FreeBlocks(Protocol):
     A free block may still be *cached*: its content can be found by a prefix and used again until it is taken.
     """
 
-    prefers_runs: bool
+    prefers_runs: bool = False
     """Whether it matters to the policy which block a block follows."""
 
     def __len__(self) -> int: ...
@@ -33,21 +30,21 @@ class FreeBlocks(Protocol):
 
     def uncache(self, block_id: int) -> None:
         """Note that a free block is not cached any more."""
+        return  # to most policies it is all the same
 
     def rename(self, mapping: dict[int, int]) -> None:
         """Follow contents that have moved: each free block in `mapping` is now the one it maps to."""
 
     def has_run(self, count: int) -> bool:
         """Say whether `take(count)` gives consecutive blocks, or the policy does not care."""
+        return True
 
 
-class FifoFreeBlocks:
+class FifoFreeBlocks(FreeBlocks):
     """The block that has been free longest goes first, cached or not.
 
     Pays when prefixes rarely repeat: it is the simplest order, and ids come out in the order they went in.
     """
-
-    prefers_runs = False
 
     def __init__(self, num_blocks: int) -> None:
         self._order: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -64,24 +61,16 @@ class FifoFreeBlocks:
     def remove(self, block_id: int) -> None:
         del self._order[block_id]
 
-    def uncache(self, block_id: int) -> None:
-        pass
-
     def rename(self, mapping: dict[int, int]) -> None:
         self._order = OrderedDict.fromkeys(mapping.get(block_id, block_id) for block_id in self._order)
 
-    def has_run(self, count: int) -> bool:
-        return True
 
-
-class LruFreeBlocks:
+class LruFreeBlocks(FreeBlocks):
     """Blocks that hold nothing of use go first, then the cached one that was used least recently.
 
     Blocks of one sequence are added deepest first, so a cached chain is consumed from its end and what is left of
     it can still be hit. Pays when requests share prefixes: system prompts, conversations, few-shot examples.
     """
-
-    prefers_runs = False
 
     def __init__(self, num_blocks: int) -> None:
         self._empty = FifoFreeBlocks(num_blocks)
@@ -108,11 +97,8 @@ class LruFreeBlocks:
         self._empty.rename(mapping)
         self._cached.rename(mapping)
 
-    def has_run(self, count: int) -> bool:
-        return True
 
-
-class BuddyFreeBlocks:
+class BuddyFreeBlocks(FreeBlocks):
     """Runs of consecutive blocks, in sizes of powers of two that merge with their buddies when both are free.
 
     A request for n blocks gets the start of the best-fitting run, a growing sequence the block after its last one if
@@ -141,8 +127,14 @@ class BuddyFreeBlocks:
             after += 1
             self.remove(after)
             taken.append(after)
-        while len(taken) < count:
-            taken += self._take_from_best_run(count - len(taken))
+        while (missing := count - len(taken)) > 0:  # the smallest run that is long enough, or else the longest one
+            fitting = [order for order in range((missing - 1).bit_length(), len(self._runs)) if self._runs[order]]
+            order = fitting[0] if fitting else max(i for i, runs in enumerate(self._runs) if runs)
+            start = next(iter(self._runs[order]))
+            length = self._pop_run(start)
+            used = min(missing, length)
+            self._add_range(start + used, start + length)
+            taken += range(start, start + used)
         return taken
 
     def remove(self, block_id: int) -> None:
@@ -153,9 +145,6 @@ class BuddyFreeBlocks:
         self._add_range(start, block_id)
         self._add_range(block_id + 1, start + length)
 
-    def uncache(self, block_id: int) -> None:
-        pass
-
     def rename(self, mapping: dict[int, int]) -> None:
         free = [block_id for start in list(self._order_at) for block_id in range(start, start + self._pop_run(start))]
         for block_id in free:
@@ -163,16 +152,6 @@ class BuddyFreeBlocks:
 
     def has_run(self, count: int) -> bool:
         return any(self._runs[(count - 1).bit_length() :])
-
-    def _take_from_best_run(self, count: int) -> list[int]:
-        """The smallest run of at least `count` blocks, cut to size, or else the longest run."""
-        fitting = [order for order in range((count - 1).bit_length(), len(self._runs)) if self._runs[order]]
-        order = fitting[0] if fitting else max(i for i, runs in enumerate(self._runs) if runs)
-        start = next(iter(self._runs[order]))
-        length = self._pop_run(start)
-        used = min(count, length)
-        self._add_range(start + used, start + length)
-        return list(range(start, start + used))
 
     def _run_with(self, block_id: int) -> int | None:
         """The start of the free run that holds a block."""

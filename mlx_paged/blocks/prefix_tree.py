@@ -1,6 +1,4 @@
-"""The prefix tree: which block holds which prefix.
-
-A full block is found by the tokens from the start of a sequence up to its end.
+"""The prefix tree: which full block holds which prefix, the tokens from the start of a sequence to the block's end.
 
 A prefix is a path in a tree: a node stands for the tokens of one full block after those of its parent, and is found
 by (parent, tokens). Tokens are compared, not only their hashes, and the parent is a node and not a hash of it, so no

@@ -1,6 +1,6 @@
 """The blocks of one sequence: its table, and how far slots, K/V and publishing have come."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_paged.blocks.prefix_tree import PrefixNode, PrefixTree
 
@@ -32,15 +32,8 @@ class SequenceBlocks:
 
     def fork(self, token_ids: list[int] | None, num_blocks: int) -> "SequenceBlocks":
         """Return a sequence with the same first blocks. token_ids: its list; None: a copy of the tokens with slots."""
-        return SequenceBlocks(
-            self.token_ids[: self.num_tokens] if token_ids is None else token_ids,
-            self.table[:num_blocks],
-            self.num_tokens,
-            self.num_computed,
-            self.num_published,
-            self.last_node,
-            self.num_released,
-        )
+        tokens = self.token_ids[: self.num_tokens] if token_ids is None else token_ids
+        return replace(self, token_ids=tokens, table=self.table[:num_blocks])
 
     def publish(self, tree: PrefixTree, block_size: int, num_tokens: int) -> list[PrefixNode]:
         """Let the full blocks below `num_tokens` be found. Returns the prefixes that these blocks now hold."""

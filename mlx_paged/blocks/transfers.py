@@ -1,7 +1,7 @@
 """Transfers of blocks, decided here and carried out elsewhere: copies in the pool, moves to and from block stores."""
 
 from collections.abc import Container
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from mlx_paged.blocks.prefix_tree import PrefixNode
 
@@ -34,24 +34,11 @@ class BlockLoad(NamedTuple):
 Transfer = BlockCopy | BlockSave | BlockLoad
 
 
-class BlockStoreIndex(Protocol):
-    """What a block manager may know of a block store: which prefixes' blocks it has, by digest.
+class GroupStoreIndex:
+    """The block store as one group's manager sees it: which prefixes' blocks it has, by digest.
 
     `save` and `load` are notes for whoever moves K and V: they are carried out in their order, between other copies.
     """
-
-    def __contains__(self, digest: object) -> bool:
-        """Say whether `load` would find it."""
-
-    def save(self, block_id: int, digest: bytes) -> None:
-        """Have the block's content kept before it is overwritten."""
-
-    def load(self, node: PrefixNode, block_id: int) -> None:
-        """Have the content kept under the node's digest put into the block."""
-
-
-class GroupStoreIndex:
-    """The block store as one group's manager sees it. Notes what is to be moved, in the order it is decided."""
 
     def __init__(self, group: int, stored_keys: Container[str], transfers: list[Transfer]) -> None:
         self._group = group
@@ -64,15 +51,18 @@ class GroupStoreIndex:
         return f"{self._group}-{digest.hex()}"
 
     def __contains__(self, digest: object) -> bool:
+        """Say whether `load` would find it."""
         assert isinstance(digest, bytes)
         return self.key(digest) in self._stored_keys or self.key(digest) in self._pending_saves
 
     def save(self, block_id: int, digest: bytes) -> None:
+        """Have the block's content kept before it is overwritten."""
         if digest not in self:
             self._pending_saves.add(self.key(digest))
             self._transfers.append(BlockSave(self._group, block_id, self.key(digest)))
 
     def load(self, node: PrefixNode, block_id: int) -> None:
+        """Have the content kept under the node's digest put into the block."""
         self._transfers.append(BlockLoad(self._group, block_id, self.key(node.digest), node))
 
     def transfers_done(self) -> None:

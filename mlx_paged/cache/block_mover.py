@@ -20,6 +20,8 @@ class BlockMover:
         self._groups = groups
         self._kv_cache = kv_cache
         self._stores = stores
+        self.last_run_s = 0.0
+        """Seconds that the latest `run` took."""
         self._save_times: list[float] = []  # the latest, in seconds per block
         self._load_times: list[float] = []
 
@@ -41,7 +43,7 @@ class BlockMover:
 
         Returns False if a stored block could not be read back; the sequences that hit it must be scheduled again.
         """
-        transfers = self._groups.transfers
+        transfers, run_started = self._groups.transfers, time.perf_counter()
         all_read_back = True
         while transfers:
             first, started = transfers[0], time.perf_counter()
@@ -63,6 +65,7 @@ class BlockMover:
                     all_read_back = False
             del transfers[:count]
         self._groups.transfers_done()
+        self.last_run_s = time.perf_counter() - run_started
         return all_read_back
 
     def _load(self, load: BlockLoad) -> bool:

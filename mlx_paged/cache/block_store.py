@@ -1,16 +1,12 @@
 """Block stores: keep the K and V of evicted blocks in host memory or on disk, under a key that names their prefix.
 
-What comes back is what any request with that prefix needs. A file is written under another name and renamed when it is
-whole, and says which model it belongs to. It also has a checksum, as what a disk gives back need not be what was given
-to it.
+What comes back is what any request with that prefix needs. A file is written elsewhere and moved when it is whole, and
+says which model it belongs to. It also has a checksum, as what a disk gives back need not be what was given to it.
 """
 
-import contextlib
 import os
-import shutil
 import tempfile
 import warnings
-import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,9 +16,12 @@ from typing import Protocol, cast
 import mlx.core as mx
 import numpy as np
 
+from mlx_paged.cache.block_files import SUFFIX, BlockFiles, OwnFolder
 from mlx_paged.cache.kv_cache import BlockContent
-from mlx_paged.config import parse_memory
+from mlx_paged.config import EngineConfig, parse_swap_space
 from mlx_paged.errors import EngineWarning
+
+_DEFAULT_SIZE = "10%"  # of the free disk, for saved prompts
 
 
 class BlockStore(Protocol):
@@ -67,45 +66,51 @@ class MemoryStore:
 
 
 class FolderStore:
-    """Blocks as safetensors files in a folder, at most `capacity` bytes of K and V (None: as much as the disk takes).
+    """Blocks of one model as safetensors files in a folder."""
 
-    model: names weights, dtype and layout; a file of another model is refused. Raises ValueError for a folder that
-    can't be written to.
-    """
+    def __init__(self, files: BlockFiles, folder: Path, model: str, owner: OwnFolder | None = None) -> None:
+        """files: those that `folder` is among. owner: is kept for as long as the store.
 
-    def __init__(self, folder: Path, model: str, capacity: int | None = None) -> None:
+        model: names weights, dtype and layout; a file of another model is refused.
+        """
+        self._files = files
         self._folder = folder
         self._model = model
-        self._capacity = capacity
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder):
-                pass
-            files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-        except OSError as error:
-            raise ValueError(f"{folder} can't be written to ({error.strerror}): give another folder") from error
-        whole = [path for path in files if not path.stem.endswith(".partial")]
-        self._sizes = OrderedDict((path.stem, path.stat().st_size) for path in whole)
-        self._used = sum(self._sizes.values())
+        self._owner = owner
+        self._keys = {path.stem for path in folder.glob(f"*{SUFFIX}")}
 
     def __contains__(self, key: object) -> bool:
-        return key in self._sizes
+        return key in self._keys
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether blocks may be put into it now."""
+        return self._files.takes_more
+
+    def touch(self, key: str) -> bool:
+        """Note that a block is used. Returns whether there is such a block."""
+        try:
+            if key in self._keys:
+                self._files.touch(self._path(key))
+                return True
+        except FileNotFoundError:  # another process needed the space
+            self._keys.discard(key)
+        return False
 
     def put(self, key: str, content: BlockContent) -> None:
-        partial = self._folder / f"{key}.{os.getpid()}.partial.safetensors"
+        partial = self._files.partial(f"{key}{SUFFIX}")
         try:
             mx.save_safetensors(str(partial), content, self._metadata(key, content))
-            partial.replace(self._path(key))
+            removed = self._files.add(partial, self._path(key))
         except (RuntimeError, OSError) as error:  # mlx reports a full disk as RuntimeError
             partial.unlink(missing_ok=True)
             raise OSError(f"{self._folder} can't take another block: {error}") from error
-        self._used += _size(content) - self._sizes.pop(key, 0)
-        self._sizes[key] = _size(content)
-        while self._capacity is not None and self._used > self._capacity:
-            self.drop(next(iter(self._sizes)))
+        self._keys.difference_update(path.stem for path in removed if path.parent == self._folder)
+        self._keys.add(key)
 
     def get(self, key: str) -> BlockContent:
         path = self._path(key)
+        self._files.touch(path)
         try:
             content, metadata = cast(tuple[BlockContent, dict[str, str]], mx.load(str(path), return_metadata=True))
             mx.eval(content)
@@ -116,37 +121,39 @@ class FolderStore:
             raise ValueError(f"{path} was written for another model or prefix")
         if metadata.get("crc32") != expected["crc32"]:
             raise ValueError(f"{path} is not what was written")
-        self._sizes.move_to_end(key)
         return content
 
     def _metadata(self, key: str, content: BlockContent) -> dict[str, str]:
         return {"model": self._model, "key": key, "crc32": checksum(content)}
 
     def drop(self, key: str) -> None:
-        self._used -= self._sizes.pop(key)
-        with contextlib.suppress(OSError):
-            self._path(key).unlink(missing_ok=True)
+        self._keys.discard(key)
+        self._files.discard(self._path(key))
 
     def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.safetensors"
+        return self._folder / f"{key}{SUFFIX}"
 
 
-def open_stores(
-    swap_space: int | str | os.PathLike[str] | None,
-    prefix_cache_dir: str | os.PathLike[str] | None,
-    fingerprint: Callable[[], str],
-) -> "BlockStores | None":
-    """Open the stores that `EngineConfig` asks for, if any; `fingerprint` names the model that saved blocks are of.
+def open_stores(config: EngineConfig, fingerprint: Callable[[], str]) -> "BlockStores | None":
+    """Open the stores that an engine is to have, if any; `fingerprint` names the model that saved blocks are of.
 
-    Raises ValueError for a folder that can't be written to.
+    Raises ValueError for a folder that can't be used. Warns of saved prompts that can only be read.
     """
-    if swap_space is None and prefix_cache_dir is None:
+    if config.swap_space is None and config.prefix_cache_dir is None:
         return None
+    swap = _open_swap(config.swap_space) if config.swap_space is not None else None
     saved = None
-    if prefix_cache_dir is not None:
+    if config.prefix_cache_dir is not None:
+        root = Path(config.prefix_cache_dir).expanduser()
+        try:
+            files = BlockFiles(root, config.prefix_cache_size or _DEFAULT_SIZE, spares_disk=True)
+        except OSError as error:
+            raise ValueError(_not_writable("prefix_cache_dir", root, error)) from error
+        if files.why_read_only is not None:
+            _warn(f"no prompts are saved, but those that were are used: {root} can't be written to")
         model = fingerprint()
-        saved = FolderStore(Path(prefix_cache_dir).expanduser() / model, model)
-    return BlockStores(_open_swap(swap_space) if swap_space is not None else None, saved)
+        saved = FolderStore(files, root / model, model)
+    return BlockStores(swap, saved)
 
 
 def _open_swap(swap_space: int | str | os.PathLike[str]) -> BlockStore:
@@ -155,24 +162,20 @@ def _open_swap(swap_space: int | str | os.PathLike[str]) -> BlockStore:
     swap_space: a size, in host memory where the device has its own, else in files of the temporary folder, since
     unified memory would gain nothing from a second copy; or a folder for the files. Raises ValueError.
     """
-    capacity = None
-    try:
-        capacity = parse_memory(os.fspath(swap_space) if not isinstance(swap_space, int) else swap_space)
-        parent = Path(tempfile.gettempdir())
-    except ValueError:
-        if "%" in str(swap_space) or str(swap_space)[:1].isdigit():
-            raise
-        parent = Path(str(swap_space)).expanduser()
+    asked = parse_swap_space(swap_space)
+    capacity = asked if isinstance(asked, int) else None
     if capacity is not None and mx.default_device() == mx.gpu and not mx.metal.is_available():
         return MemoryStore(capacity)
+    parent = asked if isinstance(asked, Path) else Path(tempfile.gettempdir())
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="mlx-paged-swap-", dir=parent))
+        owner = OwnFolder(parent, "mlx-paged-swap-")
+        return FolderStore(BlockFiles(owner.path, capacity), owner.path, "this process", owner)
     except OSError as error:
-        raise ValueError(f"swap_space: {parent} can't be written to ({error.strerror}): give another folder") from error
-    store = FolderStore(folder, "this process", capacity)
-    weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
-    return store
+        raise ValueError(_not_writable("swap_space", parent, error)) from error
+
+
+def _not_writable(setting: str, folder: Path, error: OSError) -> str:
+    return f"{setting}: {folder} can't be written to ({error.strerror}): give another folder"
 
 
 class BlockStores:
@@ -181,7 +184,7 @@ class BlockStores:
     A store that fails to take a block is not asked again; a warning says so once, and what is missing is computed.
     """
 
-    def __init__(self, swap: BlockStore | None, saved: BlockStore | None) -> None:
+    def __init__(self, swap: BlockStore | None, saved: FolderStore | None) -> None:
         self._swap = swap
         self._disk = saved
         self._has_warned = False
@@ -192,7 +195,8 @@ class BlockStores:
 
     @property
     def stores_prompts(self) -> bool:
-        return self._disk is not None
+        """Whether blocks of prompts are kept for another run now."""
+        return self._disk is not None and self._disk.takes_more
 
     def put_evicted(self, key: str, content: BlockContent) -> None:
         """Keep a block that leaves the pool."""
@@ -205,8 +209,8 @@ class BlockStores:
                 _warn(f"swap is off, preempted requests are computed again: {error}")
 
     def has_prompt(self, key: str) -> bool:
-        """Say whether a block is kept for another run; one in swap is gone with this one."""
-        return self._disk is not None and key in self._disk
+        """Say whether a block, which is used now, is kept for another run; one in swap is gone with this one."""
+        return self._disk is not None and self._disk.touch(key)
 
     def put_prompt(self, key: str, content: BlockContent) -> None:
         """Keep a block of a prompt for another run."""
@@ -223,6 +227,8 @@ class BlockStores:
             if store is not None and key in store:
                 try:
                     return store.get(key)
+                except FileNotFoundError:  # another process needed the space
+                    store.drop(key)
                 except (OSError, ValueError) as error:
                     self.drop(key, error)
         return None

@@ -1,6 +1,7 @@
 """The arrays that hold K and V: one pool of blocks per layer, allocated once and only ever written in place."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ BlockContent = dict[str, mx.array]
 """A block in all layers of a cache group: "k0", "v0", "k1", ... [block_size, num_kv_heads, dim]."""
 
 
+@dataclass(eq=False)
 class LayerPool:
     """The blocks of one layer.
 
@@ -20,16 +22,13 @@ class LayerPool:
 
     arrays: dict[str, mx.array]
     """Whatever a block consists of, by name, [num_blocks, block_size, ...]: copies, stores and sizes loop over it."""
-    write_done: mx.array | None
-    """What `Backend.write` returned last."""
+    write_done: mx.array | None = None
+    """What is there once the last `Backend.write` is over, where MLX does not know of it by itself."""
 
-    def __init__(self, spec: LayerSpec, num_blocks: int, block_size: int) -> None:
+    @classmethod
+    def zeros(cls, spec: LayerSpec, num_blocks: int, block_size: int) -> "LayerPool":
         rows = (num_blocks, block_size, spec.num_kv_heads)
-        self.arrays = {
-            "k": mx.zeros((*rows, spec.key_dim), spec.dtype),
-            "v": mx.zeros((*rows, spec.value_dim), spec.dtype),
-        }
-        self.write_done = None
+        return cls({name: mx.zeros((*rows, dim), spec.dtype) for name, dim in zip("kv", spec[1:3], strict=True)})
 
     @property
     def keys(self) -> mx.array:
@@ -70,7 +69,7 @@ class PagedKVCache:
     def clear(self) -> None:
         """Make pools of zeros, whatever has become of those before, which are let go first."""
         self.pools = []
-        self.pools = [LayerPool(spec, count, self.block_size) for spec, count in self._layers]
+        self.pools = [LayerPool.zeros(spec, count, self.block_size) for spec, count in self._layers]
         mx.eval([pool.arrays for pool in self.pools])
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from mlx_paged.cli.options import DEFAULT_MAX_TOKENS
@@ -16,16 +16,18 @@ from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as it was given, with its parameters."""
+    """A prompt as it was given."""
 
     id: int | str
     """Which one it is: from 1 on, or what the line of a batch says."""
     prompt: str | Sequence[Mapping[str, Any]]
     """A text, or the messages of a conversation."""
-    params: SamplingParams | BeamSearchParams | None
-    """None if they were no parameters: `error` says so."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of its own, by their names in Python."""
     error: str | None = None
     """What is wrong with it, seen without a model; None if nothing is."""
+    params: SamplingParams | BeamSearchParams | None = None
+    """All of its parameters, once the model has been asked for those that nobody gave."""
 
 
 class Answers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -33,22 +33,22 @@ def answer_batch(
     load: Callable[[Requests], LLM],
     params: SamplingParams,
     terminal: Terminal,
+    given: Collection[str],
 ) -> int:
     """Answer the requests of a file that the output file does not answer yet. Returns the exit code, as `answer` does.
 
     batch: lines of JSON, each with "prompt" or "messages", perhaps an "id" (else the line's number is), and parameters
     by their Python names, which go before those of `params`; "-" is stdin. output: gets a line for each as it ends;
-    None: stdout does. Raises click.UsageError for files that are not of this form.
+    None: stdout does. given: as in `answer_prompts`. Raises click.UsageError for files that are not of this form.
     """
     questions = read_batch(read_stdin() if str(batch) == "-" else read_text(batch), str(batch), params)
     done = set() if output is None else _ids_of(output)
     left = [question for question in questions if question.id not in done]
     if len(left) < len(questions):
         terminal.note(f"{len(questions) - len(left)} of {len(questions)} requests are answered in {output} already")
-    # A line names its parameters as Python does, and so does what is said of it.
-    terminal.option_names = {name: each for name, each in terminal.option_names.items() if name not in _SETTINGS}
+    terminal.keep_names(_SETTINGS)  # as a line has them
     with _opened(output) as file:
-        return answer(left, prompts, load, JsonAnswers(left, terminal, file), terminal)
+        return answer(left, prompts, load, params, JsonAnswers(left, terminal, file), terminal, given)
 
 
 def read_batch(text: str, source: str, defaults: SamplingParams) -> list[Question]:
@@ -79,7 +79,7 @@ def _question(name: int | str, record: Mapping[str, Any], defaults: SamplingPara
     asked = [key for key in ("prompt", "messages") if key in record]
     prompt: str | Sequence[Mapping[str, Any]] = record[asked[0]] if asked else ""
     settings = {key: value for key, value in record.items() if key not in ("prompt", "messages")}
-    params, error = None, None
+    error = None
     if unknown := sorted(settings.keys() - _SETTINGS):
         error = f"there is no parameter {unknown[0]!r}; there are {', '.join(sorted(_SETTINGS))}"
     elif len(asked) != 1:
@@ -91,13 +91,12 @@ def _question(name: int | str, record: Mapping[str, Any], defaults: SamplingPara
     else:
         try:
             json.dumps(record, ensure_ascii=False).encode()
-            params = dataclasses.replace(defaults, **settings)
-            check_form(params)
+            check_form(dataclasses.replace(defaults, **settings))
         except UnicodeEncodeError:
             error = "it holds half of a surrogate pair (\\ud800 to \\udfff alone), which is no text"
         except (TypeError, ValueError) as wrong:
             error = str(wrong)
-    return Question(name, prompt, params, error)
+    return Question(name, prompt, settings, error)
 
 
 def _ids_of(output: Path) -> set[int | str]:

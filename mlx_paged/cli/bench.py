@@ -1,7 +1,5 @@
 """`mlx-paged bench`: the speed of one model."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from pathlib import Path
@@ -9,13 +7,15 @@ from typing import Any
 
 import click
 
+from mlx_paged.cli.ctrl_c import ends_soon
 from mlx_paged.cli.loading import find_model, loading
 from mlx_paged.cli.options import parse_numbers
 from mlx_paged.cli.terminal import Terminal
 from mlx_paged.tools import report
-from mlx_paged.tools.speed import COLUMNS, measure_speed
+from mlx_paged.tools.speed import COLUMNS, estimate_duration, measure_speed
 
 
+@ends_soon()
 def measure_model(
     model: str | None,
     shape: str | None,
@@ -55,8 +55,11 @@ def measure_model(
             raise ValueError(f"{longest} tokens are more than the {loaded.max_model_len} the model was made for")
         llm = LLM.from_model(loaded.model, **engine)
     terminal.note(llm.describe_memory())
+    sizes = num_prompt, num_output, batch_sizes, repetitions
     try:
-        rows = list(measure_speed(llm, num_prompt, num_output, batch_sizes, repetitions, terminal.progress))
+        terminal.progress("a short run, to see how long it will take ...")
+        terminal.note(f"this will take about {_duration(estimate_duration(llm, *sizes))}")
+        rows = list(measure_speed(llm, *sizes, terminal.progress))
     finally:
         terminal.progress("")
     import mlx_lm
@@ -68,3 +71,10 @@ def measure_model(
     if save is not None:
         save.write_text(report.render("json", tables, results, machine))
     return 0
+
+
+def _duration(seconds: float) -> str:
+    """Write a rough duration: 3 s, 40 s, 12 min, 2.5 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import closing
 from typing import TYPE_CHECKING
 
 from mlx_paged.cli.answers import Answers, JsonAnswers, Question, TextAnswers
-from mlx_paged.cli.loading import Params, Prompt, Requests
+from mlx_paged.cli.loading import Params, Prompt, Requests, complete_params
 from mlx_paged.cli.options import DEFAULT_MAX_TOKENS, PromptArguments
 from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal
 from mlx_paged.outputs import RequestOutput
@@ -20,36 +20,41 @@ if TYPE_CHECKING:
 
 
 def answer_prompts(
-    prompts: PromptArguments, load: Callable[[Requests], LLM], params: Params, terminal: Terminal
+    prompts: PromptArguments,
+    load: Callable[[Requests], LLM],
+    params: Params,
+    terminal: Terminal,
+    given: Collection[str] = (),
 ) -> int:
     """Answer every prompt that can be answered. Returns the exit code: 1 if one could not, 3 if one is not whole.
 
-    load: called if there is a prompt to answer. A single text is shown as it comes. Raises click.UsageError as
-    `prompts.read` does.
+    load: called if there is a prompt to answer. given: the names of the parameters that are not the model's to decide.
+    A single text is shown as it comes. Raises click.UsageError as `prompts.read` does.
     """
     texts = prompts.read()
     questions = [
-        Question(number, text, params, _invalid_prompt(text, prompts.raw)) for number, text in enumerate(texts, start=1)
+        Question(number, text, error=_invalid_prompt(text, prompts.raw)) for number, text in enumerate(texts, start=1)
     ]
-    if isinstance(params, SamplingParams) and params.n > 1 and params.is_greedy:
-        terminal.warn(f"the {params.n} samples will be equal: --temperature 0.8 makes them differ")
     stream = isinstance(params, SamplingParams) and params.n == len(texts) == 1 and not prompts.as_json
     answers = JsonAnswers(questions, terminal) if prompts.as_json else TextAnswers(questions, terminal, streamed=stream)
-    return answer(questions, prompts, load, answers, terminal, stream=stream)
+    return answer(questions, prompts, load, params, answers, terminal, given, stream=stream)
 
 
 def answer(
     questions: Iterable[Question],
     prompts: PromptArguments,
     load: Callable[[Requests], LLM],
+    params: Params,
     answers: Answers,
     terminal: Terminal,
+    given: Collection[str],
     *,
     stream: bool = False,
 ) -> int:
     """Answer questions, those that can be, in one batch. Returns the exit code.
 
-    prompts: how they are put. stream: there is one, shown as it comes.
+    prompts: how they are put. params: what holds for those that say nothing else; given: as in `answer_prompts`.
+    stream: there is one, shown as it comes.
     """
     open_questions = []
     for question in questions:
@@ -61,26 +66,29 @@ def answer(
 
     def encode(llm: LLM) -> list[tuple[Prompt, Params]]:
         """Write the questions as the model takes them, before its weights are loaded."""
+        completed = complete_params(params, given, llm, terminal)
+        if isinstance(completed, SamplingParams) and completed.n > 1 and completed.is_greedy:
+            terminal.warn(f"the {completed.n} samples will be equal: --temperature 0.8 makes them differ")
         for question in open_questions:
-            assert question.params is not None
+            own = dataclasses.replace(completed, **question.settings)
             try:
-                encoded.append((question, _encode(llm, question, prompts), question.params))
+                encoded.append((dataclasses.replace(question, params=own), _encode(llm, question, prompts), own))
             except ValueError as error:
                 answers.fail(question, str(error))
         if not encoded:
             raise _NothingLeft
         return [
-            (prompt, dataclasses.replace(params, max_tokens=params.max_tokens or DEFAULT_MAX_TOKENS))
-            for _, prompt, params in encoded
+            (prompt, dataclasses.replace(own, max_tokens=own.max_tokens or DEFAULT_MAX_TOKENS))
+            for _, prompt, own in encoded
         ]
 
     try:
         if open_questions:
             llm = load(encode)
             requests: list[tuple[Question, Request]] = []
-            for question, prompt, params in encoded:
+            for question, prompt, own in encoded:
                 try:
-                    requests.append((question, make_request(llm, prompt, params, stream=stream)))
+                    requests.append((question, make_request(llm, prompt, own, stream=stream)))
                 except ValueError as error:
                     answers.fail(question, str(error))
             _run(llm, requests, answers, terminal, stream=stream)

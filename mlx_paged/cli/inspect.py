@@ -1,10 +1,10 @@
-"""`mlx-paged inspect`: what a model's KV cache takes and wastes, or a picture of a block pool."""
-
-from __future__ import annotations
+"""`mlx-paged inspect`: what a model's KV cache takes and wastes, a picture of a block pool, or saved prompts."""
 
 import json
 import random
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,27 @@ def inspect_cache(*, name: str | None, model: str | None, blocks: bool, svg: str
     if name is not None and model is not None:
         raise click.UsageError(f"give the model once, as {name!r} or as --model {model!r}")
     model = model if name is None else name
+    root = settings.pop("prefix_cache_dir")
+    given = {"MODEL": model, "--lengths": lengths, "--json": settings["as_json"], "--blocks": blocks, "--svg": svg}
+    given |= {f"--{option}": settings[option] for option in ("context", "concurrency", "memory", "dtype")}
+    if root is not None:
+        _refuse_others(given, "--prefix-cache-dir lists what is saved there and", ("--json",))
+        return list_saved(Path(root).expanduser(), as_json=settings["as_json"])
     if blocks:
-        unused = {"MODEL": model, "--json": settings["as_json"]}
-        unused |= {f"--{option}": settings[option] for option in ("context", "concurrency", "memory", "dtype")}
-        for option, value in unused.items():
-            if value:
-                raise click.UsageError(f"--blocks draws a workload without a model and takes no {option}")
+        _refuse_others(given, "--blocks draws a workload without a model and", ("--blocks", "--lengths", "--svg"))
         return draw(lengths or _PICTURE_PROMPTS, block_size=settings["block_size"], svg=svg)
     if svg is not None:
         raise click.UsageError("--svg saves what --blocks draws: give both")
     if settings["dtype"] not in (None, *DTYPES):
         raise click.UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {settings['dtype']!r}")
     return analyse(model, lengths=lengths, **settings)
+
+
+def _refuse_others(given: dict[str, Any], what: str, taken: Sequence[str]) -> None:
+    """Raise click.UsageError if an option is given that would be ignored."""
+    for option, value in given.items():
+        if value and option not in taken:
+            raise click.UsageError(f"{what} takes no {option}")
 
 
 def analyse(
@@ -108,6 +117,8 @@ def analyse(
         "device": device,
         "memory_bytes": limit,
         "weight_bytes": size.weight_bytes,
+        "weights": size.weights,
+        "weights_are": "measured" if size.is_measured else "described",
         "unknown_quantization": size.unknown_quantization,
         "lengths": requests,
         "lengths_are": "given" if lengths else "typical",
@@ -119,8 +130,9 @@ def analyse(
 
 
 def _as_text(report: dict[str, Any]) -> str:
-    from rich.console import Console
     from rich.table import Table
+
+    from mlx_paged.tools.report import as_text
 
     lines = [f"{report['model']}: {report['family']}, K and V in {report['dtype']}", ""]
     for layers in report["layers"]:
@@ -134,42 +146,63 @@ def _as_text(report: dict[str, Any]) -> str:
             f"{layers['bytes_per_block']:,} bytes",
         ]
     room = report["memory_bytes"] - report["weight_bytes"]
-    unknown = report["unknown_quantization"]
     lines += [
-        f"room        {report['device']} {format_memory(report['memory_bytes'])} - weights about "
-        f"{format_memory(report['weight_bytes'])}{f' (without their {unknown} quantisation)' if unknown else ''} = "
+        f"room        {report['device']} {format_memory(report['memory_bytes'])} - weights {_weights(report)} = "
         + (format_memory(room) if room > 0 else "nothing: the weights alone do not fit"),
         "",
     ]
     lengths = report["lengths"]
     source = " (log-normal, mean 161 in and 338 out as in ShareGPT)" if report["lengths_are"] == "typical" else ""
-    mean = sum(lengths) / len(lengths)
-    span = (
-        f"{min(lengths):,} to {max(lengths):,} tokens, mean {mean:,.0f}" if len(lengths) > 1 else f"{mean:,.0f} tokens"
-    )
+    span = f"{lengths[0]:,} tokens"
+    if len(lengths) > 1:
+        span = f"{min(lengths):,} to {max(lengths):,} tokens, mean {sum(lengths) / len(lengths):,.0f}"
     lines += [f"{len(lengths):,} request{'s' * (len(lengths) > 1)} of {span}{source}:", ""]
-    names = {
-        "reserved": f"{report['context']:,} tokens reserved",
-        "padded": "mlx-lm's padded batch",
-        "blocks": f"blocks of {report['block_size']}",
-    }
+    names = [f"{report['context']:,} tokens reserved", "mlx-lm's padded batch", f"blocks of {report['block_size']}"]
     table = Table(box=None, pad_edge=False)
     for heading in ("", "each", "together", "waste", "fit: room / each"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, way in report["ways"].items():
+    for name, way in zip(names, report["ways"].values(), strict=True):
         each, together = format_memory(way["bytes"] / len(lengths)), format_memory(way["bytes"])
-        style = "bold" if name == "blocks" else ""
-        table.add_row(names[name], each, together, f"{way['waste']:.1%}", f"{way['fit']:,}", style=style)
-    console = Console(highlight=False)
-    with console.capture() as captured:
-        console.print(table)
+        style = "bold" if name == names[-1] else ""
+        table.add_row(name, each, together, f"{way['waste']:.1%}", f"{way['fit']:,}", style=style)
     lines += [
-        captured.get(),
+        as_text(table),
         f"What queries can see takes {format_memory(report['needed_bytes'])}. mlx-lm's batch pads every request to the",
         "longest, in steps of 256 tokens. The engine also sets aside what one step computes.",
         "Kwon et al. 2023 measured under 4% of waste in blocks of 16, 62 to 80% in systems that reserve.\n",
     ]
     return "\n".join(lines)
+
+
+def _weights(report: dict[str, Any]) -> str:
+    """Say what weights take, and in which types."""
+    about = "" if report["weights_are"] == "measured" else "about "
+    parts = [f"{format_memory(num_bytes)} {dtype}" for dtype, num_bytes in report["weights"].items()]
+    unknown = report["unknown_quantization"]
+    notes = [*(parts if len(parts) > 1 else report["weights"])]
+    notes += [f"without their {unknown} quantisation"] if unknown else []
+    return f"{about}{format_memory(report['weight_bytes'])} ({', '.join(notes)})"
+
+
+def list_saved(root: Path, *, as_json: bool) -> int:
+    """List what a folder of saved prompts has of each model. Raises click.UsageError if there is no such folder."""
+    from mlx_paged.cache.block_files import saved_models
+
+    try:
+        models = saved_models(root)
+    except OSError as error:
+        raise click.UsageError(f"--prefix-cache-dir: {error.strerror}: {root}") from None
+    if as_json:
+        sys.stdout.write(json.dumps([model._asdict() for model in models]) + "\n")
+        return 0
+    for name, num_blocks, num_bytes, last_used in models:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_used))
+        sys.stdout.write(
+            f"{name}  {num_blocks:,} block{'s' * (num_blocks != 1)}  {format_memory(num_bytes)}  last used {when}\n"
+        )
+    total = sum(model.num_bytes for model in models)
+    sys.stdout.write(f"{len(models)} model{'s' * (len(models) != 1)}, {format_memory(total)} in {root}\n")
+    return 0
 
 
 def draw(lengths: list[int], *, block_size: int, svg: str | None) -> int:

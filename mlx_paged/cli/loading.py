@@ -1,14 +1,16 @@
-"""Load the model of a command: warnings, Ctrl-C, and a profile of what it does."""
+"""Load the model of a command: warnings, signals that end it, and a profile of what it does."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -20,13 +22,16 @@ if TYPE_CHECKING:
     from mlx_paged.llm import LLM
 
 Params = SamplingParams | BeamSearchParams
+Given = TypeVar("Given", bound=Params)
 Prompt = str | list[int]
 Requests = Callable[["LLM"], Iterable[tuple[Prompt, Params]] | None]
+
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextmanager
 def loading(terminal: Terminal) -> Iterator[None]:
-    """Silence other libraries' warnings while a model is loaded, and have Ctrl-C end the process at once."""
+    """Silence other libraries' warnings while a model is loaded, and have signals end the process at once."""
     if not terminal.verbose:
         warnings.simplefilter("ignore")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -36,13 +41,15 @@ def loading(terminal: Terminal) -> Iterator[None]:
     if not terminal.shows_notes:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     terminal.progress("loading ...")
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _exit_now)
+    numbers = (signal.SIGINT, *_ENDING)
+    handlers = {n: h for n in numbers if (h := signal.getsignal(n)) in (signal.default_int_handler, _exit)}
+    for number in handlers:
+        signal.signal(number, _exit_now)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         terminal.progress("")
 
 
@@ -75,6 +82,18 @@ def load_model(model: str | None, engine: dict[str, Any], terminal: Terminal, re
     return llm
 
 
+def complete_params(params: Given, given: Collection[str], llm: LLM, terminal: Terminal) -> Given:
+    """Take from the model's generation_config.json what was not given; sampling is greedy if it does not say."""
+    if not isinstance(params, SamplingParams):
+        return params
+    recommended = {name: value for name, value in llm.sampling_defaults.items() if name not in given}
+    if terminal.verbose and recommended:
+        listed = ", ".join(f"{name} {value:g}" for name, value in recommended.items())
+        terminal.note(f"sampling as the model's generation_config.json has it: {listed}")
+    greedy = {} if "temperature" in given else {"temperature": 0.0}
+    return dataclasses.replace(params, **(greedy | recommended))
+
+
 @contextmanager
 def model_loader(
     model: str | None, engine: dict[str, Any], terminal: Terminal, *, profile: Path | None
@@ -102,6 +121,25 @@ def model_loader(
             if not terminal.quiet:
                 terminal.to_stderr(measured.table())
             measured.write(profile)
+
+
+@contextmanager
+def ending_signals() -> Iterator[None]:
+    """Have TERM and HUP end a command as Ctrl-C does, all cleared up, unless they are ignored or handled."""
+    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may ask for signals
+    numbers = [number for number in _ENDING if in_main_thread and signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, _exit)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit(*_: object) -> NoReturn:
+    """End the process, in chat as well, where KeyboardInterrupt ends an answer."""
+    raise SystemExit(INTERRUPTED)
 
 
 def _exit_now(*_: object) -> NoReturn:

@@ -1,7 +1,8 @@
 """The command line: commands, exit codes, and what bad input is told. What a command does is in a file of its name.
 
 Exit codes: 0, 1 (it failed: one line on stderr), 2 (bad usage, a value out of range too), 3 (an output was cut before
-it had its form), 130 (Ctrl-C). Nothing heavy is imported until a model is loaded, so that --help answers at once.
+it had its form), 130 (Ctrl-C, TERM, HUP). Nothing heavy is imported until a model is loaded, so that --help answers at
+once.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from mlx_paged import __version__
 from mlx_paged.cli import options
 from mlx_paged.cli.batch import answer_batch
 from mlx_paged.cli.bench import measure_model
-from mlx_paged.cli.chat import hold_conversation, require_chat_template
+from mlx_paged.cli.chat import FULL, hold_conversation, require_chat_template
 from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.inspect import inspect_cache
-from mlx_paged.cli.loading import check_form, load_model, model_loader
+from mlx_paged.cli.loading import check_form, complete_params, ending_signals, load_model, model_loader
+from mlx_paged.cli.serve import serve_model, serve_options
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
 from mlx_paged.config import EngineConfig
 from mlx_paged.cpu.blas import advice
@@ -90,7 +92,8 @@ class EngineGroup(click.Group):
             elif hasattr(getattr(sys, name), "reconfigure"):  # answers may hold what the encoding can't show
                 getattr(sys, name).reconfigure(errors="replace")
         try:
-            code = super().main(*args, **{**extra, "prog_name": "mlx-paged", "standalone_mode": False})
+            with ending_signals():
+                code = super().main(*args, **{**extra, "prog_name": "mlx-paged", "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             code = error.exit_code
@@ -173,6 +176,7 @@ def generate(
               help="Stop when no hypothesis is likely to get better (false), when enough are finished (true), when "
               "none can get better (never). Default: false.")  # fmt: skip
 @options.int_option("--num-return", "num_return_sequences", help="Hypotheses shown, best first. Default: all of them.")
+@options.text_options
 @options.engine_options
 @options.profile_option
 @options.report_options
@@ -193,24 +197,48 @@ def _answer(
     """Answer the prompts of a command with parameters of one kind. Returns the exit code."""
     model, profile = settings.pop("model"), settings.pop("profile")
     prompts = options.PromptArguments.take(settings)
+    given = options.given(settings)
     params, engine = split_settings(settings, kind)
     with model_loader(model, engine, terminal, profile=profile) as load:
-        return answer(prompts, load, params, terminal)
+        return answer(prompts, load, params, terminal, given)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
 @options.model_option
 @options.chat_options
+@click.option("--context-full", type=click.Choice(FULL), default=FULL[0],
+              help="At the end of the context drop the oldest turns, or stop. Default: drop.")  # fmt: skip
 @options.sampling_options
 @options.engine_options
 @options.report_options
 @click.pass_obj
 def chat(terminal: Terminal, model: str | None, **settings: Any) -> int:
-    """Talk with a model that remembers the conversation; /help shows what else can be typed."""
-    conversation = {name: settings.pop(name) for name in ("system", "chat_template_kwargs")}
+    """Talk with a model that remembers the conversation.
+
+    A turn is a line, lines that are pasted, or lines with a backslash at the end; \"\"\" begins and ends a longer one.
+    Commands: /file NAME, /save NAME, /load NAME, /set NAME VALUE, /reset, /exit; /help explains them.
+    """
+    conversation = {name: settings.pop(name) for name in ("system", "chat_template_kwargs", "context_full")}
+    given = options.given(settings)
     params, engine = split_settings(settings, SamplingParams)
     llm = load_model(model, engine, terminal, require_chat_template)
+    params = complete_params(params, given, llm, terminal)
     return hold_conversation(llm, params, **conversation, terminal=terminal)
+
+
+@cli.command(epilog=_ALIASES_EPILOG)
+@options.model_option
+@serve_options
+@options.engine_options
+@options.report_options
+@click.pass_obj
+def serve(terminal: Terminal, model: str | None, **settings: Any) -> int:
+    """Serve a model over HTTP, as OpenAI's API has it: chat completions, completions.
+
+    Ends at Ctrl-C or TERM once running requests have ended, a second time at once.
+    """
+    engine = engine_settings(settings)
+    return serve_model(model, engine, terminal, **settings)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
@@ -223,13 +251,15 @@ def chat(terminal: Terminal, model: str | None, **settings: Any) -> int:
 @options.text("--memory", metavar="SIZE", help="Plan for 16GB, say, or 50%. Default: what this machine has.")
 @options.dtype_option
 @options.flag("--json", "as_json", help="One JSON object.")
+@options.text("--prefix-cache-dir", metavar="FOLDER", help="List the saved prompts of a folder instead, by model.")
 @options.flag("--blocks", help="Draw the block pool of a small workload instead; --lengths are its prompts.")
 @options.text("--svg", metavar="FILE", help="With --blocks: save the picture too.")
 @options.report_options
 def inspect(**settings: Any) -> int:
-    """Show what a model's KV cache takes and wastes, from its config.json alone, or draw a block pool.
+    """Show what a model's KV cache takes and wastes, draw a block pool, or list saved prompts.
 
-    MODEL is an alias, a Hugging Face repository or a folder; without one it is the bundled demo model.
+    MODEL is an alias, a Hugging Face repository or a folder; without one it is the bundled demo model. Its config.json
+    is enough; weights that are in a folder are measured by their headers.
     """
     return inspect_cache(**settings)
 
@@ -243,7 +273,7 @@ def inspect(**settings: Any) -> int:
 def bench(terminal: Terminal, model: str | None, shape: str | None, **settings: Any) -> int:
     """Measure a model's speed: tokens per second of prompts (pp) and of decoding (tg), by batch size.
 
-    Sequences decode from one token on.
+    Sequences decode from one token on. How long it will take is said beforehand; Ctrl-C ends it within two seconds.
     """
     if model is not None and shape is not None:
         raise click.UsageError(f"give --model {model} or --random-weights {shape}, not both")
@@ -254,7 +284,7 @@ def split_settings(settings: dict[str, Any], kind: type[Params]) -> tuple[Params
     """Split a command's options into the request's parameters and the engine's settings. Raises click.UsageError."""
     engine = engine_settings(settings)
     with _as_usage_error():
-        params = kind(**settings)
+        params = kind(**{name: settings[name] for name in options.given(settings)})
         check_form(params)
     return params, engine
 

@@ -39,7 +39,7 @@ def int_option(*names: str, help: str, default: int | None = None) -> Option:
     return click.option(*names, type=int, metavar="N", default=default, help=help)
 
 
-def float_option(*names: str, help: str, default: float) -> Option:
+def float_option(*names: str, help: str, default: float | None = None) -> Option:
     """Make an option that is a number."""
     return click.option(*names, type=float, metavar="X", default=default, help=help)
 
@@ -76,6 +76,11 @@ def text(*names: str, help: str, **kwargs: Any) -> Option:
 def flag(*names: str, help: str, **kwargs: Any) -> Option:
     """Make an option that is given or not."""
     return click.option(*names, is_flag=True, help=help, **kwargs)
+
+
+def given(settings: dict[str, Any]) -> list[str]:
+    """Return the names of the options that were given, or have a default."""
+    return [name for name, value in settings.items() if value is not None]
 
 
 model_values = completing(*ALIASES, kind="dir")
@@ -165,7 +170,7 @@ def read_stdin() -> str:
 
 def _decode(content: bytes, source: str) -> str:
     try:
-        return re.sub(r"\r?\n\Z", "", content.decode("utf-8"))
+        return re.sub(r"\r?\n\Z", "", content.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise click.UsageError(f"{source} is not UTF-8 text") from None
 
@@ -187,17 +192,24 @@ engine_options: Option = options(
          shell_complete=completing(kind="dir")),
     text("--prefix-cache-dir", metavar="FOLDER", help="Keep the blocks of prompts there for later runs.",
          shell_complete=completing(kind="dir")),
+    text("--prefix-cache-size", metavar="SIZE",
+         help="Most that is there, of all models. Default: 10% of the free disk."),
+)  # fmt: skip
+text_options: Option = options(
+    text("--stop", multiple=True, help="End before this text. Repeatable."),
+    flag("--show-special-tokens", "skip_special_tokens", flag_value=False, default=True,
+         help="Leave special tokens in the text."),
 )  # fmt: skip
 sampling_options: Option = options(
     int_option("-m", "--max-tokens", help=f"Default: {DEFAULT_MAX_TOKENS}, or what fits if that is less."),
-    float_option("--temp", "--temperature", "temperature", default=0.0, help="Default: 0, greedy."),
-    float_option("--top-p", default=1.0, help="Keep the likeliest tokens that make up this probability."),
-    int_option("--top-k", default=0, help="Keep this many tokens. Default: 0, all."),
-    float_option("--min-p", default=0.0, help="Keep tokens at least this likely beside the likeliest."),
-    float_option("--repetition-penalty", default=1.0, help="Above 1: against tokens seen before."),
-    float_option("--presence-penalty", default=0.0, help="Against tokens of the output, once."),
-    float_option("--frequency-penalty", default=0.0, help="Against tokens of the output, each time."),
-    text("--stop", multiple=True, help="End before this text. Repeatable."),
+    float_option("--temp", "--temperature", "temperature", help="0 is greedy. Default: the model's, or 0."),
+    float_option("--top-p", help="Keep the likeliest tokens that make up this. Default: the model's, or 1."),
+    int_option("--top-k", help="Keep this many tokens; 0: all. Default: the model's, or 0."),
+    float_option("--min-p", help="Keep tokens this likely beside the likeliest. Default: the model's, or 0."),
+    float_option("--repetition-penalty", help="Above 1: against tokens seen before. Default: the model's, or 1."),
+    float_option("--presence-penalty", help="Against tokens of the output, once. Default: 0."),
+    float_option("--frequency-penalty", help="Against tokens of the output, each time. Default: 0."),
+    text_options,
     int_option("--seed", help="Makes random sampling repeatable."),
     flag("--ignore-eos", help="Run on past the model's end token."),
 )

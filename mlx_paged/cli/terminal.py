@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, TextIO
 
@@ -41,6 +41,10 @@ class Terminal:
         self._line_open = False  # stdout stands in the middle of a line
         self._progress = ""
         self._bar: ProgressBar | None = None
+
+    def keep_names(self, settings: Collection[str]) -> None:
+        """Call these settings as they are called in Python, from here on: that is how they were given."""
+        self.option_names = {name: each for name, each in self.option_names.items() if name not in settings}
 
     def answer(self, text: str) -> None:
         """Show a piece of an answer at once."""

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +24,7 @@ from mlx_paged.engine.forking import Forking
 from mlx_paged.engine.input_processor import InputProcessor
 from mlx_paged.engine.interrupts import defer_interrupts
 from mlx_paged.engine.output_processor import FinishReason, OutputProcessor
+from mlx_paged.engine.own_process import OwnProcess
 from mlx_paged.engine.profile import Profile
 from mlx_paged.engine.sampling_step import SamplingStep
 from mlx_paged.outputs import EngineStats, Output
@@ -58,7 +59,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.profile = Profile(config.profile)
         self._runner = runner
-        stores = open_stores(config.swap_space, config.prefix_cache_dir, runner.fingerprint)
+        stores = open_stores(config, runner.fingerprint)
         self.cache_groups = CacheGroups.make(
             runner.plan.num_blocks,
             runner.plan.windows,
@@ -74,11 +75,11 @@ class Engine:
         self._batch = RunningBatch(num_seqs, len(runner.plan.windows), max_blocks, config.block_size)
         self._scheduler = Scheduler(self.cache_groups, self._batch, num_seqs, config.max_num_batched_tokens)
         self._block_mover = BlockMover(self.cache_groups, runner.kv_cache, stores)
-        self._input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
+        self.input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
         self._input_builder = InputBuilder(self._batch)
         self._steps = StepRunner(runner, self.profile)
-        eos_token_ids = self._input_processor.eos_token_ids
-        self._outputs = OutputProcessor(tokenizer, eos_token_ids, self._batch, self._scheduler, self.profile)
+        detokenizer, eos_token_ids = self.input_processor.detokenizer, self.input_processor.eos_token_ids
+        self._outputs = OutputProcessor(detokenizer, eos_token_ids, self._batch, self._scheduler, self.profile)
         self._forking = Forking(self.block_manager, self._batch, self._scheduler, self._block_mover, self._outputs)
         self._sampling = SamplingStep(
             self._batch, runner.vocab_size, self._forking, self._outputs, self._steps, self.profile
@@ -86,6 +87,7 @@ class Engine:
         self._arrivals: deque[Request] = deque()
         self._pending_aborts: deque[int] = deque()
         self._in_flight: StepInFlight | None = None
+        self._process = OwnProcess()
         self._lock = threading.RLock()
         self._arrival_lock = threading.Lock()
         self._is_busy = False
@@ -121,10 +123,11 @@ class Engine:
         self, prompt: str | SequenceOf[int], params: SamplingParams | BeamSearchParams, *, stream: bool = False
     ) -> Request:
         """Return a validated request that is not queued yet. Raises what `add_request` does."""
-        return self._input_processor.make_request(prompt, params, stream=stream)
+        return self.input_processor.make_request(prompt, params, stream=stream)
 
     def submit(self, request: Request) -> int:
         """Queue a request that `make_request` made, from any thread. Returns its id. The next step admits it."""
+        self._process.require_own()
         with self._arrival_lock:
             request.request_id = self._next_request_id
             self._next_request_id += 1
@@ -134,13 +137,15 @@ class Engine:
         return request.request_id
 
     def abort(self, request_id: int) -> Output | None:
-        """End a request and free its blocks. Returns its output so far, or None if it had already ended.
+        """End a request and free its blocks. Returns its output so far, or None if it had ended and been handed out.
 
-        May be called from any thread: waits for a step that is being made. Raises KeyError for an id that was never
-        given out.
+        Nothing more comes of it. May be called from any thread: waits for a step that is being made. Raises KeyError
+        for an id that was never given out.
         """
         if not 0 <= request_id < self._next_request_id:
             raise KeyError(f"no request {request_id}: ids up to {self._next_request_id - 1} were given out")
+        if self._process.is_fork:  # where a stream that was inherited is closed
+            return None
         with self._exclusive() as was_busy:
             if was_busy:  # in this very thread: a stream was closed by the garbage collector
                 self._pending_aborts.append(request_id)
@@ -148,11 +153,7 @@ class Engine:
             if self._is_torn:
                 return None
             self._admit_arrivals()
-            request = self._outputs.requests.get(request_id)
-            if request is None:
-                return None
-            self._outputs.finish_request(request, FinishReason("abort"))
-            return self._outputs.outputs.pop()
+            return self._outputs.abort(request_id)
 
     def has_unfinished(self) -> bool:
         """Say whether any request still waits or runs, or has ended without being handed out."""
@@ -160,12 +161,13 @@ class Engine:
 
     # -- steps --------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[Output]:
+    def step(self, wanted: Container[int] | None = None) -> list[Output]:
         """Launch the next step, then process the one before it. Returns finished outputs and stream deltas.
 
-        There may be none for several steps. An error while computing ends the requests that took part, with
+        wanted: the ids of requests, if the outputs of others are to be kept for another call. There may be none for
+        several steps. An error while computing ends the requests that took part, with
         finish_reason "error"; the others go on. After a KeyboardInterrupt everything can go on: it waits for the end
-        of the step. Raises RuntimeError if a step was torn by a second one.
+        of the step. Raises RuntimeError if a step was torn by a second one, or in a fork of the engine's process.
         """
         with self._exclusive(), defer_interrupts(), self.profile.step():
             self._require_whole()
@@ -178,7 +180,7 @@ class Engine:
                 if step is not None:
                     if self._must_finish(step):
                         self._receive(self._in_flight)
-                    self._count(step, time.perf_counter() - started)
+                    self._count(step, time.perf_counter() - started - self._block_mover.last_run_s)
                 if self.config.check_invariants:
                     self._scheduler.sync_blocks()
                     self.cache_groups.check()
@@ -188,7 +190,7 @@ class Engine:
                 self._is_torn = True
                 raise
             self._host_time_s += time.perf_counter() - started - (self._steps.model_time_s - model_time_s)
-        return self._outputs.take()
+        return self._outputs.take(wanted)
 
     def _schedule(self) -> Schedule:
         """Choose the next step's tokens. If that takes somebody's blocks, it has to be known first who has ended."""
@@ -214,9 +216,6 @@ class Engine:
             assert self._in_flight or is_idle, "requests wait, and none of them can be served"
             return None
         step = self._steps.begin(schedule, self._batch.version)
-        for chunk in schedule.chunks:
-            metrics = chunk.sequence.request.metrics
-            metrics.first_scheduled_time = metrics.first_scheduled_time or time.monotonic()
         with self.profile.part("move"):
             all_read_back = self._block_mover.run()
         if not all_read_back:  # those that counted on a stored block wait again
@@ -252,25 +251,24 @@ class Engine:
         return self.config.pipelining == "off" or bool(step.beams) or step.schedule.is_short_of_blocks
 
     def _count(self, step: StepInFlight, seconds: float) -> None:
-        """Count a step, and decide whether storing blocks of preempted sequences pays: is faster than computing."""
+        """Count a step, and decide whether storing blocks of preempted sequences pays: is faster than computing.
+
+        seconds: how long it took beside moving blocks.
+        """
         self._num_steps += 1
         if step.schedule.chunks:
             latest, before = seconds / step.schedule.num_tokens, self._prefill_s_per_token
             self._prefill_s_per_token = latest if before is None else 0.8 * before + 0.2 * latest
             round_trip_s = self._block_mover.round_trip_s
             if round_trip_s is not None:
-                pays = round_trip_s < self._prefill_s_per_token * self.config.block_size
-                self._scheduler.storing_pays = pays
+                self._scheduler.storing_pays = round_trip_s < self._prefill_s_per_token * self.config.block_size
 
     def _admit_arrivals(self) -> None:
         """Let requests that have arrived wait, and end those that were aborted in the middle of a step."""
         while self._arrivals:
             self._forking.begin(self._arrivals.popleft())
         while self._pending_aborts:
-            request = self._outputs.requests.get(self._pending_aborts.popleft())
-            if request is not None:
-                self._outputs.finish_request(request, FinishReason("abort"))
-                self._outputs.outputs.pop()
+            self._outputs.abort(self._pending_aborts.popleft())
 
     def _recover(self, error: Exception) -> None:
         """Forget all that was computed after an error in a step: every sequence waits to be computed again.
@@ -313,18 +311,18 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return the engine's counters and the pool's state at this moment."""
         with self._exclusive():
+            self._require_whole()
             self._scheduler.sync_blocks()
             manager = self.block_manager
-            num_used = manager.num_blocks - manager.num_free_blocks
-            kv_tokens = manager.num_kv_tokens()
             return EngineStats(
                 num_blocks=manager.num_blocks,
                 num_free_blocks=manager.num_free_blocks,
+                num_running=len(self._scheduler.running),
+                num_waiting=len(self._scheduler.waiting) + len(self._arrivals),
                 peak_used_blocks=self._peak_used_blocks,
                 block_size=manager.block_size,
                 kv_bytes=self._runner.kv_bytes,
-                kv_tokens=kv_tokens,
-                kv_waste=1 - kv_tokens / (num_used * manager.block_size) if num_used else 0.0,
+                kv_tokens=manager.num_kv_tokens(),
                 prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
                 prefix_query_tokens=self._scheduler.prefix_query_tokens,
                 num_preemptions=self._scheduler.num_preemptions,
@@ -338,6 +336,7 @@ class Engine:
     @contextmanager
     def _exclusive(self) -> Iterator[bool]:
         """Keep other threads out. Yields whether this one was in already, in a call that the garbage collector made."""
+        self._process.require_own()  # before the lock, which another thread may have held in the moment of a fork
         with self._lock:
             was_busy, self._is_busy = self._is_busy, True
             try:

@@ -8,6 +8,7 @@ from mlx_paged.blocks.block_manager import BlockManager
 from mlx_paged.cache.block_mover import BlockMover
 from mlx_paged.engine.output_processor import FinishReason, OutputProcessor
 from mlx_paged.request import Request, Sequence
+from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.scheduler import Scheduler
 
@@ -32,9 +33,15 @@ class Forking:
         self._next_seq_id = 0
 
     def begin(self, request: Request) -> None:
-        """Let a request that has arrived wait."""
+        """Let a request that has arrived wait, or end if it can't begin."""
         self._outputs.requests[request.request_id] = request
-        self._scheduler.add(self._new_sequence(request, request.prompt_token_ids))
+        try:
+            first = self._new_sequence(request, request.prompt_token_ids)
+            if request.in_waves and len(request.prompt_token_ids) > 1:
+                first.num_shared_tokens = len(request.prompt_token_ids) - 1
+            self._scheduler.add(first)
+        except Exception as error:  # of what it asks for
+            self._outputs.fail_request(request, error)
 
     def fork_samples(self, sources: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Make the samples of prompts that have just been computed.
@@ -48,12 +55,23 @@ class Forking:
                 continue
             self._block_mover.store_prompt(sequence.seq_id)
             self._scheduler.release_fork_rows(sequence)
+            if sequence.request.in_waves:
+                self._add_samples(sequence)
             for _ in range(1, sequence.request.max_num_sequences):
                 fork = self._new_sequence(sequence.request, sequence.token_ids)
                 self._scheduler.add_fork(sequence, fork)
                 more_sources.append(source)
                 more_rows.append(fork.row)
         return np.append(sources, more_sources).astype(np.int64), np.append(rows, more_rows).astype(np.int64)
+
+    def _add_samples(self, sequence: Sequence) -> None:
+        """Let the other samples of a request wait, of which there are too many to run at once."""
+        request = sequence.request
+        assert isinstance(request.params, SamplingParams)
+        samples = [self._new_sequence(request, request.prompt_token_ids) for _ in range(1, request.params.n)]
+        self._scheduler.kept_prompts.wait(samples)
+        for sample in samples:
+            self._scheduler.add(sample)
 
     def _new_sequence(self, request: Request, token_ids: list[int]) -> Sequence:
         sequence = Sequence(self._next_seq_id, request, request.num_sequences_made, list(token_ids))
@@ -88,8 +106,8 @@ class Forking:
         token_ids, logprobs = (np.stack([beam.beam_candidates[i][:count] for beam in before]) for i in range(2))
         try:
             parents = search.advance(token_ids, logprobs)
-        except ValueError as error:
-            self._outputs.finish_request(request, FinishReason("error", str(error)))
+        except Exception as error:  # NaN, or of the tokenizer's code
+            self._outputs.finish_request(request, FinishReason.of(error, ValueError))
             return
         if search.finished:
             self._outputs.finish_request(request, FinishReason("stop"))

@@ -1,17 +1,21 @@
 """What becomes of tokens: stop checks, text, how sequences and requests end, and the outputs that are handed out."""
 
 import time
-from typing import Any, NamedTuple
+from collections.abc import Container
+from typing import NamedTuple
 
 import numpy as np
 
+from mlx_paged.engine.detokenizer import Detokenizer
 from mlx_paged.engine.profile import Profile
 from mlx_paged.engine.text_stream import TextStream
 from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, Output, RequestOutput
 from mlx_paged.request import Request, Sequence
-from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.scheduler import Scheduler
+
+MAX_STOP_IDS = 32  # that are compared with the tokens of all rows: a request with more costs nobody else time
 
 
 class FinishReason(NamedTuple):
@@ -19,6 +23,12 @@ class FinishReason(NamedTuple):
 
     finish_reason: str
     stop_reason: int | str | None = None
+
+    @classmethod
+    def of(cls, error: Exception, *own: type[Exception]) -> "FinishReason":
+        """Return that of a sequence whose tokenizer or grammar raised. own: errors whose message says all."""
+        name = "" if isinstance(error, own) else f"{type(error).__name__}: "
+        return cls("error", " ".join(f"{name}{error}".split()))
 
 
 class OutputProcessor:
@@ -31,7 +41,7 @@ class OutputProcessor:
 
     def __init__(
         self,
-        tokenizer: Any,
+        detokenizer: Detokenizer | None,
         eos_token_ids: frozenset[int],
         batch: RunningBatch,
         scheduler: Scheduler,
@@ -39,25 +49,34 @@ class OutputProcessor:
     ) -> None:
         self.requests = {}
         self.outputs = []
-        self._tokenizer = tokenizer
+        self._detokenizer = detokenizer
         self._eos_token_ids = eos_token_ids
         self._batch = batch
         self._scheduler = scheduler
         self._profile = profile
 
-    def take(self) -> list[Output]:
-        """Hand out what waits."""
-        outputs, self.outputs = self.outputs, []
-        return outputs
+    def take(self, wanted: Container[int] | None = None) -> list[Output]:
+        """Hand out what waits; with `wanted`, the ids of requests, what waits of these."""
+        taken, self.outputs = self.outputs, []
+        if wanted is not None:
+            self.outputs = [output for output in taken if output.request_id not in wanted]
+            taken = [output for output in taken if output.request_id in wanted]
+        return taken
+
+    def abort(self, request_id: int) -> Output | None:
+        """End a request. Returns its output, or None if it had ended and been handed out."""
+        if request_id in self.requests:
+            self.finish_request(self.requests[request_id], FinishReason("abort"))
+        outputs = self.take((request_id,))
+        return outputs[-1] if outputs else None
 
     def start(self, sequence: Sequence) -> None:
         """Give a new sequence what its request asks for beside tokens."""
         request, params = sequence.request, sequence.request.params
         if isinstance(params, SamplingParams) and params.logprobs is not None:
             sequence.logprobs = []
-        if self._tokenizer is not None:
-            stop = params.stop_strings if isinstance(params, SamplingParams) else ()
-            sequence.text_stream = TextStream(self._tokenizer.detokenizer, stop)
+        if self._detokenizer is not None:
+            sequence.text_stream = TextStream.of(self._detokenizer, params)
         if request.matcher is not None:
             sequence.matcher = request.matcher.copy()
 
@@ -66,7 +85,9 @@ class OutputProcessor:
         params = request.params
         if not isinstance(params, SamplingParams):
             return []
-        return [*(() if self._ignores_eos(params) else self._eos_token_ids), *(params.stop_token_ids or ())]
+        asked = params.stop_token_ids or ()
+        asked = asked if len(asked) <= MAX_STOP_IDS else ()  # then each token is checked
+        return [*(() if self._ignores_eos(params) else self._eos_token_ids), *asked]
 
     def needs_every_token(self, sequence: Sequence) -> bool:
         """Say whether each token of a sequence has to be checked when it comes: the first one always has."""
@@ -76,6 +97,7 @@ class OutputProcessor:
             or sequence.request.stream
             or params.logprobs is not None
             or bool(params.stop_strings)
+            or len(params.stop_token_ids or ()) > MAX_STOP_IDS
             or sequence.matcher is not None
         )
 
@@ -127,7 +149,7 @@ class OutputProcessor:
         try:
             return self._find_stop(sequence, token_id)
         except Exception as error:
-            return _error(error)
+            return FinishReason.of(error)
 
     def _find_stop(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         params = sequence.request.params
@@ -137,7 +159,7 @@ class OutputProcessor:
         if token_id in (params.stop_token_ids or ()):
             return FinishReason("stop", token_id)
         if params.stop_strings or sequence.request.stream:
-            stop_string = self._detokenize(sequence, sequence.num_output_tokens)
+            stop_string = self._detokenize(sequence, token_id)
             if stop_string is not None:
                 return FinishReason("stop", stop_string)
         if sequence.matcher is not None:
@@ -148,9 +170,9 @@ class OutputProcessor:
             return FinishReason("length")
         return None
 
-    def fail_sequence(self, sequence: Sequence, reason: str) -> None:
+    def fail_sequence(self, sequence: Sequence, error: Exception) -> None:
         """End a sequence that can't go on, and its request if it was the last one."""
-        self._finish_sequence(sequence, FinishReason("error", reason))
+        self._finish_sequence(sequence, FinishReason.of(error, ValueError))
         if sequence.request.finished:
             self._emit_final(sequence.request)
 
@@ -163,6 +185,10 @@ class OutputProcessor:
                 self._finish_sequence(sequence, stop)
         self._emit_final(request)
 
+    def fail_request(self, request: Request, error: Exception) -> None:
+        """End a request, with all its sequences, by an error that is its own."""
+        self.finish_request(request, FinishReason.of(error))
+
     def _finish_sequence(self, sequence: Sequence, stop: FinishReason) -> None:
         """End a sequence, wherever it is, and complete its text."""
         self._scheduler.remove(sequence)
@@ -172,37 +198,33 @@ class OutputProcessor:
             try:
                 stop = self._complete_text(sequence, stop)
             except Exception as error:  # of the tokenizer's code
-                stop = _error(error)
+                stop = FinishReason.of(error)
         sequence.finish_reason, sequence.stop_reason = stop
 
     def _complete_text(self, sequence: Sequence, stop: FinishReason) -> FinishReason:
-        """Detokenize what is left of a sequence. Returns why it ended: a stop string may turn up."""
-        has_eos = stop.stop_reason is None and self._ends_with_eos(sequence)
-        ends_in_text = stop.finish_reason != "stop" or (stop.stop_reason is None and not has_eos)
-        stop_string = self._detokenize(sequence, sequence.num_output_tokens - (not ends_in_text))
-        stop_string = stop_string or sequence.text_stream.finish()
-        return stop if stop_string is None else FinishReason("stop", stop_string)
+        """Decode the output of a sequence. Returns why it ended: a stop string may turn up.
 
-    def _ends_with_eos(self, sequence: Sequence) -> bool:
-        params = sequence.request.params
-        ignored = isinstance(params, SamplingParams) and self._ignores_eos(params)
-        return sequence.num_output_tokens > 0 and sequence.token_ids[-1] in self._eos_token_ids and not ignored
+        The token that ended it is no text of it, except one that completed a grammar.
+        """
+        params, token_ids = sequence.request.params, sequence.output_token_ids
+        ended_by_token = stop.finish_reason == "stop" and (
+            stop.stop_reason is not None or token_ids[-1] in self.stop_ids(sequence.request)
+        )
+        with self._profile.part("detokenise"):
+            assert self._detokenizer is not None
+            whole = self._detokenizer.decode(token_ids[: -1 if ended_by_token else None], params.skip_special_tokens)
+            stop_string = sequence.text_stream.finish(whole)
+        return stop if stop_string is None else FinishReason("stop", stop_string)
 
     def _ignores_eos(self, params: SamplingParams) -> bool:
         return params.ignore_eos and not params.is_constrained  # what is complete by its grammar can't go on
 
-    def _detokenize(self, sequence: Sequence, end: int) -> str | None:
-        """Turn output tokens up to `end` into text. Returns the stop string that they complete, if they do."""
+    def _detokenize(self, sequence: Sequence, token_id: int) -> str | None:
+        """Add a token to the text of a sequence. Returns the stop string that it completes, if it does."""
         if sequence.text_stream is None:
             return None
-        first = len(sequence.request.prompt_token_ids)
         with self._profile.part("detokenise"):
-            for token_id in sequence.token_ids[first + sequence.num_detokenized : first + end]:
-                sequence.num_detokenized += 1
-                stop_string = sequence.text_stream.add(token_id)
-                if stop_string is not None:
-                    return str(stop_string)
-        return None
+            return str(stop) if (stop := sequence.text_stream.add(token_id)) is not None else None
 
     def _emit(self, request: Request, finished: bool) -> None:
         self.outputs.append(self._output(request, finished))
@@ -249,15 +271,15 @@ class OutputProcessor:
         )
 
     def _beam_search_output(self, request: Request) -> BeamSearchOutput:
-        assert request.search is not None
-        found = request.search.hypotheses() if request.error is None else []
+        assert request.search is not None and isinstance(request.params, BeamSearchParams)
+        params, found = request.params, request.search.hypotheses() if request.error is None else []
         hypotheses: list[BeamHypothesis] = []
         try:
             hypotheses = [
-                BeamHypothesis(list(ids), self._text_of(ids), logprob, score) for ids, logprob, score in found
+                BeamHypothesis(list(ids), self._text_of(ids, params), logprob, score) for ids, logprob, score in found
             ]
         except Exception as error:  # of the tokenizer's code
-            request.error = str(_error(error).stop_reason)
+            request.error = str(FinishReason.of(error).stop_reason)
         return BeamSearchOutput(
             request.request_id,
             request.prompt,
@@ -272,17 +294,13 @@ class OutputProcessor:
             any(sequence.finish_reason == "abort" for sequence in request.sequences),
         )
 
-    def _text_of(self, token_ids: list[int]) -> str:
-        if self._tokenizer is None:
+    def _text_of(self, token_ids: list[int], params: BeamSearchParams) -> str:
+        """Decode a hypothesis. The token that ended it is no text of it, nor are a stop string and what follows it."""
+        if self._detokenizer is None:
             return ""
         with self._profile.part("detokenise"):
-            text_stream = TextStream(self._tokenizer.detokenizer, ())
-            for token_id in token_ids:
-                if token_id not in self._eos_token_ids:
-                    text_stream.add(token_id)
-            text_stream.finish()
+            if token_ids[-1] in self._eos_token_ids or token_ids[-1] in (params.stop_token_ids or ()):
+                token_ids = token_ids[:-1]
+            text_stream = TextStream.of(self._detokenizer, params)
+            text_stream.finish(self._detokenizer.decode(token_ids, params.skip_special_tokens))
             return text_stream.text
-
-
-def _error(error: Exception) -> FinishReason:
-    return FinishReason("error", " ".join(f"{type(error).__name__}: {error}".split()))

@@ -8,6 +8,7 @@ import numpy as np
 from mlx_paged.engine.forking import Forking
 from mlx_paged.engine.output_processor import OutputProcessor
 from mlx_paged.engine.profile import Profile
+from mlx_paged.request import Request, Sequence
 from mlx_paged.runner.in_flight import StepInFlight, StepRunner
 from mlx_paged.sampling.sampler import Sampler, best_tokens, sample_seed
 from mlx_paged.sampling_params import SamplingParams
@@ -32,6 +33,7 @@ class SamplingStep:
         self._outputs = outputs
         self._steps = steps
         self._profile = profile
+        self._failed: list[tuple[Request, Exception]] = []
         self.reset()
 
     def reset(self) -> None:
@@ -39,18 +41,31 @@ class SamplingStep:
         self._sampler = Sampler(len(self._batch.sequences), self._vocab_size)
 
     def register_rows(self) -> None:
-        """Set the parameters of the rows that sequences have got since the last call."""
+        """Set the parameters of the rows that sequences have got since the last call.
+
+        A request whose parameters can't be set ends in the next `draw`: the step that is being made has its row.
+        """
         for sequence in self._batch.pop_added():
-            request, params = sequence.request, sequence.request.params
-            if isinstance(params, SamplingParams):
-                seed = sample_seed(request.seed, sequence.index)
-                prompt, output = request.prompt_token_ids, sequence.output_token_ids
-                self._sampler.set_row(sequence.row, params, seed, prompt, output)
-            stop_ids = self._outputs.stop_ids(request)
-            self._batch.set_stop_checks(sequence.row, self._outputs.needs_every_token(sequence), stop_ids)
+            try:
+                self._register_row(sequence)
+            except Exception as error:
+                self._failed.append((sequence.request, error))
+
+    def _register_row(self, sequence: Sequence) -> None:
+        request, params = sequence.request, sequence.request.params
+        if isinstance(params, SamplingParams):
+            seed = sample_seed(request.seed, sequence.index)
+            prompt, output = request.prompt_token_ids, sequence.output_token_ids
+            self._sampler.set_row(sequence.row, params, seed, prompt, output)
+        stop_ids = self._outputs.stop_ids(request)
+        self._batch.set_stop_checks(sequence.row, self._outputs.needs_every_token(sequence), stop_ids)
 
     def draw(self, step: StepInFlight | None) -> StepInFlight | None:
         """Have the next tokens drawn of the rows of a step that still run. Returns the step."""
+        failed, self._failed = self._failed, []
+        for request, error in failed:
+            if not request.finished and request.request_id in self._outputs.requests:
+                self._outputs.fail_request(request, error)
         if step is None:
             return None
         with self._profile.part("sample"):
@@ -110,8 +125,8 @@ class SamplingStep:
             sequence = self._batch.sequences[rows[i]]
             assert sequence is not None
             try:
-                sequence.matcher.fill(masks[i])
-            except ValueError as error:
+                masks[i] = sequence.matcher.mask()
+            except Exception as error:  # a ValueError where nothing is allowed, else of the grammar's code
                 dead_ends.append(i)
-                self._outputs.fail_sequence(sequence, str(error))
+                self._outputs.fail_sequence(sequence, error)
         return masks, dead_ends

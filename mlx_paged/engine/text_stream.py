@@ -1,55 +1,76 @@
-"""From tokens to text as they come, with stop strings found across the borders of tokens."""
+"""Text as it comes, with stop strings found across the borders of tokens."""
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+
+from mlx_paged.engine.detokenizer import DecodeStream, Detokenizer
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 
 class TextStream:
     """The text of one sequence. Text that could be the beginning of a stop string is held back until it is not.
 
-    detokenizer: one of mlx-lm's streaming detokenizers, fresh.
+    decode_stream: fresh, of the sequence's tokens. `text` only grows; it is what has been, or may be, handed out.
     """
 
-    def __init__(self, detokenizer: Any, stop_strings: Sequence[str]) -> None:
-        self._detokenizer = detokenizer
+    def __init__(self, decode_stream: DecodeStream, stop_strings: Sequence[str]) -> None:
+        self._decode_stream = decode_stream
         self._stop_strings = stop_strings
-        self._longest_stop = max(map(len, stop_strings), default=0)
+        self._beginnings = tuple({stop[:length] for stop in stop_strings for length in range(1, len(stop))})
         self._pending = ""
         self.text = ""
 
-    def add(self, token_id: int) -> str | None:
-        """Take in a token; the stop string that it completed, if it did. The text then ends before it."""
-        self._detokenizer.add_token(token_id)
-        return self._take(self._detokenizer.last_segment)
+    @classmethod
+    def of(cls, detokenizer: Detokenizer, params: SamplingParams | BeamSearchParams) -> "TextStream":
+        """Make the stream of a sequence, or of a beam, with such parameters."""
+        return cls(DecodeStream(detokenizer, params.skip_special_tokens), params.stop_strings)
 
-    def finish(self) -> str | None:
-        """No token follows: release what was held back. Returns a stop string that this completed, if it did."""
-        self._detokenizer.finalize()
-        stopped_by = self._take(self._detokenizer.last_segment)
+    def copy(self) -> "TextStream":
+        """Make a stream that goes on by itself from here."""
+        other = copy.copy(self)
+        other._decode_stream = self._decode_stream.copy()
+        return other
+
+    def add(self, token_id: int) -> str | None:
+        """Take in a token; the stop string that it completed, if it did. The text then ends before it.
+
+        A stop string counts as soon as it is in the text that the tokens so far would have if no other came.
+        """
+        new = self._decode_stream.add(token_id)
+        if not self._stop_strings:
+            self.text += new
+            return None
+        self._pending += new
+        stopped_by = self._find_stop(self._pending + self._decode_stream.tail.rstrip("\ufffd"))  # no half characters
         if stopped_by is None:
-            self.text += self._pending
+            end = len(self._pending) - self._num_held_back()
+            self.text += self._pending[:end]
+            self._pending = self._pending[end:]
+        return stopped_by
+
+    def finish(self, whole: str) -> str | None:
+        """No token follows: make the text that of all tokens, `whole`. Returns a stop string that this completed."""
+        rest = self._pending + self._decode_stream.tail
+        if whole.startswith(self.text):  # as it should: then nothing that was handed out differs
+            rest = whole[len(self.text) :]
+        stopped_by = self._find_stop(rest)
+        if stopped_by is None:
+            self.text += rest
         self._pending = ""
         return stopped_by
 
-    def _take(self, segment: str) -> str | None:
-        if not self._stop_strings:
-            self.text += segment
+    def _find_stop(self, following: str) -> str | None:
+        """Look for stop strings in what follows the text. Returns the first one, before which the text then ends."""
+        found = [(following.find(stop), stop) for stop in self._stop_strings if stop in following]
+        if not found:
             return None
-        self._pending += segment
-        found = [(self._pending.find(stop), stop) for stop in self._stop_strings if stop in self._pending]
-        if found:
-            position, stopped_by = min(found)
-            self.text += self._pending[:position]
-            self._pending = ""
-            return stopped_by
-        keep = self._num_held_back()
-        self.text += self._pending[: len(self._pending) - keep]
-        self._pending = self._pending[len(self._pending) - keep :]
-        return None
+        position, stopped_by = min(found)
+        self.text += following[:position]
+        self._pending = ""
+        return stopped_by
 
     def _num_held_back(self) -> int:
         """The length of the longest end of the pending text that begins a stop string."""
-        for length in range(min(self._longest_stop - 1, len(self._pending)), 0, -1):
-            if any(stop.startswith(self._pending[-length:]) for stop in self._stop_strings):
-                return length
-        return 0
+        if not self._pending.endswith(self._beginnings):
+            return 0
+        return max(len(beginning) for beginning in self._beginnings if self._pending.endswith(beginning))

@@ -1,6 +1,7 @@
 """Runs a patched model over the paged KV cache."""
 
 import contextlib
+import re
 from hashlib import sha256
 
 import mlx.core as mx
@@ -52,11 +53,12 @@ class ModelRunner:
         self.kv_cache.clear()
 
     def fingerprint(self) -> str:
-        """Name the weights, their types and the layout of a block: what saved blocks depend on."""
+        """Name the family, the weights, their types and the layout of a block: what saved blocks depend on."""
         digest = sha256(repr((self.plan.block_size, self.plan.windows, self._model.stored_layers)).encode())
         for name, array in sorted(dict(tree_flatten(self._model.model.parameters())).items()):
             digest.update(f"{name} {array.shape} {array.dtype} {_checksums(array)}".encode())
-        return digest.hexdigest()[:32]
+        family = re.sub(r"\W", "_", str(getattr(self._model.model, "model_type", "model")))
+        return f"{family}-{digest.hexdigest()[:32]}"
 
 
 def _checksums(array: mx.array) -> list[int]:

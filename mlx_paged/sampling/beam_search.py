@@ -7,7 +7,7 @@ caches: it is given the best next tokens of its running beams and answers with t
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,13 +22,15 @@ class Beam:
     """Its output tokens."""
     cum_logprob: float = 0.0
     """Sum of their log-probabilities."""
+    text_stream: Any = None
+    """Their text, where stop strings are looked for in it."""
 
 
 class Hypothesis(NamedTuple):
     """A hypothesis that is finished."""
 
     token_ids: list[int]
-    """Its output tokens, the end token included."""
+    """Its output tokens, the end token or the stop string included."""
     cum_logprob: float
     """Sum of their log-probabilities."""
     score: float
@@ -42,18 +44,25 @@ class BeamSearch:
     lower token id comes first, then the better parent; of equal scores what finished earlier.
     """
 
-    def __init__(self, params: BeamSearchParams, max_tokens: int, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self, params: BeamSearchParams, max_tokens: int, eos_token_ids: Collection[int], text_stream: Any = None
+    ) -> None:
+        """text_stream: an empty TextStream that knows the stop strings; None: there are none.
+
+        A hypothesis that has come to a stop string, or to one of stop_token_ids, is finished as by an end token.
+        """
         self._params = params
         self._max_tokens = max_tokens
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = frozenset(eos_token_ids).union(params.stop_token_ids or ())
         self._width = params.beam_width
         # With one beam it is greedy decoding, which ends at the first end token whatever early_stopping says.
         self._stops_when_full = self._width == 1 or (params.early_stopping != "never" and bool(params.early_stopping))
         self._num_tokens = 0
         self._hypotheses: list[Hypothesis] = []
-        self.num_candidates = max(2, 1 + len(self._eos_token_ids)) * self._width
-        """Next tokens that `advance` takes per beam: beam_width of them are no end tokens whatever the model says."""
-        self.beams = [Beam()]
+        self.num_candidates = max(2, 1 + len(self._eos_token_ids) + len(params.stop_strings)) * self._width
+        """Next tokens that `advance` takes per beam: beam_width of them are no end tokens whatever the model says, and
+        rarely are they the ends of stop strings."""
+        self.beams = [Beam(text_stream=text_stream)]
         """The running beams, best first, all of one length: a single empty one at the start, none at the end."""
         self.finished = False
         """Whether the search is over."""
@@ -81,8 +90,9 @@ class BeamSearch:
                 break
             parent = index // token_ids.shape[1]
             tokens = [*self.beams[parent].token_ids, token]
-            if self._num_tokens < self._max_tokens and token not in self._eos_token_ids:
-                beams.append(Beam(tokens, cum_logprob))
+            text_stream, ends = self._extend_text(self.beams[parent], token)
+            if self._num_tokens < self._max_tokens and not ends:
+                beams.append(Beam(tokens, cum_logprob, text_stream))
                 parents.append(parent)
             elif rank < self._width:  # end tokens further down only made room for others
                 self._hypotheses.append(self._hypothesis(tokens, cum_logprob))
@@ -90,6 +100,13 @@ class BeamSearch:
         self.finished = self._is_over(beams)
         self.beams = [] if self.finished else beams
         return [] if self.finished else parents
+
+    def _extend_text(self, beam: Beam, token: int) -> tuple[Any, bool]:
+        """Add a token to the text of a beam. Returns that of the child, and whether the child ends with it."""
+        if token in self._eos_token_ids or beam.text_stream is None:
+            return None, token in self._eos_token_ids
+        text_stream = beam.text_stream.copy()
+        return text_stream, text_stream.add(token) is not None
 
     def hypotheses(self) -> list[Hypothesis]:
         """Return the num_return_sequences best hypotheses, best first.

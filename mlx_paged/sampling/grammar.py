@@ -67,9 +67,11 @@ class GrammarCompiler:
 class GrammarMatcher:
     """Follow a sequence through its grammar. Made by `GrammarCompiler.matcher`; belongs to one thread at a time."""
 
-    def __init__(self, vocabulary: "_Vocabulary", matcher: "LLMatcher") -> None:
+    def __init__(self, vocabulary: "_Vocabulary", matcher: "LLMatcher", after_space: "LLMatcher | None" = None) -> None:
+        """after_space: that of the grammar behind a space, while a first token may lose one; None: it loses nothing."""
         self._vocabulary = vocabulary
         self._matcher = matcher
+        self._after_space = after_space
         # llguidance writes a bit for every token of the tokenizer, the model may have fewer.
         self._written = np.zeros(vocabulary.num_written_words, np.uint32)
         self._address = self._written.ctypes.data
@@ -87,11 +89,6 @@ class GrammarMatcher:
         self._update()
         return self._allowed.copy()
 
-    def fill(self, out: np.ndarray) -> None:
-        """Write `mask` into `out`, uint32 [ceil(vocab_size / 32)]. Raises as `mask` does."""
-        self._update()
-        np.copyto(out, self._allowed)
-
     def advance(self, token_id: int) -> None:
         """Take in the next token. Raises ValueError, with nothing changed, if the mask does not allow it."""
         self._update()
@@ -100,8 +97,12 @@ class GrammarMatcher:
             raise ValueError(f"the form of this output does not allow token {token_id} here")
         if token_id in self._vocabulary.eos_token_ids:
             self._has_ended = True
-        elif not self._matcher.consume_token(token_id):
-            raise ValueError(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
+        else:
+            if self._after_space is not None and self._vocabulary.first_tokens[word] >> np.uint32(bit) & np.uint32(1):
+                self._matcher = self._after_space
+            self._after_space = None
+            if not self._matcher.consume_token(token_id):
+                raise ValueError(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
         self._is_current = False
 
     @property
@@ -116,23 +117,25 @@ class GrammarMatcher:
 
     def copy(self) -> "GrammarMatcher":
         """Make a matcher that is as far in its grammar and goes on by itself."""
-        copy = GrammarMatcher(self._vocabulary, self._matcher.deep_copy())
+        after_space = None if self._after_space is None else self._after_space.deep_copy()
+        copy = GrammarMatcher(self._vocabulary, self._matcher.deep_copy(), after_space)
         np.copyto(copy._written, self._written)
         copy._is_current, copy._can_go_on, copy._has_ended = self._is_current, self._can_go_on, self._has_ended
         return copy
 
     def _update(self) -> None:
-        """Bring the mask up to date."""
         if self._is_current:
             return
         may_end = self._has_ended or self._matcher.is_accepting()
         if self._has_ended:
             self._allowed[:] = 0
         else:
-            self._matcher.unsafe_compute_mask_ptr(self._address, self._written.nbytes)
-            # End tokens are set here: llguidance also allows them in the middle where they stand for fitting text.
-            np.bitwise_and(self._allowed, self._vocabulary.text_tokens, out=self._allowed)
-            self._clear_unwritable()
+            self._compute(self._matcher)
+            if self._after_space is not None:
+                plain = self._allowed & ~self._vocabulary.spaced_tokens
+                self._compute(self._after_space)
+                np.bitwise_and(self._allowed, self._vocabulary.first_tokens, out=self._allowed)
+                np.bitwise_or(self._allowed, plain, out=self._allowed)
         self._can_go_on = bool(self._allowed.any())
         if may_end:
             np.bitwise_or(self._allowed, self._vocabulary.end_tokens, out=self._allowed)
@@ -140,13 +143,17 @@ class GrammarMatcher:
             raise ValueError(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
         self._is_current = True
 
-    def _clear_unwritable(self) -> None:
-        """Clear the one token left if it does not fit: llguidance allows one where no token can write the only text."""
+    def _compute(self, matcher: "LLMatcher") -> None:
+        """Have a matcher compute the mask, without end tokens."""
+        matcher.unsafe_compute_mask_ptr(self._address, self._written.nbytes)
+        # End tokens are set by `_update`: llguidance also allows them where they stand for fitting text.
+        np.bitwise_and(self._allowed, self._vocabulary.text_tokens, out=self._allowed)
+        # Where no token can write the only text that fits, llguidance allows one nevertheless.
         if np.count_nonzero(self._allowed) != 1:
             return
         word = int(self._allowed.argmax())
         bits = int(self._allowed[word])
-        if bits.bit_count() == 1 and not self._matcher.validate_tokens([word * 32 + bits.bit_length() - 1]):
+        if bits.bit_count() == 1 and not matcher.validate_tokens([word * 32 + bits.bit_length() - 1]):
             self._allowed[word] = 0
 
 
@@ -155,7 +162,8 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         hf_tokenizer = tokenizer._tokenizer
-        known = np.unique(list(hf_tokenizer.get_vocab().values()))
+        vocab = hf_tokenizer.get_vocab()
+        known = np.unique(list(vocab.values()))
         num_ids = max(vocab_size, int(known[-1]) + 1)
         known = known[known < vocab_size]
         self.eos_token_ids = sorted(set(known.tolist()).intersection(eos_token_ids))
@@ -168,6 +176,16 @@ class _Vocabulary:
         self.text_tokens = _bits(known, vocab_size) & ~self.end_tokens
         """uint32 [ceil(vocab_size / 32)], a bit for each other token that the tokenizer knows."""
         self.ll_tokenizer = _ll_tokenizer(hf_tokenizer, num_ids, self.eos_token_ids)
+        # SentencePiece's decoders leave the space out that the first token of a text begins with.
+        backend = hf_tokenizer.backend_tokenizer
+        spaced = [i for piece, i in vocab.items() if piece.startswith(("\u2581", "<0x20>")) and i < vocab_size]
+        self.drops_space = bool(spaced) and not backend.decode(spaced[:1]).startswith(" ")
+        first = spaced if self.drops_space else []
+        first = [i for i in first if backend.decode([i]) == self.ll_tokenizer.decode_str([i])[1:]]
+        self.spaced_tokens = _bits(spaced, vocab_size)
+        """uint32 [ceil(vocab_size / 32)], a bit for each token that begins with a space."""
+        self.first_tokens = _bits(first, vocab_size)
+        """uint32 [ceil(vocab_size / 32)], a bit for each that loses just this space at the start of a text."""
 
 
 def _llguidance() -> Any:
@@ -203,13 +221,18 @@ def is_whole(params: SamplingParams, text: str) -> bool:
 @functools.lru_cache(MAX_CACHED_GRAMMARS)
 def _byte_matcher(kind: str, text: str) -> "LLMatcher":
     """Compile a grammar for a vocabulary whose tokens are the bytes."""
-    return _matcher(_llguidance().LLTokenizer("byte"), kind, text)
+    return _matcher(_llguidance().LLTokenizer("byte"), kind, text)[0]
 
 
 def _compile(vocabulary: _Vocabulary, kind: str, text: str) -> GrammarMatcher:
     """Compile a grammar into a matcher, with its first mask computed. Raises ValueError if it can't be used."""
-    matcher = _matcher(vocabulary.ll_tokenizer, kind, text)
-    compiled = GrammarMatcher(vocabulary, matcher)
+    from llguidance import LLMatcher
+
+    matcher, grammar = _matcher(vocabulary.ll_tokenizer, kind, text)
+    after_space = None
+    if vocabulary.drops_space:
+        after_space = LLMatcher(vocabulary.ll_tokenizer, _behind_space(kind, grammar), log_level=0)
+    compiled = GrammarMatcher(vocabulary, matcher, after_space)
     try:
         compiled.mask()
     except ValueError:
@@ -217,12 +240,17 @@ def _compile(vocabulary: _Vocabulary, kind: str, text: str) -> GrammarMatcher:
     return compiled
 
 
-def _matcher(ll_tokenizer: "LLTokenizer", kind: str, text: str) -> "LLMatcher":
+def _matcher(ll_tokenizer: "LLTokenizer", kind: str, text: str) -> tuple["LLMatcher", str]:
+    """Compile a grammar. Returns its matcher, and the grammar as llguidance writes it."""
     from llguidance import LLMatcher
 
     try:
         if kind == "json_schema":
-            grammar = _json_grammar(text)
+            layout: Any = {"whitespace_flexible": False}
+            if "\\u" not in text:
+                # Nothing in this schema needs \u, and {"\u0061":..} would come as another property than a declared "a".
+                layout["json_allowed_escapes"] = 'nrbtf\\"'
+            grammar = LLMatcher.grammar_from_json_schema(text, layout, {"lenient": False})
         elif kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         else:
@@ -232,17 +260,14 @@ def _matcher(ll_tokenizer: "LLTokenizer", kind: str, text: str) -> "LLMatcher":
             raise ValueError(matcher.get_error())
     except ValueError as error:
         raise ValueError(f"{kind} can't be used: {_one_line(str(error))}") from None
-    return matcher
+    return matcher, grammar
 
 
-def _json_grammar(schema: str) -> str:
-    from llguidance import LLMatcher
-
-    layout: Any = {"whitespace_flexible": False}
-    if "\\u" not in schema:
-        # Nothing in this schema needs \u, and {"\u0061":..} would come as another property than a declared "a".
-        layout["json_allowed_escapes"] = 'nrbtf\\"'
-    return LLMatcher.grammar_from_json_schema(schema, layout, {"lenient": False})
+def _behind_space(kind: str, grammar: str) -> str:
+    """Write the grammar of the same texts with a space before them."""
+    inner = {"lark_grammar": grammar} if kind == "grammar" else json.loads(grammar)["grammars"][0]
+    outer = {"name": "outer", "lark_grammar": 'start: " " @inner'}
+    return json.dumps({"grammars": [outer, inner | {"name": "inner"}]})
 
 
 def _grammar_of(params: SamplingParams) -> tuple[str, str]:

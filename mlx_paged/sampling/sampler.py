@@ -21,18 +21,10 @@ from mlx_paged.sampling_params import SamplingParams
 
 _LARGE = 1e30  # a larger parameter means no more than this, and might overflow float32
 _UINT64 = (1 << 64) - 1
-_ROW = np.dtype(
-    [
-        ("temperature", np.float32),  # 0: greedy
-        ("log_min_p", np.float32),
-        ("top_k", np.int32),  # vocab_size: all
-        ("top_p", np.float32),
-        ("repetition_penalty", np.float32),
-        ("presence_penalty", np.float32),
-        ("frequency_penalty", np.float32),
-        ("num_top", np.int32),
-        ("sample_seed", np.uint64),
-    ]
+_ROW = np.dtype(  # temperature 0: greedy; top_k vocab_size: all
+    [(name, np.float32) for name in ("temperature", "log_min_p", "top_p")]
+    + [(name, np.float32) for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")]
+    + [("top_k", np.int32), ("num_top", np.int32), ("sample_seed", np.uint64)]
 )
 
 
@@ -52,7 +44,7 @@ class SampledTokens(NamedTuple):
 class _PenaltyRows(NamedTuple):
     """Rows of a batch that have penalties; each float32 [num_penalty_rows, 1] unless said otherwise."""
 
-    rows: mx.array | None  # in the batch; None: all
+    rows: slice | mx.array  # in the batch
     count_rows: np.ndarray  # of `TokenCounts`, int32 [num_penalty_rows]
     device_count_rows: mx.array  # the same
     repetition: mx.array
@@ -63,12 +55,12 @@ class _PenaltyRows(NamedTuple):
 class _RandomRows(NamedTuple):
     """Rows of a batch that are not greedy; each float32 [num_random_rows, 1] unless said otherwise."""
 
-    rows: mx.array | None  # in the batch; None: all
+    rows: slice | mx.array  # in the batch
     row_numbers: np.ndarray  # in the batch
     sample_seeds: np.ndarray  # uint64 [num_random_rows]
     temperature: mx.array
     log_min_p: mx.array | None
-    cut_rows: mx.array | None  # those of the random rows that have a top_k or a top_p; None: all
+    cut_rows: slice | mx.array  # those of the random rows that have a top_k or a top_p
     top_k: mx.array | None  # int32, of the cut rows; None: there are none
     top_p: mx.array | None  # of the cut rows
 
@@ -102,11 +94,11 @@ class Sampler:
         self._params[row] = (
             0.0 if params.is_greedy else min(params.temperature, _LARGE),
             math.log(params.min_p) if params.min_p > 0 else -math.inf,
-            min(params.top_k or self._vocab_size, self._vocab_size),
             params.top_p,
             min(max(params.repetition_penalty, 1 / _LARGE), _LARGE),
             params.presence_penalty,
             params.frequency_penalty,
+            min(params.top_k or self._vocab_size, self._vocab_size),
             min(params.logprobs or 0, self._vocab_size),
             seed,
         )
@@ -148,7 +140,7 @@ class Sampler:
             scores = _penalise(scores, batch.penalties, *self._counts.read(batch.penalties.device_count_rows))
         token_ids = _draw(scores, batch.random, positions)
         if batch.penalties is not None:
-            self._counts.add(batch.penalties.count_rows, _take_rows(token_ids, batch.penalties.rows))
+            self._counts.add(batch.penalties.count_rows, token_ids[batch.penalties.rows])
 
         logprobs = (mx.take_along_axis(logits, token_ids[:, None], axis=-1) - normaliser)[:, 0]
         if batch.num_top == 0:
@@ -244,21 +236,17 @@ def _gather_random(params: np.ndarray, vocab_size: int) -> _RandomRows | None:
     )
 
 
-def _index(chosen: np.ndarray) -> mx.array | None:
-    return None if chosen.all() else mx.array(np.flatnonzero(chosen).astype(np.int32))
+def _index(chosen: np.ndarray) -> slice | mx.array:
+    return slice(None) if chosen.all() else mx.array(np.flatnonzero(chosen).astype(np.int32))
 
 
 def _column(values: np.ndarray) -> mx.array:
     return mx.array(np.ascontiguousarray(values)[:, None])
 
 
-def _take_rows(x: mx.array, rows: mx.array | None) -> mx.array:
-    return x if rows is None else x[rows]
-
-
-def _on_rows(rows: mx.array | None, x: mx.array, function: Callable[[mx.array], mx.array]) -> mx.array:
+def _on_rows(rows: slice | mx.array, x: mx.array, function: Callable[[mx.array], mx.array]) -> mx.array:
     """Apply `function` to some rows of `x`; the others come back as they are."""
-    if rows is None:
+    if isinstance(rows, slice):
         return function(x)
     result = mx.array(x)  # so that the assignment leaves `x` as it is
     result[rows] = function(x[rows])
@@ -288,9 +276,9 @@ def _draw(scores: mx.array, random: _RandomRows | None, positions: np.ndarray) -
     if random is None:
         return mx.argmax(scores, axis=-1)
     draws = _mix(random.sample_seeds + positions[random.row_numbers].astype(np.uint64))
-    weights = _truncate(_take_rows(scores, random.rows) / random.temperature, random)
+    weights = _truncate(scores[random.rows] / random.temperature, random)
     drawn = mx.argmax(weights + _gumbel(draws, scores.shape[-1]), axis=-1)
-    if random.rows is None:
+    if isinstance(random.rows, slice):
         return drawn
     token_ids = mx.argmax(scores, axis=-1)
     token_ids[random.rows] = drawn

@@ -1,5 +1,6 @@
 """A schedule: which tokens one step computes."""
 
+import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -38,6 +39,8 @@ class Schedule:
     """Sequences that have lost their blocks."""
     is_short_of_blocks: bool = False
     """A prompt could not go on for lack of blocks."""
+    made_at: float = field(default_factory=time.monotonic)
+    """The moment, by `time.monotonic`."""
 
     def drop(self, sequences: list[Sequence], rows_left: np.ndarray) -> None:
         """Take preempted sequences out. rows_left: of `rows`, bool, those that still run."""

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_paged.blocks.cache_groups import CacheGroups
 from mlx_paged.errors import OutOfBlocks
 from mlx_paged.request import Sequence, common_prefix_len
+from mlx_paged.scheduler.kept_prompts import KeptPrompts
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.schedule import Chunk, Schedule
 
@@ -38,9 +39,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.storing_pays = True
-        self.num_preemptions = 0
-        self.prefix_query_tokens = 0
-        self.prefix_hit_tokens = 0
+        self.num_preemptions = self.prefix_query_tokens = self.prefix_hit_tokens = 0
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._rows: np.ndarray | None = np.zeros(0, np.int64)  # of `running`, in order; None: not up to date
@@ -48,7 +47,8 @@ class Scheduler:
         self._all_decode_version = -1  # of the batch: as long as it stays, all rows decode
         self._num_all_decode_steps = 0  # for so many steps
         self._num_reserved_rows = 0  # for sequences that are still to be forked
-        self._blocked_head: tuple[Sequence, int] | None = None  # the first one waiting did not fit these free blocks
+        self._blocked_head: dict[Sequence, int] = {}  # the first one waiting did not fit so many free blocks
+        self.kept_prompts = KeptPrompts(groups)
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence without blocks wait for its turn."""
@@ -74,6 +74,7 @@ class Scheduler:
             self._stop(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        self.kept_prompts.done(sequence)
 
     def preempt(self, sequence: Sequence) -> list[Sequence]:
         """Take a running sequence's blocks; it waits for its turn again, with its tokens to compute anew.
@@ -91,9 +92,9 @@ class Scheduler:
     def restart(self, sequences: Iterable[Sequence]) -> None:
         """Forget all that is computed: `sequences`, all that have not ended, wait for their turn."""
         self.groups.clear()
+        self.kept_prompts.clear()
         self.batch.clear()
-        self.waiting, self.running = [], []
-        self._rows, self._num_reserved_rows, self._blocked_head = None, 0, None
+        self.waiting, self.running, self._rows, self._num_reserved_rows, self._blocked_head = [], [], None, 0, {}
         for sequence in sequences:
             if sequence is sequence.preempted_with[0]:
                 self._queue_beams(sequence.preempted_with)
@@ -132,12 +133,17 @@ class Scheduler:
         """Count the schedule's tokens as computed: their K/V is in place for whatever is computed from now on."""
         self.batch.num_computed[schedule.rows] += schedule.query_lens
         for sequence, start, num_tokens in schedule.chunks:
+            if sequence.request.metrics.first_scheduled_time is None:
+                sequence.request.metrics.first_scheduled_time = schedule.made_at
+                sequence.request.num_cached_tokens = start
+                self.prefix_query_tokens += sequence.num_target_tokens
+                self.prefix_hit_tokens += start
             self.batch.num_computed[sequence.row] = start + num_tokens
             self.groups.mark_computed(sequence.seq_id, start + num_tokens)
             if start + num_tokens == sequence.num_target_tokens:
                 self.batch.is_prefilling[sequence.row] = False
                 if sequence.num_shared_tokens is not None:
-                    self._split_beams(sequence)
+                    self._split(sequence)
 
     def cancel(self, schedule: Schedule) -> None:
         """Give up a step that can't be computed, since K/V that it counted on could not be had: its sequences wait."""
@@ -203,7 +209,7 @@ class Scheduler:
         while num_tokens > 0 and sequence.row >= 0:
             try:
                 self._reserve(sequence, start + num_tokens)
-                self._add_chunk(sequence, num_tokens, schedule)
+                self._add_chunk(sequence, start, num_tokens, schedule)
                 return
             except OutOfBlocks:
                 if not can_preempt:
@@ -211,8 +217,7 @@ class Scheduler:
                     return
                 self._preempt_last(schedule)
 
-    def _add_chunk(self, sequence: Sequence, num_tokens: int, schedule: Schedule) -> None:
-        start = int(self.batch.num_computed[sequence.row])
+    def _add_chunk(self, sequence: Sequence, start: int, num_tokens: int, schedule: Schedule) -> None:
         schedule.chunks.append(Chunk(sequence, start, num_tokens))
         schedule.num_tokens += num_tokens
         if num_tokens > 1:
@@ -224,22 +229,23 @@ class Scheduler:
             sequence = self.waiting[0]
             if sequence.num_rows_needed > self._num_free_rows():
                 break
-            if self._blocked_head is not None and self.running:
-                blocked, num_free = self._blocked_head
-                if sequence is blocked and self.groups.num_free_blocks <= num_free:
-                    break
+            if self.running and self.groups.num_free_blocks <= self._blocked_head.get(sequence, -1):
+                break
             if self.groups.compaction_helps(sequence.num_target_tokens):
                 self.compact()
             budget = self._max_num_batched_tokens - schedule.num_tokens
             num_cached = self._allocate(sequence, budget)
             if num_cached is None:
-                self._blocked_head = sequence, self.groups.num_free_blocks
+                if not self.running and self.kept_prompts.give_up_last():
+                    continue
+                self._blocked_head = {sequence: self.groups.num_free_blocks}
                 break
-            self._blocked_head = None
+            self._blocked_head = {}
             self.waiting.pop(0)
             self._start(sequence, num_cached)
+            self.kept_prompts.done(sequence)
             self._num_reserved_rows += sequence.num_pending_forks
-            self._add_chunk(sequence, min(sequence.num_target_tokens - num_cached, budget), schedule)
+            self._add_chunk(sequence, num_cached, min(sequence.num_target_tokens - num_cached, budget), schedule)
 
     def _allocate(self, sequence: Sequence, budget: int) -> int | None:
         """Take blocks for a waiting sequence and its first chunk in every group.
@@ -248,16 +254,10 @@ class Scheduler:
         """
         request, num_tokens = sequence.request, sequence.num_target_tokens
         has_run = request.metrics.first_scheduled_time is not None
-        if has_run and self.running:
-            # One that was preempted comes back once every running one could take a block beside it.
-            num_blocks = -(-num_tokens // self.groups.block_size)
-            num_tails = 0 if sequence.num_shared_tokens is None else len(request.sequences)
-            num_tails *= 1 + -(-len(sequence.token_ids) // self.groups.block_size) - num_blocks
-            if num_blocks + num_tails + len(self.running) > self.groups.num_free_blocks:
-                return None
+        if has_run and self.running and not self.kept_prompts.may_return(sequence, len(self.running)):
+            return None
         try:
-            salt = request.params.cache_salt
-            num_cached = self.groups.attach(sequence.seq_id, sequence.token_ids, num_tokens, salt=salt)
+            num_cached = self.kept_prompts.attach(sequence)
         except OutOfBlocks:
             return None
         try:
@@ -265,14 +265,10 @@ class Scheduler:
         except OutOfBlocks:
             self.groups.free(sequence.seq_id)
             return None
-        if not has_run:
-            request.num_cached_tokens = num_cached
-            self.prefix_query_tokens += num_tokens
-            self.prefix_hit_tokens += num_cached
         return num_cached
 
-    def _split_beams(self, sequence: Sequence) -> None:
-        """Let preempted beams, whose shared tokens are computed, all go on from there."""
+    def _split(self, sequence: Sequence) -> None:
+        """Let preempted beams, or samples, whose shared tokens are computed, all go on from there."""
         self._num_reserved_rows -= sequence.num_pending_forks
         sequence.num_shared_tokens = None
         self.batch.recount(sequence)
@@ -280,6 +276,8 @@ class Scheduler:
         for sibling in sequence.request.sequences:
             if sibling is not sequence:
                 self.add_fork(sequence, sibling)
+        if sequence.request.in_waves:
+            self.kept_prompts.keep(sequence)
 
     def _running_rows(self) -> np.ndarray:
         if self._rows is None:
@@ -325,6 +323,8 @@ class Scheduler:
         self.batch.num_slots[row] = self.groups.num_slots(sequence.seq_id)
 
     def _preempt_last(self, schedule: Schedule) -> None:
+        if self.kept_prompts.give_up_last():
+            return
         last = self.running[-1]
         for sequence in last.preempted_with:  # whose chunks will not be computed: nobody may find them
             self.groups.unpublish(schedule.published.pop(sequence, []))

@@ -4,8 +4,6 @@ It only reads a BlockManager, so it draws the pool of a running engine, `draw_bl
 well as one without a model. Letters tell sequences apart where there are no colours.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -124,15 +122,12 @@ class BlockPicture:
                     line.append_text(self._cell(block_id)).append(" ")
                 yield line
 
-    def _kind(self, row: range) -> tuple[object, ...] | None:
-        """What all blocks of a row are, if they are alike."""
-        kinds = {
-            (tuple(holder.letter for holder in self._holders.get(block_id, [])), block_id in self._cached)
-            if self._filled.get(block_id, self.block_size) == self.block_size
-            else (block_id,)
-            for block_id in row
-        }
-        return kinds.pop() if len(kinds) == 1 else None
+    def _kind(self, row: range) -> object:
+        """What all blocks of a row are, if they are alike and none is partly filled."""
+        are_full = all(self._filled.get(block_id, self.block_size) == self.block_size for block_id in row)
+        letters = [tuple(holder.letter for holder in self._holders.get(block_id, [])) for block_id in row]
+        kinds = set(zip(letters, (block_id in self._cached for block_id in row), strict=True))
+        return kinds.pop() if are_full and len(kinds) == 1 else None
 
     def _cell(self, block_id: int, text: str | None = None) -> Text:
         """One block: the part that is filled has the full colour; `text` takes the place of letter or count."""

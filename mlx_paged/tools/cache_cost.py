@@ -1,7 +1,8 @@
-"""What KV caches cost: bytes per token from a model's configuration alone, and the waste of three ways to hold them.
+"""What KV caches cost: bytes per token from a model's configuration, and the waste of three ways to hold them.
 
-No weights are read and nothing is run: mlx-lm's model is built from its config.json, which MLX leaves unevaluated, and
-shapes are all that is looked at. The comparison is that of Kwon et al. 2023, section 3.
+No weights are read and nothing is run: mlx-lm's model is built from its config.json, or loaded where its weights are,
+which MLX leaves unevaluated; of files the headers are read, and shapes are all that is looked at. The comparison is
+that of Kwon et al. 2023, section 3.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_paged.config import DTYPES
-from mlx_paged.errors import ModelError
+from mlx_paged.errors import ModelError, one_line
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     import mlx.nn as nn
 
     from mlx_paged.cache.layer_spec import LayerSpec
@@ -52,11 +54,18 @@ class ModelSize(NamedTuple):
     dtype: str
     """Of K and V."""
     groups: list[LayerGroup]
-    weight_bytes: int
+    weights: dict[str, int]
+    """Their bytes by type, most first."""
+    is_measured: bool
+    """Whether the weights are those in the folder's files; otherwise those that its configuration describes."""
     unknown_quantization: str | None
-    """A kind that is named in a form which mlx-lm converts while loading, so that `weight_bytes` does not have it."""
+    """A kind that is named in a form which mlx-lm converts while loading, so that a description does not have it."""
     context: int | None
     """The longest that the configuration names, in tokens."""
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights.values())
 
 
 class Reservation(NamedTuple):
@@ -119,21 +128,23 @@ def typical_lengths(num_requests: int, context: int, seed: int = 0) -> list[int]
 
 
 def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
-    """Measure the model whose config.json is in `folder`, as the engine would run it on this machine.
+    """Measure the model whose config.json, and perhaps whose weights, are in `folder`, as it would run on this machine.
 
-    dtype: of weights and cache; None: as stored, float32 on a CPU. Raises ModelError if mlx-lm can't build the model
-    or its cache can't be paged.
+    dtype: of weights and cache; None: as stored, float32 on a CPU. Raises ModelError if mlx-lm can't build the model,
+    its weights are there and not whole, or its cache can't be paged.
     """
-    from mlx_lm.utils import load_config
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load_config, load_model
 
-    from mlx_paged.models import loading
+    from mlx_paged.models import hub, loading
     from mlx_paged.models.patch import patch_model
 
+    is_measured = any(folder.glob("model*.safetensors")) and bool(hub.check_weights(folder))
     try:
         config = load_config(folder)
-        model = _build(config)
+        model = load_model(folder, lazy=True)[0] if is_measured else _build(config)
     except Exception as error:  # a configuration can be wrong in many ways
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise ModelError(f"{folder / 'config.json'} describes no model that mlx-lm can build: {reason}") from error
     loading.set_dtype(model, dtype)
     patched = patch_model(model)
@@ -141,14 +152,24 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
     layers = sorted(zip(patched.layers, patched.windows, strict=True), key=lambda layer: layer[1] or 0)
     counts = Counter((shape, window) for shape, window in layers if shape is not None)
     groups = [LayerGroup(count, shape, window) for (shape, window), count in counts.items()]
+    weights: Counter[str] = Counter()
+    for array in dict(tree_flatten(model.parameters())).values():
+        weights[_name(array.dtype)] += array.nbytes
     return ModelSize(
         family=str(config["model_type"]),
-        dtype=str(groups[0].shape.dtype).removeprefix("mlx.core."),
+        dtype=_name(groups[0].shape.dtype),
         groups=groups,
-        weight_bytes=loading.weight_bytes(model),
-        unknown_quantization=stored.get("quant_method") if stored and not config.get("quantization") else None,
+        weights=dict(weights.most_common()),
+        is_measured=is_measured,
+        unknown_quantization=None
+        if is_measured or not stored or config.get("quantization")
+        else stored.get("quant_method"),
         context=loading.context_of(config),
     )
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def _build(config: dict[str, Any]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from helpers import nvrtc
-from helpers.attention_cases import DTYPES, points_of
+from helpers.attention_cases import DTYPES
+from helpers.budget import LONG
 from helpers.cuda_text import Call, kernel_text, record, record_merge, record_write
 
 pytestmark = pytest.mark.skipif(
@@ -27,6 +29,13 @@ CONSTANTS: dict[str, list[Any]] = {
 }
 
 
+def points_of(**grid: list[Any]) -> list[tuple[Any, ...]]:
+    """Points in which every value of each dimension comes once, or all: a compilation takes seconds."""
+    if LONG:
+        return list(itertools.product(*grid.values()))
+    return [tuple(values[i % len(values)] for values in grid.values()) for i in range(max(map(len, grid.values())))]
+
+
 def check_all(calls: Sequence[Call], architectures: Sequence[str]) -> None:
     """Each call's kernel compiles for its architecture without a warning, fits a multiprocessor and spills nothing."""
     with ThreadPoolExecutor(2) as pool:
@@ -38,24 +47,24 @@ def check_all(calls: Sequence[Call], architectures: Sequence[str]) -> None:
 
 @pytest.mark.slow
 def test_decode_kernels_compile_and_keep_their_state_in_registers() -> None:
-    points = points_of({"heads": [5, 16], **CONSTANTS, "architecture": ARCHITECTURES})
+    points = points_of(heads=[16, 5], **CONSTANTS, architecture=ARCHITECTURES)
     check_all([record("decode", *point[:-1]) for point in points], [point[-1] for point in points])
 
 
 @pytest.mark.slow
 def test_prefill_kernels_compile_and_keep_their_state_in_registers() -> None:
-    points = points_of({"kind": ["prefill", "shared"], "heads": [4], **CONSTANTS, "architecture": ARCHITECTURES})
+    points = points_of(kind=["prefill", "shared"], heads=[4], **CONSTANTS, architecture=ARCHITECTURES)
     check_all([record(*point[:-1]) for point in points], [point[-1] for point in points])
 
 
 def test_merge_kernels_compile() -> None:
     grid = {"dtype": CONSTANTS["dtype"], "value_dim": [64, 72, 256], "is_shared": [False, True]}
-    points = points_of({**grid, "architecture": ARCHITECTURES})
+    points = points_of(**grid, architecture=ARCHITECTURES)
     check_all([record_merge(*point[:-1]) for point in points], [point[-1] for point in points])
 
 
 def test_write_kernels_compile() -> None:
-    points = points_of({"dtype": CONSTANTS["dtype"], "dims": CONSTANTS["dims"], "architecture": ARCHITECTURES})
+    points = points_of(dtype=CONSTANTS["dtype"], dims=CONSTANTS["dims"], architecture=ARCHITECTURES)
     check_all([record_write(*point[:-1]) for point in points], [point[-1] for point in points])
 
 

@@ -9,13 +9,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cudasim import Cuda
-from helpers.attention_cases import DTYPES, exact, points_of
+from helpers.attention_cases import DTYPES, FAR_BLOCK, exact, points_of
 from helpers.cuda_text import recorded_calls, slots_of
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention.paged_attention import BACKEND_VARIABLE, BACKENDS, _warn_once
-from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.cache.kv_cache import LayerPool, PagedKVCache
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.errors import EngineWarning
 
@@ -45,6 +45,15 @@ def written_by_hand(
     return expected
 
 
+def write(pools: list[mx.array], where: tuple[np.ndarray, np.ndarray], new: list[mx.array]) -> mx.array:
+    """Put new rows into pools of K and V. Returns what says that it is done, computed."""
+    pool = LayerPool(dict(zip("kv", pools, strict=True)))
+    CUDA.write(pool, slots_of(*where), *new)
+    assert pool.write_done is not None
+    mx.eval(pool.write_done)
+    return pool.write_done
+
+
 @pytest.mark.parametrize("part", range(2))
 def test_new_keys_and_values_are_put_into_their_slots_and_nowhere_else(part: int, cuda: Cuda) -> None:
     for seed, point in enumerate(WRITES[part::2]):
@@ -64,9 +73,7 @@ def test_new_keys_and_values_are_put_into_their_slots_and_nowhere_else(part: int
             new = [mx.concatenate([rows, rows + 1], axis=2)[:, :, : rows.shape[2]] for rows in new]
         mx.eval(pools, new)
         expected = written_by_hand(pools, where, new)
-        written = CUDA.write(*pools, slots_of(*where), *new)
-        mx.eval(written)
-        assert written.tolist() == [0]
+        assert write(pools, where, new).tolist() == [0]
         for pool, content in zip(pools, expected, strict=True):
             np.testing.assert_array_equal(exact(pool), content)
 
@@ -74,20 +81,34 @@ def test_new_keys_and_values_are_put_into_their_slots_and_nowhere_else(part: int
 def test_a_pool_that_something_still_reads_is_written_where_it_lies(cuda: Cuda) -> None:
     cache = PagedKVCache([LayerSpec(4, 64, 64, mx.float32)], [16], 8, 1)
     where, rows, pools = np.array([5], np.int32), mx.ones((1, 4, 64)), (cache.pools[0].keys, cache.pools[0].values)
-    views = [pool[5] for pool in pools]  # on a card: a step that is not over
-    mx.eval(CUDA.write(*pools, slots_of(where, where), rows, rows))
+    views = [array[5] for array in pools]  # on a card: a step that is not over
+    CUDA.write(cache.pools[0], slots_of(where, where), rows, rows)
+    mx.eval(cache.pools[0].write_done)
     assert cache.pools[0].keys is pools[0] and cache.pools[0].values is pools[1]
     for view, pool in zip(views, pools, strict=True):
         assert (view[5] == 1).all().item() and pool.sum().item() == 4 * 64
 
 
-def test_slots_past_the_32_bits_of_a_pool_are_found(cuda: Cuda) -> None:
+@pytest.mark.parametrize("of", ["keys", "values"])
+def test_slots_past_the_32_bits_of_a_pool_are_found(of: str, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.only_simulated("memory that is not there is written")
+    others = "key_pieces" if of == "values" else "value_pieces"
+    plant(cuda, f"slot * {others}", f"0 * {others}", monkeypatch)
     pools = [mx.zeros((2, 16, 2, 128), mx.float16) for _ in "kv"]
     new = [mx.ones((1, 2, 128), mx.float16) for _ in "kv"]
-    block_id = np.array([(1 << 32) // (16 * 2 * 128)], np.int32)  # with 32 bits of offset this is block 0
+    where = np.array([FAR_BLOCK], np.int32), np.zeros(1, np.int32)
     with pytest.raises(AssertionError, match="out-of-bounds write"):
-        CUDA.write(*pools, slots_of(block_id, np.zeros(1, np.int32)), *new)
+        write(pools, where, new)
+
+
+def plant(cuda: Cuda, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make kernels with `new` in the place of `old` from here on."""
+
+    def make_with_mistake(*, source: str, **arguments: Any) -> Any:
+        assert old in source
+        return cuda.cuda_kernel(source=source.replace(old, new), **arguments)
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", make_with_mistake)
 
 
 WRITE_MISTAKES = {
@@ -104,20 +125,14 @@ WRITE_MISTAKES = {
 @pytest.mark.parametrize("name", WRITE_MISTAKES)
 def test_a_mistake_in_writing_is_noticed(name: str, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.only_simulated("wrong kernels are run")
-    old, new_text = WRITE_MISTAKES[name]
-
-    def make_with_mistake(*, source: str, **arguments: Any) -> Any:
-        assert old in source
-        return cuda.cuda_kernel(source=source.replace(old, new_text), **arguments)
-
-    monkeypatch.setattr(mx.fast, "cuda_kernel", make_with_mistake)
+    plant(cuda, *WRITE_MISTAKES[name], monkeypatch)
     pools = [mx.zeros((3, 8, 2, dim), mx.float32) for dim in (64, 32)]
     new = [mx.arange(5 * 2 * dim, dtype=mx.float32).reshape(5, 2, dim) + 1 for dim in (64, 32)]
     where = np.array([2, 0, 1, 2, 0], np.int32), np.array([7, 1, 3, 0, 4], np.int32)
     mx.eval(pools, new)
     expected = written_by_hand(pools, where, new)
     with pytest.raises(AssertionError):  # a SimulationError is one
-        CUDA.write(*pools, slots_of(*where), *new)
+        write(pools, where, new)
         for pool, content in zip(pools, expected, strict=True):
             np.testing.assert_array_equal(exact(pool), content)
 

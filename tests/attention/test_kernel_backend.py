@@ -21,6 +21,7 @@ from mlx_paged.attention.kernel_plan import Plan, to_device
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.work_items import Shape
+from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.errors import EngineWarning
 
 
@@ -58,6 +59,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
 
 METAL = MetalBackend()
 SHAPE = Shape(2, 2, 16, 24, 4)
+ARRAYS = {"q": mx.zeros((3, 4, 16)), "k_cache": mx.zeros((8, 8, 2, 16)), "v_cache": mx.zeros((8, 8, 2, 24))}
 
 
 def call_decode(num_seqs: int = 3, max_blocks: int = 4, plan: Plan | None = None, **changes: Any) -> mx.array:
@@ -76,15 +78,16 @@ def call_prefill(num_seqs: int = 3, max_blocks: int = 4, **changes: Any) -> mx.a
 CALLS = pytest.mark.parametrize("call", [call_decode, call_prefill])
 
 
-def arrays(num_seqs: int, max_blocks: int, changes: dict[str, Any]) -> list[mx.array]:
-    """q, caches and tables; those in `changes` are taken out of there."""
+def arrays(num_seqs: int, max_blocks: int, changes: dict[str, Any]) -> tuple[mx.array, LayerPool, mx.array]:
+    """q, pool and tables; what is in `changes` is taken out of there."""
     own = {
         "q": mx.zeros((num_seqs, 4, 16)),
         "k_cache": mx.zeros((8, 8, 2, 16)),
         "v_cache": mx.zeros((8, 8, 2, 24)),
         "block_tables": mx.zeros((num_seqs, max_blocks), mx.int32),
     }
-    return [changes.pop(name, array) for name, array in own.items()]
+    q, k_cache, v_cache, tables = (changes.pop(name, array) for name, array in own.items())
+    return q, LayerPool({"k": k_cache, "v": v_cache}), tables
 
 
 # -- the wrappers --
@@ -112,15 +115,14 @@ def test_a_context_in_several_parts_is_merged(device: FakeDevice) -> None:
     assert device.calls[0][1]["output_shapes"] == [(5, 4, 24), (5, 4)]
 
 
-@CALLS
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": mx.zeros((3, 4, 16), mx.int32)}, "dtype mlx.core.int32"),
+        ({name: mx.zeros(array.shape, mx.int32) for name, array in ARRAYS.items()}, "dtype mlx.core.int32"),
         ({"q": mx.zeros((3, 4, 16), mx.float16)}, "differ in dtype"),
         ({"block_tables": mx.zeros((3, 4), mx.int64)}, "be int32"),
-        ({"k_cache": mx.zeros((8, 12, 2, 16))}, "block_size 12"),
-        ({"k_cache": mx.zeros((8, 8, 2, 12))}, "head_dim 12"),
+        ({"k_cache": mx.zeros((8, 12, 2, 16)), "v_cache": mx.zeros((8, 12, 2, 24))}, "block_size 12"),
+        ({"q": mx.zeros((3, 4, 12)), "k_cache": mx.zeros((8, 8, 2, 12))}, "head_dim 12"),
         ({"v_cache": mx.zeros((8, 8, 2, 264))}, "value_dim 264"),
         ({"q": mx.zeros((3, 34, 16))}, "34 query heads on 2 KV heads"),
         ({"q": mx.zeros((3, 5, 16))}, "5 query heads can't share 2 KV heads"),
@@ -129,11 +131,13 @@ def test_a_context_in_several_parts_is_merged(device: FakeDevice) -> None:
         ({"sinks": mx.zeros(3)}, "sinks"),
     ],
 )
-def test_arguments_without_a_kernel_are_named(
-    call: Callable[..., mx.array], device: FakeDevice, changes: dict[str, Any], message: str
-) -> None:
+def test_arguments_without_a_kernel_are_named(device: FakeDevice, changes: dict[str, Any], message: str) -> None:
+    lengths = mx.array([9, 9, 9], mx.int32), mx.array([0, 1, 2, 3], mx.int32)
+    tables = {"block_tables": mx.zeros((3, 4), mx.int32)}
     with pytest.raises((ValueError, TypeError), match=message):
-        call(**changes)
+        paged_attention(
+            **(ARRAYS | tables | changes), context_lens=lengths[0], cu_seqlens_q=lengths[1], scale=1.0, backend="metal"
+        )
     assert not device.made
 
 
@@ -258,9 +262,9 @@ def test_the_layers_of_a_step_share_one_plan(device: FakeDevice) -> None:
     metadata = AttentionMetadata(
         mx.array([[0, 1, 2], [3, 4, 0]], mx.int32), np.array([20, 10], np.int32), np.array([0, 1, 2], np.int32)
     )
-    q, k_cache, v_cache = arguments_of_attention()[:3]
+    q, pool, _ = arrays(2, 3, {})
     for window in (None, None, 8, 8):
-        attention.attend(q, k_cache, v_cache, metadata, AttentionOptions(1.0, window))
+        METAL.attend(q, pool, metadata, AttentionOptions(1.0, window))
     works = [call["inputs"][4] for _, call in device.calls]
     assert works[0] is works[1] and works[2] is works[3] and works[0] is not works[2]
     assert all(call["inputs"][3] is metadata.block_tables for _, call in device.calls)
@@ -270,9 +274,9 @@ def test_decodes_and_prompts_of_a_step_have_a_kernel_each_and_share_the_tables(d
     metadata = AttentionMetadata(
         mx.array([[0, 1, 2], [3, 4, 0]], mx.int32), np.array([20, 10], np.int32), np.array([0, 1, 8], np.int32)
     )
-    q, (k_cache, v_cache) = mx.zeros((8, 4, 16)), arguments_of_attention()[1:3]
+    q, pool, _ = arrays(8, 3, {})
     for _ in range(2):
-        assert attention.attend(q, k_cache, v_cache, metadata, AttentionOptions(1.0)).shape == q.shape
+        assert METAL.attend(q, pool, metadata, AttentionOptions(1.0)).shape == (8, 4, 24)
     assert [name.split("_")[1] for name, _ in device.calls] == ["decode", "prefill"] * 2
     tables = [call["inputs"][3] for _, call in device.calls]
     assert tables[0] is tables[2] and tables[1] is tables[3]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.attention_cases import (
     DTYPES,
+    FAR_BLOCK,
     Arrays,
     Case,
     assert_close,
@@ -28,6 +29,7 @@ from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.kernel_backend import shape_of
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.work_items import DecodeLayout, Shape
+from mlx_paged.cache.kv_cache import LayerPool
 
 GRID: dict[str, list[Any]] = {
     "lengths": [
@@ -38,7 +40,7 @@ GRID: dict[str, list[Any]] = {
         decodes(1023, 1025),
         decodes(4097),
     ],
-    "heads": [(8, 8), (32, 8), (40, 40), (14, 2), (6, 1), (5, 1), (16, 1)],
+    "heads": [(3, 3), (8, 2), (14, 2), (6, 1), (5, 1), (16, 1)],
     "head_dim": [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (64, 32), (40, 72)],
     "block_size": [8, 16, 32, 64],
     "window": [None, 1, 5, 33, 256],
@@ -75,6 +77,20 @@ def test_more_parts_than_lanes_are_merged(gpu: Gpu, monkeypatch: pytest.MonkeyPa
     assert gpu.kernels_run == ["decode", "merge"]
 
 
+def test_a_key_that_outweighs_all_others_is_found_past_the_first_32_parts(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split(monkeypatch, 32)
+    arrays = make_arrays(Case(decodes(1100), heads=(1, 1), dtype="float32"))
+    query = arrays.q[0, 0]
+    table, last = np.array(arrays.block_tables)[0], 1099
+    key = query * 200 / (arrays.options["scale"] * (query * query).sum())  # its logit is 200
+    arrays.k_cache[int(table[last // 16]), last % 16, 0] = key
+    out = arrays.attend(backend=gpu.name)
+    assert gpu.kernels_run == ["decode", "merge"]
+    assert_close(out, dense_attention(arrays))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_order_of_threads_does_not_matter(dtype: str, gpu: Gpu) -> None:
     for seed in range(2):
@@ -93,7 +109,7 @@ def test_blocks_outside_the_window_are_never_read(gpu: Gpu) -> None:
     tables[0, : 167 // 16] = tables[1, : 16 // 16] = 2**26  # reading there would be out of bounds
     # The public function would refuse these ids.
     metadata = AttentionMetadata(mx.array(tables), arrays.context_lens, arrays.cu_seqlens_q)
-    out = gpu.backend.attend(*arrays[:3], metadata, AttentionOptions(**arrays.options))
+    out = gpu.backend.attend(arrays.q, arrays.pool, metadata, AttentionOptions(**arrays.options))
     assert_close(out, dense_attention(arrays))
     read = gpu.report.traffic.buffers["k_cache"].bytes_read
     assert read == 2 * 33 * 2 * 64 * 2  # sequences, keys, KV heads, head_dim, bytes
@@ -101,18 +117,22 @@ def test_blocks_outside_the_window_are_never_read(gpu: Gpu) -> None:
 
 def test_rows_of_queries_and_tables_may_have_any_stride(gpu: Gpu) -> None:
     arrays = make_arrays(Case(decodes(40, 0, 33), heads=(6, 2), dtype="float32"))
-    plan = gpu.backend.plan_decode(arrays.context_lens, None, shape_of(*arrays[:3]))
-    out = gpu.backend.run(*strided(arrays)[:4], plan, AttentionOptions(arrays.options["scale"]))
+    plan = gpu.backend.plan_decode(arrays.context_lens, None, shape_of(arrays.q, arrays.pool))
+    arrays = strided(arrays)
+    options = AttentionOptions(arrays.options["scale"])
+    out = gpu.backend.run(arrays.q, arrays.pool, arrays.block_tables, plan, options)
     assert_close(out, dense_attention(arrays))
 
 
-def test_offsets_have_64_bits(gpu: Gpu) -> None:
+@pytest.mark.parametrize("of", ["keys", "values"])
+def test_offsets_have_64_bits(of: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.plant(OTHERS_AT_0[gpu.name][of], monkeypatch)
     gpu.only_simulated("memory that is not there is read")
     arrays = make_arrays(Case(decodes(3), head_dim=(128, 128)))
-    tables = mx.full((1, 8), (1 << 32) // (16 * 2 * 128), mx.int32)  # with 32 bits of offset this is block 0
-    plan = gpu.backend.plan_decode(arrays.context_lens, None, shape_of(*arrays[:3]))
+    plan = gpu.backend.plan_decode(arrays.context_lens, None, shape_of(arrays.q, arrays.pool))
     with pytest.raises(AssertionError, match="out-of-bounds read"):
-        gpu.backend.run(*arrays[:3], tables, plan, AttentionOptions(1.0))
+        tables = mx.full((1, 8), FAR_BLOCK, mx.int32)
+        gpu.backend.run(arrays.q, arrays.pool, tables, plan, AttentionOptions(1.0))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +155,7 @@ def test_keys_and_values_are_read_once_in_whole_lines(ratio: int, head_dim: int,
     pool = mx.random.normal((256, 16, 1, head_dim)).astype(DTYPES[dtype])
     tables = mx.array(np.random.default_rng(0).permutation(256).astype(np.int32)[None])
     q = mx.random.normal((1, ratio, head_dim)).astype(DTYPES[dtype])
-    gpu.backend.run(q, pool, pool + 0, tables, plan, AttentionOptions(0.1))
+    gpu.backend.run(q, LayerPool({"k": pool, "v": pool + 0}), tables, plan, AttentionOptions(0.1))
     decode, merge = (report.traffic for report in gpu.reports)
     compulsory = num_keys * head_dim * size
     for name in ("k_cache", "v_cache"):
@@ -163,15 +183,26 @@ def test_steps_with_decodes_and_prompts_come_back_in_the_order_of_their_tokens(
 
 # -- mistakes --
 
+PLAIN = Case(decodes(150, 20))
 SHORT = Case(decodes(150, 20), (4, 2), (32, 32), sinks=True, window=140, dtype="float32")
 LONG = Case(decodes(400), (4, 2), (32, 32), dtype="float32")
 WIDE = Case(decodes(60), (4, 1), (32, 128), dtype="float32")  # teams are added for two heads at a time
 TWO_DIMS = LONG._replace(head_dim=(64, 64))
 TEAMS_OF_TWO: dict[str, Any] = {"part_size": 1024, "layout": DecodeLayout(32, 2, 1, 4, False, 0)}  # as of great sizes
 KV_ROW = "(size_t(metal::max(row, 0)) * num_kv_heads + kv_head)"
+#: To try offsets of the one, those of the other are 0.
+OTHERS_AT_0 = {
+    "metal": {
+        "keys": Mistake(f"{KV_ROW} * (VALUE_DIM / Word<T>::COUNT)", "0", PLAIN),
+        "values": Mistake(f"{KV_ROW} * QUERY_WORDS", "0", PLAIN),
+    },
+    "cuda": {
+        "keys": Mistake("(size_t(max(from, 0)) * num_kv_heads + kv_head) * VALUE_DIM", "0", PLAIN),
+        "values": Mistake("(size_t(max(from, 0)) * num_kv_heads + kv_head) * HEAD_DIM", "0", PLAIN),
+    },
+}
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 HALF = Case(decodes(150, 20), sinks=True, window=140)
-PLAIN = Case(decodes(150, 20))
 ONE_GROUP = Case(decodes(400), heads=(5, 1), dtype="float32")
 SYNC = "__syncthreads();"
 MISTAKES: dict[str, dict[str, Mistake]] = {

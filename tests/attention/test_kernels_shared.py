@@ -108,7 +108,7 @@ def test_with_a_window_every_sequence_reads_its_own_keys(gpu: Gpu) -> None:
 def test_nobody_looks_for_prefixes_unless_asked(gpu: Gpu) -> None:
     arrays = make_arrays(BEAMS)
     metadata = AttentionMetadata(arrays.block_tables, arrays.context_lens, arrays.cu_seqlens_q)
-    out = gpu.backend.attend(*arrays[:3], metadata, AttentionOptions(**arrays.options))
+    out = gpu.backend.attend(arrays.q, arrays.pool, metadata, AttentionOptions(**arrays.options))
     assert_close(out, dense_attention(arrays))
     assert gpu.kernels_run == ["decode"]
 

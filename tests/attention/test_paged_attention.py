@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.attention_cases import DTYPES, Case, check, points_of
+from helpers.attention_cases import DTYPES, Case, assert_close, check, dense_attention, make_arrays, points_of
 
 from mlx_paged import paged_attention
 from mlx_paged.attention import cpu as cpu
@@ -18,8 +19,9 @@ from mlx_paged.attention import reference as reference
 from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
-from mlx_paged.attention.paged_attention import attend
 from mlx_paged.attention.shared_prefix import SharedPrefix
+from mlx_paged.cache.kv_cache import LayerPool
+from mlx_paged.cache.layer_spec import LayerSpec
 
 # (query length, context length) of each sequence of a batch
 BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -75,6 +77,25 @@ def test_it_equals_dense_attention_with_exponentials_of_either_kind(
         check(case, seed=number, backend="cpu")
 
 
+@on_a_cpu
+def test_decodes_that_read_keys_in_place_equal_dense_attention_whatever_unused_slots_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "_MIN_KEYS_IN_PLACE", 1)
+    used = []
+    gather_mm = mx.gather_mm
+    monkeypatch.setattr(mx, "gather_mm", lambda *arrays: used.append(1) or gather_mm(*arrays))
+    for softcap, sinks, heads in itertools.product((None, 30.0), (False, True), ((4, 4), (6, 2), (3, 1))):
+        lengths = ((1, 70), (5, 9), (1, 81), (1, 3), (1, 0), (1, 64), (1, 500))
+        case = Case(lengths, heads, (24, 40), 8, softcap=softcap, sinks=sinks, dtype="float32")
+        check(case, seed=1, backend="cpu")
+        assert used
+        used.clear()
+        check(case._replace(window=20), seed=1, backend="cpu")
+        check(case._replace(dtype="float16"), seed=1, backend="cpu")
+        assert not used
+
+
 def record_tiles(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[reference.Tile]:
     """The tiles that a module makes from here on."""
     tiles, original = [], reference.Tile
@@ -93,6 +114,50 @@ def test_on_a_cpu_prompts_are_computed_in_tiles_that_see_no_more_than_they_need(
     assert sizes == [(16, 52), (16, 68), (16, 84), (16, 100)]
 
 
+def transposed(array: mx.array) -> mx.array:
+    return mx.contiguous(array.T).T
+
+
+def every_second(array: mx.array) -> mx.array:
+    return mx.stack([array, array + 1], axis=-1).flatten(-2)[..., ::2]
+
+
+def backwards(array: mx.array) -> mx.array:
+    return mx.contiguous(array[..., ::-1])[..., ::-1]
+
+
+def of_numpy(layout: Callable[[Any], Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """The same layout for an array of the host."""
+    found: dict[Any, Callable[[np.ndarray], np.ndarray]] = {
+        transposed: np.asfortranarray,
+        every_second: lambda array: np.stack([array, array + 1], axis=-1).reshape(*array.shape[:-1], -1)[..., ::2],
+        backwards: lambda array: array[..., ::-1].copy()[..., ::-1],
+    }
+    return found[layout]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "metal", "cuda"])
+def test_the_layout_of_an_argument_in_memory_changes_nothing(backend: str, request: pytest.FixtureRequest) -> None:
+    skip_without(backend)
+    if backend in ("metal", "cuda"):
+        request.getfixturevalue(backend)
+    case = Case(((1, 20), (5, 9), (1, 33), (12, 40)), (4, 2), (32, 32), 8, sinks=True, dtype="float32")
+    arrays = make_arrays(case)
+    expected, given = dense_attention(arrays), [*arrays[:6], arrays.options["sinks"]]
+    names = ("q", "k_cache", "v_cache", "block_tables", "context_lens", "cu_seqlens_q", "sinks")
+    for layout, (number, name) in itertools.product((transposed, every_second, backwards), enumerate(names)):
+        kinds = [layout] if number in (0, 1, 2, 6) else [lambda a: layout(mx.array(a)), of_numpy(layout)]  # noqa: B023
+        for kind in kinds:
+            changed = list(given)
+            changed[number] = kind(given[number] if kind is layout else np.array(given[number]))
+            options = arrays.options | {"sinks": changed[6]}
+            out = paged_attention(*changed[:6], **options, backend=backend)
+            try:
+                assert_close(out, expected)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, {layout.__name__}: {error}") from None
+
+
 @BACKENDS
 @pytest.mark.parametrize("limit", [1, 20_000])
 def test_tiles_and_groups_bounded_by_memory_give_the_same_result(
@@ -108,12 +173,13 @@ def test_tiles_and_groups_bounded_by_memory_give_the_same_result(
 
 
 @BACKENDS
-@pytest.mark.parametrize("spread", [7, 200], ids=["similar", "different"])
+@pytest.mark.parametrize("spread", [7, 203], ids=["similar", "different"])
 def test_a_batch_of_decodes_builds_no_more_operations_than_a_few(
     spread: int, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_without(backend)
     monkeypatch.setattr(cpu, "_MIN_OWN_EXP", 1)
+    monkeypatch.setattr(cpu, "_MIN_KEYS_IN_PLACE", 1)
 
     def num_operations(batch_size: int) -> int:
         k_cache = mx.zeros((28 * batch_size, 8, 2, 32))
@@ -146,9 +212,9 @@ def test_a_step_keeps_its_plan_for_all_layers_that_are_alike(monkeypatch: pytest
     metadata = AttentionMetadata(
         mx.array([[0, 1], [2, 3]], mx.int32), np.array([20, 10], np.int32), np.array([0, 1, 4], np.int32)
     )
-    q, k_cache = mx.zeros((4, 4, 8)), mx.zeros((4, 16, 2, 8))
+    q, pool = mx.zeros((4, 4, 8)), LayerPool.zeros(LayerSpec(2, 8, 8, mx.float32), 4, 16)
     for window, scale in ((None, 1.0), (None, 2.0), (8, 1.0), (8, 1.0)):
-        attend(q, k_cache, k_cache, metadata, AttentionOptions(scale, window), "reference")
+        reference.ReferenceBackend().attend(q, pool, metadata, AttentionOptions(scale, window))
     assert len(tiles) == 2 * 2
 
 
@@ -162,12 +228,12 @@ def test_long_contexts_cost_the_host_nothing_until_the_device_computes(window: i
         np.full(num_seqs, context, np.int32) - np.arange(num_seqs, dtype=np.int32),
         np.arange(num_seqs + 1, dtype=np.int32) * num_queries,
     )
-    q, k_cache = mx.zeros((num_seqs * num_queries, 4, 8)), mx.zeros((2, block_size, 2, 8))
-    mx.eval(q, k_cache)
+    q, pool = mx.zeros((num_seqs * num_queries, 4, 8)), LayerPool.zeros(LayerSpec(2, 8, 8, mx.float32), 2, block_size)
+    mx.eval(q, pool.arrays)
     before = mx.get_active_memory()
     tracemalloc.start()
     try:
-        out = attend(q, k_cache, k_cache, metadata, AttentionOptions(1.0, window), "reference")
+        out = reference.ReferenceBackend().attend(q, pool, metadata, AttentionOptions(1.0, window))
         _, host_peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -146,7 +146,7 @@ def test_a_forgotten_cached_block_is_reused_as_an_empty_one(policy: str) -> None
     allocator = BlockAllocator(3, policy)
     allocator.allocate(3)
     allocator.release([0, 1, 2], everything)
-    allocator.uncache(1)
+    allocator.free_blocks.uncache(1)
     assert allocator.num_free == 3
     assert drain(allocator) == {"fifo": [0, 1, 2], "lru": [1, 0, 2]}[policy]
 
@@ -172,6 +172,22 @@ def test_buddy_goes_on_after_the_last_block_of_a_table_if_that_is_free() -> None
     assert allocator.allocate(2) == [0, 1]
     assert allocator.allocate(2, after=1) == [2, 3]
     assert allocator.allocate(1, after=0) != [1]
+
+
+def test_buddy_prefers_the_block_after_a_tables_last_one_to_a_better_fit() -> None:
+    allocator = BlockAllocator(16, "buddy")
+    assert allocator.allocate(1) + allocator.allocate(2) == [0, 2, 3]  # of one block alone there is only 1
+    assert allocator.allocate(1, after=3) == [4]
+
+
+def test_buddy_has_a_run_as_long_as_its_longest_free_one_and_no_longer() -> None:
+    allocator = BlockAllocator(8, "buddy")
+    assert [allocator.has_run(count) for count in (1, 5, 8, 9)] == [True, True, True, False]
+    allocator.allocate(1)
+    assert [allocator.has_run(count) for count in (1, 3, 4, 5)] == [True, True, True, False]
+    allocator.allocate(7)
+    assert not allocator.has_run(1)
+    assert all(BlockAllocator(1, policy).has_run(9) for policy in ("fifo", "lru")), "they do not care"
 
 
 def test_buddy_makes_do_with_pieces_rather_than_refuse() -> None:

@@ -96,3 +96,13 @@ def test_the_callers_token_list_is_not_kept() -> None:
     manager.fork("a", "b")
     manager.append("a", [9])
     assert (manager.num_tokens("a"), manager.num_tokens("b")) == (4, 3)
+
+
+def test_under_buddy_each_sequence_that_grows_gets_the_block_after_its_last_one() -> None:
+    manager = BlockManager(16, 2, allocator="buddy")
+    manager.allocate("short", tokens(2))
+    manager.allocate("long", tokens(4, 50))
+    assert (manager.block_table("short"), manager.block_table("long")) == ([0], [2, 3])
+    assert manager.append_blocks(["long", "short"]) == [4, 1]
+    assert (manager.block_table("short"), manager.block_table("long")) == ([0, 1], [2, 3, 4])
+    manager.check()

@@ -6,6 +6,7 @@ import pytest
 from helpers.block_managers import run, snapshot, tokens
 
 from mlx_paged import BlockManager, OutOfBlocks
+from mlx_paged.blocks.free_lists import POLICIES
 
 both_policies = pytest.mark.parametrize("allocator", ["lru", "fifo"])
 
@@ -145,4 +146,15 @@ def test_a_copy_and_a_new_block_are_had_together_or_not_at_all() -> None:
     before = snapshot(manager)
     with pytest.raises(OutOfBlocks):
         manager.append("b", [4, 5])  # a copy of block 1 and one more; only one is free
+    assert snapshot(manager) == before
+
+
+@pytest.mark.parametrize("allocator", sorted(POLICIES))
+def test_sequences_that_can_not_all_grow_do_not_grow_at_all(allocator: str) -> None:
+    manager = BlockManager(5, 2, allocator=allocator)
+    for i in range(3):
+        run(manager, str(i), tokens(2, 10 * i))
+    before = snapshot(manager)
+    with pytest.raises(OutOfBlocks, match=r"3 blocks needed, 2 of 5 are free"):
+        manager.append_blocks(["0", "1", "2"])
     assert snapshot(manager) == before

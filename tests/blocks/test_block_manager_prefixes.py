@@ -6,6 +6,8 @@ import pytest
 from helpers.block_managers import reuse_order, run, tokens
 
 from mlx_paged import BlockManager, OutOfBlocks
+from mlx_paged.blocks.free_lists import POLICIES
+from mlx_paged.blocks.prefix_tree import PrefixNode
 
 both_policies = pytest.mark.parametrize("allocator", ["lru", "fifo"])
 
@@ -30,6 +32,7 @@ def test_equal_prefixes_share_the_same_blocks(allocator: str) -> None:
 def test_whole_blocks_are_hit_and_the_last_token_is_always_left_to_compute(length: int, expected: int) -> None:
     manager = BlockManager(20, 4)
     run(manager, "a", tokens(8))
+    assert manager.num_cached_tokens(tokens(length)) == expected
     assert manager.allocate("b", tokens(length)) == expected
     assert manager.num_computed("b") == expected
     assert manager.block_table("b")[: expected // 4] == [0, 1][: expected // 4]
@@ -231,6 +234,58 @@ def test_a_live_sequence_goes_on_publishing_after_its_prefix_was_dropped() -> No
     assert manager.allocate("probe", tokens(4)) == 0
 
 
+class NotingStore:
+    """A block store that has some digests; which blocks it should save, and which it should load."""
+
+    def __init__(self) -> None:
+        self.digests: set[bytes] = set()
+        self.saved: list[int] = []
+        self.loaded: list[tuple[bytes, int]] = []
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self.digests
+
+    def save(self, block_id: int, digest: bytes) -> None:
+        self.saved.append(block_id)
+
+    def load(self, node: PrefixNode, block_id: int) -> None:
+        self.loaded.append((node.digest, block_id))
+
+
+@pytest.mark.parametrize("allocator", sorted(POLICIES))
+def test_an_evicted_block_is_stored_if_it_was_hit_or_its_sequence_will_come_back(allocator: str) -> None:
+    store = NotingStore()
+    manager = BlockManager(8, 2, allocator=allocator, store=store)
+    run(manager, "hit", tokens(4))
+    run(manager, "preempted", tokens(4, 50))
+    run(manager, "neither", tokens(4, 80))
+    assert run(manager, "hits", tokens(5)) == 4
+    expected = {*manager.block_table("hit"), *manager.block_table("preempted")}
+    for seq_id in manager.seq_ids:
+        manager.free(seq_id, will_return=seq_id == "preempted")
+    assert store.saved == []
+    manager.allocate("all", tokens(16, 200))
+    assert sorted(store.saved) == sorted(expected)
+
+
+def test_blocks_that_the_store_has_are_hit_and_loaded_where_the_pool_has_none() -> None:
+    store = NotingStore()
+    manager = BlockManager(8, 2, store=store)
+    run(manager, "a", tokens(8))
+    digests = [digest for _, digest in manager.cached_prefixes("a")]
+    manager.free("a")
+    manager.allocate("most", tokens(14, 90))  # all but the first of its blocks
+    manager.free("most")
+    assert manager.num_cached_tokens(tokens(9)) == 2
+    store.digests |= {*digests[1:3]}
+    assert manager.num_cached_tokens(tokens(9)) == 6
+    assert manager.allocate("b", tokens(9)) == 6
+    assert store.loaded == list(zip(digests[1:3], manager.block_table("b")[1:3], strict=True))
+    assert manager.allocate("c", tokens(9)) == 6, "they are in the pool now"
+    assert len(store.loaded) == 2
+    manager.check()
+
+
 # -- publishing ---------------------------------------------------------------------------------------------------
 
 
@@ -253,3 +308,13 @@ def test_what_was_published_and_not_computed_is_not_hit() -> None:
     manager.free("a")
     assert manager.allocate("b", tokens(10)) == 4
     manager.check()
+
+
+def test_what_another_sequence_published_first_is_not_unpublished_with_a_step_that_failed() -> None:
+    manager = BlockManager(8, 2)
+    manager.allocate("a", tokens(5))
+    manager.allocate("twin", tokens(5))
+    assert len(manager.publish("a", 5)) == 2
+    assert manager.publish("twin", 5) == []
+    manager.mark_computed("a", 5)
+    assert manager.num_cached_tokens(tokens(5)) == 4

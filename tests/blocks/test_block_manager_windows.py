@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.block_contents import held, most_blocks, visible
-from helpers.block_managers import run, tokens
+from helpers.block_managers import reuse_order, run, tokens
 
 from mlx_paged import BlockManager
 from mlx_paged.blocks.block_manager import NO_BLOCK
@@ -135,3 +135,10 @@ def test_compaction_keeps_what_was_given_back_given_back() -> None:
         assert manager.block_table(seq_id) == [b if b == NO_BLOCK else moved[b] for b in table]
     assert sorted(held(manager, 0) + held(manager, 1)) == [0, 1]
     manager.check()
+
+
+def test_blocks_that_fall_out_of_the_window_together_are_reused_from_the_last_one_on() -> None:
+    manager = BlockManager(8, 2, window=3)
+    manager.allocate("a", tokens(8))
+    manager.mark_computed("a", 8)
+    assert reuse_order(manager) == [4, 5, 6, 7, 2, 1, 0]

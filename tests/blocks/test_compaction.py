@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.block_managers import fill, reuse_order, snapshot, tokens
+from helpers.block_managers import fill, reuse_order, run, snapshot, tokens
 
 from mlx_paged import BlockManager
 
@@ -108,3 +108,29 @@ def test_sequences_grow_and_fork_on_after_compaction() -> None:
     assert manager.allocate("d", tokens(3, 100) + [7, 8]) == 4
     assert manager.block_table("d")[:2] == manager.block_table("b")
     manager.check()
+
+
+def test_empty_blocks_are_filled_first_which_makes_room_for_cached_ones() -> None:
+    manager = BlockManager(4, 2)
+    run(manager, "cached", tokens(2))
+    manager.allocate("empty", [99])
+    for start in (50, 70):
+        run(manager, str(start), tokens(2, start))
+    manager.free("cached")
+    manager.free("empty")
+    manager.compact()
+    assert [manager.block_table(str(start)) for start in (50, 70)] == [[1], [0]]
+    assert manager.num_cached_tokens(tokens(3)) == 2
+    manager.check()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "helps"), [(1, False), (2, False), (3, True), (4, True), (5, False), (6, False)]
+)
+def test_compaction_helps_if_only_then_an_aligned_run_is_long_enough(num_tokens: int, helps: bool) -> None:
+    manager = BlockManager(8, 1, allocator="buddy")
+    for i in range(8):
+        manager.allocate(i, [i])
+    for i in (0, 1, 3, 4, 6):  # a run of two; once 2, 5 and 7 are moved to the start, one of four
+        manager.free(i)
+    assert manager.compaction_helps(num_tokens) == helps

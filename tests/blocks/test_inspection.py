@@ -8,6 +8,9 @@ import pytest
 from helpers.block_managers import run, tokens
 
 from mlx_paged import BlockManager
+from mlx_paged.blocks.inspection import num_kv_tokens
+from mlx_paged.blocks.prefix_tree import PrefixTree
+from mlx_paged.blocks.sequence_blocks import SequenceBlocks
 
 
 def test_tokens_in_shared_blocks_are_counted_once() -> None:
@@ -26,6 +29,15 @@ def test_tokens_in_shared_blocks_are_counted_once() -> None:
     assert manager.num_kv_tokens() == 5
     manager.free("c")
     assert manager.num_kv_tokens() == 0
+
+
+def test_of_a_shared_block_as_many_tokens_are_counted_as_any_sequence_has_in_it() -> None:
+    root = PrefixTree().root()
+    lives = [SequenceBlocks([1, 2, 3, 4, 5], [0, 1], num_tokens, 0, 0, root) for num_tokens in (3, 4, 3)]
+    assert num_kv_tokens(lives, 2) == num_kv_tokens(lives[::-1], 2) == num_kv_tokens(lives[1:], 2) == 4
+    lives[1].num_tokens = 5
+    lives[1].table.append(7)
+    assert num_kv_tokens(lives, 2) == 5
 
 
 def test_check_notices_a_broken_reference_count_table_or_cache_entry() -> None:

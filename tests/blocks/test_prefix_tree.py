@@ -5,6 +5,7 @@ import gc
 import pytest
 
 from mlx_paged.blocks.block_manager import BlockManager
+from mlx_paged.blocks.free_lists import POLICIES
 from mlx_paged.blocks.prefix_tree import PrefixNode, PrefixTree
 
 
@@ -186,13 +187,42 @@ def test_a_block_manager_never_serves_a_colliding_prompt(tokens: list[int], othe
     manager.check()
 
 
-def test_nothing_is_kept_of_prefixes_that_are_gone() -> None:
+def test_a_prefix_has_the_same_name_in_every_process_and_no_other_prefix_has_it() -> None:
+    """SHA-256 of the name before it and the tokens: another name would find nothing of what is on disk."""
+    tree = PrefixTree()
+    (one, below), (other, below_other) = (insert_chain(tree, {a: 2 * i, B: 2 * i + 1}) for i, a in enumerate((A, C)))
+    split = [tree.insert(tree.root(), tokens, 4 + i) for i, tokens in enumerate([(1, 23), (12, 3)])]
+    salted = [tree.root(salt) for salt in ("a", "b")]
+    nodes = [tree.root(), one, below, other, below_other, *split, *salted]
+    assert len({node.digest for node in nodes}) == len(nodes)
+    chain = insert_chain(tree, {(1, 23): 6, (12, 3): 7}, salt="a")
+    assert [node.digest.hex() for node in (tree.root(), split[0], *chain)] == [
+        "dc937b59892604f5a86ac96936cd7ff09e25f18ae6b758e8014a24c7fa039e91",
+        "dac921612dfbb41bc69d40799fd9c899a0c2dede87b643a4a8a5881ff5b0edac",
+        "ff550a2a192cfac56e09ea2c546af6c111bca1e4177800288e2e20df33aa52b4",
+        "7414bd6c24cfc3228a655437e0d16d64d2f96ef45017c7f343892d2a865791e2",
+    ]
+
+
+def test_the_name_of_a_prefix_of_thousands_of_blocks_is_found() -> None:
+    tree = PrefixTree()
+    nodes = insert_chain(tree, {(i,): i for i in range(5000)})
+    assert nodes[-1].digest != nodes[-2].digest
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("allocator", sorted(POLICIES))
+def test_nothing_is_kept_of_prefixes_that_are_gone(allocator: str, window: int | None) -> None:
     """The tree must not grow with the number of prompts, or of salts, that were ever served."""
-    manager = BlockManager(4, 2)
+    manager = BlockManager(4, 2, allocator=allocator, window=window)
     for turn in range(50):
         manager.allocate(turn, [turn, 1, 2, 3, 4], salt=f"user {turn}")
         manager.mark_computed(turn, 5)
         manager.free(turn)
+        manager.compact()
+    nodes = manager._tree._nodes.values()
+    assert all(node.block_id is not None or node.num_children for node in nodes)
+    assert [node.num_children for node in nodes] == [sum(one.parent is node for one in nodes) for node in nodes]
     gc.collect()
     alive = [node for node in gc.get_objects() if isinstance(node, PrefixNode)]
     reachable = [node for node in alive if _root_of(node) in set(manager._tree._roots.values())]

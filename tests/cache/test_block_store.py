@@ -16,6 +16,7 @@ from helpers.tiny_models import unpaged_greedy
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.cache import block_store as block_store
+from mlx_paged.cache.block_files import BlockFiles
 from mlx_paged.cache.block_store import BlockContent, FolderStore, MemoryStore
 from mlx_paged.outputs import RequestOutput
 
@@ -26,6 +27,10 @@ PROMPTS = [[(7 * i + j * j) % 97 for j in range(length)] for i, length in enumer
 def content(seed: int, dtype: mx.Dtype = mx.bfloat16) -> BlockContent:
     key = mx.random.key(seed)
     return {name: mx.random.normal((4, 2, 8), key=key).astype(dtype) for name in ("k0", "v0")}
+
+
+def folder_store(folder: Path, model: str = "a model", capacity: int | None = None) -> FolderStore:
+    return FolderStore(BlockFiles(folder, capacity), folder, model)
 
 
 def same_bits(one: BlockContent, other: BlockContent) -> bool:
@@ -47,7 +52,7 @@ def texts(outputs: list[RequestOutput]) -> list[list[int]]:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_a_block_comes_back_bit_for_bit(dtype: mx.Dtype, tmp_path: Path) -> None:
-    for store in (MemoryStore(10**6), FolderStore(tmp_path, "a model")):
+    for store in (MemoryStore(10**6), folder_store(tmp_path)):
         store.put("one", content(1, dtype))
         store.put("two", content(2, dtype))
         assert same_bits(store.get("one"), content(1, dtype))
@@ -56,34 +61,37 @@ def test_a_block_comes_back_bit_for_bit(dtype: mx.Dtype, tmp_path: Path) -> None
 
 
 def test_the_block_used_least_recently_goes_first_when_a_store_is_full(tmp_path: Path) -> None:
+    folder_store(tmp_path / "one").put("0", content(0))
+    on_disk = (tmp_path / "one" / "0.safetensors").stat().st_size
     room_for_three = 3 * sum(array.nbytes for array in content(0).values())
-    for store in (MemoryStore(room_for_three), FolderStore(tmp_path, "a model", room_for_three)):
+    tmp_path = tmp_path / "three"
+    for store in (MemoryStore(room_for_three), folder_store(tmp_path, capacity=3 * on_disk)):
         for number in range(3):
             store.put(str(number), content(number))
         store.get("0")
         store.put("3", content(3))
         assert [str(number) in store for number in range(4)] == [True, False, True, True]
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
 def test_a_file_that_is_not_whole_or_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
-    FolderStore(tmp_path, "a model").put("one", content(1))
-    FolderStore(tmp_path, "a model").put("two", content(2))
+    folder_store(tmp_path).put("one", content(1))
+    folder_store(tmp_path).put("two", content(2))
     (tmp_path / "three.safetensors").write_bytes((tmp_path / "two.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"one\.safetensors was written for another model"):
-        FolderStore(tmp_path, "another model").get("one")
+        folder_store(tmp_path, "another model").get("one")
     with pytest.raises(ValueError, match=r"three\.safetensors was written for another"):
-        FolderStore(tmp_path, "a model").get("three")
+        folder_store(tmp_path).get("three")
     size = (tmp_path / "one.safetensors").stat().st_size
     for cut in (0, 5, size // 2, size - 1):
         os.truncate(tmp_path / "one.safetensors", cut)
         with pytest.raises(ValueError, match=r"one\.safetensors is not a whole block"):
-            FolderStore(tmp_path, "a model").get("one")
+            folder_store(tmp_path).get("one")
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_a_file_of_which_one_bit_changed_is_refused_by_name(dtype: mx.Dtype, tmp_path: Path) -> None:
-    FolderStore(tmp_path, "a model").put("one", content(1, dtype))
+    folder_store(tmp_path).put("one", content(1, dtype))
     path = tmp_path / "one.safetensors"
     whole = path.read_bytes()
     for offset in (-1, -17):
@@ -91,14 +99,47 @@ def test_a_file_of_which_one_bit_changed_is_refused_by_name(dtype: mx.Dtype, tmp
         changed[offset] ^= 1
         path.write_bytes(changed)
         with pytest.raises(ValueError, match=r"one\.safetensors is not what was written"):
-            FolderStore(tmp_path, "a model").get("one")
+            folder_store(tmp_path).get("one")
 
 
-def test_a_file_that_was_never_finished_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "one.123.partial.safetensors").write_bytes(b"half")
-    store = FolderStore(tmp_path, "a model")
-    assert "one" not in store
-    assert "one.123.partial" not in store
+def test_while_a_block_is_written_its_name_is_not_there_and_an_older_file_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, seen = folder_store(tmp_path), []
+
+    def save(path: str, *arguments: object) -> None:
+        Path(path).write_bytes(b"half")
+        seen.append({name.stem: name.read_bytes() for name in tmp_path.glob("*.safetensors")})
+        real_save(path, *arguments)
+
+    real_save = mx.save_safetensors
+    monkeypatch.setattr(mx, "save_safetensors", save)
+    store.put("one", content(1))
+    whole = (tmp_path / "one.safetensors").read_bytes()
+    store.put("one", content(2))
+    assert seen == [{}, {"one": whole}]
+    assert same_bits(store.get("one"), content(2))
+
+
+def test_while_a_block_is_saved_nothing_has_its_name_but_an_old_file_that_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, save, states = FolderStore(tmp_path, "a model"), mx.save_safetensors, []
+    store.put("one", content(1))
+    old = (tmp_path / "one.safetensors").read_bytes()
+
+    def save_half_then_all(path: str, *arguments: object) -> None:
+        Path(path).write_bytes(old[: len(old) // 2])
+        found = {name: tmp_path / f"{name}.safetensors" for name in ("one", "two")}
+        states.append({name: file.read_bytes() for name, file in found.items() if file.exists()})
+        save(path, *arguments)
+
+    monkeypatch.setattr(mx, "save_safetensors", save_half_then_all)
+    store.put("two", content(2))
+    store.put("one", content(3))
+    two = (tmp_path / "two.safetensors").read_bytes()
+    assert states == [{"one": old}, {"one": old, "two": two}]
+    assert same_bits(store.get("one"), content(3))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +163,7 @@ def test_preempted_requests_give_the_same_tokens_with_swap(
     if swap == "memory":  # as where the device has memory of its own
         monkeypatch.setattr(block_store, "_open_swap", lambda _: MemoryStore(10**8))
     model = tiny_model(family)
-    llm = make_llm(model, allocator=allocator, swap_space=str(tmp_path) if swap == "folder" else swap)
+    llm = make_llm(model, allocator=allocator, swap_space={"folder": str(tmp_path), "memory": "64MB"}.get(swap, swap))
     outputs = llm.generate(PROMPTS, GREEDY)
     assert texts(outputs) == [unpaged_greedy(model, prompt, 40).token_ids for prompt in PROMPTS]
     stats = llm.stats()
@@ -231,8 +272,27 @@ def test_damaged_blocks_are_computed_again_with_one_warning(
         assert texts(make_llm(model, prefix_cache_dir=tmp_path).generate(PROMPTS, GREEDY)) == expected
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_what_could_not_be_read_back_counts_as_not_cached(
+    family: str, tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    def make() -> LLM:
+        return make_llm(tiny_model(family), num_kv_blocks=100, prefix_cache_dir=tmp_path)
+
+    expected = texts(make().generate(PROMPTS[:2], GREEDY))
+    for path in tmp_path.rglob("*.safetensors"):
+        os.truncate(path, path.stat().st_size // 2)
+    second = make()
+    with pytest.warns(UserWarning, match="can't be read back is computed again"):
+        outputs = second.generate(PROMPTS[:2], GREEDY)
+    assert texts(outputs) == expected
+    assert [output.num_cached_tokens for output in outputs] == [0, 0]
+    stats = second.stats()
+    assert (stats.prefix_query_tokens, stats.prefix_hit_tokens) == (190, 0)
+
+
 def test_a_prompt_is_saved_even_if_its_block_is_in_swap(tmp_path: Path) -> None:
-    swap, saved = MemoryStore(10**6), FolderStore(tmp_path, "a model")
+    swap, saved = MemoryStore(10**6), folder_store(tmp_path)
     stores = block_store.BlockStores(swap, saved)
     stores.put_evicted("one", content(1))
     assert "one" in stores
@@ -267,7 +327,7 @@ def test_a_block_store_without_prefix_caching_is_refused(setting: str, tiny_mode
 
 @pytest.mark.parametrize("size", ["50%", "0GB", "8 parsecs"])
 def test_a_swap_size_that_cannot_be_meant_is_refused(size: str, tiny_model: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ValueError, match="memory size"):
+    with pytest.raises(ValueError, match="swap_space: memory size"):
         make_llm(tiny_model("qwen2"), swap_space=size)
 
 

@@ -188,15 +188,39 @@ def test_on_a_gpu_three_quarters_of_its_memory_are_divided(
     assert plan.step_bytes > 0 and room - plan.block_bytes[0] < plan.kv_bytes <= room
 
 
+def test_a_pool_is_refused_from_the_byte_on_that_does_not_fit(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = patch_model(tiny_model("qwen2"))
+    monkeypatch.setattr(memory_plan, "measure_step_bytes", lambda *_: 500)
+    room = memory_plan.weight_bytes(model.model) + 500 + 10 * 12288
+    for device_bytes, num_blocks in ((room, 10), (room - 1, 9), (room + 12287, 10), (room + 12288, 11)):
+        monkeypatch.setattr(memory_plan, "device_limit", lambda size=device_bytes: (size, "RAM"))
+        plan = memory_plan.plan_memory(model, EngineConfig(num_kv_blocks=num_blocks), max_model_len=None)
+        assert plan.num_blocks == [num_blocks]
+        with pytest.raises(ValueError, match=f"a KV cache of {num_blocks + 1} blocks .* does not fit"):
+            memory_plan.plan_memory(model, EngineConfig(num_kv_blocks=num_blocks + 1), max_model_len=None)
+
+
 @pytest.mark.parametrize(
-    "config",
-    [{"num_kv_blocks": 10**9}, {"kv_cache_memory": "900TB"}, {"kv_cache_memory": "100%"}, {"kv_cache_memory": 5}],
+    ("config", "pool"),
+    [
+        ({"num_kv_blocks": 10**9}, "1000000000 blocks of 16 tokens = 12.3 TB"),
+        ({"kv_cache_memory": "900TB"}, r"\d+ blocks of 16 tokens = 900 TB"),
+        ({"kv_cache_memory": "100%"}, r"\d+ blocks of 16 tokens = \d+(\.\d+)? [GT]B"),
+    ],
 )
 def test_a_pool_that_does_not_fit_is_refused_with_the_arithmetic(
-    config: dict[str, object], tiny_model: Callable[..., nn.Module]
+    config: dict[str, object], pool: str, tiny_model: Callable[..., nn.Module]
 ) -> None:
-    with pytest.raises(ValueError, match=r"does not fit|holds no block") as refusal:
+    size = r"\d+(\.\d+)? [KMGT]?B"
+    reason = f"a KV cache of {pool} does not fit: RAM {size} - weights {size} - reserve {size} leaves {size}; lower num"
+    with pytest.raises(ValueError, match=f"^{reason}") as refusal:
         LLM.from_model(tiny_model("qwen2"), **config)
-    message = str(refusal.value)
-    assert "\n" not in message
-    assert ("weights" in message and "reserve" in message and "leaves" in message) or "12.3 KB" in message
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_pool_of_less_than_one_block_is_refused_with_the_size_of_one(tiny_model: Callable[..., nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"^kv_cache_memory=12287 holds no block: one takes 12\.3 KB$"):
+        LLM.from_model(tiny_model("qwen2"), kv_cache_memory=12287)
+    assert LLM.from_model(tiny_model("qwen2"), kv_cache_memory=12288).stats().num_blocks == 1

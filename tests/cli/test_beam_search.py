@@ -78,7 +78,7 @@ def test_json_has_all_of_it(run: Run) -> None:
 
 def test_options_reach_the_search(run: Run) -> None:
     run("beam-search", "Hi")
-    assert run.params == BeamSearchParams() and run.prompts == ["user:Hi"]
+    assert run.params == BeamSearchParams(stop=()) and run.prompts == ["user:Hi"]
     options = "--beam-width 6 --max-tokens 9 --length-penalty 0.5 --early-stopping never --num-return 3 --block-size 8"
     run("beam-search", "--system", "S", *options.split(), "Hi")
     assert run.params == BeamSearchParams(

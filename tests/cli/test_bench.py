@@ -6,15 +6,20 @@ import csv
 import io
 import json
 import math
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import click.testing
 import mlx.core as mx
 import pytest
 
+from mlx_paged.cli.bench import _duration
 from mlx_paged.cli.main import cli
+from mlx_paged.tools import speed
 from mlx_paged.tools.report import as_text, describe_machine, terminal_table
 
 SOMETIMES = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "device_name", "architecture"}  # where set, on a GPU
@@ -140,3 +145,53 @@ def test_a_table_that_is_wider_than_the_terminal_is_not_cut_off(monkeypatch: pyt
     table = as_text(terminal_table("title", columns, [{word: f"value of {word}" for word in words}]))
     assert table.split() == ["title", *words, *" ".join(f"value of {word}" for word in words).split()]
     assert len(table.splitlines()) == 3
+
+
+def test_it_says_beforehand_how_long_it_will_take() -> None:
+    result = run(*SMALL, "-v")
+    assert result.exit_code == 0
+    assert re.search(r"^this will take about \d+ s$", result.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "1 s"), (89, "89 s"), (91, "2 min"), (3000, "50 min"), (9000, "2.5 h")]
+)
+def test_a_rough_duration_is_told_in_a_fitting_unit(seconds: float, words: str) -> None:
+    assert _duration(seconds) == words
+
+
+def test_the_estimate_grows_with_tokens_batches_and_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A token of a prompt takes 2 s, a step of a batch 3 s.
+    def seconds(llm: object, batch: int, num_prompt: int, num_output: int, draw: object) -> int:
+        return 2 * num_prompt * batch if num_output == 1 else 3 * num_output
+
+    monkeypatch.setattr(speed, "_seconds", seconds)
+    assert speed.estimate_duration(MagicMock(), 100, 0, [1, 3], 1) == 2 * 100 * 2 * (1 + 3)
+    assert speed.estimate_duration(MagicMock(), 0, 50, [1, 3], 4) == 5 * 50 * 3 * 2
+
+
+INTERRUPTED = """
+import hashlib
+from mlx_paged.cli import bench, main
+
+def compute(*_):
+    print("computing", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, in which Python handles no signal
+
+bench.measure_speed = compute
+main.main()
+"""
+
+
+def test_ctrl_c_ends_it_soon_in_a_computation_that_python_cannot_interrupt() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, "bench", *map(str, SMALL)],
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"computing\n"
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.wait(timeout=30) == 130
+    finally:
+        process.kill()

@@ -1,8 +1,10 @@
 """`mlx-paged inspect`: its numbers, its picture, and what bad input is told."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import click.testing
 import mlx.core as mx
 import pytest
 from helpers.hub_stub import Hub, serve
+from helpers.tiny_models import make_model
+from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model
 
 from mlx_paged.cli.main import cli
 from mlx_paged.runner import memory_plan as memory_plan
@@ -82,6 +87,8 @@ def test_json_has_every_number_of_a_hand_computed_case(folder: Path) -> None:
         "device": "given",
         "memory_bytes": 10**9,
         "weight_bytes": WEIGHTS,
+        "weights": {"float16": WEIGHTS},
+        "weights_are": "described",
         "unknown_quantization": None,
         "lengths": [100, 2000],
         "lengths_are": "given",
@@ -99,7 +106,7 @@ def test_text_shows_the_arithmetic(folder: Path) -> None:
     assert result.exit_code == 0
     assert "5 layers x 2 KV heads x (16 K + 16 V) x 2 bytes = 640 bytes" in result.stdout
     assert "32 tokens x 640 bytes = 20,480 bytes" in result.stdout
-    assert "given 1 GB - weights about 321 KB = 1 GB" in result.stdout
+    assert "given 1 GB - weights about 321 KB (float16) = 1 GB" in result.stdout
     assert "2 requests of 100 to 2,000 tokens, mean 1,050" in result.stdout
     rows = {line.split("  ")[0]: line.split()[-2:] for line in result.stdout.splitlines() if "%" in line}
     assert rows["2,048 tokens reserved"][0] == rows["mlx-lm's padded batch"][0] == "48.7%"
@@ -152,6 +159,54 @@ def test_weights_that_do_not_fit_are_said_not_to(folder: Path) -> None:
     assert result.exit_code == 0
     assert "the weights alone do not fit" in result.stdout
     assert [way["fit"] for way in report(folder, "--memory", "1KB")["ways"].values()] == [0, 0, 0]
+
+
+def test_weights_that_are_in_the_folder_are_measured_in_the_types_that_they_will_have(folder: Path) -> None:
+    config = CONFIG | {"tie_word_embeddings": False, "quantization": {"group_size": 32, "bits": 4}}
+    model = make_model("llama", num_hidden_layers=5, dtype=mx.float16)
+    model, config = quantize_model(model, config, 32, 4)
+    weights = dict(tree_flatten(model.parameters()))
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    packed = sum(array.nbytes for array in weights.values() if array.dtype == mx.uint32)
+    others = sum(array.nbytes for array in weights.values() if array.dtype == mx.float16)
+    for dtype, factor in (("float16", 1), ("float32", 2)):
+        found = report(folder, "--dtype", dtype)
+        assert found["weights"] == {"uint32": packed, dtype: factor * others}
+        assert (found["weight_bytes"], found["weights_are"]) == (packed + factor * others, "measured")
+    words = run(folder, "--dtype", "float32").stdout
+    assert f"weights {(packed + 2 * others) / 1e3:.3g} KB ({packed / 1e3:.3g} KB uint32, " in words
+    (folder / "model.safetensors").write_bytes(b"")
+    assert "model.safetensors is cut short" in run(folder).stderr
+
+
+def test_saved_prompts_are_listed_by_model(tmp_path: Path) -> None:
+    for path, size, used in (("llama-1/a", 500, 0), ("llama-1/b", 700, 86400), ("qwen2-2/a", 1800, 43200)):
+        file = tmp_path / f"{path}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(bytes(size))
+        os.utime(file, (used, used))
+    result = run("--prefix-cache-dir", tmp_path)
+    assert result.exit_code == 0
+    first, second, total = result.stdout.splitlines()
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(86400))
+    assert first == f"llama-1  2 blocks  1.2 KB  last used {day}"
+    assert second.startswith("qwen2-2  1 block  1.8 KB")
+    assert total == f"2 models, 3 KB in {tmp_path}"
+    listed = json.loads(run("--prefix-cache-dir", tmp_path, "--json").stdout)
+    assert listed[0] == {"name": "llama-1", "num_blocks": 2, "num_bytes": 1200, "last_used": 86400.0}
+    assert run("--prefix-cache-dir", tmp_path / "qwen2-2" / "a.safetensors").exit_code == 2
+    result = run("--prefix-cache-dir", tmp_path / "nowhere")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "No such file or directory" in result.stderr
+
+
+@pytest.mark.parametrize("args", [["llama"], ["--blocks"], ["--context", "9"], ["--lengths", "9"], ["--svg", "x.svg"]])
+def test_a_list_takes_no_option_that_it_would_ignore(args: list[str], tmp_path: Path) -> None:
+    result = run("--prefix-cache-dir", tmp_path, *args)
+    name = args[0] if args[0].startswith("--") else "MODEL"
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"--prefix-cache-dir lists what is saved there and takes no {name}" in result.stderr
 
 
 def test_a_quantisation_that_is_not_counted_is_named(folder: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.budget import LONG
 from helpers.stub_llm import Run, StubLLM, assert_one_line, invoke, start
 
 from mlx_paged.errors import ModelError
@@ -74,6 +75,7 @@ def test_broken_weights_are_one_line_that_names_the_file(content: bytes, tmp_pat
 def test_an_unknown_architecture_is_one_line_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "perceptron"}')
     (tmp_path / "model.safetensors").write_bytes(DEMO_WEIGHTS)
+    (tmp_path / "tokenizer.json").write_text("{}")
     assert_one_line(invoke("generate", "--model", str(tmp_path), "Hi"), 1, "perceptron")
 
 
@@ -128,13 +130,16 @@ def test_what_makes_mlx_faster_is_told_after_a_command_that_succeeded(
     assert "install" not in run("generate", "-v", "-q", "Hi").stderr + run("generate", "-v", "").stderr
 
 
-def test_ctrl_c_ends_a_real_run_with_130_and_no_traceback() -> None:
-    process = start("generate", "--ignore-eos", "--max-tokens", "2000", "Once")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if LONG else [])])
+def test_signals_end_a_real_run_with_130_and_no_traceback_and_leave_no_files(number: int, tmp_path: Path) -> None:
+    process = start("generate", "--ignore-eos", "--max-tokens", "2000", "--swap-space", str(tmp_path), "Once")
     assert process.stdout is not None
     first = process.stdout.read(10)  # it is in the middle of its answer
-    process.send_signal(signal.SIGINT)
+    assert list(tmp_path.iterdir())
+    process.send_signal(number)
     _, err = process.communicate()
     assert (process.returncode, len(first), err) == (130, 10, b"")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reader_that_leaves_ends_the_run_quietly() -> None:

@@ -12,7 +12,7 @@ from helpers.stub_llm import Run, StubLLM, assert_one_line, invoke
 from mlx_paged import LLM
 from mlx_paged.cli import options
 from mlx_paged.cli.main import cli
-from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +50,15 @@ def test_without_any_prompt_the_ways_to_give_one_are_named(run: Run) -> None:
     assert run.made == []
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt_or_a_schema(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfHi\n")
+    (tmp_path / "any.json").write_bytes(b"\xef\xbb\xbftrue")
+    run("generate", "--raw", "-f", str(tmp_path / "a.txt"), "--json-schema", str(tmp_path / "any.json"))
+    assert (run.prompts, run.params.json_schema) == (["Hi"], True)
+    run("generate", "--raw", stdin=b"\xef\xbb\xbfHi")
+    assert run.prompts == ["Hi"]
+
+
 def test_stdin_and_files_that_are_not_utf8_are_bad_usage(run: Run, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"\xff\xd8")
     assert_one_line(run("generate", "-f", str(tmp_path / "image")), 2, "image is not UTF-8")
@@ -65,6 +74,15 @@ def test_sampling_options_reach_the_request_by_their_usual_names(run: Run) -> No
     args = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     run("generate", *args, "-n", "3", "--stop", "END", "--stop", "\n\n", "--ignore-eos", "--json", "Hi")
     assert run.params == SamplingParams(**options, n=3, stop=("END", "\n\n"), ignore_eos=True)
+
+
+def test_stop_strings_and_special_tokens_are_options_of_samples_and_beams(run: Run) -> None:
+    for command, kind in (("generate", SamplingParams), ("beam-search", BeamSearchParams)):
+        run(command, "--stop", "END", "--show-special-tokens", "Hi")
+        assert isinstance(run.params, kind)
+        assert (run.params.stop, run.params.skip_special_tokens) == (("END",), False)
+        run(command, "Hi")
+        assert (run.params.stop, run.params.skip_special_tokens) == ((), True)
 
 
 def test_the_form_of_the_output_is_a_schema_from_a_file_or_an_expression(run: Run, tmp_path: Path) -> None:
@@ -155,8 +173,11 @@ def test_engine_options_reach_the_model_and_those_not_given_stay_its_own(run: Ru
         "block_size": 8, "num_kv_blocks": 99, "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 512,
         "dtype": "float16", "prefix_caching": False,
     }  # fmt: skip
-    run("generate", "--kv-cache-memory", "30%", "Hi")
-    assert run.made[-1].settings == {"kv_cache_memory": "30%"}
+    stores = "--swap-space 8GB --prefix-cache-dir saved --prefix-cache-size 20GB --kv-cache-memory 30%"
+    run("generate", *stores.split(), "Hi")
+    assert run.made[-1].settings == {
+        "kv_cache_memory": "30%", "swap_space": "8GB", "prefix_cache_dir": "saved", "prefix_cache_size": "20GB",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -166,11 +187,12 @@ def test_engine_options_reach_the_model_and_those_not_given_stay_its_own(run: Ru
         "-n 0", "--repetition-penalty 0", "--presence-penalty 9", "--logprobs -1 --json", "--logprobs 3",
         "--block-size 0", "--num-kv-blocks 0", "--kv-cache-memory 4XB", "--kv-cache-memory 200%", "--max-num-seqs 0",
         "--dtype int3", "--max-num-batched-tokens 0", "--max-model-len 0", "--no-such-option",
-        "--num-kv-blocks 9 --kv-cache-memory 1GB",
+        "--num-kv-blocks 9 --kv-cache-memory 1GB", "--swap-space=-5GB", "--swap-space=", "--swap-space=50%",
+        "--prefix-cache-dir=", "--prefix-cache-size 1GB", "--prefix-cache-size lots --prefix-cache-dir x",
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_bad_usage_told_in_one_line_before_a_model_is_loaded(args: str, run: Run) -> None:
-    option = "--temp" if args == "--temp cold" else args.split()[0]
+    option = "--temp" if args == "--temp cold" else re.split("[ =]", args)[0]
     assert_one_line(run("generate", *args.split(), "Hi"), 2, option, "--help")
     assert run.made == []
 

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.engines import GREEDY, MakeEngine, complete, is_idle, tokens_of
+from helpers.other_tokenizers import wrapped
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from mlx_paged import SamplingParams
+from mlx_paged import BeamSearchParams, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -69,10 +72,48 @@ def test_a_prompt_as_long_as_the_context_leaves_no_room_and_one_shorter_leaves_a
 def test_parameters_that_the_engine_can_never_serve_are_refused(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_seqs=3)
     for params, message in (
-        (SamplingParams(n=4), "n=4 .* max_num_seqs is 3"),
+        (BeamSearchParams(beam_width=4), "beam_width=4 .* max_num_seqs is 3"),
         (SamplingParams(stop="x"), "tokenizer"),
         (SamplingParams(logit_bias={97: 1.0}), "97 is outside"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.add_request([1], params)
     assert is_idle(engine)
+
+
+@pytest.mark.parametrize(
+    "single, before, behind",
+    [
+        ("$A", [], []),
+        ("<s> $A", [1], []),
+        ("<s> <pad> $A", [1, 3], []),
+        ("$A </s>", [], [2]),
+        ("<s> $A </s>", [1], [2]),
+    ],
+)
+def test_a_text_gets_what_the_tokenizer_puts_before_it_only_once_and_nothing_behind_it(
+    make_engine: MakeEngine, single: str, before: list[int], behind: list[int]
+) -> None:
+    tokenizer = words_with(single)
+    plain = [4, 5]
+    assert tokenizer.encode("the dog") == before + plain + behind, "the premise"
+    engine = make_engine(tokenizer)
+    for text, expected in (
+        ("the dog", before + plain),
+        ("<s> <pad> the dog", [1, 3, *plain]),
+        ("<s> the dog", [1, *plain]),
+        ("the dog</s>", [*before, *plain, 2]),
+        ("<s>", [1]),
+    ):
+        assert engine.make_request(text, GREEDY).prompt_token_ids == expected
+        assert make_engine(tokenizer).make_request(text, GREEDY).prompt_token_ids == expected, "as the first text"
+
+
+def words_with(single: str) -> TokenizerWrapper:
+    """A tokenizer of two words, and of texts written as `single` says."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "the": 4, "dog": 5}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    specials = [(name, vocabulary[name]) for name in ("<s>", "</s>", "<pad>")]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=specials)
+    return wrapped(backend)

@@ -105,6 +105,7 @@ def test_other_threads_touch_no_handler() -> None:
 def test_an_interruption_in_any_call_of_a_step_loses_nothing(point: str, pipelining: str) -> None:
     engine = make_engine("llama", **TIGHT, pipelining=pipelining)
     *path, name = point.split(".")
+    happened = []
     for number in range(0, 40, 1 if LONG else 11):
         run = Run(engine)
         with ctrl_c(functools.reduce(getattr, path, engine), name, number, after=number % 2 == 1) as pressed:
@@ -112,6 +113,8 @@ def test_an_interruption_in_any_call_of_a_step_loses_nothing(point: str, pipelin
         run.check("llama")
         assert run.num_interruptions == pressed.happened
         assert run.results.errors == {}
+        happened.append(pressed.happened)
+    assert happened[0], "the premise: there is such a call"
 
 
 def test_a_second_ctrl_c_tears_the_step_and_the_engine_says_so_from_then_on(

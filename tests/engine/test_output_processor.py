@@ -51,6 +51,38 @@ def test_the_end_token_stops_with_no_further_reason_and_no_text_of_its_own(
     assert (output.text, output.finish_reason, output.stop_reason) == ("", "stop", None)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_text_ends_before_a_stop_token_and_the_token_ids_with_it(
+    stream: bool, make_engine: MakeEngine, tokenizer: Any
+) -> None:
+    engine, words = make_engine(tokenizer), tokenizer.encode("was called Pebble and went home")
+    each_once = {"max_tokens": len(words), "repetition_penalty": 1e6}
+    plain = complete(engine, "Anna", steered(*words, **each_once)).outputs[0]
+    for count in (1, 3, len(words)):
+        params = steered(*words, **each_once, stop_token_ids=[plain.token_ids[count - 1]])
+        engine.add_request("Anna", params, stream=stream)
+        pieces = [output.outputs[0] for _ in range(20) for output in engine.step()]
+        assert [token for piece in pieces for token in piece.token_ids] == plain.token_ids[:count]
+        text = "".join(piece.text for piece in pieces)
+        assert plain.text.startswith(text)
+        num_left_out = len(plain.text) - len(text)
+        assert num_left_out == len(tokenizer.decode(plain.token_ids)) - len(
+            tokenizer.decode(plain.token_ids[: count - 1])
+        )
+        assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == ("stop", plain.token_ids[count - 1])
+
+
+def test_a_token_that_stops_is_the_reason_even_if_no_other_was_allowed(make_engine: MakeEngine, tokenizer: Any) -> None:
+    engine = make_engine(tokenizer)
+    for params, reason in (
+        (steered(END, max_tokens=1), None),
+        (steered(9, max_tokens=1, stop_token_ids=[9]), 9),
+        (steered(END, max_tokens=1, stop_token_ids=[END], ignore_eos=True), END),
+    ):
+        output = complete(engine, "Anna", params).outputs[0]
+        assert (output.finish_reason, output.stop_reason) == ("stop", reason)
+
+
 def test_ignore_eos_runs_on_past_the_end_token(make_engine: MakeEngine, tokenizer: Any) -> None:
     output = complete(make_engine(tokenizer), "Anna", steered(END, max_tokens=5, ignore_eos=True)).outputs[0]
     assert output.token_ids == [END] * 5
@@ -79,14 +111,6 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it_and_keeps_the_token
     assert stop in tokenizer.decode(output.token_ids)
     assert len(output.token_ids) < 30
     assert is_idle(engine)
-
-
-def test_text_is_what_the_tokens_say(make_engine: MakeEngine, tokenizer: Any) -> None:
-    for seed in range(4):
-        params = SamplingParams(seed=seed, max_tokens=25, temperature=1.5, ignore_eos=True)
-        output = complete(make_engine(tokenizer), "Anna had a", params).outputs[0]
-        decoded = tokenizer.decode(output.token_ids)
-        assert output.text in (decoded, decoded.removeprefix(" "))
 
 
 # -- logprobs -----------------------------------------------------------------------------------------------------

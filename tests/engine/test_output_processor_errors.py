@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from helpers.broken_tokenizers import BrokenTokenizer, Moment
+from helpers.broken_tokenizers import BrokenTokenizer
 from helpers.engines import MakeEngine, complete, is_idle, tokens_of
 from helpers.faults import PIPELINING
 
@@ -17,7 +17,6 @@ from mlx_paged.sampling.grammar import GrammarMatcher
 PROMPT = "Anna had a"
 VICTIM = {"seed": 3, "max_tokens": 8, "ignore_eos": True}
 
-every_moment = pytest.mark.parametrize("moment", ["add_token", "finalize"])
 every_pipelining = pytest.mark.parametrize("pipelining", PIPELINING)
 
 
@@ -72,16 +71,15 @@ def assert_serves_on(engine: Engine, make_engine: MakeEngine, tokenizer: Any, ba
 
 
 @every_pipelining
-@every_moment
 @pytest.mark.parametrize("kind", ["plain", "with a stop string", "streamed"])
 def test_a_tokenizer_that_raises_is_the_error_of_its_request_alone(
-    kind: str, moment: Moment, pipelining: str, make_engine: MakeEngine, tokenizer: Any
+    kind: str, pipelining: str, make_engine: MakeEngine, tokenizer: Any
 ) -> None:
     params = SamplingParams(**VICTIM, stop=["never"] if kind == "with a stop string" else None)
     sound = complete(make_engine(tokenizer), PROMPT, params).outputs[0]
     bad = sound.token_ids[2]
     assert bad not in sound.token_ids[:2], "the premise: it is its third token"
-    engine = make_engine(BrokenTokenizer(tokenizer, bad, moment), pipelining=pipelining)
+    engine = make_engine(BrokenTokenizer(tokenizer, bad), pipelining=pipelining)
     victim = engine.add_request(PROMPT, params, stream=kind == "streamed")
     ids = add_others(engine, bad)
     found = run_all(engine)
@@ -90,21 +88,20 @@ def test_a_tokenizer_that_raises_is_the_error_of_its_request_alone(
     pieces = samples(found[victim])
     assert {piece[3:] for piece in pieces[:-1]} <= {(None, None)}
     assert pieces[-1][3:] == ("error", reason(bad))
-    comes_at_once = moment == "add_token" and kind != "plain"
-    assert [token for piece in pieces for token in piece[2]] == sound.token_ids[: 3 if comes_at_once else None]
+    is_watched = kind != "plain"
+    assert [token for piece in pieces for token in piece[2]] == sound.token_ids[: 3 if is_watched else None]
     text = "".join(piece[1] for piece in pieces)
-    assert text and sound.text.startswith(text)
+    assert bool(text) == is_watched and sound.text.startswith(text)
     assert_serves_on(engine, make_engine, tokenizer, bad)
 
 
-@every_moment
 def test_a_tokenizer_that_raises_for_one_sample_lets_its_siblings_go_on(
-    moment: Moment, make_engine: MakeEngine, tokenizer: Any
+    make_engine: MakeEngine, tokenizer: Any
 ) -> None:
     params = SamplingParams(**VICTIM, n=3)
     first, *siblings = complete(make_engine(tokenizer), PROMPT, params).outputs
     bad = next(t for t in first.token_ids if not any(t in sibling.token_ids for sibling in siblings))
-    engine = make_engine(BrokenTokenizer(tokenizer, bad, moment))
+    engine = make_engine(BrokenTokenizer(tokenizer, bad))
     output = complete(engine, PROMPT, params)
     assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("error", reason(bad))
     assert [(one.text, one.token_ids, one.finish_reason) for one in output.outputs[1:]] == [
@@ -113,14 +110,13 @@ def test_a_tokenizer_that_raises_for_one_sample_lets_its_siblings_go_on(
     assert_serves_on(engine, make_engine, tokenizer, bad)
 
 
-@every_moment
 @pytest.mark.parametrize("num_steps", [1, 2, 6])
 def test_aborting_a_request_whose_text_raises_returns_it_with_the_error(
-    num_steps: int, moment: Moment, make_engine: MakeEngine, tokenizer: Any
+    num_steps: int, make_engine: MakeEngine, tokenizer: Any
 ) -> None:
     params = SamplingParams(**VICTIM)
     bad = tokens_of(complete(make_engine(tokenizer), PROMPT, params))[2]
-    engine = make_engine(BrokenTokenizer(tokenizer, bad, moment))
+    engine = make_engine(BrokenTokenizer(tokenizer, bad))
     victim = engine.add_request(PROMPT, params)
     ids = add_others(engine, bad)
     found: dict[int, list[Output]] = {}
@@ -140,14 +136,13 @@ def test_aborting_a_request_whose_text_raises_returns_it_with_the_error(
 
 
 @every_pipelining
-@every_moment
 def test_a_tokenizer_that_raises_for_a_hypothesis_is_the_error_of_its_beam_search(
-    moment: Moment, pipelining: str, make_engine: MakeEngine, tokenizer: Any
+    pipelining: str, make_engine: MakeEngine, tokenizer: Any
 ) -> None:
     params = BeamSearchParams(beam_width=3, max_tokens=6)
     sound: Any = complete(make_engine(tokenizer), PROMPT, params)
     bad = sound.sequences[-1].token_ids[-1]
-    engine = make_engine(BrokenTokenizer(tokenizer, bad, moment), pipelining=pipelining)
+    engine = make_engine(BrokenTokenizer(tokenizer, bad), pipelining=pipelining)
     victim = engine.add_request(PROMPT, params)
     ids = add_others(engine, bad)
     found = run_all(engine)
@@ -158,9 +153,8 @@ def test_a_tokenizer_that_raises_for_a_hypothesis_is_the_error_of_its_beam_searc
     assert_serves_on(engine, make_engine, tokenizer, bad)
 
 
-@every_moment
 def test_aborting_a_beam_search_whose_text_raises_returns_it_with_the_error(
-    moment: Moment, make_engine: MakeEngine, tokenizer: Any
+    make_engine: MakeEngine, tokenizer: Any
 ) -> None:
     def aborted(engine: Engine) -> BeamSearchOutput:
         request_id = engine.add_request(PROMPT, BeamSearchParams(beam_width=3, max_tokens=9))
@@ -173,7 +167,7 @@ def test_aborting_a_beam_search_whose_text_raises_returns_it_with_the_error(
     sound = aborted(make_engine(tokenizer))
     assert sound.error is None
     bad = sound.sequences[0].token_ids[0]
-    engine = make_engine(BrokenTokenizer(tokenizer, bad, moment))
+    engine = make_engine(BrokenTokenizer(tokenizer, bad))
     output = aborted(engine)
     assert (output.error, output.sequences) == (reason(bad), [])
     assert_serves_on(engine, make_engine, tokenizer, bad)

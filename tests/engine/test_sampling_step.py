@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import pytest
 from helpers.engines import MakeEngine, complete, steered, tokens_of
 
@@ -40,6 +41,16 @@ def test_each_token_is_the_best_after_penalties_on_those_put_out_before(
     assert output.token_ids != tokens_of(
         complete(make_engine(), [1, 2, 3], SamplingParams(temperature=0, max_tokens=30))
     )
+
+
+def test_a_seed_draws_the_same_from_equal_logits_however_long_the_prompt_is(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    run_model = engine._runner.run
+    engine._runner.run = lambda inputs: mx.zeros_like(run_model(inputs))  # type: ignore[method-assign]
+    params = SamplingParams(seed=5, max_tokens=8)
+    short, long = (tokens_of(complete(engine, list(range(1, 1 + length)), params)) for length in (3, 30))
+    assert short == long
+    assert len(set(short)) > 4
 
 
 def test_repetition_counts_the_prompt_and_the_other_penalties_do_not(make_engine: MakeEngine) -> None:

@@ -14,10 +14,14 @@ import pytest
 
 from mlx_paged import paged_attention
 from mlx_paged.attention import work_items
+from mlx_paged.cache.kv_cache import LayerPool
 
 if TYPE_CHECKING:
     from helpers.gpu import Gpu
 
+#: With 16 tokens, 2 heads and 128 dimensions it is 2**32 pieces of 16 bytes away: a 32-bit offset, counted in whatever
+#: unit, would be that of block 0.
+FAR_BLOCK = 1 << 23
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 #: MLX_PAGED_LONG_TESTS=1 runs every point of the grids (days on a CPU) instead of a cover of all pairs.
@@ -54,6 +58,11 @@ class Arrays(NamedTuple):
     context_lens: np.ndarray
     cu_seqlens_q: np.ndarray
     options: dict[str, Any]
+
+    @property
+    def pool(self) -> LayerPool:
+        """As a layer has its K and V."""
+        return LayerPool({"k": self.k_cache, "v": self.v_cache})
 
     def attend(self, **options: Any) -> mx.array:
         """`paged_attention` of them."""

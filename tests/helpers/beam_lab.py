@@ -26,20 +26,18 @@ class EndTokens:
     bos_token = None
     has_chat_template = False
 
-    class detokenizer:
-        text = last_segment = ""
-
-        @staticmethod
-        def reset() -> None: ...
-
-        @staticmethod
-        def add_token(token: int) -> None: ...
-
-        @staticmethod
-        def finalize() -> None: ...
-
     def __init__(self, eos_token_ids: list[int]) -> None:
         self.eos_token_ids = set(eos_token_ids)
+        self.all_special_ids = eos_token_ids
+
+    def __len__(self) -> int:
+        return VOCAB_SIZE
+
+    def convert_tokens_to_ids(self, piece: str) -> None:
+        return None
+
+    def decode(self, token_ids: list[int], **options: bool) -> str:
+        return ""
 
 
 class Lab:

@@ -31,9 +31,19 @@ class OracleResult:
 
 
 def dense_beam_search(
-    logprobs_of: LogprobsOf, params: BeamSearchParams, eos_token_ids: Collection[int]
+    logprobs_of: LogprobsOf,
+    params: BeamSearchParams,
+    eos_token_ids: Collection[int],
+    is_stopped: Callable[[tuple[int, ...]], bool] = lambda output: False,
 ) -> OracleResult:
-    """`logprobs_of`: from outputs so far, all of one length, to the log-probabilities of the next token of each."""
+    """`logprobs_of`: from outputs so far, all of one length, to the log-probabilities of the next token of each.
+
+    is_stopped: whether an output ends with its last token, beside those that end with an end token.
+    """
+
+    def ends(entry: tuple[float, int, int, tuple[int, ...]]) -> bool:
+        return entry[1] in eos_token_ids or is_stopped((*entry[3], entry[1]))
+
     width, penalty = params.beam_width, params.length_penalty
     running: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     done: list[tuple[float, float, tuple[int, ...]]] = []  # (score, cum_logprob, tokens)
@@ -46,14 +56,14 @@ def dense_beam_search(
                 pool.append((-(cum_logprob + logprob), token, rank, tokens))
         pool.sort()
         if length == params.max_tokens:
-            ends, goes_on = pool[:width], []
+            ended, goes_on = pool[:width], []
         else:
-            ends = [entry for entry in pool[:width] if entry[1] in eos_token_ids]
-            goes_on = [entry for entry in pool if entry[1] not in eos_token_ids]
+            ended = [entry for entry in pool[:width] if ends(entry)]
+            goes_on = [entry for entry in pool if not ends(entry)]
             margin = min(margin, _gap([-entry[0] for entry in goes_on], width))
-        if length == params.max_tokens or any(entry[1] in eos_token_ids for entry in pool[: 2 * width]):
+        if length == params.max_tokens or any(ends(entry) for entry in pool[: 2 * width]):
             margin = min(margin, _gap([-entry[0] for entry in pool], width))
-        done += [(-entry[0] / length**penalty, -entry[0], (*entry[3], entry[1])) for entry in ends]
+        done += [(-entry[0] / length**penalty, -entry[0], (*entry[3], entry[1])) for entry in ended]
         done.sort(key=lambda hypothesis: hypothesis[0], reverse=True)
         margin = min(margin, _gap([score for score, _, _ in done], width))
         done = done[:width]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,10 @@ def advance(search: BeamSearch, logprobs_of: LogprobsOf) -> None:
     assert [beam.token_ids[:-1] for beam in search.beams] == [old[parent] for parent in parents]
 
 
-def run(logprobs_of: LogprobsOf, params: BeamSearchParams, eos_token_ids: Collection[int]) -> list[Hypothesis]:
-    search = BeamSearch(params, params.max_tokens, eos_token_ids)
+def run(
+    logprobs_of: LogprobsOf, params: BeamSearchParams, eos_token_ids: Collection[int], text_stream: Any = None
+) -> list[Hypothesis]:
+    search = BeamSearch(params, params.max_tokens, eos_token_ids, text_stream)
     while not search.finished:
         advance(search, logprobs_of)
     assert search.beams == []

@@ -21,6 +21,8 @@ from mlx_paged.attention.cuda import CudaBackend
 from mlx_paged.attention.kernel_backend import shape_of
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.shared_prefix import SharedPrefix
+from mlx_paged.cache.kv_cache import LayerPool
+from mlx_paged.cache.layer_spec import LayerSpec
 
 _TYPES = {
     mx.float16: "__half",
@@ -131,18 +133,18 @@ def record(
     keys and of values.
     """
     q = mx.zeros((2, heads, dims[0]), dtype)
-    caches = [mx.zeros((2, 16, 1, dim), dtype) for dim in dims]
-    tables, shape = mx.zeros((2, 2), mx.int32), shape_of(q, *caches)
+    pool = LayerPool.zeros(LayerSpec(1, *dims, dtype), 2, 16)
+    tables, shape = mx.zeros((2, 2), mx.int32), shape_of(q, pool)
     options = AttentionOptions(1.0, None, softcap, mx.zeros(heads, dtype) if sinks else None)
     context_lens = np.array([20, 20], np.int32)
     prefixes = [SharedPrefix(np.arange(2), 16)] if kind == "shared" else []
     with recorded_calls() as calls:
         if kind == "prefill":
             plan = CudaBackend().plan_prefill(context_lens[:1], np.array([0, 2], np.int32), None, shape)
-            CudaBackend().run(q, *caches, tables[:1], plan, options)
+            CudaBackend().run(q, pool, tables[:1], plan, options)
         else:
             plan = CudaBackend().plan_decode(context_lens, None, shape, prefixes)
-            CudaBackend().run(q, *caches, tables, plan, options)
+            CudaBackend().run(q, pool, tables, plan, options)
     return calls[1 if kind == "shared" else 0]
 
 
@@ -157,9 +159,9 @@ def record_merge(dtype: mx.Dtype, value_dim: int, is_shared: bool = False) -> Ca
 
 def record_write(dtype: mx.Dtype, dims: tuple[int, int]) -> Call:
     """The call of the kernel that writes K and V, of 3 tokens with 2 KV heads. dims: their head sizes."""
-    pools, new = ([mx.zeros((*rows, 2, dim), dtype) for dim in dims] for rows in ((2, 16), (3,)))
+    pool, new = LayerPool.zeros(LayerSpec(2, *dims, dtype), 2, 16), [mx.zeros((3, 2, dim), dtype) for dim in dims]
     with recorded_calls() as calls:
-        CudaBackend().write(*pools, slots_of(np.zeros(3, np.int32), np.zeros(3, np.int32)), *new)
+        CudaBackend().write(pool, slots_of(np.zeros(3, np.int32), np.zeros(3, np.int32)), *new)
     return calls[0]
 
 

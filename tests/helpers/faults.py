@@ -24,7 +24,7 @@ PREFIX = [7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47]
 
 
 def requests() -> list[Asked]:
-    """One of each kind: samples, a beam search, streams, a grammar, a prompt of several chunks."""
+    """One of each kind: samples, many of them too, beam searches, streams, a grammar, a prompt of several chunks."""
     return [
         Asked(PREFIX, SamplingParams(temperature=0, max_tokens=9, logprobs=2, ignore_eos=True)),
         Asked([*PREFIX, 5], SamplingParams(n=3, seed=3, max_tokens=8, ignore_eos=True, repetition_penalty=1.2)),
@@ -35,6 +35,7 @@ def requests() -> list[Asked]:
         Asked(
             [*PREFIX, 9, 9, 9], BeamSearchParams(beam_width=4, max_tokens=6, early_stopping=True, length_penalty=0.0)
         ),
+        Asked(PREFIX[3:10], SamplingParams(n=7, seed=8, max_tokens=4, ignore_eos=True)),  # more than run at once
     ]
 
 

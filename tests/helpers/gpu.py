@@ -56,9 +56,9 @@ class Gpu:
     def prefill(self, arrays: Arrays) -> mx.array:
         """paged_prefill's result, also for sequences with one query, which `paged_attention` gives to paged_decode."""
         options = AttentionOptions(**arrays.options)
-        shape = shape_of(*arrays[:3])
+        shape = shape_of(arrays.q, arrays.pool)
         plan = self.backend.plan_prefill(arrays.context_lens, arrays.cu_seqlens_q, options.window, shape)
-        return self.backend.run(*arrays[:4], plan, options)  # type: ignore[no-any-return]
+        return self.backend.run(arrays.q, arrays.pool, arrays.block_tables, plan, options)  # type: ignore[no-any-return]
 
     def plant(self, mistake: Mistake, patches: pytest.MonkeyPatch) -> list[str]:
         """Make kernels with the mistake from here on. Returns the names of those that have it, as they are made."""

@@ -41,14 +41,12 @@ def accepts(compiler: GrammarCompiler, tokenizer: Any, text: str, **grammar: Any
 def walk(matcher: GrammarMatcher, seed: int, ends: Collection[int] = (END,), most_tokens: int = 3000) -> list[int]:
     """A random way through a grammar: tokens chosen uniformly among those allowed, without the end token."""
     chance = random.Random(seed)
-    out = np.zeros_like(matcher.mask())
     tokens: list[int] = []
     while len(tokens) < most_tokens:
         if matcher.is_finished:
             assert set(ids(matcher.mask())) == set(ends)
             return tokens
-        matcher.fill(out)
-        token = chance.choice(ids(out))
+        token = chance.choice(ids(matcher.mask()))
         matcher.advance(token)
         if token in ends:
             assert matcher.is_finished

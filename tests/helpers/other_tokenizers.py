@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 WORDS = ["▁", "▁a", "▁the", "th", "at", "▁12", "12", '{"', '":', '"}', "x", "true", "▁true", "false", "é"]
@@ -43,6 +43,34 @@ def byte_level() -> TokenizerWrapper:
     return wrapped(backend)
 
 
-def wrapped(backend: Tokenizer) -> TokenizerWrapper:
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+def metaspace() -> TokenizerWrapper:
+    """As `unigram`, with the decoder that leaves every ▁ out of a text's first token."""
+    return with_decoder(unigram(), decoders.Metaspace())
+
+
+def wordpiece(cleans_up: bool) -> TokenizerWrapper:
+    """Words and their ends, as BERT has them. cleans_up: transformers takes spaces before punctuation away."""
+    pieces = ["<unk>", "<s>", "</s>", "do", "rest", "the", "##s", "##ing", "n", "t", "##'", "m", "s", "##ve", "r", "'"]
+    pieces += [".", ",", "!", "n't", "'s", "é", "##\ufffd", "日", " ", "x '", "##  "]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(cleanup=cleans_up)
+    return wrapped(backend, clean_up_tokenization_spaces=cleans_up)
+
+
+def misread_byte_level() -> TokenizerWrapper:
+    """`byte_level`, loaded by a class that decodes as `llama_style` does: a space comes as Ġ."""
+    return with_decoder(byte_level(), llama_style().backend_tokenizer.decoder)
+
+
+def with_decoder(tokenizer: TokenizerWrapper, decoder: decoders.Decoder) -> TokenizerWrapper:
+    tokenizer.backend_tokenizer.decoder = decoder
+    return tokenizer
+
+
+def wrapped(backend: Tokenizer, **settings: bool) -> TokenizerWrapper:
+    """With a special token and a plain one added, as models have them."""
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, **names, **settings)
+    fast.add_tokens([AddedToken("São Paulo", special=False)])
     return TokenizerWrapper(fast)

@@ -97,8 +97,6 @@ class PipelinedBench(Bench):
         wanted = [item for item in plan.sequences[len(schedule.rows) :] if item.needs_logits]
         drawing = [(item.sequence, item.sequence.row, self.batch.row_version[item.sequence.row]) for item in wanted]
         drawing += [(self.sequence(row), row, self.batch.row_version[row]) for row in schedule.rows.tolist()]
-        for item in plan.sequences:
-            item.sequence.request.metrics.first_scheduled_time = 0.0
         self.scheduler.complete(schedule)
         self.receive()
         alive = [sequence for sequence, row, row_version in drawing if self.batch.row_version[row] == row_version]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mlx_paged import BeamSearchParams, BlockManager, SamplingParams
+from mlx_paged import BeamSearchParams, SamplingParams
 from mlx_paged.blocks.cache_groups import CacheGroups
 from mlx_paged.outputs import RequestMetrics
 from mlx_paged.request import Request, Sequence
@@ -32,15 +32,21 @@ class Bench:
     budget: int = 16
     allocator: str = "lru"
     prefix_caching: bool = True
+    has_store: bool = False
     requests: list[Request] = field(default_factory=list)
     next_seq_id: int = 0
     needed_logits: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.manager = BlockManager(
-            self.num_blocks, self.block_size, allocator=self.allocator, prefix_caching=self.prefix_caching
+        self.groups = CacheGroups.make(
+            [self.num_blocks],
+            [None],
+            self.block_size,
+            stored_keys=() if self.has_store else None,
+            allocator=self.allocator,
+            prefix_caching=self.prefix_caching,
         )
-        self.groups = CacheGroups([self.manager])
+        (self.manager,) = self.groups.managers
         self.batch = RunningBatch(self.max_num_seqs, 1, self.num_blocks, self.block_size)
         self.scheduler = Scheduler(self.groups, self.batch, self.max_num_seqs, self.budget)
         self.copies: list[tuple[int, ...]] = []
@@ -103,9 +109,6 @@ class Bench:
         self.check(plan)
         self.copies = [tuple(transfer) for transfer in self.groups.transfers]
         self.groups.transfers.clear()
-        for item in schedule.chunks:
-            if item.sequence.request.metrics.first_scheduled_time is None:
-                item.sequence.request.metrics.first_scheduled_time = 0.0
         self.needed_logits += [item.needs_logits for item in plan.sequences]
         self.scheduler.complete(schedule)
         for item in plan.sequences:

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import click.testing
@@ -15,6 +15,7 @@ import pytest
 
 import mlx_paged
 from mlx_paged.cli.main import cli
+from mlx_paged.errors import PromptTooLong
 from mlx_paged.outputs import BeamSearchOutput, CompletionOutput, RequestMetrics, RequestOutput
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
@@ -29,6 +30,7 @@ class StubLLM:
     context = 400  # tokens, prompt and answer together
     has_chat_template = True
     attention_backends = ("cuda",)
+    sampling_defaults: Mapping[str, float] = MappingProxyType({})
     before_output: Callable[[StubLLM], None] | None = None
 
     def __init__(self, model: str | None, **settings: Any) -> None:
@@ -50,9 +52,12 @@ class StubLLM:
     def make_request(self, prompt: str | list[int], params: Params, *, stream: bool = False) -> SimpleNamespace:
         text = prompt if isinstance(prompt, str) else "".join(map(chr, prompt))
         if len(text) + (params.max_tokens or 1) > self.context:
-            raise ValueError(f"the prompt has {len(text)} tokens, the context {self.context}")
-        progress = {"sequences": [], "max_tokens": 20, "max_num_sequences": 1, "finished": False}
-        return SimpleNamespace(request_id=-1, prompt=text, params=params, stream=stream, **progress)
+            raise PromptTooLong(f"the prompt has {len(text)} tokens, the context {self.context}")
+        max_tokens = params.max_tokens or self.context - len(text)
+        return SimpleNamespace(
+            request_id=-1, prompt=text, prompt_token_ids=[1] * len(text), params=params, stream=stream,
+            max_tokens=max_tokens, max_num_sequences=1, sequences=[], finished=False,
+        )  # fmt: skip
 
     def run(
         self, requests: Sequence[SimpleNamespace], on_step: Callable[[], None] = lambda: None

@@ -55,3 +55,21 @@ def test_a_broken_tokenizer_is_named(tmp_path: Path, demo_folder: Path) -> None:
     (tmp_path / "model" / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="has no tokenizer that can be read"):
         loading.load(tmp_path / "model", None)
+
+
+def test_a_folder_without_the_file_that_has_the_chat_template_is_said_to_lack_it(
+    tmp_path: Path, demo_folder: Path
+) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", "tokenizer_config.json")
+    shutil.copytree(demo_folder, tmp_path / "model", ignore=ignored)
+    with pytest.warns(EngineWarning, match=r"has no tokenizer_config\.json: prompts get no chat template"):
+        loading.load(tmp_path / "model", None)
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path, demo_folder: Path) -> None:
+    shutil.copytree(demo_folder, tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__", "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"has no tokenizer\.json"):
+        loading.load(tmp_path / "model", None)
+    (tmp_path / "model" / "vocab.txt").write_text("")  # of which an empty tokenizer is made
+    with pytest.raises(ModelError, match="has no tokenizer that can be read"):
+        loading.load(tmp_path / "model", None)

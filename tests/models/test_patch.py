@@ -26,6 +26,7 @@ from mlx_lm.models.cache import (
 from mlx_paged import LLM, ModelError, SamplingParams
 from mlx_paged.attention.backend import AttentionOptions, Backend
 from mlx_paged.attention.paged_attention import choose_backend
+from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.models import layer_cache, patch
 
 TinyModel = Callable[..., nn.Module]
@@ -67,7 +68,7 @@ def test_a_models_windows_reach_the_attention_of_the_layers_that_have_them(
     family: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows: list[int | None] = []
-    chosen = choose_backend(mx.float32, 4, (8, 2, 16), 16)
+    chosen = choose_backend(LayerSpec(2, 16, 16, mx.float32), 4, 8)
     attend = type(chosen).attend
 
     def record(self: Backend, *args: Any) -> mx.array:

@@ -102,6 +102,7 @@ def run(command: list[str], checkout: tuple[Path, dict[str, str]], stdin: str = 
     folder, environment = checkout
     done = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search(r"Traceback|\b\w*(Error|Warning)\b", done.stderr), done.stderr
     return done.stdout
 
 
@@ -137,7 +138,8 @@ def test_python_of_the_pages_runs(snippet: Snippet, checkout: tuple[Path, dict[s
         "result = eval(code, {'__name__': '__main__'})\n"
         "asyncio.run(result) if inspect.iscoroutine(result) else None\n"
     )
-    run([sys.executable, "-c", program], checkout, stdin=snippet.text)
+    printed = run([sys.executable, "-c", program], checkout, stdin=snippet.text)
+    assert bool(printed.strip()) == ("print(" in snippet.text)
 
 
 def test_the_life_of_a_sequence_in_the_memory_page_is_what_a_block_manager_does() -> None:

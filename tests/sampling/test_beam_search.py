@@ -50,6 +50,37 @@ def test_every_search_gives_what_the_plain_implementation_gives(problem: Any) ->
     assert scores == sorted(scores, reverse=True)
 
 
+class Letters:
+    """A text stream in which token 0 is the letter a, and one stop string is looked for."""
+
+    def __init__(self, stop: str, text: str = "") -> None:
+        self._stop = stop
+        self._text = text
+
+    def copy(self) -> Letters:
+        return Letters(self._stop, self._text)
+
+    def add(self, token: int) -> str | None:
+        self._text += chr(ord("a") + token)
+        return self._stop if self._text.endswith(self._stop) else None
+
+
+@settings(max_examples=budget(150, 15_000))
+@given(problems(), st.text("abcd", min_size=1, max_size=3), st.lists(st.integers(0, 3), max_size=2))
+def test_stop_strings_and_stop_tokens_end_hypotheses_as_end_tokens_do(
+    problem: Any, stop: str, stop_token_ids: list[int]
+) -> None:
+    tables, params, eos_token_ids = problem
+    params = dataclasses.replace(params, stop=stop, stop_token_ids=stop_token_ids)
+    expected = dense_beam_search(
+        tables,
+        params,
+        {*eos_token_ids, *stop_token_ids},
+        lambda output: "".join(chr(ord("a") + token) for token in output).endswith(stop),
+    )
+    assert [tuple(found) for found in run(tables, params, eos_token_ids, Letters(stop))] == expected.sequences
+
+
 @settings(max_examples=budget(100, 10_000))
 @given(problems(levels=(1 << 20,)), st.integers(1, 6))
 def test_a_search_given_up_returns_what_it_would_with_so_many_tokens_allowed(problem: Any, num_steps: int) -> None:

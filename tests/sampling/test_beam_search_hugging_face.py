@@ -1,4 +1,4 @@
-"""Beam searches end as those of transformers do. Needs torch."""
+"""Beam searches end as those of transformers do, which were recorded; with torch also as they do now."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from helpers.beam_oracle import dense_beam_search
 from helpers.beam_searches import EARLY_STOPPING, LENGTH_PENALTIES, NEAR_TIE, run
-from helpers.hugging_face import HuggingFace
+from helpers.hugging_face import FAMILIES, HuggingFace, Searched, recorded
 
 from mlx_paged.sampling_params import BeamSearchParams
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def hugging_face(request: pytest.FixtureRequest) -> Iterator[HuggingFace]:
     yield HuggingFace(request.param)
 
@@ -29,6 +29,30 @@ def assert_same(found: list[tuple[list[int], float, float]], expected: list[tupl
         assert cum_logprob == pytest.approx(twins[0][1], abs=1e-3)
     for (tokens, _, score), (other, _, other_score) in zip(found, expected, strict=True):
         assert tokens == other or abs(score - other_score) < NEAR_TIE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_searches_find_what_transformers_found(family: str) -> None:
+    num_near_ties, tables = 0, Searched(family).tables
+    for params, eos, results in recorded(family):
+        for logprobs_of, expected in zip(tables, results, strict=True):
+            assert len(expected.sequences) == (params.num_return_sequences or params.beam_width)
+            if dense_beam_search(logprobs_of, params, eos).margin < NEAR_TIE:
+                num_near_ties += 1
+                continue
+            assert_same([tuple(found) for found in run(logprobs_of, params, eos)], expected.sequences)
+    assert num_near_ties <= 1
+
+
+def test_what_was_recorded_is_what_transformers_finds(
+    hugging_face: HuggingFace, request: pytest.FixtureRequest
+) -> None:
+    kept = recorded(request.node.callspec.params["hugging_face"])
+    for (params, eos, results), now in zip(kept, hugging_face.record(), strict=True):
+        assert eos == now["eos"]
+        for logprobs_of, expected, found in zip(hugging_face.tables, results, now["results"], strict=True):
+            if dense_beam_search(logprobs_of, params, eos).margin >= NEAR_TIE:
+                assert_same(found, expected.sequences)
 
 
 @pytest.mark.parametrize("early_stopping", EARLY_STOPPING)

@@ -49,16 +49,6 @@ def test_even_a_grammar_of_any_token_allows_none_beyond_the_tokenizer(
     assert ids(matcher.mask()) == [token for token in range(VOCAB_SIZE) if token != END]
 
 
-def test_fill_writes_one_row_of_a_larger_array(compiler: GrammarCompiler, tokenizer: Any) -> None:
-    matcher = after(compiler, tokenizer, "", regex="[0-9]+")
-    rows = np.full((3, -(-PADDED // 32)), 0xDEADBEEF, np.uint32)
-    matcher.fill(rows[1])
-    assert np.array_equal(rows[1], matcher.mask())
-    assert (rows[[0, 2]] == 0xDEADBEEF).all()
-    with pytest.raises(ValueError):
-        matcher.fill(np.zeros(3, np.uint32))
-
-
 def test_a_mask_that_was_handed_out_does_not_change(compiler: GrammarCompiler, tokenizer: Any) -> None:
     matcher = after(compiler, tokenizer, "", regex="ab")
     first = matcher.mask()

@@ -37,7 +37,7 @@ def test_characters_without_a_token_of_their_own_are_spelled_in_bytes(make: Call
     tokenizer = make()
     compiler = GrammarCompiler(tokenizer, len(tokenizer), tokenizer.eos_token_ids)
     tokens = walk(compiler.matcher(SamplingParams(regex="🙂日")), 0, ends=tokenizer.eos_token_ids)
-    assert len(tokens) == 7
+    assert len(tokens) == 7 + tokenizer.convert_ids_to_tokens(tokens[0]).startswith("▁")  # which decode leaves out
     assert tokenizer.decode(tokens) == "🙂日"
 
 

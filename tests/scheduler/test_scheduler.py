@@ -102,6 +102,22 @@ def test_prefix_counters_count_whole_prompts_once_each() -> None:
     assert [request.num_cached_tokens for request in bench.requests] == [0, 8]
 
 
+def test_a_prompt_of_a_step_that_was_given_up_is_counted_once_it_is_computed() -> None:
+    bench = Bench()
+    bench.add(10, first_token=1)
+    bench.run()
+    request = bench.add(10, first_token=1)
+    schedule = bench.scheduler.schedule()
+    assert schedule is not None
+    bench.scheduler.cancel(schedule)
+    assert (bench.scheduler.prefix_query_tokens, request.metrics.first_scheduled_time) == (10, None)
+    bench.manager._tree.evict(0)  # what the step counted on
+    bench.run()
+    assert (bench.scheduler.prefix_query_tokens, bench.scheduler.prefix_hit_tokens) == (20, 0)
+    assert request.num_cached_tokens == 0
+    assert request.metrics.first_scheduled_time is not None
+
+
 def test_a_higher_priority_is_served_first_and_equal_ones_in_the_order_of_arrival() -> None:
     bench = Bench(budget=4)
     for priority in (0, 1, -1, 1, 0):
@@ -141,6 +157,23 @@ def test_several_prompts_start_in_one_step_and_go_on_side_by_side() -> None:
     ]
 
 
+def test_samples_of_one_prompt_take_turns_where_a_step_has_fewer_tokens_than_they_are() -> None:
+    bench = Bench(budget=2)
+    bench.add(2, max_tokens=4, n=4)
+    bench.run()
+
+
+def test_what_a_step_that_was_given_up_would_have_computed_is_not_hit() -> None:
+    bench = Bench()
+    request = bench.add(9)
+    schedule = bench.scheduler.schedule()
+    assert schedule is not None
+    assert bench.manager.num_cached_tokens(request.prompt_token_ids) == 8, "the premise: others of this step hit it"
+    bench.scheduler.cancel(schedule)
+    assert bench.manager.num_cached_tokens(request.prompt_token_ids) == 0
+    bench.run()
+
+
 def test_with_fewer_tokens_a_step_than_sequences_the_later_ones_wait_but_get_there() -> None:
     bench = Bench(budget=2)
     for _ in range(4):
@@ -165,7 +198,7 @@ def test_one_that_did_not_fit_is_tried_again_when_who_was_in_its_way_is_gone() -
     bench.step()
     bench.add(12)
     bench.step()
-    assert bench.scheduler._blocked_head is not None
+    assert bench.scheduler._blocked_head
     bench.scheduler.remove(first.sequences[0])
     first.sequences[0].finish_reason = "abort"
     assert planned(bench.step()) == [(1, 0, 12)]

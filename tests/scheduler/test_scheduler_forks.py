@@ -17,6 +17,7 @@ def test_forks_run_from_the_next_step_on_and_copy_their_last_block_once_less_tha
     schedule = bench.step()
     assert planned(schedule) == [(0, 6, 1)] * 3
     assert bench.copies == [(0, 1, 2), (0, 1, 3)]
+    assert not bench.batch.tail_is_shared.any()
     bench.step()
     assert bench.copies == []
 

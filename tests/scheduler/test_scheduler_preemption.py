@@ -75,6 +75,18 @@ def test_a_prompt_in_the_middle_of_its_chunks_is_preempted_too() -> None:
     assert late.finished
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_what_a_preempted_sequence_loses_is_stored_where_that_pays(pays: bool) -> None:
+    bench = Bench(num_blocks=4, has_store=True)
+    bench.add(7, max_tokens=6)
+    bench.add(7, max_tokens=3)
+    bench.scheduler.storing_pays = pays
+    for _ in range(3):
+        plan = bench.step()
+    assert plan.preempted, "the premise: its last block is overwritten by the other sequence"
+    assert [block_id for _, block_id, _ in bench.copies] == ([3] if pays else [])
+
+
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_a_pool_that_fits_one_request_serves_many_one_after_another(prefix_caching: bool) -> None:
     bench = Bench(num_blocks=3, prefix_caching=prefix_caching)
@@ -82,6 +94,21 @@ def test_a_pool_that_fits_one_request_serves_many_one_after_another(prefix_cachi
         bench.add(5, max_tokens=8)  # 12 slots: the whole pool
     assert bench.run() < 100
     assert bench.manager.num_free_blocks == 3
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "requests"), [(10, [(12, 20), (12, 20)]), (7, [(4, 13), (6, 12), (8, 9)])], ids=str
+)
+def test_requests_that_cannot_run_together_are_preempted_once_at_most(
+    num_blocks: int, requests: list[tuple[int, int]]
+) -> None:
+    bench = Bench(num_blocks=num_blocks, prefix_caching=False)
+    for prompt_len, max_tokens in requests:
+        bench.add(prompt_len, max_tokens)
+    preempted = []
+    while not all(request.finished for request in bench.requests):
+        preempted += bench.step().preempted
+    assert preempted and len(set(preempted)) == len(preempted)
 
 
 def test_n_samples_in_a_pool_that_fits_one_of_them_all_finish() -> None:
@@ -130,9 +157,9 @@ def test_beams_that_run_out_of_blocks_lose_them_together_and_come_back_by_what_t
     bench.run()
 
 
-def beams_short_of_blocks() -> tuple[PipelinedBench, Sequence, Sequence]:
-    """Two beams that have come back by what they share, and blocks for one of them to go on."""
-    bench = PipelinedBench(num_blocks=10, block_size=2)
+def beams_short_of_blocks(num_left: int = 0) -> tuple[PipelinedBench, Sequence, Sequence]:
+    """Two beams that have come back by what they share, and blocks for one of them to go on, and `num_left` more."""
+    bench = PipelinedBench(num_blocks=10 + num_left, block_size=2)
     request = bench.add(1, max_tokens=20, beam_width=2)
     request.is_forked = True
     bench.new_sequence(request)
@@ -168,8 +195,10 @@ def test_nobody_loses_blocks_while_it_is_not_known_yet_who_has_ended() -> None:
 
 
 def test_what_could_go_on_only_at_the_cost_of_others_waits_while_they_are_not_known() -> None:
-    bench, first, second = beams_short_of_blocks()
+    bench, first, second = beams_short_of_blocks(num_left=2)
+    bench.add(1)
     schedule = bench.scheduler.schedule(can_preempt=False)
     assert schedule is not None
     assert (schedule.is_short_of_blocks, schedule.chunks, schedule.preempted) == (True, [Chunk(first, 1, 7)], [])
+    assert len(bench.scheduler.waiting) == 1, "there would be a block for it, but not its turn"
     assert bench.scheduler.running == [first, second]

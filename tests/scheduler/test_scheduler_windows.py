@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,17 @@ class AlwaysEnough(BlockManager):
             raise AssertionError(f"window {self.window}: {error}") from error
 
 
+class WindowsSuffice(CacheGroups):
+    """Groups in which only the first may run out."""
+
+    def append_blocks(self, seq_ids: Sequence[Hashable], num_computed: Sequence[int]) -> list[list[int]]:
+        try:
+            return super().append_blocks(seq_ids, num_computed)
+        except OutOfBlocks as error:
+            assert len(seq_ids) > self.num_free_blocks, error
+            raise
+
+
 @dataclass
 class WindowBench(Bench):
     """The scheduler over groups with windows and the contents of their blocks.
@@ -57,7 +68,7 @@ class WindowBench(Bench):
             else:
                 manager = AlwaysEnough(most, self.block_size, window=window, **options)
             windowed.append(manager)
-        self.groups = CacheGroups([self.manager, *windowed])
+        self.groups = (CacheGroups if self.tight else WindowsSuffice)([self.manager, *windowed])
         self.contents = Contents(self.groups)
         self.batch = RunningBatch(self.max_num_seqs, len(self.groups.managers), self.num_blocks, self.block_size)
         self.scheduler = Scheduler(self.groups, self.batch, self.max_num_seqs, self.budget)

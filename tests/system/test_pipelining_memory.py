@@ -91,7 +91,7 @@ class FewOperations:
     def __call__(self, cache: PagedKVCache, step: Any) -> mx.array:
         block_ids = step.groups[0].slot_block_ids
         rows = mx.zeros((step.token_ids.shape[0], 2, 32))
-        ReferenceBackend().write(cache.pools[0].keys, cache.pools[0].values, step.groups[0], rows, rows)
+        ReferenceBackend().write(cache.pools[0], step.groups[0], rows, rows)
         return sum(pool[block_ids].sum(axis=(1, 2))[:, :8] for pool in (cache.pools[0].keys, cache.pools[0].values))
 
 

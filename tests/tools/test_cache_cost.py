@@ -174,13 +174,31 @@ def test_weights_are_as_many_bytes_as_mlx_lm_loads(
         model.tie_word_embeddings = True
     if bits:
         model, config = quantize_model(model, config, 32, bits)
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    write_config(tmp_path, config)
-    loaded, _ = load_model(tmp_path)
-    expected = sum(array.nbytes for array in dict(tree_flatten(loaded.parameters())).values())
-    size = read_model(tmp_path, "bfloat16")
-    assert size.weight_bytes == expected
-    assert size.unknown_quantization is None
+    described, measured = tmp_path / "described", tmp_path / "measured"
+    for folder in (described, measured):
+        folder.mkdir()
+        write_config(folder, config)
+    mx.save_safetensors(str(measured / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    loaded, _ = load_model(measured)
+    for dtype in ("bfloat16", "float32"):
+        loaded.set_dtype(getattr(mx, dtype))
+        expected = sum(array.nbytes for array in dict(tree_flatten(loaded.parameters())).values())
+        for folder in (described, measured):
+            size = read_model(folder, dtype)
+            assert (size.weight_bytes, size.is_measured) == (expected, folder is measured)
+            assert size.weights.keys() == {dtype, *(["uint32"] if bits else [])}
+            assert size.unknown_quantization is None
+
+
+def test_weights_that_are_not_what_the_configuration_says_are_measured(tmp_path: Path) -> None:
+    model = make_model("llama", dtype=mx.float32)
+    config = {key: value for key, value in vars(model.args).items() if value is not None} | {"dtype": "bfloat16"}
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(write_config(tmp_path, config) / "model.safetensors"), weights)
+    assert read_model(tmp_path, "float16").weights == {"float16": sum(array.nbytes for array in weights.values()) // 2}
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ModelError, match=r"model\.safetensors is cut short"):
+        read_model(tmp_path)
 
 
 def test_layers_quantised_in_ways_of_their_own_are_counted_so(tmp_path: Path) -> None:
@@ -208,12 +226,13 @@ def test_the_configuration_decides_and_not_what_the_family_would_quantise_today(
     assert read_model(write_config(tmp_path, config), "bfloat16").weight_bytes == expected
 
 
-def test_the_demo_model_is_as_large_as_its_file(demo_folder: Path) -> None:
+def test_the_demo_model_is_as_large_as_its_file(demo_folder: Path, tmp_path: Path) -> None:
     content = (demo_folder / "model.safetensors").read_bytes()
     (header_bytes,) = struct.unpack("<Q", content[:8])
-    size = read_model(demo_folder, "float16")
-    assert size.weight_bytes == len(content) - 8 - header_bytes
-    assert size.context == json.loads((demo_folder / "config.json").read_text())["max_position_embeddings"]
+    config = (demo_folder / "config.json").read_text()
+    for folder in (demo_folder, write_config(tmp_path, config)):
+        assert read_model(folder, "float16").weight_bytes == len(content) - 8 - header_bytes
+    assert read_model(demo_folder).context == json.loads(config)["max_position_embeddings"]
 
 
 def test_without_a_dtype_the_size_is_that_on_this_machine(tmp_path: Path) -> None:

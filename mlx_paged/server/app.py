@@ -1,0 +1,107 @@
+"""The server's paths: which endpoint answers what, and what becomes of an error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mlx_paged.server.body import ClientDisconnected, read_object
+from mlx_paged.server.chat import chat_completions
+from mlx_paged.server.completions import completions
+from mlx_paged.server.errors import ApiError
+from mlx_paged.server.event_stream import unless_gone
+from mlx_paged.server.guard import Access, Guard
+from mlx_paged.server.metrics import Metrics
+from mlx_paged.server.service import Service
+from mlx_paged.server.tokens import detokenize, tokenize
+
+LOG = logging.getLogger("mlx_paged.server")
+
+Answer = Callable[[Service, dict[str, Any], dict[str, Any]], Coroutine[Any, Any, ASGIApp]]
+
+
+class Post:
+    """An endpoint that takes a JSON object. Its work ends when its client goes."""
+
+    def __init__(self, service: Service, answer: Answer) -> None:
+        self._service = service
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, as ASGI has it."""
+        options, state = self._service.options, scope["state"]
+        try:
+            body = await read_object(scope, receive, options.max_body, options.body_timeout_s)
+            response = await unless_gone(scope, receive, self._answer(self._service, body, state))
+        except ClientDisconnected:
+            state["notes"]["closed"] = True
+            return
+        except Exception as error:
+            response = refuse(error, scope)
+        if response is not None:
+            await response(scope, receive, send)
+
+
+def refuse(error: Exception, scope: Scope) -> Response:
+    """The response to an error, whose text goes to the log alone if nobody has foreseen it."""
+    if isinstance(error, ExceptionGroup):  # of several prompts
+        error = error.exceptions[0]
+    if not isinstance(error, ApiError):
+        LOG.exception("an answer failed", exc_info=error)
+        error = ApiError(500, "the server could not answer this request")
+    return error.response(scope["path"], scope["state"]["request_id"])
+
+
+def make_app(service: Service, access: Access) -> Guard:
+    """Make the ASGI application that serves a model."""
+    llm, options, metrics = service.llm, service.options, Metrics(service)
+
+    def health(request: Request) -> Response:
+        status = "draining" if service.is_draining else "ok" if llm.failure is None else "engine ended"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    def model_card(name: str) -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": service.created, "owned_by": "mlx-paged"}
+        return card | {"max_model_len": llm.max_model_len}
+
+    def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [model_card(name) for name in options.names]})
+
+    def model(request: Request) -> Response:
+        try:
+            return JSONResponse(model_card(service.require_model(request.path_params["name"])))
+        except ApiError as error:
+            return refuse(error, request.scope)
+
+    def not_found(request: Request, error: Exception) -> Response:
+        path = request.url.path
+        hint = "; give clients a base URL with one /v1" if path.startswith("/v1/v1") else ""
+        return refuse(ApiError(404, f"there is nothing at {path}{hint}"), request.scope)
+
+    def wrong_method(request: Request, error: Exception) -> Response:
+        return refuse(ApiError(405, f"{request.url.path} does not take {request.method}"), request.scope)
+
+    posts: dict[str, Answer] = {
+        "/v1/chat/completions": chat_completions,
+        "/v1/completions": completions,
+        "/tokenize": tokenize,
+        "/detokenize": detokenize,
+    }
+    routes = [Route(path, Post(service, metrics.counted(answer)), methods=["POST"]) for path, answer in posts.items()]
+    routes += [
+        Route("/health", health),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/metrics", metrics.page),
+    ]
+
+    app = Starlette(routes=routes, exception_handlers={404: not_found, 405: wrong_method})
+    app.router.redirect_slashes = False
+    return Guard(app, access)

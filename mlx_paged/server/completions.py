@@ -1,0 +1,214 @@
+"""OpenAI's completions: a text, or several, continued as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp
+
+from mlx_paged.outputs import CompletionOutput, RequestOutput
+from mlx_paged.request import Request
+from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.server.body import Fields
+from mlx_paged.server.chat import _salted
+from mlx_paged.server.errors import ApiError, bad_request
+from mlx_paged.server.event_stream import EventStream, event
+from mlx_paged.server.sampling_fields import MAX_SAMPLES, make_params, read_output_form, read_sampling
+from mlx_paged.server.service import Service
+from mlx_paged.server.token_logprobs import completion_logprobs
+
+_DEFAULT_MAX_TOKENS = 16
+_MAX_LOGPROBS = 5
+
+
+@dataclass
+class CompletionRequest:
+    """What a client asks for."""
+
+    model: str
+    prompts: list[str | list[int]]
+    params: SamplingParams
+    echo: bool
+    only_echo: bool
+    """max_tokens is 0: nothing is to be written."""
+    stream: bool
+    include_usage: bool
+
+    @classmethod
+    def read(cls, service: Service, body: dict[str, Any], salt: str | None) -> CompletionRequest:
+        """Read a request's body. Raises ApiError."""
+        fields = Fields(body)
+        model = service.require_model(fields.take("model", str))
+        prompts = fields.take_with("prompt", _read_prompts)
+        if prompts is None:
+            raise bad_request("prompt is missing", param="prompt")
+        if "suffix" in fields:
+            raise bad_request("suffix is not supported", param="suffix")
+        settings = read_sampling(fields) | read_output_form(fields)
+        if fields.take("best_of", int, 1) > settings.get("n", 1):
+            raise fields.error("best_of", "must be at most n: of more samples none would be thrown away")
+        most = fields.take("max_tokens", int, service.options.default_max_tokens or _DEFAULT_MAX_TOKENS)
+        echo = fields.take("echo", bool, False)
+        if most == 0 and not echo:
+            raise fields.error("max_tokens", "must be at least 1, or 0 together with echo")
+        count = fields.take("logprobs", int)
+        if count is not None and not 0 <= count <= _MAX_LOGPROBS:
+            raise fields.error("logprobs", f"must be between 0 and {_MAX_LOGPROBS}")
+        settings |= {"max_tokens": most or 1, "logprobs": count}
+        settings["cache_salt"] = _salted(settings.get("cache_salt"), salt)
+        options = Fields(fields.take("stream_options", dict, {}), "stream_options")
+        if len(prompts) * settings.get("n", 1) > MAX_SAMPLES * 8:
+            raise fields.error("prompt", f"and n ask for more than {MAX_SAMPLES * 8} completions")
+        request = cls(
+            model,
+            prompts,
+            make_params(settings),
+            echo,
+            most == 0,
+            fields.take("stream", bool, False),
+            options.take("include_usage", bool, False),
+        )
+        fields.take_any("user")
+        service.note_unknown(fields.left)
+        return request
+
+
+def _read_prompts(value: Any) -> list[str | list[int]]:
+    def is_ids(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+    if isinstance(value, str) or is_ids(value):
+        return [value]
+    if not isinstance(value, list) or not value or not all(isinstance(each, str) or is_ids(each) for each in value):
+        raise ValueError("must be a text, a list of token ids, or a list of these")
+    return value
+
+
+class CompletionAnswer:
+    """The completions of all prompts, whole or in chunks. The index of a choice is prompt * n + sample."""
+
+    def __init__(self, service: Service, asked: CompletionRequest, requests: Sequence[Request]) -> None:
+        self._service = service
+        self._asked = asked
+        self._requests = requests
+        self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
+                      "model": asked.model}  # fmt: skip
+        self._num_output = self._num_cached = 0
+        self._length = [0] * (len(requests) * asked.params.n)  # characters that each choice has got
+        self._ended: set[int] = set()
+
+    async def whole(self) -> dict[str, Any]:
+        """Wait for the whole answer."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._last_output(request)) for request in self._requests]
+        outputs = [task.result() for task in tasks]
+        choices = [choice for i, output in enumerate(outputs) for choice in self._choices(i, output)]
+        return self._head | {"choices": choices, "usage": self.usage()}
+
+    async def _last_output(self, request: Request) -> RequestOutput:
+        async with aclosing(self._service.run(request)) as outputs:
+            return [output async for output in outputs][-1]
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events, those of all prompts as they come."""
+        arrived: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue(16)
+        readers = [asyncio.ensure_future(self._read(i, arrived)) for i in range(len(self._requests))]
+        try:
+            unread = len(readers)
+            while unread:
+                i, item = await arrived.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    unread -= 1
+                    continue
+                for choice in self._choices(i, item):
+                    yield event(self._chunk([choice]))
+            if self._asked.include_usage:
+                yield event(self._chunk([], usage=self.usage()))
+        except ApiError as error:
+            yield event(error.openai())
+            return
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+        yield event("[DONE]")
+
+    async def _read(self, i: int, arrived: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]]) -> None:
+        try:
+            async with aclosing(self._service.run(self._requests[i])) as outputs:
+                async for output in outputs:
+                    await arrived.put((i, output))
+            await arrived.put((i, None))
+        except Exception as error:
+            await arrived.put((i, error))
+
+    def _choices(self, prompt: int, output: RequestOutput) -> list[dict[str, Any]]:
+        """What is new of the samples of a prompt."""
+        choices = []
+        for sample in output.outputs:
+            index = prompt * self._asked.params.n + sample.index
+            has_news = sample.text or sample.token_ids or sample.finish_reason
+            if index in self._ended or (self._asked.stream and not has_news):
+                continue
+            if sample.finish_reason is not None:
+                self._ended.add(index)
+            choices.append(self._choice(index, prompt, sample))
+        if output.finished:
+            self._num_cached += output.num_cached_tokens
+        return choices
+
+    def _choice(self, index: int, prompt: int, sample: CompletionOutput) -> dict[str, Any]:
+        text, offset = sample.text, self._length[index]
+        token_ids = sample.token_ids
+        entries: list[dict[int, float] | None] = list(sample.logprobs or [])
+        if self._asked.only_echo:
+            text, token_ids, entries = "", [], []
+        self._num_output += len(token_ids)
+        if self._asked.echo and offset == 0:
+            text = self._prompt_text(prompt) + text
+        self._length[index] += len(text)
+        logprobs = None
+        if self._asked.params.logprobs is not None:
+            tokenizer = self._service.tokenizer
+            logprobs = completion_logprobs(tokenizer, token_ids, entries, self._asked.params.logprobs, offset)
+        reason = "length" if self._asked.only_echo else sample.finish_reason
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _prompt_text(self, prompt: int) -> str:
+        given = self._asked.prompts[prompt]
+        return given if isinstance(given, str) else str(self._service.tokenizer.decode(given))
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        usage = {"usage": None} if self._asked.include_usage else {}
+        return self._head | {"choices": choices} | usage | more
+
+    def usage(self) -> dict[str, Any]:
+        """Count the tokens of prompts and completions."""
+        num_prompt = sum(len(request.prompt_token_ids) for request in self._requests)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": self._num_output,
+            "total_tokens": num_prompt + self._num_output,
+            "prompt_tokens_details": {"cached_tokens": self._num_cached},
+        }
+
+
+async def completions(service: Service, body: dict[str, Any], state: dict[str, Any]) -> ASGIApp:
+    """Answer POST /v1/completions. Raises ApiError."""
+    asked = CompletionRequest.read(service, body, state.get("cache_salt"))
+
+    requests = [await service.make_request(prompt, asked.params, stream=asked.stream) for prompt in asked.prompts]
+    state["notes"]["prompt_tokens"] = sum(len(request.prompt_token_ids) for request in requests)
+    answer = CompletionAnswer(service, asked, requests)
+    if asked.stream:
+        return EventStream(answer.chunks(), keepalive_s=service.options.keepalive_s)
+    return JSONResponse(await answer.whole())

@@ -1,0 +1,118 @@
+"""Conversations as clients send them, made into what chat templates take. Knows no HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mlx_paged.server.body import Fields
+from mlx_paged.server.errors import bad_request
+
+Messages = list[dict[str, Any]]
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def read_messages(values: Sequence[Any]) -> Messages:
+    """Read the messages of a chat completion. Raises ApiError."""
+    if not values:
+        raise bad_request("messages is empty: give it at least one message", param="messages")
+    return [_read_message(Fields(value, f"messages[{i}]")) for i, value in enumerate(values)]
+
+
+def _read_message(fields: Fields) -> dict[str, Any]:
+    role = fields.take("role", str, "")
+    if role not in _ROLES:
+        raise fields.error("role", f"must be one of {', '.join(_ROLES)}")
+    message: dict[str, Any] = {
+        "role": "system" if role == "developer" else role,
+        "content": read_text(fields.take_any("content"), fields.path("content")),
+    }
+    for name in ("name", "tool_call_id"):
+        if (value := fields.take(name, str)) is not None:
+            message[name] = value
+    if role == "assistant":
+        reasoning = fields.take("reasoning_content", str) or fields.take("reasoning", str)
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        calls = fields.take("tool_calls", list, [])
+        if calls:
+            where = fields.path("tool_calls")
+            message["tool_calls"] = [_read_call(Fields(call, f"{where}[{i}]")) for i, call in enumerate(calls)]
+    return message
+
+
+def read_text(content: Any, where: str) -> str:
+    """Return the text of a message: it may be text, a list of text parts, or nothing. Raises ApiError for others."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise bad_request(f"{where} must be text or a list of parts", param=where)
+    texts = []
+    for i, part in enumerate(content):
+        fields = Fields(part, f"{where}[{i}]")
+        kind = fields.take("type", str, "")
+        if kind not in _TEXT_PARTS:
+            raise bad_request(f"{where}[{i}] is of type {kind!r}, and this model reads text only", param=where)
+        texts.append(fields.take("text", str, ""))
+    return "".join(texts)
+
+
+def _read_call(fields: Fields) -> dict[str, Any]:
+    function = Fields(fields.take_any("function"), fields.path("function"))
+    name = function.take("name", str, "")
+    return call_for_template(name, function.take_any("arguments"), fields.take("id", str))
+
+
+def call_for_template(name: str, arguments: Any, call_id: str | None) -> dict[str, Any]:
+    """A tool call as templates take it: arguments that are JSON become an object, so that it is not quoted twice."""
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments or "{}")
+            arguments = parsed if isinstance(parsed, dict) else arguments
+        except ValueError:
+            pass
+    call = {"type": "function", "function": {"name": name, "arguments": {} if arguments is None else arguments}}
+    return call | ({"id": call_id} if call_id else {})
+
+
+def variants(messages: Messages) -> Iterator[Messages]:
+    """The conversation, and then what stands for it where a template refuses it.
+
+    Some take a system message in the first place only: a later one becomes a user's, where it stands, since moving it
+    to the front would change the prompt's head, and with it all that is cached. Some want user and assistant in turn.
+    """
+    yield messages
+    as_user = messages[:1] + [
+        {**message, "role": "user"} if message["role"] == "system" else message for message in messages[1:]
+    ]
+    yield as_user
+    yield _join_neighbours(as_user)
+    if messages[0]["role"] == "system":  # no system messages at all, as in Gemma's
+        yield _join_neighbours([{**messages[0], "role": "user"}, *as_user[1:]])
+
+
+def _join_neighbours(messages: Messages) -> Messages:
+    joined: Messages = []
+    for message in messages:
+        if joined and message["role"] == joined[-1]["role"] == "user":
+            joined[-1] = {**joined[-1], "content": joined[-1]["content"] + "\n\n" + message["content"]}
+        else:
+            joined.append(message)
+    return joined
+
+
+def without_tool_messages(messages: Messages) -> Messages:
+    """Write calls and their results into the text, for a template that knows neither."""
+    written: Messages = []
+    for message in messages:
+        calls = message.get("tool_calls", ())
+        texts = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+        content = message["content"] + "".join(f"\n<tool_call>\n{text}\n</tool_call>" for text in texts)
+        if message["role"] == "tool":
+            written.append({"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"})
+        else:
+            written.append({"role": message["role"], "content": content.lstrip("\n") if calls else content})
+    return written

@@ -1,0 +1,88 @@
+"""From the first request to the last: the server's loop, its signals, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import socket
+from types import FrameType
+
+import uvicorn
+
+from mlx_paged.async_llm import AsyncLLM
+from mlx_paged.server.app import make_app
+from mlx_paged.server.guard import Access
+from mlx_paged.server.service import ServerOptions, Service
+
+LOG = logging.getLogger("mlx_paged.server")
+
+_MAX_HEADERS = 64 << 10  # bytes
+
+
+class Ending(enum.Enum):
+    """How a server ended."""
+
+    DRAINED = "its running requests had time to end"
+    CUT = "a second signal ended it at once"
+    BROKEN = "its engine broke"
+
+
+class _Server(uvicorn.Server):
+    """Goes on answering while it drains: that it does, and to come back later."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._ending: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.end = Ending.DRAINED
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain at the first signal; end at once at the second."""
+        if self._loop is None or self._service.is_draining:
+            self.end, self.should_exit, self.force_exit = Ending.CUT, True, True
+            return
+        self._service.is_draining = True
+        self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        async def drain() -> None:
+            LOG.info("ending: %d requests are still running", self._service.llm.num_requests)
+            await self._service.drain()
+            self.should_exit = True
+
+        self._ending = asyncio.ensure_future(drain())
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal, or the engine, ends that."""
+        self._loop = asyncio.get_running_loop()
+        watching = asyncio.ensure_future(self._watch())
+        try:
+            await super().serve(sockets)
+        finally:
+            watching.cancel()
+
+    async def _watch(self) -> None:
+        """End when the engine does."""
+        while self._service.llm.failure is None or self._service.is_draining:
+            await asyncio.sleep(0.5)
+        LOG.error("%s", self._service.llm.failure)
+        self.end, self.should_exit = Ending.BROKEN, True
+
+
+def serve(llm: AsyncLLM, options: ServerOptions, access: Access, listener: socket.socket) -> Ending:
+    """Serve a model at a socket until a signal, or the end of its engine, ends that."""
+    service = Service(llm, options, llm.tokenizer)
+    config = uvicorn.Config(
+        make_app(service, access),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        h11_max_incomplete_event_size=_MAX_HEADERS,
+        timeout_graceful_shutdown=2,
+    )
+    server = _Server(config, service)
+    server.run([listener])
+    return server.end

@@ -1,0 +1,115 @@
+"""Sampling parameters as clients send them: OpenAI's names, and vLLM's for what OpenAI has not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.server.body import Fields
+from mlx_paged.server.errors import ApiError, bad_request
+
+_PLAIN = {
+    "n": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+    "ignore_eos": bool,
+    "skip_special_tokens": bool,
+    "priority": int,
+    "cache_salt": str,
+}
+MAX_SAMPLES = 128
+_MAX_STOPS = 16
+_MAX_STOP_CHARACTERS = 1000
+_MAX_BIASES = 1024
+_MAX_GRAMMAR_CHARACTERS = 1 << 18
+
+
+def read_sampling(fields: Fields) -> dict[str, Any]:
+    """Read what `SamplingParams` takes, but for the number of tokens and what shapes the output. Raises ApiError."""
+    settings: dict[str, Any] = {name: fields.take(name, kind) for name, kind in _PLAIN.items()}
+    settings["stop"] = fields.take_with("stop", _read_stop)
+    settings["stop_token_ids"] = fields.take("stop_token_ids", list)
+    settings["logit_bias"] = fields.take_with("logit_bias", _read_bias)
+    if (settings["n"] or 1) > MAX_SAMPLES:
+        raise fields.error("n", f"must be at most {MAX_SAMPLES}")
+    if (settings["top_k"] or 0) < 0:  # vLLM's way to say: all
+        settings["top_k"] = 0
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _read_stop(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    valid = isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)
+    if not valid or len(stops) > _MAX_STOPS or any(len(stop) > _MAX_STOP_CHARACTERS for stop in stops):
+        raise ValueError(f"must be text or a list of at most {_MAX_STOPS}, of {_MAX_STOP_CHARACTERS} characters each")
+    return list(filter(None, stops))
+
+
+def _read_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict) or len(value) > _MAX_BIASES:
+        raise ValueError(f"must be an object of at most {_MAX_BIASES} token ids and numbers")
+    try:
+        return {int(token): bias for token, bias in value.items()}
+    except ValueError:
+        raise ValueError("must have token ids as keys") from None
+
+
+def read_output_form(fields: Fields) -> dict[str, Any]:
+    """Read what the output has to look like: a JSON schema, a regex or a grammar, as `SamplingParams` takes it.
+
+    Raises ApiError.
+    """
+    form = _read_response_format(fields)
+    given = Fields(fields.take_any("structured_outputs") or {}, "structured_outputs")
+    for name in ("json", "regex", "grammar"):
+        value = given.take_any(name)
+        value = fields.take_any(f"guided_{name}") if value is None else value
+        if value is not None:
+            form["json_schema" if name == "json" else name] = value
+    if len(form) > 1:
+        raise bad_request(f"give one form of the output, got {' and '.join(form)}", param="response_format")
+    for name, value in form.items():
+        if len(json.dumps(value)) > _MAX_GRAMMAR_CHARACTERS:
+            raise bad_request(f"{name} is longer than {_MAX_GRAMMAR_CHARACTERS} characters", param=name)
+    return form
+
+
+def _read_response_format(fields: Fields) -> dict[str, Any]:
+    value = fields.take_any("response_format")
+    if value is None:
+        return {}
+    wanted = Fields(value, "response_format")
+    kind = wanted.take("type", str, "")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": wanted.take("schema", dict, {"type": "object"})}
+    if kind == "json_schema":
+        nested = Fields(wanted.take_any("json_schema"), "response_format.json_schema")
+        return {"json_schema": nested.take("schema", dict, {"type": "object"})}
+    raise wanted.error("type", "must be text, json_object or json_schema")
+
+
+def make_params(settings: dict[str, Any], names: Sequence[tuple[str, str]] = ()) -> SamplingParams:
+    """Make the parameters of a request. names: (in Python, on the wire), where they differ. Raises ApiError."""
+    try:
+        return SamplingParams(**settings)
+    except (ValueError, TypeError) as error:
+        raise refusal(error, names) from None
+
+
+def refusal(error: Exception, names: Sequence[tuple[str, str]] = ()) -> ApiError:
+    """What a client is told of a ValueError that names a parameter first."""
+    message = str(error)
+    for ours, theirs in names:
+        message = message.replace(ours, theirs)
+    first = message.split(" ", 1)[0].partition("=")[0]
+    return bad_request(message, param=first if first.isidentifier() and first.islower() else None)

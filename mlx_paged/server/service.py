@@ -1,0 +1,161 @@
+"""A model being served: its names, its limits, and the way from a request to the engine's outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from mlx_paged.async_llm import AsyncLLM
+from mlx_paged.errors import PromptTooLong, QueueFull
+from mlx_paged.outputs import RequestOutput
+from mlx_paged.request import Request
+from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.server.conversation import Messages, variants, without_tool_messages
+from mlx_paged.server.errors import ApiError, bad_request
+from mlx_paged.server.sampling_fields import refusal
+
+LOG = logging.getLogger("mlx_paged.server")
+
+T = TypeVar("T")
+
+
+@dataclass
+class ServerOptions:
+    """What the server does beside its engine."""
+
+    names: list[str]
+    """Names of the model; the first one is its id."""
+    default_max_tokens: int | None = None
+    """Of an answer whose client does not say; None: what fits."""
+    max_body: int = 32 << 20
+    """Bytes of a request."""
+    body_timeout_s: float = 30.0
+    """Seconds in which all of a body must have come."""
+    drain_timeout_s: float = 30.0
+    """Seconds that running requests get to end at shutdown."""
+    keepalive_s: float = 10.0
+    """Seconds of silence in a stream after which something is sent."""
+    log_prompts: bool = False
+    """Whether what clients write may be logged."""
+
+
+@dataclass
+class Service:
+    """What the endpoints share."""
+
+    llm: AsyncLLM
+    options: ServerOptions
+    tokenizer: Any
+    created: int = field(default_factory=lambda: int(time.time()))
+    is_draining: bool = False
+    seen_unknown: set[str] = field(default_factory=set)
+    """Names of fields that clients send and nobody reads: each is logged once."""
+
+    def require_model(self, name: str | None) -> str:
+        """Return the name that an answer bears. Raises ApiError for a model that is not served."""
+        if name is not None and name not in self.options.names:
+            served = ", ".join(self.options.names)
+            raise ApiError(404, f"the model {name!r} is not served here; there is: {served}", param="model",
+                           code="model_not_found")  # fmt: skip
+        return name or self.options.names[0]
+
+    def note_unknown(self, names: set[str]) -> None:
+        """Log fields that are not read, each name once."""
+        for name in sorted(names - self.seen_unknown)[:10]:
+            if len(self.seen_unknown) < 1000:
+                self.seen_unknown.add(name)
+                LOG.info("the field %.60r of a request is not known here, and is not read", name)
+
+    async def prepare(self, work: Awaitable[T]) -> T:
+        """Await what templates, tokenisers or grammars make of a request. Raises ApiError for what they refuse."""
+        try:
+            return await work
+        except PromptTooLong as error:
+            raise bad_request(str(error), "messages", "context_length_exceeded") from None
+        except (ValueError, TypeError) as error:
+            raise refusal(error) from None
+        except ImportError as error:
+            raise bad_request(str(error)) from None
+        except RuntimeError as error:
+            LOG.error("the engine refuses: %s", error)
+            raise ApiError(503, "the engine has ended", retry_after=30) from None
+
+    def require_ready(self) -> None:
+        """Raise ApiError while no new request is taken."""
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down", retry_after=10)
+        if self.llm.failure is not None:
+            raise ApiError(503, "the engine has ended", retry_after=30)
+
+    async def prepare_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams,
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        template: dict[str, Any] | None = None,
+        stream: bool,
+    ) -> Request:
+        """Make a conversation's request. template: arguments of the chat template. Raises ApiError."""
+
+        self.require_ready()
+        token_ids = await self.encode_chat(messages, tools, template or {})
+        return await self.make_request(token_ids, params, stream=stream)
+
+    async def make_request(self, prompt: str | list[int], params: SamplingParams, *, stream: bool) -> Request:
+        """Make a prompt's request. Raises ApiError."""
+        self.require_ready()
+        return await self.prepare(self.llm.make_request(prompt, params, stream=stream, clamp_max_tokens=True))
+
+    async def encode_chat(
+        self, messages: Messages, tools: Sequence[dict[str, Any]], template: dict[str, Any]
+    ) -> list[int]:
+        """Write a conversation as the chat template has it, or as near as it comes. Raises ApiError."""
+        if not _knows_tools(self.tokenizer):
+            messages = without_tool_messages(messages)
+        first_error: ApiError | None = None
+        for variant in variants(messages):
+            encoding = self.llm.encode_chat(variant, tools=tools or None, chat_template_kwargs=template)
+            try:
+                return await self.prepare(encoding)
+            except ApiError as error:
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
+
+    async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Run a request. Yields its outputs. Raises ApiError if it is refused, or ends by an error."""
+        try:
+            async with aclosing(self.llm.run(request)) as outputs:
+                async for output in outputs:
+                    for sample in output.outputs:
+                        if sample.finish_reason == "error":
+                            LOG.error("request %d ended by an error: %s", output.request_id, sample.stop_reason)
+                            raise ApiError(500, "the engine could not complete this request")
+                        if sample.finish_reason == "abort":
+                            raise ApiError(503, "the server is shutting down", retry_after=10)
+                    yield output
+        except QueueFull as error:
+            raise ApiError(429, str(error), code="queue_full", retry_after=1) from None
+        except RuntimeError as error:
+            LOG.error("the engine refuses: %s", error)
+            raise ApiError(503, "the engine has ended", retry_after=30) from None
+
+    async def drain(self) -> None:
+        """Take no new requests, and wait until the running ones have ended, or time is up."""
+        self.is_draining = True
+        end = time.monotonic() + self.options.drain_timeout_s
+        while self.llm.num_requests and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        await self.llm.aclose()
+
+
+def _knows_tools(tokenizer: Any) -> bool:
+    """Whether the chat template says anything about tool calls; one that is code does."""
+    template = getattr(tokenizer, "chat_template", None)
+    return not isinstance(template, str) or "tool" in template

@@ -1,0 +1,151 @@
+"""Conversations as servers and clients write them: what a template is given, and every way in which it can refuse."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm.utils import load_tokenizer
+
+from mlx_paged.engine.chat_template import ChatTemplate
+
+MakeTemplate = Callable[..., ChatTemplate]
+USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer(demo_folder: Path) -> Any:
+    return load_tokenizer(demo_folder)
+
+
+@pytest.fixture
+def make(own_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> MakeTemplate:
+    """A chat template of some Jinja text, None for the demo model's own."""
+
+    def make(text: str | None = None) -> ChatTemplate:
+        if text is not None:
+            monkeypatch.setattr(own_tokenizer._tokenizer, "chat_template", text)
+        return ChatTemplate(own_tokenizer, threading.Lock())
+
+    return make
+
+
+def written(template: ChatTemplate, messages: Any, **options: Any) -> str:
+    """The text that the model reads."""
+    return str(template._tokenizer.decode(template.encode(messages, **options)))
+
+
+def test_parts_of_text_are_joined(make: MakeTemplate) -> None:
+    parts = [{"type": "text", "text": "Where is "}, {"type": "text", "text": "the ball?"}]
+    template = make()
+    assert written(template, [{"role": "user", "content": parts}]) == "<|user|>Where is the ball?<|end|><|assistant|>"
+    whole = template.encode([{"role": "user", "content": "Where is the ball?"}])
+    assert template.encode([{"role": "user", "content": tuple(parts)}]) == whole
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ([{"type": "image_url", "image_url": {"url": "x"}}], ["messages[1]: content[0]", "'image_url'", "reads text"]),
+        ([{"type": "text", "text": "a"}, {"type": "input_audio"}], ["messages[1]: content[1]", "'input_audio'"]),
+        ([{"text": "a"}], ["content[0]", "{'text': 'a'}"]),
+        (["a"], ["content[0]", "'a'"]),
+        ([{"type": "text", "text": 5}], ["content[0]: text must be text, got 5"]),
+        ([{"type": "text"}], ["got None"]),
+        (5, ["messages[1]: content must be text or a list of parts, got 5"]),
+        (b"a", ["content must be text", "b'a'"]),
+        ({"type": "text", "text": "a"}, ["content must be text or a list of parts"]),
+    ],
+    ids=ascii,
+)
+def test_other_content_than_text_is_refused_by_name(make: MakeTemplate, content: Any, words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        make().encode([USER, {"role": "user", "content": content}])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+NO_MESSAGES: list[Any] = [
+    "Hi", 5, None, ["role", "user"], {}, {"role": "user"}, {"content": "Hi"}, {"role": 5, "content": "Hi"},
+    {"role": "assistant", "tool_calls": 5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("message", NO_MESSAGES, ids=ascii)
+def test_what_is_no_message_is_refused_with_its_place(make: MakeTemplate, message: Any) -> None:
+    with pytest.raises(ValueError, match=r"messages\[1\]"):
+        make().encode([USER, message])
+
+
+@pytest.mark.parametrize("messages", ["hello", b"hello", USER, 5, None, {1, 2}], ids=ascii)
+def test_what_is_no_conversation_is_a_type_error_that_shows_one(make: MakeTemplate, messages: Any) -> None:
+    with pytest.raises(TypeError) as caught:
+        make().encode(messages)
+    assert '[{"role": "user", "content": ' in str(caught.value)
+    assert ("'hello'}]" in str(caught.value)) == (messages == "hello")
+
+
+def test_a_call_of_a_tool_reaches_the_template_with_its_arguments_as_an_object(make: MakeTemplate) -> None:
+    template = make(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %};{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    broken = {"id": "2", "type": "function", "function": {"name": "add", "arguments": "{"}}
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": [call, broken]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "1"},
+    ]
+    first = 'assistant:[add {"a": 1}]'
+    assert written(template, messages) == f'{first}[add "{{"];{first};tool:1;'
+    assert call["function"]["arguments"] == '{"a": 1}', "what was given stays as it was"  # type: ignore[index]
+
+
+def test_tools_documents_and_other_variables_reach_the_template(make: MakeTemplate) -> None:
+    template = make("{{ tools[0].function.name }} {{ documents[0].text }} {{ style }} {{ messages[0].mood }}")
+    options: dict[str, Any] = {
+        "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+        "documents": [{"title": "t", "text": "doc"}],
+        "chat_template_kwargs": {"style": "short"},
+    }
+    assert written(template, [USER | {"mood": "glad"}], **options) == "add doc short glad"
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[0].content + 5 }}", "str"),
+        ("{{ messages[7].content.strip() }}", "7"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0]['content'].nothing() }}", "nothing"),
+        ("{% for x in 5 %}{% endfor %}", "int"),
+        ("{{ unclosed", "end of"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ],
+)
+def test_every_error_of_a_template_is_a_value_error_with_its_reason(make: MakeTemplate, text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match="the model's chat template does not take this conversation: ") as caught:
+        make(text).encode([USER])
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_variables_that_are_the_tokenizers_own_are_refused(make: MakeTemplate) -> None:
+    for name in ("tokenize", "add_generation_prompt"):
+        with pytest.raises(ValueError, match=name):
+            make().encode([USER], chat_template_kwargs={name: False})
+
+
+@pytest.mark.parametrize("options", [{"chat_template_kwargs": 5}, {"tools": 5}, {"documents": ["a"]}], ids=str)
+def test_options_of_another_kind_are_refused(make: MakeTemplate, options: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"chat_template_kwargs|chat template"):
+        make().encode([USER], **options)
+
+
+def test_half_of_a_surrogate_pair_in_a_conversation_is_refused(make: MakeTemplate) -> None:
+    with pytest.raises(ValueError, match="the conversation is not UTF-8 text"):
+        make().encode([{"role": "user", "content": "a \udcff"}])

@@ -1,0 +1,163 @@
+"""Who may speak to the server, and what bad requests are told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from typing import Any
+
+import httpx
+import pytest
+from helpers.servers import post, serving, wait_for
+
+from mlx_paged.async_llm import AsyncLLM
+from mlx_paged.server.guard import Access
+
+USER: list[Any] = [{"role": "user", "content": "a secret"}]
+CHAT = "/v1/chat/completions"
+
+
+def assert_answers(url: str, **more: Any) -> None:
+    response = post(url + CHAT, {"messages": USER}, **more)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "", "localhost.evil.example"])
+def test_a_page_of_another_name_that_leads_here_gets_nothing(host: str, url: str) -> None:
+    response = post(url + CHAT, {"messages": USER}, headers={"Host": host})
+    assert response.status_code == 403 and "--allowed-host" in response.text
+    assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 403
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:9", "127.0.0.1", "[::1]:8000", "LOCALHOST"])
+def test_names_of_the_loopback_are_its_own(host: str, url: str) -> None:
+    assert_answers(url, headers={"Host": host})
+
+
+def test_foreign_pages_are_refused_and_allowed_ones_are_named(llm: AsyncLLM, url: str) -> None:
+    for method in ("POST", "OPTIONS"):
+        response = httpx.request(
+            method, url + CHAT, json={"messages": USER}, headers={"Origin": "https://evil.example"}
+        )
+        assert response.status_code == 403 and "access-control-allow-origin" not in response.headers
+    assert_answers(url, headers={"Origin": url})
+    assert "access-control-allow-origin" not in httpx.get(f"{url}/health").headers
+    with serving(llm, Access(origins=("https://good.example",))) as open_url:
+        headers = {"Origin": "https://good.example"}
+        response = httpx.options(open_url + CHAT, headers=headers)
+        assert response.status_code == 204 and response.headers["access-control-allow-origin"] == headers["Origin"]
+        assert_answers(open_url, headers=headers)
+
+
+def test_a_key_is_asked_for_everywhere_but_where_nothing_is_told(llm: AsyncLLM) -> None:
+    with serving(llm, Access(keys=(b"k1", "schl\u00fcssel".encode()))) as url:
+        for headers in ({}, {"Authorization": "Bearer no"}, {"x-api-key": b"\xff\xfe"}, {"Authorization": "k1"}):
+            response = post(url + CHAT, {"messages": USER}, headers=headers)
+            assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(f"{url}/metrics").status_code == httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert_answers(url, headers={"Authorization": "Bearer k1"})
+        assert_answers(url, headers={"x-api-key": "schl\u00fcssel".encode()})
+        assert post(f"{url}/v1/messages", {}).status_code == 401
+
+
+def test_with_several_keys_nobody_hits_what_another_has_asked(llm: AsyncLLM) -> None:
+    body = {"messages": [{"role": "user", "content": "a long prompt that only one of them knows " * 10}]}
+
+    def num_cached(url: str, key: str) -> int:
+        usage = post(url + CHAT, body, headers={"x-api-key": key}).json()["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    with serving(llm, Access(keys=(b"k1", b"k2"))) as url:
+        assert [num_cached(url, key) > 0 for key in ("k1", "k1", "k2", "k2")] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "content, kind, status",
+    [
+        (b'{"messages": []}', "text/plain", 415),
+        (b'{"messages": []}', "", 415),
+        (b"", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b"{", "application/json", 400),
+        (b'{"temperature": NaN}', "application/json", 400),
+        (b'{"temperature": -Infinity}', "application/json", 400),
+        (b'{"a": 1, "a": 2}', "application/json", 400),
+        (b'{"a": "\xff"}', "application/json", 400),
+        (rb'{"a": "\ud800"}', "application/json", 400),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "application/json", 400),
+        (b'{"a": "' + b"x" * 2_000_000 + b'"}', "application/json", 413),
+    ],
+    ids=range(12),
+)
+def test_bad_bodies_are_told_what_is_wrong(content: bytes, kind: str, status: int, llm: AsyncLLM, url: str) -> None:
+    if status == 413:
+        with serving(llm, max_body=1 << 20) as small:
+            for body in (content, iter([content])):  # by its length, and where that is not said
+                response = httpx.post(small + CHAT, content=body, headers={"Content-Type": kind})
+                assert response.status_code == 413 and "--max-body" in response.text
+        return
+    response = httpx.post(url + CHAT, content=content, headers={"Content-Type": kind})
+    assert response.status_code == status, response.text
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert_answers(url)
+
+
+def test_braces_in_a_text_nest_nothing(url: str) -> None:
+    body = {"messages": [{"role": "user", "content": "{[" * 3000}], "max_tokens": 1}
+    assert post(url + CHAT, body).status_code == 200
+
+
+def test_a_body_that_does_not_come_times_out(llm: AsyncLLM) -> None:
+    with (
+        serving(llm, body_timeout_s=0.3) as url,
+        socket.create_connection(("127.0.0.1", httpx.URL(url).port)) as client,
+    ):
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += "Content-Length: 100\r\n\r\n{"
+        client.sendall(head.encode())
+        client.settimeout(10)
+        assert b"408" in client.recv(1000).split(b"\r\n")[0]
+
+
+def test_unknown_paths_and_methods_get_json(url: str) -> None:
+    for path in ("/api/tags", "/v1/embeddings", "/v1/v1/messages", "/../etc/passwd", "/v1/chat/completions/"):
+        response = httpx.post(url + path, json={})
+        assert response.status_code == 404 and response.json()["error"]
+    assert "one /v1" in httpx.post(f"{url}/v1/v1/messages", json={}).text
+    assert httpx.get(url + CHAT).status_code == 405
+    assert httpx.head(f"{url}/health").status_code == 200
+
+
+def test_each_request_has_an_id_in_its_answer_and_in_the_log_which_has_no_prompts(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "mlx_paged.server")
+    response = post(url + CHAT, {"messages": USER, "top_fantasy": 1}, headers={"X-Request-Id": "my.id-1"})
+    assert response.headers["x-request-id"] == "my.id-1"
+    for bad in ("a b", "x" * 65, "<script>"):
+        given = post(url + CHAT, {"messages": [{"role": "user"}] * 2}, headers={"X-Request-Id": bad})
+        assert given.headers["x-request-id"] != bad and len(given.headers["x-request-id"]) == 32
+    wait_for(lambda: "my.id-1" in caplog.text)
+    assert "a secret" not in caplog.text and "POST /v1/chat/completions 200" in caplog.text
+    assert caplog.text.count("top_fantasy") <= 1
+
+
+def test_health_models_and_metrics_tell_what_there_is(url: str, llm: AsyncLLM) -> None:
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+    assert card["id"] == "scripted" and card["object"] == "model" and card["max_model_len"] == llm.max_model_len
+    assert httpx.get(f"{url}/v1/models/scripted").json() == card
+    assert httpx.get(f"{url}/v1/models/other/one").json()["error"]["code"] == "model_not_found"
+    text = httpx.get(f"{url}/metrics").text
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_hits_total"):
+        assert f'vllm:{name}{{model_name="scripted"}}' in text, text
+
+
+def test_a_prompt_is_tokenised_and_back(url: str) -> None:
+    tokens = post(f"{url}/tokenize", {"prompt": "Hello, caf\u00e9"}).json()
+    assert tokens["count"] == len(tokens["tokens"]) and tokens["max_model_len"]
+    assert post(f"{url}/detokenize", {"tokens": tokens["tokens"]}).json() == {"prompt": "Hello, caf\u00e9"}
+    assert post(f"{url}/detokenize", {"tokens": [10**9]}).status_code == 400
+    assert json.loads(post(f"{url}/tokenize", {}).text)["error"]["param"] == "prompt"
