@@ -106,8 +106,11 @@ class Forking:
         token_ids, logprobs = (np.stack([beam.beam_candidates[i][:count] for beam in before]) for i in range(2))
         try:
             parents = search.advance(token_ids, logprobs)
-        except Exception as error:  # NaN, or of the tokenizer's code
-            self._outputs.finish_request(request, FinishReason.of(error, ValueError))
+        except ValueError as error:
+            self._outputs.finish_request(request, FinishReason("error", " ".join(str(error).split())))
+            return
+        except Exception as error:  # of the tokenizer's code
+            self._outputs.fail_request(request, error)
             return
         if search.finished:
             self._outputs.finish_request(request, FinishReason("stop"))

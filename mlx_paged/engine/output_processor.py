@@ -24,12 +24,6 @@ class FinishReason(NamedTuple):
     finish_reason: str
     stop_reason: int | str | None = None
 
-    @classmethod
-    def of(cls, error: Exception, *own: type[Exception]) -> "FinishReason":
-        """Return that of a sequence whose tokenizer or grammar raised. own: errors whose message says all."""
-        name = "" if isinstance(error, own) else f"{type(error).__name__}: "
-        return cls("error", " ".join(f"{name}{error}".split()))
-
 
 class OutputProcessor:
     """Follows sequences token by token where that is asked for, and else makes up for it at their end."""
@@ -149,7 +143,7 @@ class OutputProcessor:
         try:
             return self._find_stop(sequence, token_id)
         except Exception as error:
-            return FinishReason.of(error)
+            return _error(error)
 
     def _find_stop(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         params = sequence.request.params
@@ -172,7 +166,8 @@ class OutputProcessor:
 
     def fail_sequence(self, sequence: Sequence, error: Exception) -> None:
         """End a sequence that can't go on, and its request if it was the last one."""
-        self._finish_sequence(sequence, FinishReason.of(error, ValueError))
+        own = isinstance(error, ValueError)  # its message says all
+        self._finish_sequence(sequence, FinishReason("error", str(error)) if own else _error(error))
         if sequence.request.finished:
             self._emit_final(sequence.request)
 
@@ -187,7 +182,7 @@ class OutputProcessor:
 
     def fail_request(self, request: Request, error: Exception) -> None:
         """End a request, with all its sequences, by an error that is its own."""
-        self.finish_request(request, FinishReason.of(error))
+        self.finish_request(request, _error(error))
 
     def _finish_sequence(self, sequence: Sequence, stop: FinishReason) -> None:
         """End a sequence, wherever it is, and complete its text."""
@@ -198,7 +193,7 @@ class OutputProcessor:
             try:
                 stop = self._complete_text(sequence, stop)
             except Exception as error:  # of the tokenizer's code
-                stop = FinishReason.of(error)
+                stop = _error(error)
         sequence.finish_reason, sequence.stop_reason = stop
 
     def _complete_text(self, sequence: Sequence, stop: FinishReason) -> FinishReason:
@@ -279,7 +274,7 @@ class OutputProcessor:
                 BeamHypothesis(list(ids), self._text_of(ids, params), logprob, score) for ids, logprob, score in found
             ]
         except Exception as error:  # of the tokenizer's code
-            request.error = str(FinishReason.of(error).stop_reason)
+            request.error = str(_error(error).stop_reason)
         return BeamSearchOutput(
             request.request_id,
             request.prompt,
@@ -304,3 +299,7 @@ class OutputProcessor:
             text_stream = TextStream.of(self._detokenizer, params)
             text_stream.finish(self._detokenizer.decode(token_ids, params.skip_special_tokens))
             return text_stream.text
+
+
+def _error(error: Exception) -> FinishReason:
+    return FinishReason("error", " ".join(f"{type(error).__name__}: {error}".split()))

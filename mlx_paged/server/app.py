@@ -18,7 +18,6 @@ from mlx_paged.server.completions import completions
 from mlx_paged.server.errors import ApiError
 from mlx_paged.server.event_stream import unless_gone
 from mlx_paged.server.guard import Access, Guard
-from mlx_paged.server.metrics import Metrics
 from mlx_paged.server.service import Service
 from mlx_paged.server.tokens import detokenize, tokenize
 
@@ -36,6 +35,14 @@ class Post:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, as ASGI has it."""
+        metrics = self._service.metrics
+        metrics.clients.inc()
+        try:
+            await self._respond(scope, receive, send)
+        finally:
+            metrics.clients.dec()
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         options, state = self._service.options, scope["state"]
         try:
             body = await read_object(scope, receive, options.max_body, options.body_timeout_s)
@@ -45,6 +52,7 @@ class Post:
             return
         except Exception as error:
             response = refuse(error, scope)
+            self._service.metrics.refused(response.status_code)
         if response is not None:
             await response(scope, receive, send)
 
@@ -61,7 +69,7 @@ def refuse(error: Exception, scope: Scope) -> Response:
 
 def make_app(service: Service, access: Access) -> Guard:
     """Make the ASGI application that serves a model."""
-    llm, options, metrics = service.llm, service.options, Metrics(service)
+    llm, options = service.llm, service.options
 
     def health(request: Request) -> Response:
         status = "draining" if service.is_draining else "ok" if llm.failure is None else "engine ended"
@@ -80,6 +88,9 @@ def make_app(service: Service, access: Access) -> Guard:
         except ApiError as error:
             return refuse(error, request.scope)
 
+    def metrics(request: Request) -> Response:
+        return Response(service.metrics.text(), media_type=service.metrics.content_type)
+
     def not_found(request: Request, error: Exception) -> Response:
         path = request.url.path
         hint = "; give clients a base URL with one /v1" if path.startswith("/v1/v1") else ""
@@ -94,12 +105,12 @@ def make_app(service: Service, access: Access) -> Guard:
         "/tokenize": tokenize,
         "/detokenize": detokenize,
     }
-    routes = [Route(path, Post(service, metrics.counted(answer)), methods=["POST"]) for path, answer in posts.items()]
+    routes = [Route(path, Post(service, answer), methods=["POST"]) for path, answer in posts.items()]
     routes += [
         Route("/health", health),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
-        Route("/metrics", metrics.page),
+        Route("/metrics", metrics),
     ]
 
     app = Starlette(routes=routes, exception_handlers={404: not_found, 405: wrong_method})

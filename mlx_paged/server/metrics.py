@@ -1,75 +1,108 @@
-"""What a monitor reads, by the names that vLLM gives it, from a snapshot of the engine after its last steps."""
+"""What a monitor reads, by the names that vLLM gives it: what requests were, and the engine after its last steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp
 
-from mlx_paged.server.errors import ApiError
-from mlx_paged.server.service import Service
+from mlx_paged.async_llm import AsyncLLM
+from mlx_paged.outputs import RequestOutput
 
-Answer = Callable[[Service, dict[str, Any], dict[str, Any]], Coroutine[Any, Any, ASGIApp]]
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 120, 300)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
 class Metrics:
     """Counts what the server does, beside what its engine counts."""
 
-    def __init__(self, service: Service) -> None:
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
+        self._model = model_name
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(service))
-        self._refused = Counter(
-            "mlx_paged:rejected", "Requests that were refused, by status.", ["status"], registry=self._registry
+        self._registry.register(_EngineCollector(llm, model_name))
+        self._prompt_tokens = self._make(Counter, "vllm:prompt_tokens", "Tokens of prompts.")
+        self._output_tokens = self._make(Counter, "vllm:generation_tokens", "Tokens that were put out.")
+        self._success = self._make(
+            Counter, "vllm:request_success", "Samples that ended, by why.", labels=("finished_reason",)
         )
+        self._first_token = self._times("time_to_first_token", "From the arrival to the first token.")
+        self._per_token = self._times("time_per_output_token", "From a token to the next, as a request's mean.")
+        self._total_time = self._times("e2e_request_latency", "From the arrival to the end.")
+        self._queue_time = self._times("request_queue_time", "From the arrival to the first step.")
+        self._prompt_lens = self._make(Histogram, "vllm:request_prompt_tokens", "Tokens of a prompt.", buckets=_TOKENS)
+        self._output_lens = self._make(
+            Histogram, "vllm:request_generation_tokens", "Tokens that a request put out.", buckets=_TOKENS
+        )
+        self._refused = self._make(Counter, "mlx_paged:rejected", "Requests refused, by status.", labels=("status",))
+        self.clients = self._make(Gauge, "mlx_paged:http_clients", "Clients that are being answered.")
 
-    def counted(self, answer: Answer) -> Answer:
-        """The same endpoint, whose refusals are counted."""
+    def _times(self, name: str, text: str) -> Any:
+        return self._make(Histogram, f"vllm:{name}_seconds", text, buckets=_SECONDS)
 
-        async def wrapped(service: Service, body: dict[str, Any], state: dict[str, Any]) -> ASGIApp:
-            try:
-                return await answer(service, body, state)
-            except ApiError as error:
-                self._refused.labels(str(error.status)).inc()
-                raise
+    def _make(self, kind: Any, name: str, text: str, *, labels: tuple[str, ...] = (), **more: Any) -> Any:
+        metric = kind(name, text, ("model_name", *labels), registry=self._registry, **more)
+        return metric if labels else metric.labels(self._model)
 
-        return wrapped
+    def refused(self, status: int) -> None:
+        """Count a request that was refused."""
+        self._refused.labels(self._model, str(status)).inc()
 
-    def page(self, request: Request) -> Response:
-        """Answer GET /metrics."""
-        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+    def finished(self, last: RequestOutput, num_tokens: int) -> None:
+        """Count a request that has ended. num_tokens: that it has put out in all."""
+        self._prompt_tokens.inc(len(last.prompt_token_ids))
+        self._output_tokens.inc(num_tokens)
+        self._prompt_lens.observe(len(last.prompt_token_ids))
+        self._output_lens.observe(num_tokens)
+        for sample in last.outputs:
+            self._success.labels(self._model, str(sample.finish_reason)).inc()
+        if (times := last.metrics) is not None:
+            for metric, seconds in (
+                (self._first_token, times.time_to_first_token),
+                (self._per_token, times.time_per_output_token(num_tokens // max(1, len(last.outputs)))),
+                (self._total_time, times.total_time),
+                (self._queue_time, times.queue_time),
+            ):
+                if seconds is not None:
+                    metric.observe(seconds)
+
+    def text(self) -> bytes:
+        """Write everything in Prometheus' format."""
+        return generate_latest(self._registry)
 
 
 class _EngineCollector(Collector):
-    """The engine's counters."""
+    """The engine's counters, as its last snapshot has them."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
+        self._llm = llm
+        self._model = model_name
 
     def collect(self) -> Iterator[Metric]:
         """Read the last snapshot."""
-        stats, name = self._service.llm.snapshot, self._service.options.names[0]
-
-        def metric(kind: Any, key: str, text: str, value: float) -> Metric:
-            family: Any = kind(f"vllm:{key}" if ":" not in key else key, text, labels=["model_name"])
-            family.add_metric([name], value)
-            return cast(Metric, family)
-
+        stats = self._llm.snapshot
         used = 1 - stats.num_free_blocks / stats.num_blocks
-        yield metric(GaugeMetricFamily, "num_requests_running", "Requests that run.", stats.num_running)
-        yield metric(GaugeMetricFamily, "num_requests_waiting", "Requests that wait.", stats.num_waiting)
-        yield metric(GaugeMetricFamily, "kv_cache_usage_perc", "Share of the blocks that sequences hold.", used)
         for key, text, value in (
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens),
-            ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hit_tokens),
-            ("num_preemptions", "Sequences that lost their blocks to others.", stats.num_preemptions),
+            ("vllm:num_requests_running", "Sequences that run.", stats.num_running),
+            ("vllm:num_requests_waiting", "Sequences that wait.", stats.num_waiting),
+            ("vllm:kv_cache_usage_perc", "Share of the blocks that sequences hold, from 0 to 1.", used),
+        ):
+            yield self._metric(GaugeMetricFamily, key, text, value)
+        for key, text, value in (
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens),
+            ("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hit_tokens),
+            ("vllm:num_preemptions", "Sequences that lost their blocks to others.", stats.num_preemptions),
             ("mlx_paged:cow_copies", "Shared blocks copied before a write.", stats.num_cow_copies),
             ("mlx_paged:swapped_blocks", "Blocks that went to a store.", stats.num_swapped_blocks),
             ("mlx_paged:steps", "Steps that computed something.", stats.num_steps),
         ):
-            yield metric(CounterMetricFamily, key, text, value)
+            yield self._metric(CounterMetricFamily, key, text, value)
+
+    def _metric(self, kind: Any, key: str, text: str, value: float) -> Metric:
+        family = kind(key, text, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return cast(Metric, family)

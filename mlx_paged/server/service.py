@@ -17,6 +17,7 @@ from mlx_paged.request import Request
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.server.conversation import Messages, variants, without_tool_messages
 from mlx_paged.server.errors import ApiError, bad_request
+from mlx_paged.server.metrics import Metrics
 from mlx_paged.server.sampling_fields import refusal
 
 LOG = logging.getLogger("mlx_paged.server")
@@ -53,8 +54,12 @@ class Service:
     tokenizer: Any
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
+    metrics: Metrics = field(init=False)
     seen_unknown: set[str] = field(default_factory=set)
     """Names of fields that clients send and nobody reads: each is logged once."""
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.llm, self.options.names[0])
 
     def require_model(self, name: str | None) -> str:
         """Return the name that an answer bears. Raises ApiError for a model that is not served."""
@@ -130,9 +135,13 @@ class Service:
 
     async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run a request. Yields its outputs. Raises ApiError if it is refused, or ends by an error."""
+        num_tokens = 0
         try:
             async with aclosing(self.llm.run(request)) as outputs:
                 async for output in outputs:
+                    num_tokens += output.num_output_tokens
+                    if output.finished:
+                        self.metrics.finished(output, num_tokens)
                     for sample in output.outputs:
                         if sample.finish_reason == "error":
                             LOG.error("request %d ended by an error: %s", output.request_id, sample.stop_reason)

@@ -121,27 +121,6 @@ def test_while_a_block_is_written_its_name_is_not_there_and_an_older_file_is_who
     assert same_bits(store.get("one"), content(2))
 
 
-def test_while_a_block_is_saved_nothing_has_its_name_but_an_old_file_that_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, save, states = FolderStore(tmp_path, "a model"), mx.save_safetensors, []
-    store.put("one", content(1))
-    old = (tmp_path / "one.safetensors").read_bytes()
-
-    def save_half_then_all(path: str, *arguments: object) -> None:
-        Path(path).write_bytes(old[: len(old) // 2])
-        found = {name: tmp_path / f"{name}.safetensors" for name in ("one", "two")}
-        states.append({name: file.read_bytes() for name, file in found.items() if file.exists()})
-        save(path, *arguments)
-
-    monkeypatch.setattr(mx, "save_safetensors", save_half_then_all)
-    store.put("two", content(2))
-    store.put("one", content(3))
-    two = (tmp_path / "two.safetensors").read_bytes()
-    assert states == [{"one": old}, {"one": old, "two": two}]
-    assert same_bits(store.get("one"), content(3))
-
-
 @pytest.mark.parametrize(
     ("family", "allocator", "swap"),
     [

@@ -82,7 +82,7 @@ def test_options_reach_the_search(run: Run) -> None:
     options = "--beam-width 6 --max-tokens 9 --length-penalty 0.5 --early-stopping never --num-return 3 --block-size 8"
     run("beam-search", "--system", "S", *options.split(), "Hi")
     assert run.params == BeamSearchParams(
-        beam_width=6, max_tokens=9, length_penalty=0.5, early_stopping="never", num_return_sequences=3
+        beam_width=6, max_tokens=9, length_penalty=0.5, early_stopping="never", num_return_sequences=3, stop=()
     )
     assert run.made[-1].settings == {"block_size": 8} and run.prompts == ["system:S user:Hi"]
     for text, value in (("true", True), ("false", False)):

@@ -50,7 +50,24 @@ def metaspace() -> TokenizerWrapper:
 
 def wordpiece(cleans_up: bool) -> TokenizerWrapper:
     """Words and their ends, as BERT has them. cleans_up: transformers takes spaces before punctuation away."""
-    pieces = ["<unk>", "<s>", "</s>", "do", "rest", "the", "##s", "##ing", "n", "t", "##'", "m", "s", "##ve", "r", "'"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "do",
+        "rest",
+        "the",
+        "##s",
+        "##ing",
+        "n",
+        "##t",
+        "##'",
+        "m",
+        "s",
+        "##ve",
+        "r",
+        "'",
+    ]
     pieces += [".", ",", "!", "n't", "'s", "é", "##\ufffd", "日", " ", "x '", "##  "]
     backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

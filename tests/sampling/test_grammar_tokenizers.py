@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from helpers.grammars import closed, is_int, walk
+from helpers.grammars import closed, ids, is_int, walk
 from helpers.other_tokenizers import byte_level, llama_style, unigram
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -39,6 +39,15 @@ def test_characters_without_a_token_of_their_own_are_spelled_in_bytes(make: Call
     tokens = walk(compiler.matcher(SamplingParams(regex="🙂日")), 0, ends=tokenizer.eos_token_ids)
     assert len(tokens) == 7 + tokenizer.convert_ids_to_tokens(tokens[0]).startswith("▁")  # which decode leaves out
     assert tokenizer.decode(tokens) == "🙂日"
+
+
+def test_a_space_at_the_start_of_a_grammar_stands_behind_the_one_that_decode_leaves_out() -> None:
+    tokenizer = llama_style()
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), tokenizer.eos_token_ids)
+    space, th, spaced_the = tokenizer.convert_tokens_to_ids(["▁", "th", "▁the"])
+    assert ids(compiler.matcher(SamplingParams(regex=" (the|at|x) x")).mask()) == [space]
+    first = ids(compiler.matcher(SamplingParams(regex="(the|at|x) x")).mask())
+    assert {space, th, spaced_the} < set(first)
 
 
 def test_a_text_that_the_tokenizer_has_no_tokens_for_is_refused() -> None:

@@ -155,6 +155,27 @@ def test_health_models_and_metrics_tell_what_there_is(url: str, llm: AsyncLLM) -
         assert f'vllm:{name}{{model_name="scripted"}}' in text, text
 
 
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_requests_are_counted_and_timed_once_by_the_names_that_monitors_know(stream: bool, url: str) -> None:
+    names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total")
+    names += ("vllm:e2e_request_latency_seconds_count", "vllm:time_to_first_token_seconds_count")
+    names += ("vllm:request_generation_tokens_sum", 'mlx_paged:rejected_total{model_name="scripted",status="400"}')
+    before = [metric(url, name) for name in names]
+    body = {"messages": USER, "n": 2, "stream": stream, "stream_options": {"include_usage": True}}
+    answer = post(url + CHAT, body)
+    post(url + CHAT, {"messages": []})
+    num_prompt = post(f"{url}/tokenize", {"messages": USER}).json()["count"]
+    assert answer.status_code == 200
+    after = [metric(url, name) for name in names]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [num_prompt, 12, 2, 1, 1, 12, 1]
+    assert metric(url, "mlx_paged:http_clients") == 0
+
+
 def test_a_prompt_is_tokenised_and_back(url: str) -> None:
     tokens = post(f"{url}/tokenize", {"prompt": "Hello, caf\u00e9"}).json()
     assert tokens["count"] == len(tokens["tokens"]) and tokens["max_model_len"]
