@@ -62,12 +62,7 @@ class LLM:
         return llm
 
     @classmethod
-    def for_requests(
-        cls,
-        model: str | Path | None,
-        requests: KnownRequests,
-        **config: Any,
-    ) -> "LLM":
+    def for_requests(cls, model: str | Path | None, requests: KnownRequests, **config: Any) -> "LLM":
         """Make an engine whose pool, if `config` gives it no size, is no larger than requests that are known need.
 
         requests: called when the tokenizer is there and the weights are not, for the prompts that will be run and
@@ -90,16 +85,19 @@ class LLM:
         """What the model's generation_config.json says of SamplingParams, by their names; it may be empty."""
         self._outputs: dict[int, deque[Output]] = {}  # where the run that a request belongs to finds its outputs
         self._chat_template = ChatTemplate(self.tokenizer, threading.Lock())
-        num_blocks = None
-        if requests is not None and (known := requests(self)) is not None:
-            sized = [
-                (len(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else len(prompt), params)
-                for prompt, params in known
-            ]
-            num_blocks = blocks_for_requests(sized, config, max_model_len)
-        self._runner = ModelRunner(patch_model(loaded.model), config, max_model_len, num_blocks)
+        num_needed = None if requests is None else self._blocks_needed(requests, config, max_model_len)
+        self._runner = ModelRunner(patch_model(loaded.model), config, max_model_len, num_needed)
         self.engine = Engine(self._runner, loaded.tokenizer, config, max_model_len)
         self._chat_template = self.engine.input_processor.chat_template
+
+    def _blocks_needed(self, requests: KnownRequests, config: EngineConfig, max_model_len: int | None) -> int | None:
+        if (known := requests(self)) is None:
+            return None
+        sized = [
+            (len(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt), params)
+            for prompt, params in known
+        ]
+        return blocks_for_requests(sized, config, max_model_len)
 
     def generate(
         self,

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -24,9 +26,7 @@ class Running(Protocol):
     max_tokens: int
     sequences: list[Any]
     """Each has `num_output_tokens`."""
-
-    @property
-    def max_num_sequences(self) -> int: ...
+    params: SamplingParams | BeamSearchParams
 
     @property
     def finished(self) -> bool: ...
@@ -83,7 +83,7 @@ class ProgressBar:
         if self._num_done:
             total = self._num_tokens / self._num_done * len(self._requests)
         else:
-            total = sum(request.max_tokens * request.max_num_sequences for request in self._requests)
+            total = sum(request.max_tokens * _num_samples(request.params) for request in self._requests)
         seconds = max(0, total - num_tokens) / speed
         written = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
         return f", {'about' if self._num_done else 'at most'} {written} left"
@@ -93,6 +93,10 @@ class ProgressBar:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _num_samples(params: SamplingParams | BeamSearchParams) -> int:
+    return params.n if isinstance(params, SamplingParams) else params.beam_width
 
 
 def _make_progress(num_prompts: int) -> Progress:

@@ -14,6 +14,7 @@ import pytest
 from mlx_paged.cli.terminal import Terminal
 from mlx_paged.outputs import CompletionOutput, RequestOutput
 from mlx_paged.progress import ProgressBar
+from mlx_paged.sampling_params import SamplingParams
 
 
 class Screen(io.StringIO):
@@ -44,7 +45,7 @@ def output(num_tokens: int) -> RequestOutput:
 def requests(num_requests: int) -> list[Any]:
     """Requests of at most 10 tokens that have none yet."""
     made = ({"sequences": [SimpleNamespace(num_output_tokens=0)], "finished": False} for _ in range(num_requests))
-    return [SimpleNamespace(max_tokens=10, max_num_sequences=1, **each) for each in made]
+    return [SimpleNamespace(max_tokens=10, params=SamplingParams(), **each) for each in made]
 
 
 def test_it_counts_prompts_and_tokens_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +78,17 @@ def test_it_counts_the_tokens_of_prompts_that_still_run_and_estimates_the_time_l
         monkeypatch.setattr("mlx_paged.progress.time", SimpleNamespace(monotonic=lambda: 3.05))
         bar.show()  # too soon to be drawn again
         assert "7 tokens" not in screen.text
+
+
+def test_samples_that_have_not_begun_are_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = open_screen(monkeypatch)
+    (request,) = requests(1)
+    request.params = SamplingParams(n=3)
+    with ProgressBar([request]) as bar:
+        bar.show()
+        request.sequences[0].num_output_tokens = 4
+        bar.show()  # 4 of at most 30 tokens in 2 s
+    assert "at most 13 s left" in screen.text
 
 
 def test_it_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,9 @@ def hold_conversation(
     """Talk until the input ends. Returns the exit code: 1 if something in piped input could not be done."""
     terminal.keep_names(SETTABLE)  # as /set has them
     opening = [] if system is None else [{"role": "system", "content": system}]
-    template: TemplateOptions = {"chat_template_kwargs": chat_template_kwargs}
+    template: TemplateOptions = {}
+    if chat_template_kwargs is not None:
+        template["chat_template_kwargs"] = chat_template_kwargs
     conversation = _Conversation(llm, params, opening, template, terminal, drops_oldest=context_full == "drop")
     terminal.note("/help shows what can be typed, Ctrl-D leaves")
     failed = False

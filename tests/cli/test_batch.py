@@ -41,6 +41,17 @@ def test_each_line_is_a_request_with_its_own_parameters_and_gets_a_line_with_its
     assert found[9]["messages"][1] == {"role": "assistant", "content": "two"}
 
 
+def test_a_line_says_what_the_model_would_decide_and_the_command_line_what_no_line_says(
+    run: Run, tmp_path: Path
+) -> None:
+    run.stub.sampling_defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    lines = [{"prompt": "Hi", "temperature": 1.0, "top_k": 0}, {"prompt": "Ho"}]
+    run("generate", "--raw", "--batch", str(write(tmp_path / "requests.jsonl", *lines)), "--top-p", "1")
+    own, other = (request.params for request in run.made[-1].requests)
+    assert (own.temperature, own.top_p, own.top_k) == (1.0, 1.0, 0)
+    assert (other.temperature, other.top_p, other.top_k) == (0.6, 1.0, 20)
+
+
 def test_without_an_output_file_answers_go_to_stdout_and_requests_may_be_piped_in(run: Run) -> None:
     result = run("generate", "--batch", "-", stdin='{"prompt": "Hi"}\n')
     assert result.exit_code == 0 and json.loads(result.stdout)["id"] == 1
@@ -63,7 +74,7 @@ def test_what_is_wrong_with_a_line_is_its_answer_and_in_the_words_of_the_file(ru
     result = run("generate", "--raw", "--batch", str(requests), "--output", str(tmp_path / "out"))
     assert result.exit_code == 1
     found = answers(tmp_path / "out")
-    assert found["hot"]["error"] == "temperature must be 0 or more, got -1"
+    assert found["hot"]["error"] == "temperature must be a finite number, 0 or more, got -1"
     assert found["odd"]["error"].startswith("there is no parameter 'max_token'; there are ")
     assert found["none"]["error"] == found["both"]["error"] == "give one of prompt and messages"
     assert "[1, 2]" in found["ids"]["error"] and "list of objects" in found["text"]["error"]

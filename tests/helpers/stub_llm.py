@@ -56,7 +56,7 @@ class StubLLM:
         max_tokens = params.max_tokens or self.context - len(text)
         return SimpleNamespace(
             request_id=-1, prompt=text, prompt_token_ids=[1] * len(text), params=params, stream=stream,
-            max_tokens=max_tokens, max_num_sequences=1, sequences=[], finished=False,
+            max_tokens=max_tokens, sequences=[], finished=False,
         )  # fmt: skip
 
     def run(
