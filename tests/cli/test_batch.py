@@ -81,7 +81,7 @@ def test_what_is_wrong_with_a_line_is_its_answer_and_in_the_words_of_the_file(ru
     assert "surrogate" in found["half"]["error"]
     assert found["form"]["error"].startswith("regex can't be used") and "context 400" in found["long"]["error"]
     assert [each for each, answer in found.items() if "error" not in answer] == ["good"]
-    assert "mlx-paged: prompt hot: temperature must be 0 or more, got -1\n" in result.stderr
+    assert "mlx-paged: prompt hot: temperature must be a finite number, 0 or more, got -1\n" in result.stderr
 
 
 @pytest.mark.parametrize(
