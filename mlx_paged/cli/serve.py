@@ -109,7 +109,7 @@ def serve_model(
     from mlx_paged.server.service import ServerOptions
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=log_level.upper())
-    for noisy in ("httpx", "httpcore", "huggingface_hub", "filelock"):
+    for noisy in ("uvicorn", "httpx", "httpcore", "huggingface_hub", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     called = list(names) or [_name_of(model)]
     with closing(_listen(host, port)) as listener:
@@ -127,11 +127,10 @@ def serve_model(
                 log_prompts=log_prompts,
             )
             access = Access((*LOOPBACK, host, *hosts), tuple(origins), keys)
-            if not terminal.quiet:
-                key = "the key" if keys else "any"
-                terminal.answer(f"{called[0]} is served at {url}/v1; {llm.memory}\n")
-                terminal.answer(f"OPENAI_BASE_URL={url}/v1 ANTHROPIC_BASE_URL={url} model={called[0]} key={key}\n")
-            ending = serve(llm, served, access, listener)
+            key = "the key" if keys else "any"
+            ready = f"{called[0]} is served at {url}/v1; {llm.memory}\n"
+            ready += f"OPENAI_BASE_URL={url}/v1 ANTHROPIC_BASE_URL={url} model={called[0]} key={key}\n"
+            ending = serve(llm, served, access, listener, lambda: None if terminal.quiet else terminal.answer(ready))
     if ending is Ending.BROKEN:
         terminal.failure("the engine broke: see the log")
     return {Ending.DRAINED: 0, Ending.CUT: INTERRUPTED, Ending.BROKEN: 1}[ending]

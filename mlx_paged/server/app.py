@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -46,6 +47,8 @@ class Post:
         options, state = self._service.options, scope["state"]
         try:
             body = await read_object(scope, receive, options.max_body, options.body_timeout_s)
+            if options.log_prompts:
+                LOG.info("id=%s asks %s", state["request_id"], json.dumps(body, ensure_ascii=False))
             response = await unless_gone(scope, receive, self._answer(self._service, body, state))
         except ClientDisconnected:
             state["notes"]["closed"] = True

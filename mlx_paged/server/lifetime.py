@@ -6,6 +6,7 @@ import asyncio
 import enum
 import logging
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -31,9 +32,10 @@ class Ending(enum.Enum):
 class _Server(uvicorn.Server):
     """Goes on answering while it drains: that it does, and to come back later."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, when_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._service = service
+        self._when_ready = when_ready
         self._ending: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.end = Ending.DRAINED
@@ -54,6 +56,11 @@ class _Server(uvicorn.Server):
 
         self._ending = asyncio.ensure_future(drain())
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        self._when_ready()
+
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal, or the engine, ends that."""
         self._loop = asyncio.get_running_loop()
@@ -71,8 +78,10 @@ class _Server(uvicorn.Server):
         self.end, self.should_exit = Ending.BROKEN, True
 
 
-def serve(llm: AsyncLLM, options: ServerOptions, access: Access, listener: socket.socket) -> Ending:
-    """Serve a model at a socket until a signal, or the end of its engine, ends that."""
+def serve(
+    llm: AsyncLLM, options: ServerOptions, access: Access, listener: socket.socket, when_ready: Callable[[], None]
+) -> Ending:
+    """Serve a model at a socket until a signal, or the end of its engine, ends that. when_ready: called then."""
     service = Service(llm, options, llm.tokenizer)
     config = uvicorn.Config(
         make_app(service, access),
@@ -83,6 +92,6 @@ def serve(llm: AsyncLLM, options: ServerOptions, access: Access, listener: socke
         h11_max_incomplete_event_size=_MAX_HEADERS,
         timeout_graceful_shutdown=2,
     )
-    server = _Server(config, service)
+    server = _Server(config, service, when_ready)
     server.run([listener])
     return server.end

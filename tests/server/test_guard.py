@@ -131,7 +131,7 @@ def test_unknown_paths_and_methods_get_json(url: str) -> None:
 
 
 def test_each_request_has_an_id_in_its_answer_and_in_the_log_which_has_no_prompts(
-    url: str, caplog: pytest.LogCaptureFixture
+    llm: AsyncLLM, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "mlx_paged.server")
     response = post(url + CHAT, {"messages": USER, "top_fantasy": 1}, headers={"X-Request-Id": "my.id-1"})
@@ -142,6 +142,9 @@ def test_each_request_has_an_id_in_its_answer_and_in_the_log_which_has_no_prompt
     wait_for(lambda: "my.id-1" in caplog.text)
     assert "a secret" not in caplog.text and "POST /v1/chat/completions 200" in caplog.text
     assert caplog.text.count("top_fantasy") <= 1
+    with serving(llm, log_prompts=True) as talkative:
+        assert_answers(talkative)
+    assert "a secret" in caplog.text
 
 
 def test_health_models_and_metrics_tell_what_there_is(url: str, llm: AsyncLLM) -> None:
