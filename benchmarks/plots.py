@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+try:
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError:
+    sys.exit("benchmarks/plots.py needs matplotlib: pip install -e '.[plots]'")
 
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.tools.cache_cost import LayerGroup, compare, typical_lengths

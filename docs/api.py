@@ -4,7 +4,10 @@ import sys
 import warnings
 from pathlib import Path
 
-import pdoc
+try:
+    import pdoc
+except ImportError:
+    sys.exit("docs/api.py needs pdoc: pip install -e '.[docs]'")
 
 MODULES = (
     "mlx_paged",

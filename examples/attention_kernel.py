@@ -1,8 +1,7 @@
 """Calls paged_attention by itself: sequences whose blocks lie anywhere in a pool, beside plain attention."""
 
+from mlx_paged import paged_attention  # isort: skip  (before mlx, so that on Linux it finds OpenBLAS)
 import mlx.core as mx
-
-from mlx_paged import paged_attention
 
 num_heads, num_kv_heads, head_dim, block_size = 8, 2, 64, 16
 scale = head_dim**-0.5

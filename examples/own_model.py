@@ -1,9 +1,9 @@
 """An mlx-lm model of your own: loaded and changed by your code, run by the engine, and still at work in mlx-lm."""
 
+from mlx_paged import LLM, SamplingParams  # isort: skip  (before mlx, so that on Linux it finds OpenBLAS)
 import mlx.nn as nn
 from mlx_lm import generate, load
 
-from mlx_paged import LLM, SamplingParams
 from mlx_paged.models.hub import DEMO_FOLDER
 
 model, tokenizer = load(str(DEMO_FOLDER))

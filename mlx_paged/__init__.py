@@ -50,7 +50,13 @@ def __getattr__(name: str) -> Any:
 
 
 def _require_mlx() -> None:
-    """Raise ImportError, in one line, where mlx has no backend (pip installs none on Linux) or one that can't start."""
+    """Import mlx, with OpenBLAS where that helps.
+
+    Raises ImportError, in one line, where mlx has no backend (pip installs none on Linux) or one that can't start.
+    """
+    from mlx_paged.cpu.blas import load_openblas
+
+    load_openblas()
     try:
         import mlx.core  # noqa: F401
     except ImportError as error:

@@ -151,7 +151,7 @@ class EngineConfig(Settings):
                 raise ValueError("prefix_cache_size is the size of a folder: give prefix_cache_dir, too")
             parse_memory(self.prefix_cache_size, total=1 << 40, name="prefix_cache_size")
         if not self.prefix_caching and (self.swap_space is not None or self.prefix_cache_dir is not None):
-            raise ValueError("swap_space and prefix_cache_dir find blocks by their prefixes: leave prefix_caching on")
+            raise ValueError("swap_space and prefix_cache_dir find blocks by prefixes: not with prefix_caching=False")
         for name, choices in (("allocator", ALLOCATORS), ("dtype", DTYPES), ("pipelining", PIPELINING)):
             value = getattr(self, name)
             if value not in choices and (name, value) != ("dtype", None):

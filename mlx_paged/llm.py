@@ -1,15 +1,18 @@
 """The Python API: load a model, chat, generate, stream."""
 
+import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, cast, overload
 
 import mlx.nn as nn
 
 from mlx_paged.config import EngineConfig, excerpt
-from mlx_paged.engine.chat_template import Message, TemplateOptions
+from mlx_paged.cpu.blas import blas_name
+from mlx_paged.engine.chat_template import ChatTemplate, Message, TemplateOptions
 from mlx_paged.engine.engine import Engine
 from mlx_paged.engine.profile import Profile
 from mlx_paged.models import loading
@@ -17,11 +20,13 @@ from mlx_paged.models.patch import patch_model
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.progress import ProgressBar
 from mlx_paged.request import Request
+from mlx_paged.runner.memory_plan import blocks_for_requests
 from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams, as_int, as_list
 
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)
 Prompt = str | Sequence[int]
+KnownRequests = Callable[["LLM"], Iterable[tuple[Prompt, SamplingParams | BeamSearchParams]] | None]
 
 
 class LLM:
@@ -56,7 +61,19 @@ class LLM:
         llm._start(loading.LoadedModel(model, tokenizer, context, {}), engine_config)
         return llm
 
-    def _start(self, loaded: loading.LoadedModel, config: EngineConfig) -> None:
+    @classmethod
+    def for_requests(cls, model: str | Path | None, requests: KnownRequests, **config: Any) -> "LLM":
+        """Make an engine whose pool, if `config` gives it no size, is no larger than requests that are known need.
+
+        requests: called when the tokenizer is there and the weights are not, for the prompts that will be run and
+        their parameters, or None. What it raises ends the start.
+        """
+        engine_config = EngineConfig(**config)
+        llm = cls.__new__(cls)
+        llm._start(loading.load(model, engine_config.dtype), engine_config, requests)
+        return llm
+
+    def _start(self, loaded: loading.LoadedModel, config: EngineConfig, requests: KnownRequests | None = None) -> None:
         asked, context = config.max_model_len, loaded.max_model_len
         if asked is not None and context is not None and asked > context:
             raise ValueError(
@@ -67,8 +84,20 @@ class LLM:
         self.sampling_defaults = loaded.sampling_defaults
         """What the model's generation_config.json says of SamplingParams, by their names; it may be empty."""
         self._outputs: dict[int, deque[Output]] = {}  # where the run that a request belongs to finds its outputs
-        self._runner = ModelRunner(patch_model(loaded.model), config, max_model_len)
+        self._chat_template = ChatTemplate(self.tokenizer, threading.Lock())
+        num_needed = None if requests is None else self._blocks_needed(requests, config, max_model_len)
+        self._runner = ModelRunner(patch_model(loaded.model), config, max_model_len, num_needed)
         self.engine = Engine(self._runner, loaded.tokenizer, config, max_model_len)
+        self._chat_template = self.engine.input_processor.chat_template
+
+    def _blocks_needed(self, requests: KnownRequests, config: EngineConfig, max_model_len: int | None) -> int | None:
+        if (known := requests(self)) is None:
+            return None
+        sized = [
+            (len(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt), params)
+            for prompt, params in known
+        ]
+        return blocks_for_requests(sized, config, max_model_len)
 
     def generate(
         self,
@@ -156,12 +185,12 @@ class LLM:
         request = self.engine.make_request(prompt, SamplingParams() if params is None else params, stream=True)
         return cast(Iterator[RequestOutput], self.run([request]))
 
-    def run(self, requests: Sequence[Request]) -> Generator[Output]:
+    def run(self, requests: Sequence[Request], on_step: Callable[[], None] | None = None) -> Generator[Output]:
         """Run requests that `engine.make_request` made; yields what is new of them as it comes.
 
         That is the whole output of a request when it has ended, and the deltas of one that is streamed. Several runs
         may be read in turn: each makes steps for all of them. Outputs of requests that are nobody's run are kept for
-        `engine.step()`. Closing a run ends its requests and frees their blocks.
+        `engine.step()`. Closing a run ends its requests and frees their blocks. on_step: called after each step.
         """
         arrived: deque[Output] = deque()
         unfinished: set[int] = set()
@@ -173,6 +202,8 @@ class LLM:
                 while not arrived:
                     for output in self.engine.step(self._outputs):
                         self._outputs[output.request_id].append(output)
+                    if on_step is not None:
+                        on_step()
                 output = arrived.popleft()
                 if output.finished:
                     unfinished.remove(output.request_id)
@@ -204,7 +235,7 @@ class LLM:
                 raise TypeError(f"params must be {kind.__name__}, got {got}")
         requests = [self.engine.make_request(prompt, p) for prompt, p in zip(all_prompts, each, strict=True)]
         outputs = []
-        with ProgressBar(len(requests), shown=progress) as bar, closing(self.run(requests)) as arriving:
+        with ProgressBar(requests, shown=progress) as bar, closing(self.run(requests, bar.show)) as arriving:
             bar.show()
             for output in arriving:
                 outputs.append(output)
@@ -223,7 +254,7 @@ class LLM:
     @property
     def has_chat_template(self) -> bool:
         """Whether the model's tokenizer says how a conversation is written."""
-        return self.engine.input_processor.chat_template.exists
+        return self._chat_template.exists
 
     def encode_chat(self, messages: Sequence[Message], **options: Unpack[TemplateOptions]) -> list[int]:
         """Write a conversation as the model's chat template does. Returns its token ids, ready for the answer.
@@ -231,7 +262,7 @@ class LLM:
         options: `tools`, `documents` and `chat_template_kwargs`, which the template may use or ignore. Raises
         ValueError if there is no chat template, or if it does not take this conversation, TypeError for what is none.
         """
-        return self.engine.input_processor.chat_template.encode(messages, **options)
+        return self._chat_template.encode(messages, **options)
 
     @property
     def vocab_size(self) -> int:
@@ -240,7 +271,7 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Count what the engine has done, and look at its block pool."""
-        return self.engine.stats()
+        return replace(self.engine.stats(), blas=blas_name())
 
     @property
     def profile(self) -> Profile | None:

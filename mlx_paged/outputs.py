@@ -173,6 +173,8 @@ class EngineStats:
     """Seconds of scheduling, batch building, stops and text."""
     model_time_s: float
     """Seconds of building the model's graph, running it and sampling."""
+    blas: str | None = None
+    """What multiplies float32 matrices on a CPU, "OpenBLAS 0.3.21" say; None where a GPU does."""
 
     @property
     def kv_waste(self) -> float:

@@ -187,7 +187,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> str | None:
     if isinstance(error, errors.LocalEntryNotFoundError) or is_incomplete:
         state = "is only partly downloaded" if is_incomplete else "is not downloaded yet"
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{endpoint} can't be reached"
-        return f"{repo} {state} and {offline}; try again when online, or give --model a folder"
+        return f"{repo} {state} and {offline}; try again when online, or give a folder instead"
     if isinstance(error, errors.HfHubHTTPError):
         return f"{endpoint} answered {error.response.status_code} for {repo}; try again later"
     if isinstance(error, (OSError, getattr(errors, "HTTPError", OSError))):

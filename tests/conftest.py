@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlx_paged import LLM  # isort: skip  (before mlx, so that it finds OpenBLAS as it does for users)
 import hypothesis
 import mlx.nn as nn
 import pytest
@@ -14,8 +15,6 @@ from helpers.llms import SMALL, MakeLLM
 from helpers.tiny_models import make_model
 from metalsim.fixture import metal as metal
 from mlx_lm.utils import load_tokenizer
-
-from mlx_paged import LLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach for the network must fail, not download
 

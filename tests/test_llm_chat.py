@@ -19,6 +19,12 @@ def test_chat_applies_the_models_template(make_llm: MakeLLM, tokenizer: Any) -> 
     assert samples(output) == samples(llm.generate([output.prompt_token_ids], GREEDY)[0])
 
 
+def test_what_else_the_template_takes_reaches_it(make_llm: MakeLLM, tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Where is the ball?"}]
+    token_ids = make_llm(tokenizer).encode_chat(messages, chat_template_kwargs={"add_generation_prompt": False})
+    assert tokenizer.decode(token_ids) == "<|user|>Where is the ball?<|end|>"
+
+
 def test_the_second_turn_of_a_conversation_starts_from_the_blocks_of_the_first(
     make_llm: MakeLLM, tokenizer: Any
 ) -> None:

@@ -6,14 +6,15 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_paged.cli.generate import error_of, make_request
+from mlx_paged.cli.answers import error_of
+from mlx_paged.cli.generate import make_request
 from mlx_paged.cli.options import DEFAULT_MAX_TOKENS, read_text
 from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal
 from mlx_paged.cli.turns import read_turn
@@ -22,6 +23,7 @@ from mlx_paged.outputs import RequestOutput
 from mlx_paged.sampling_params import SamplingParams, is_text
 
 if TYPE_CHECKING:
+    from mlx_paged.engine.chat_template import TemplateOptions
     from mlx_paged.llm import LLM
     from mlx_paged.request import Request
 
@@ -43,15 +45,28 @@ FULL = ("drop", "stop")  # what can be done when the context is full
 Messages = list[dict[str, str]]
 
 
+def require_chat_template(llm: LLM) -> None:
+    """Raise ValueError, before weights are loaded, for a model that can't hold a conversation."""
+    if not llm.has_chat_template:
+        raise ValueError("this model has no chat template; mlx-paged generate --raw continues a text with it")
+
+
 def hold_conversation(
-    llm: LLM, params: SamplingParams, *, system: str | None, context_full: str, terminal: Terminal
+    llm: LLM,
+    params: SamplingParams,
+    *,
+    system: str | None,
+    context_full: str,
+    terminal: Terminal,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> int:
     """Talk until the input ends. Returns the exit code: 1 if something in piped input could not be done."""
-    if not llm.has_chat_template:
-        terminal.failure("this model has no chat template; mlx-paged generate --raw continues a text with it")
-        return 1
+    terminal.keep_names(SETTABLE)  # as /set has them
     opening = [] if system is None else [{"role": "system", "content": system}]
-    conversation = _Conversation(llm, params, opening, terminal, drops_oldest=context_full == "drop")
+    template: TemplateOptions = {}
+    if chat_template_kwargs is not None:
+        template["chat_template_kwargs"] = chat_template_kwargs
+    conversation = _Conversation(llm, params, opening, template, terminal, drops_oldest=context_full == "drop")
     terminal.note("/help shows what can be typed, Ctrl-D leaves")
     failed = False
     while True:
@@ -73,11 +88,19 @@ class _Conversation:
     """What was said, and what is said next."""
 
     def __init__(
-        self, llm: LLM, params: SamplingParams, opening: Messages, terminal: Terminal, *, drops_oldest: bool
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        opening: Messages,
+        template: TemplateOptions,
+        terminal: Terminal,
+        *,
+        drops_oldest: bool,
     ) -> None:
         self._llm = llm
         self._params = params
         self._opening = opening
+        self._template = template
         self._terminal = terminal
         self._drops_oldest = drops_oldest
         self._messages = list(opening)
@@ -173,7 +196,8 @@ class _Conversation:
         messages, oldest, num_dropped = [*self._messages, turn], len(self._opening), 0
         while True:
             try:
-                request = make_request(self._llm, self._llm.encode_chat(messages), self._params, stream=True)
+                prompt = self._llm.encode_chat(messages, **self._template)
+                request = make_request(self._llm, prompt, self._params, stream=True)
                 if self._has_room(request):
                     break
             except PromptTooLong:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -21,8 +21,10 @@ from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
 
-Params = TypeVar("Params", bound=SamplingParams | BeamSearchParams)
-
+Params = SamplingParams | BeamSearchParams
+Given = TypeVar("Given", bound=Params)
+Prompt = str | list[int]
+Requests = Callable[["LLM"], Iterable[tuple[Prompt, Params]] | None]
 
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -51,17 +53,36 @@ def loading(terminal: Terminal) -> Iterator[None]:
         terminal.progress("")
 
 
-def load_model(model: str | None, engine: dict[str, Any], terminal: Terminal) -> LLM:
-    """Load a model, and note what its KV cache takes. engine: settings of its EngineConfig."""
+def find_model(model: str | None) -> None:
+    """Check that a model can be had, before anything heavy is imported. Raises ModelError."""
+    from mlx_paged.models import hub
+
+    hub.resolve(model, config_only=True)
+
+
+def check_form(params: Params) -> None:
+    """Check the form that an output must have, as far as that goes without a model. Raises ValueError, ImportError."""
+    if isinstance(params, SamplingParams) and params.is_constrained:
+        from mlx_paged.sampling import grammar
+
+        grammar.check(params)
+
+
+def load_model(model: str | None, engine: dict[str, Any], terminal: Terminal, requests: Requests | None = None) -> LLM:
+    """Load a model, and note what its KV cache takes. engine: settings of its EngineConfig.
+
+    requests: asked before the weights are loaded for what will be run, as in `LLM.for_requests`.
+    """
     with loading(terminal):
+        find_model(model)
         from mlx_paged import LLM
 
-        llm = LLM(model, **engine)
+        llm = LLM(model, **engine) if requests is None else LLM.for_requests(model, requests, **engine)
     terminal.note(llm.describe_memory())
     return llm
 
 
-def complete_params(params: Params, given: Collection[str], llm: LLM, terminal: Terminal) -> Params:
+def complete_params(params: Given, given: Collection[str], llm: LLM, terminal: Terminal) -> Given:
     """Take from the model's generation_config.json what was not given; sampling is greedy if it does not say."""
     if not isinstance(params, SamplingParams):
         return params
@@ -76,15 +97,16 @@ def complete_params(params: Params, given: Collection[str], llm: LLM, terminal: 
 @contextmanager
 def model_loader(
     model: str | None, engine: dict[str, Any], terminal: Terminal, *, profile: Path | None
-) -> Iterator[Callable[[], LLM]]:
-    """Yield the function that loads a model; write at the end to `profile`, if given, where its time went.
+) -> Iterator[Callable[[Requests], LLM]]:
+    """Yield the function that loads a model for requests; write at the end to `profile`, if given, where time went.
 
     Raises click.UsageError at once if that file can't be written.
     """
     loaded: list[LLM] = []
 
-    def load() -> LLM:
-        loaded.append(load_model(model, engine if profile is None else engine | {"profile": True}, terminal))
+    def load(requests: Requests) -> LLM:
+        settings = engine if profile is None else engine | {"profile": True}
+        loaded.append(load_model(model, settings, terminal, requests))
         return loaded[0]
 
     if profile is not None:

@@ -1,7 +1,8 @@
 """The command line: commands, exit codes, and what bad input is told. What a command does is in a file of its name.
 
-Exit codes: 0, 1 (it failed: one line on stderr), 2 (bad usage, a value out of range too), 130 (Ctrl-C, TERM, HUP).
-Nothing heavy is imported until a model is loaded, so that --help answers at once.
+Exit codes: 0, 1 (it failed: one line on stderr), 2 (bad usage, a value out of range too), 3 (an output was cut before
+it had its form), 130 (Ctrl-C, TERM, HUP). Nothing heavy is imported until a model is loaded, so that --help answers at
+once.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -21,24 +22,20 @@ import click
 
 from mlx_paged import __version__
 from mlx_paged.cli import options
+from mlx_paged.cli.batch import answer_batch
 from mlx_paged.cli.bench import measure_model
-from mlx_paged.cli.chat import FULL, hold_conversation
+from mlx_paged.cli.chat import FULL, hold_conversation, require_chat_template
 from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.inspect import inspect_cache
-from mlx_paged.cli.loading import complete_params, ending_signals, load_model, model_loader
+from mlx_paged.cli.loading import check_form, complete_params, ending_signals, load_model, model_loader
 from mlx_paged.cli.serve import serve_model, serve_options
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
-from mlx_paged.config import DTYPES, EngineConfig
+from mlx_paged.config import EngineConfig
+from mlx_paged.cpu.blas import advice
 from mlx_paged.models.aliases import ALIASES
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)
-
-_OPTION_NAMES = {  # of settings
-    field.name: "--" + field.name.replace("_", "-")
-    for settings in (EngineConfig, SamplingParams, BeamSearchParams)
-    for field in dataclasses.fields(settings)
-} | {"n": "-n", "num_return_sequences": "--num-return"}
 
 
 class EngineCommand(click.Command):
@@ -47,11 +44,25 @@ class EngineCommand(click.Command):
     ValueError, ImportError and OSError speak for themselves.
     """
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line, and put prompts and files of prompts into one list, `sources`, as they were typed."""
+        order = options.typed_order(self, args)
+        rest = super().parse_args(ctx, args)
+        if "more_prompts" in ctx.params and not ctx.resilient_parsing:
+            values = {name: iter(ctx.params.pop(name)) for name in ("prompts", "more_prompts", "files")}
+            ctx.params["sources"] = [next(values[name]) for name in order]
+        return rest
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; returns its exit code."""
-        terminal = ctx.obj = Terminal(verbose=ctx.params.pop("verbose"), quiet=ctx.params.pop("quiet"))
+        names = options.option_names(self)
+        terminal = Terminal(verbose=ctx.params.pop("verbose"), quiet=ctx.params.pop("quiet"), option_names=names)
+        ctx.obj = terminal
         try:
-            return super().invoke(ctx)
+            code = super().invoke(ctx)
+            if code == 0 and "mlx_paged.llm" in sys.modules and (line := advice()) is not None:
+                terminal.note(line)
+            return code
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -115,22 +126,45 @@ def cli() -> None:
 @options.text("--json-schema", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
       help="The output is JSON of the form that this JSON schema gives.")  # fmt: skip
 @options.text("--regex", help="The output matches this regular expression.")
+@options.text("--grammar-file", "grammar", metavar="FILE", help="The output matches this grammar in Lark's syntax.",
+      type=click.Path(exists=True, dir_okay=False, path_type=Path))  # fmt: skip
+@options.text("--batch", metavar="FILE", help="Requests instead of prompts, each a line of JSON: prompt or messages, "
+      "perhaps an id, parameters by their Python names.",
+      type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))  # fmt: skip
+@options.text("--output", metavar="FILE", help="With --batch: answers go there, and those that are there already stay.",
+      type=click.Path(dir_okay=False, path_type=Path))  # fmt: skip
 @options.int_option("--logprobs", help="With --json: the N best tokens and their log-probabilities.")
 @options.engine_options
 @options.profile_option
 @options.report_options
 @click.pass_obj
-def generate(terminal: Terminal, json_schema: Path | None, **settings: Any) -> int:
+def generate(
+    terminal: Terminal,
+    json_schema: Path | None,
+    grammar: Path | None,
+    batch: Path | None,
+    output: Path | None,
+    **settings: Any,
+) -> int:
     """Generate text for one prompt or many at once.
 
-    Prompts are arguments, -p, -f, or piped in. A model with a chat template answers; with --raw it continues.
+    Prompts are arguments, -p, -f, or piped in. A model with a chat template answers; with --raw it continues. Exit
+    code 3: an answer has not the whole form that was asked for.
     """
-    if settings["logprobs"] is not None and not settings["as_json"]:
+    if settings["logprobs"] is not None and not settings["as_json"] and batch is None:
         raise click.UsageError("--logprobs are shown with --json only")
-    if json_schema is not None and settings["regex"] is not None:
-        raise click.UsageError("give --json-schema or --regex, not both")
+    forms = {"--json-schema": json_schema, "--regex": settings["regex"], "--grammar-file": grammar}
+    if len(given := [name for name, form in forms.items() if form is not None]) > 1:
+        raise click.UsageError(f"give {' or '.join(given)}, not both")
+    if output is not None and batch is None:
+        raise click.UsageError("--output is for the answers to a --batch; > FILE keeps those to other prompts")
+    if batch is not None and settings["sources"]:
+        raise click.UsageError("give --batch or prompts, not both")
     settings["json_schema"] = None if json_schema is None else _read_schema(json_schema)
-    return _answer(SamplingParams, settings, terminal)
+    settings["grammar"] = None if grammar is None else options.read_text(grammar)
+    if batch is None:
+        return _answer(SamplingParams, settings, terminal)
+    return _answer(SamplingParams, settings, terminal, partial(answer_batch, batch, output))
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
@@ -157,36 +191,39 @@ def beam_search(terminal: Terminal, early_stopping: str, **settings: Any) -> int
     return _answer(BeamSearchParams, settings, terminal)
 
 
-def _answer(kind: type[Params], settings: dict[str, Any], terminal: Terminal) -> int:
+def _answer(
+    kind: type[Params], settings: dict[str, Any], terminal: Terminal, answer: Callable[..., int] = answer_prompts
+) -> int:
     """Answer the prompts of a command with parameters of one kind. Returns the exit code."""
     model, profile = settings.pop("model"), settings.pop("profile")
     prompts = options.PromptArguments.take(settings)
     given = options.given(settings)
     params, engine = split_settings(settings, kind)
     with model_loader(model, engine, terminal, profile=profile) as load:
-        return answer_prompts(prompts, load, params, terminal, given)
+        return answer(prompts, load, params, terminal, given)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
 @options.model_option
-@options.system_option
+@options.chat_options
 @click.option("--context-full", type=click.Choice(FULL), default=FULL[0],
               help="At the end of the context drop the oldest turns, or stop. Default: drop.")  # fmt: skip
 @options.sampling_options
 @options.engine_options
 @options.report_options
 @click.pass_obj
-def chat(terminal: Terminal, model: str | None, system: str | None, context_full: str, **settings: Any) -> int:
+def chat(terminal: Terminal, model: str | None, **settings: Any) -> int:
     """Talk with a model that remembers the conversation.
 
     A turn is a line, lines that are pasted, or lines with a backslash at the end; \"\"\" begins and ends a longer one.
     Commands: /file NAME, /save NAME, /load NAME, /set NAME VALUE, /reset, /exit; /help explains them.
     """
+    conversation = {name: settings.pop(name) for name in ("system", "chat_template_kwargs", "context_full")}
     given = options.given(settings)
     params, engine = split_settings(settings, SamplingParams)
-    llm = load_model(model, engine, terminal)
+    llm = load_model(model, engine, terminal, require_chat_template)
     params = complete_params(params, given, llm, terminal)
-    return hold_conversation(llm, params, system=system, context_full=context_full, terminal=terminal)
+    return hold_conversation(llm, params, **conversation, terminal=terminal)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
@@ -205,14 +242,14 @@ def serve(terminal: Terminal, model: str | None, **settings: Any) -> int:
 
 
 @cli.command(epilog=_ALIASES_EPILOG)
-@click.argument("name", metavar="[MODEL]", required=False)
+@click.argument("name", metavar="[MODEL]", required=False, shell_complete=options.model_values)
 @options.model_option
 @options.int_option("--context", help="Longest prompt plus output. Default: 8192, or the model's limit.")
 @options.int_option("--concurrency", help="Requests at once. Default: 16, or as many as --lengths.")
 @options.text("--lengths", metavar="N,N,...", help="Tokens of the requests, prompt and output. Default: typical ones.")
 @options.int_option("--block-size", default=16, help="Tokens per block. Default: 16.")
 @options.text("--memory", metavar="SIZE", help="Plan for 16GB, say, or 50%. Default: what this machine has.")
-@options.text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32.")
+@options.dtype_option
 @options.flag("--json", "as_json", help="One JSON object.")
 @options.text("--prefix-cache-dir", metavar="FOLDER", help="List the saved prompts of a folder instead, by model.")
 @options.flag("--blocks", help="Draw the block pool of a small workload instead; --lengths are its prompts.")
@@ -247,7 +284,9 @@ def split_settings(settings: dict[str, Any], kind: type[Params]) -> tuple[Params
     """Split a command's options into the request's parameters and the engine's settings. Raises click.UsageError."""
     engine = engine_settings(settings)
     with _as_usage_error():
-        return kind(**{name: settings[name] for name in options.given(settings)}), engine
+        params = kind(**{name: settings[name] for name in options.given(settings)})
+        check_form(params)
+    return params, engine
 
 
 def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -267,8 +306,8 @@ def _as_usage_error() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        names = r"^n\b|\b[a-z]+(_[a-z]+)+\b|^\w+\b"
-        raise click.UsageError(re.sub(names, lambda name: _OPTION_NAMES.get(name[0], name[0]), str(error))) from None
+        names = options.option_names(click.get_current_context().command)
+        raise click.UsageError(options.in_options(str(error), names)) from None
 
 
 def _read_schema(path: Path) -> dict[str, Any] | bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mlx_paged.config import ALLOCATORS, DTYPES
+from mlx_paged.models.aliases import ALIASES
 from mlx_paged.tools.random_models import SHAPES
 from mlx_paged.tools.report import FORMATS
 
@@ -55,6 +58,16 @@ def parse_numbers(name: str, value: str) -> list[int]:
     return numbers
 
 
+def completing(*values: str, kind: str | None = None) -> Callable[..., list[CompletionItem]]:
+    """Make what completes an option in a shell: with values, and where none fits with names of files or folders."""
+
+    def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        items = [CompletionItem(incomplete, type=kind)] if kind is not None else []
+        return items + [CompletionItem(value) for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
 def text(*names: str, help: str, **kwargs: Any) -> Option:
     """Make an option that is text."""
     return click.option(*names, **{"metavar": "TEXT", "help": help, **kwargs})
@@ -70,17 +83,42 @@ def given(settings: dict[str, Any]) -> list[str]:
     return [name for name, value in settings.items() if value is not None]
 
 
+model_values = completing(*ALIASES, kind="dir")
 model_option: Option = text(
-    "--model", metavar="MODEL", help="Alias, Hugging Face repository or folder. Default: the bundled demo model."
-)
-system_option: Option = text("--system", help="System message of the chat template.")
+    "--model", metavar="MODEL", help="Alias, Hugging Face repository or folder. Default: the bundled demo model.",
+    shell_complete=model_values,
+)  # fmt: skip
+dtype_option: Option = text(
+    "--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32.",
+    shell_complete=completing(*DTYPES),
+)  # fmt: skip
+
+
+def _read_kwargs(ctx: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    """Read an option that is a JSON object. Raises click.BadParameter for anything else."""
+    if value is None:
+        return None
+    try:
+        kwargs = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{value!r} is not JSON: {error}") from None
+    if not isinstance(kwargs, dict):
+        raise click.BadParameter(f'a JSON object is expected, like {{"enable_thinking": false}}, not {value!r}')
+    return kwargs
+
+
+chat_options: Option = options(
+    text("--system", help="System message of the chat template."),
+    text("--chat-template-kwargs", metavar="JSON", callback=_read_kwargs,
+         help='What else the chat template takes: {"enable_thinking": false}, say.'),
+)  # fmt: skip
 prompt_options: Option = options(
     click.argument("prompts", nargs=-1),
     text("-p", "--prompt", "more_prompts", multiple=True, help='A prompt; "-" is stdin. Repeatable.'),
     text("-f", "--file", "files", multiple=True, metavar="FILE", help="A file that is one prompt. Repeatable.",
          type=click.Path(exists=True, dir_okay=False, path_type=Path)),
     model_option,
-    system_option,
+    chat_options,
     flag("--raw", help="Continue the prompt as it is, without the chat template."),
     flag("--json", "as_json", help="One JSON object per prompt and line."),
 )  # fmt: skip
@@ -90,12 +128,12 @@ prompt_options: Option = options(
 class PromptArguments:
     """What a command was told by `prompt_options`, the model aside."""
 
-    prompts: Sequence[str]
-    more_prompts: Sequence[str]
-    files: Sequence[Path]
+    sources: Sequence[str | Path]
+    """Prompts, "-" for stdin, and files that are one, in the order typed."""
     system: str | None
     raw: bool
     as_json: bool
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     @classmethod
     def take(cls, settings: dict[str, Any]) -> PromptArguments:
@@ -103,14 +141,18 @@ class PromptArguments:
         arguments = cls(**{field.name: settings.pop(field.name) for field in fields(cls)})
         if arguments.system is not None and arguments.raw:
             raise click.UsageError("--system needs the chat template that --raw turns off")
+        if arguments.chat_template_kwargs is not None and arguments.raw:
+            raise click.UsageError("--chat-template-kwargs needs the chat template that --raw turns off")
         return arguments
 
     def read(self) -> list[str]:
         """Read the prompts of arguments, options and files, or what is piped in. Raises click.UsageError for none."""
-        texts = [_read_stdin() if prompt == "-" else prompt for prompt in (*self.prompts, *self.more_prompts)]
-        texts += [read_text(path) for path in self.files]
+        texts = [
+            read_text(each) if isinstance(each, Path) else read_stdin() if each == "-" else each
+            for each in self.sources
+        ]
         if not texts and sys.stdin is not None and not sys.stdin.isatty():
-            texts = list(filter(None, [_read_stdin()]))
+            texts = list(filter(None, [read_stdin()]))
         if not texts:
             raise click.UsageError("there is no prompt: give one as an argument, with -p or -f, or through a pipe")
         return texts
@@ -121,7 +163,8 @@ def read_text(path: Path) -> str:
     return _decode(path.read_bytes(), str(path))
 
 
-def _read_stdin() -> str:
+def read_stdin() -> str:
+    """Read what is piped in."""
     return "" if sys.stdin is None else _decode(sys.stdin.buffer.read(), "standard input")
 
 
@@ -135,21 +178,23 @@ def _decode(content: bytes, source: str) -> str:
 engine_options: Option = options(
     int_option("--block-size", help="Tokens per block of the KV cache. Default: 16."),
     int_option("--num-kv-blocks", help="Size of the KV cache in blocks."),
-    text("--kv-cache-memory", metavar="SIZE", help="Or in memory: 4GB, 512MiB, 30%."),
+    text("--kv-cache-memory", metavar="SIZE",
+         help="Or in memory: 4GB, 512MiB, 30%. Default: with the weights 75% of a GPU's memory, without them 10% of a "
+         "CPU's; generate and beam-search take what their prompts need, if that is less."),
     int_option("--max-num-seqs", help="Sequences that run at once. Default: 64."),
     int_option("--max-num-batched-tokens", help="Tokens computed per step. Default: 2048."),
     int_option("--max-model-len", help="Longest prompt plus output. Default: the model's limit."),
-    text("--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32."),
+    dtype_option,
     flag("--no-prefix-caching", help="Don't reuse the blocks of equal prefixes."),
-    text("--allocator", metavar="|".join(ALLOCATORS), help="Order in which free blocks are reused. Default: lru."),
-    text("--swap-space", metavar="SIZE|FOLDER", help="Where blocks of preempted requests go: 8GB, or a folder."),
-    text("--prefix-cache-dir", metavar="FOLDER", help="Keep the blocks of prompts there for later runs."),
-    text(
-        "--prefix-cache-size",
-        metavar="SIZE",
-        help="Most that is there, of all models. Default: 10% of the free disk.",
-    ),
-)
+    text("--allocator", metavar="|".join(ALLOCATORS), help="Order in which free blocks are reused. Default: lru.",
+         shell_complete=completing(*ALLOCATORS)),
+    text("--swap-space", metavar="SIZE|FOLDER", help="Where blocks of preempted requests go: 8GB, or a folder.",
+         shell_complete=completing(kind="dir")),
+    text("--prefix-cache-dir", metavar="FOLDER", help="Keep the blocks of prompts there for later runs.",
+         shell_complete=completing(kind="dir")),
+    text("--prefix-cache-size", metavar="SIZE",
+         help="Most that is there, of all models. Default: 10% of the free disk."),
+)  # fmt: skip
 text_options: Option = options(
     text("--stop", multiple=True, help="End before this text. Repeatable."),
     flag("--show-special-tokens", "skip_special_tokens", flag_value=False, default=True,
@@ -187,3 +232,53 @@ profile_option: Option = text(
     "--profile", metavar="FILE", type=click.Path(path_type=Path),
     help="Where each step's time goes: a table on stderr, and a trace for Chrome or Perfetto in this file.",
 )  # fmt: skip
+
+
+def typed_order(command: click.Command, args: Sequence[str]) -> list[str]:
+    """Tell in which order a command's arguments and its -p and -f were typed, which click does not.
+
+    Returns the parameter's name for each of them.
+    """
+    known = {name: each for each in command.params if isinstance(each, click.Option) for name in each.opts}
+    order: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--":
+            return order + ["prompts" for _ in rest]
+        if arg == "-" or not arg.startswith("-"):
+            order.append("prompts")
+            continue
+        name, has_value, _ = arg.partition("=")
+        option = known.get(name)
+        if not arg.startswith("--"):  # letters of flags, and last perhaps one with its value
+            letters = range(1, len(arg))
+            last = next((i for i in letters if (it := known.get(f"-{arg[i]}")) and not it.is_flag), len(arg) - 1)
+            option, has_value = known.get(f"-{arg[last]}"), arg[last + 1 :]
+        if option is not None and not option.is_flag:
+            if not has_value:
+                next(rest, None)
+            if option.name in ("more_prompts", "files"):
+                order.append(option.name)
+    return order
+
+
+def option_names(command: click.Command) -> dict[str, str]:
+    """Tell how settings are written as options of a command: "max_tokens" -> "--max-tokens"."""
+    names = {str(each.name): each.opts[-1] for each in command.params if isinstance(each, click.Option)}
+    if "no_prefix_caching" in names:
+        names["prefix_caching=False"] = names["no_prefix_caching"]
+    return names
+
+
+def in_options(message: str, names: Mapping[str, str]) -> str:
+    """Write the settings that a message names as options; a single word only where it can be nothing else."""
+
+    def as_option(match: re.Match[str]) -> str:
+        name = match["long"] or match["short"]
+        value = match[0][len(name) :]
+        if match[0] in names or name not in names:
+            return names.get(match[0], match[0])
+        return names[name] + (" " if value == "=" else value)
+
+    long = r"(?P<long>\b[a-z]+(?:_[a-z]+)+\b)(?:=False\b|=)?"
+    return re.sub(rf"{long}|^(?P<short>[a-z]+)(?:=|(?= (?:must|can't) ))", as_option, message)

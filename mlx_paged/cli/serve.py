@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_paged.cli import options
-from mlx_paged.cli.loading import loading
+from mlx_paged.cli.loading import find_model, loading
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal
 from mlx_paged.config import parse_memory
 
@@ -103,12 +103,15 @@ def serve_model(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     try:
+        import starlette  # noqa: F401
         import uvicorn  # noqa: F401
-
-        from mlx_paged.server.lifetime import Ending, serve
     except ImportError as error:
         raise ImportError(f"serve needs {error.name}: pip install 'mlx-paged[server]'") from None
+    with loading(terminal):
+        find_model(model)
+    from mlx_paged import AsyncLLM  # before whatever else imports mlx: it sees to MLX's BLAS
     from mlx_paged.server.guard import LOOPBACK, Access
+    from mlx_paged.server.lifetime import Ending, serve
     from mlx_paged.server.service import ServerOptions
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=log_level.upper())
@@ -129,8 +132,6 @@ def serve_model(
         url = f"http://{'[' + host + ']' if ':' in host else host}:{address[1]}"
 
         def load() -> AsyncLLM:
-            from mlx_paged.async_llm import AsyncLLM
-
             llm = AsyncLLM(model, **engine)
             llm.max_waiting = max_waiting
             return llm

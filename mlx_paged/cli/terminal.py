@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, TextIO
 
+from mlx_paged.cli.options import in_options
 from mlx_paged.progress import ProgressBar
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
     from mlx_paged.outputs import BeamHypothesis, CompletionOutput, Output
+    from mlx_paged.request import Request
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
 
@@ -22,9 +24,15 @@ _BACKENDS = {"metal": "Metal kernels", "cuda": "CUDA kernels", "cpu": _PLAIN, "r
 
 
 class Terminal:
-    """The two streams of a command."""
+    """The two streams of a command.
 
-    def __init__(self, *, verbose: bool = False, quiet: bool = False) -> None:
+    option_names: how the settings that messages name are written on the command line.
+    """
+
+    def __init__(
+        self, *, verbose: bool = False, quiet: bool = False, option_names: Mapping[str, str] | None = None
+    ) -> None:
+        self.option_names = option_names or {}
         self.verbose = verbose
         self.quiet = quiet
         self.shows_notes = not quiet and (verbose or sys.stderr.isatty())
@@ -33,6 +41,10 @@ class Terminal:
         self._line_open = False  # stdout stands in the middle of a line
         self._progress = ""
         self._bar: ProgressBar | None = None
+
+    def keep_names(self, settings: Collection[str]) -> None:
+        """Call these settings as they are called in Python, from here on: that is how they were given."""
+        self.option_names = {name: each for name, each in self.option_names.items() if name not in settings}
 
     def answer(self, text: str) -> None:
         """Show a piece of an answer at once."""
@@ -57,9 +69,14 @@ class Terminal:
         for line in lines if self.shows_notes else ():
             self.to_stderr(_styled(line, "2", sys.stderr))
 
+    def warn(self, text: str) -> None:
+        """Say in one line what is not as it might be expected, to all but those who asked for silence."""
+        if not self.quiet:
+            self.to_stderr(f"mlx-paged: {one_line(text)}")
+
     def failure(self, text: str) -> None:
-        """Say in one line what went wrong, whoever reads."""
-        self.to_stderr(f"mlx-paged: {one_line(text)}")
+        """Say in one line what went wrong, whoever reads. Settings that it names become options."""
+        self.to_stderr(f"mlx-paged: {in_options(one_line(text), self.option_names)}")
 
     def progress(self, text: str) -> None:
         """Show a line that the next one replaces, on terminals only; "" takes it away."""
@@ -68,9 +85,9 @@ class Terminal:
             sys.stderr.flush()
             self._progress = text
 
-    def progress_bar(self, num_prompts: int) -> ProgressBar:
+    def progress_bar(self, requests: Sequence[Request]) -> ProgressBar:
         """Make a bar for those who see notes; it steps aside for whatever else is written."""
-        self._bar = ProgressBar(num_prompts, shown=self.shows_notes)
+        self._bar = ProgressBar(requests, shown=self.shows_notes)
         return self._bar
 
     def _clear(self) -> None:
@@ -132,7 +149,8 @@ class RunSummary:
             f"{prompt}; {generation}{memory}",
             *filter(None, [", ".join(latency)]),
             f"blocks {stats.peak_used_blocks}/{stats.num_blocks} at the most",
-            f"attention: {', '.join(map(_BACKENDS.__getitem__, llm.attention_backends))}",
+            f"attention: {', '.join(map(_BACKENDS.__getitem__, llm.attention_backends))}"
+            + (f"; matrices: {stats.blas}" if stats.blas else ""),
         ]
 
     def _longest_sample(self, output: Output) -> int:

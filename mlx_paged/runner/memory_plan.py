@@ -2,7 +2,7 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -12,9 +12,11 @@ from mlx_paged.config import EngineConfig, format_memory, parse_memory
 from mlx_paged.models.loading import weight_bytes
 from mlx_paged.models.patch import PatchedModel
 from mlx_paged.runner.warmup import measure_step_bytes
+from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 _GPU_SHARE = 0.75  # of what the device recommends, for weights, activations and cache together
 _CPU_SHARE = 0.10  # of RAM, for the cache
+_NEED_STEP = 1024  # tokens, to multiples of which a need is rounded up
 _MAX_BLOCKS = 1 << 20  # of a group that stores nothing, for a model that does not say how long its context is
 
 
@@ -52,10 +54,13 @@ class MemoryPlan(NamedTuple):
         )
 
 
-def plan_memory(model: PatchedModel, config: EngineConfig, max_model_len: int | None) -> MemoryPlan:
+def plan_memory(
+    model: PatchedModel, config: EngineConfig, max_model_len: int | None, num_needed: int | None = None
+) -> MemoryPlan:
     """Size the pools from the configuration and the device. Raises ValueError, with the arithmetic, if they can't fit.
 
     The pool without a window is as large as asked for; one with a window gets what its sequences can hold, at most.
+    num_needed: blocks that the pool need not exceed if no size is asked for; None: not known.
     """
     device_bytes, device = device_limit()
     on_cpu = mx.default_device() == mx.cpu
@@ -86,6 +91,8 @@ def plan_memory(model: PatchedModel, config: EngineConfig, max_model_len: int | 
     max_useful_blocks = _MAX_BLOCKS
     if max_model_len is not None:
         max_useful_blocks = config.max_num_seqs * -(-max_model_len // config.block_size)
+    if num_needed is not None:
+        max_useful_blocks = min(max_useful_blocks, num_needed)
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
     elif config.kv_cache_memory is not None:
@@ -108,6 +115,32 @@ def plan_memory(model: PatchedModel, config: EngineConfig, max_model_len: int | 
     return MemoryPlan(
         group_blocks(num_blocks), block_bytes, windows, config.block_size, weights, step_bytes, device_bytes, device
     )
+
+
+def blocks_for_requests(
+    requests: Iterable[tuple[int, SamplingParams | BeamSearchParams]], config: EngineConfig, max_model_len: int | None
+) -> int | None:
+    """Count the blocks that requests hold while the largest of them run at once, rounded up.
+
+    requests: of each the tokens of its prompt, and its parameters. Returns None if nothing bounds one of them.
+    """
+    sizes = []
+    for num_prompt, params in requests:
+        num_seqs = params.n if isinstance(params, SamplingParams) else params.beam_width
+        ends = [num_prompt + params.max_tokens] if params.max_tokens is not None else []
+        ends += [max_model_len] if max_model_len is not None else []
+        if not ends:
+            return None
+        num_shared = num_prompt // config.block_size
+        num_own = max(0, -(-min(ends) // config.block_size) - num_shared) + 1  # and one to copy to, or to grow into
+        sizes.append((num_own, num_seqs, num_shared))
+    total, rows = 0, config.max_num_seqs
+    for num_own, num_seqs, num_shared in sorted(sizes, key=lambda size: size[0] + size[2] / size[1], reverse=True):
+        running = min(num_seqs, rows)
+        total += num_shared + num_own * running if running else 0
+        rows -= running
+    step = max(1, _NEED_STEP // config.block_size)
+    return -(-total // step) * step
 
 
 def _most_that_fit(num_bytes: Callable[[int], int], budget: int, most: int) -> int:

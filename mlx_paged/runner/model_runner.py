@@ -21,14 +21,17 @@ _CHECKSUM_PIECE = 1 << 24  # words
 class ModelRunner:
     """A model and its paged KV cache."""
 
-    def __init__(self, model: PatchedModel, config: EngineConfig, max_model_len: int | None) -> None:
+    def __init__(
+        self, model: PatchedModel, config: EngineConfig, max_model_len: int | None, num_needed: int | None = None
+    ) -> None:
+        """num_needed: blocks of a pool for which no size is given, if fewer than a share of the memory has room for."""
         self._model = model
         self.backends = {backend.name for backend in model.backends(config.block_size) if backend is not None}
-        self.plan = plan_memory(model, config, max_model_len)
+        self.plan = plan_memory(model, config, max_model_len, num_needed)
         layers = [layer for layer, _ in model.stored_layers]
         groups = [group for _, group in model.stored_layers]
         num_blocks = [self.plan.num_blocks[group] for group in groups]
-        self.overlap_is_safe = overlap_is_safe(model, config)
+        self.overlap_is_safe = overlap_is_safe(model, config, self.plan.num_blocks[0])
         self.kv_cache = PagedKVCache(layers, num_blocks, config.block_size, parse_memory(config.max_staging), groups)
 
     @property

@@ -32,12 +32,12 @@ def measure_step_bytes(model: PatchedModel, config: EngineConfig, max_model_len:
     return measured * chunk // num_tokens + 5 * scores  # with the logits, and what the sampler makes of them
 
 
-def overlap_is_safe(model: PatchedModel, config: EngineConfig) -> bool:
+def overlap_is_safe(model: PatchedModel, config: EngineConfig, max_blocks: int = _POOL_BYTES) -> bool:
     """Whether a step may be submitted while the one before it runs, without a write that copies a pool.
 
     A write is in place only if nothing holds the pool, and a step that has not finished reading does. Whether that
     happens depends on how far the host may run ahead of this device in this model: a few steps that are submitted
-    while the device is busy tell, by their peak memory.
+    while the device is busy tell, by their peak memory. The pools for that have at most `max_blocks` blocks.
     """
     if config.pipelining != "auto":
         return config.pipelining == "submit"
@@ -45,9 +45,7 @@ def overlap_is_safe(model: PatchedModel, config: EngineConfig) -> bool:
     smallest = min((layer.num_kv_heads * layer.key_dim * layer.dtype.size for layer in layers), default=0)
     if not smallest:
         return True
-    num_blocks = max(1, _POOL_BYTES // (smallest * config.block_size))
-    if config.num_kv_blocks is not None:
-        num_blocks = min(num_blocks, config.num_kv_blocks)
+    num_blocks = min(max_blocks, max(1, _POOL_BYTES // (smallest * config.block_size)))
     kv_cache, inputs = _one_sequence(model, config, 1, 1, num_blocks)
     pool_bytes = min(pool.keys.nbytes for pool in kv_cache.pools)
     mx.eval(model(kv_cache, inputs))

@@ -10,6 +10,7 @@ schema's order. A schema's "x-guidance" (llguidance's options, at its top level)
 that llguidance does not know how to keep is an error, unless JSON Schema does not know it either.
 """
 
+import functools
 import json
 import re
 import threading
@@ -187,20 +188,60 @@ class _Vocabulary:
         """uint32 [ceil(vocab_size / 32)], a bit for each that loses just this space at the start of a text."""
 
 
-def _ll_tokenizer(hf_tokenizer: Any, num_ids: int, eos_token_ids: list[int]) -> "LLTokenizer":
+def _llguidance() -> Any:
     try:
-        import llguidance.hf
+        import llguidance
     except ImportError:
         message = "json_schema, regex and grammar need llguidance: pip install 'mlx-paged[structured]'"
         raise ImportError(message) from None
+    return llguidance
+
+
+def _ll_tokenizer(hf_tokenizer: Any, num_ids: int, eos_token_ids: list[int]) -> "LLTokenizer":
+    _llguidance()
+    import llguidance.hf
+
     try:
         return llguidance.hf.from_tokenizer(hf_tokenizer, num_ids, eos_token_ids)
     except ValueError as error:
         raise ValueError(f"llguidance can't use this model's tokenizer: {_one_line(str(error))}") from None
 
 
+def check(params: SamplingParams) -> None:
+    """Check the grammar that `params` ask for, without a model: ValueError and ImportError as `matcher` raises them."""
+    _byte_matcher(*_grammar_of(params))
+
+
+def is_whole(params: SamplingParams, text: str) -> bool:
+    """Whether a text is all that its grammar asks for, and not cut short."""
+    matcher, in_bytes = _byte_matcher(*_grammar_of(params)).deep_copy(), list(text.encode())
+    return bool(matcher.try_consume_tokens(in_bytes) == len(in_bytes) and matcher.is_accepting())
+
+
+@functools.lru_cache(MAX_CACHED_GRAMMARS)
+def _byte_matcher(kind: str, text: str) -> "LLMatcher":
+    """Compile a grammar for a vocabulary whose tokens are the bytes."""
+    return _matcher(_llguidance().LLTokenizer("byte"), kind, text)[0]
+
+
 def _compile(vocabulary: _Vocabulary, kind: str, text: str) -> GrammarMatcher:
     """Compile a grammar into a matcher, with its first mask computed. Raises ValueError if it can't be used."""
+    from llguidance import LLMatcher
+
+    matcher, grammar = _matcher(vocabulary.ll_tokenizer, kind, text)
+    after_space = None
+    if vocabulary.drops_space:
+        after_space = LLMatcher(vocabulary.ll_tokenizer, _behind_space(kind, grammar), log_level=0)
+    compiled = GrammarMatcher(vocabulary, matcher, after_space)
+    try:
+        compiled.mask()
+    except ValueError:
+        raise ValueError(f"{kind} can't be used: {_dead_end(matcher)}") from None
+    return compiled
+
+
+def _matcher(ll_tokenizer: "LLTokenizer", kind: str, text: str) -> tuple["LLMatcher", str]:
+    """Compile a grammar. Returns its matcher, and the grammar as llguidance writes it."""
     from llguidance import LLMatcher
 
     try:
@@ -214,20 +255,12 @@ def _compile(vocabulary: _Vocabulary, kind: str, text: str) -> GrammarMatcher:
             grammar = LLMatcher.grammar_from_regex(text)
         else:
             grammar = LLMatcher.grammar_from_lark(text)
-        matcher = LLMatcher(vocabulary.ll_tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(ll_tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
     except ValueError as error:
         raise ValueError(f"{kind} can't be used: {_one_line(str(error))}") from None
-    after_space = None
-    if vocabulary.drops_space:
-        after_space = LLMatcher(vocabulary.ll_tokenizer, _behind_space(kind, grammar), log_level=0)
-    compiled = GrammarMatcher(vocabulary, matcher, after_space)
-    try:
-        compiled.mask()
-    except ValueError:
-        raise ValueError(f"{kind} can't be used: {_dead_end(matcher)}") from None
-    return compiled
+    return matcher, grammar
 
 
 def _behind_space(kind: str, grammar: str) -> str:

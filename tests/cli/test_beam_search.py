@@ -54,17 +54,18 @@ def test_several_prompts_are_told_apart_and_stay_in_order(run: Run) -> None:
     result = run("beam-search", "--raw", "--beam-width", "1", "-p", "two three", "one")
     assert result.exit_code == 0
     assert [line for line in result.stdout.splitlines() if line and "hypothesis" not in line] == [
-        "==> 1: one", "one 0", "blocks 41 instead of 160 (74% saved by sharing)",
-        "==> 2: two three", "two three 0", "blocks 41 instead of 160 (74% saved by sharing)",
+        "==> 1: two three", "two three 0", "blocks 41 instead of 160 (74% saved by sharing)",
+        "==> 2: one", "one 0", "blocks 41 instead of 160 (74% saved by sharing)",
     ]  # fmt: skip
 
 
 def test_json_has_all_of_it(run: Run) -> None:
     result = run("beam-search", "--raw", "--json", "--num-return", "1", "Once", "")
     assert result.exit_code == 1
-    found, failed = map(json.loads, result.stdout.splitlines())
-    assert failed == {"prompt": "", "error": "the prompt is empty"}
+    failed, found = map(json.loads, result.stdout.splitlines())
+    assert failed == {"id": 2, "prompt": "", "error": "the prompt is empty"}
     assert found == {
+        "id": 1,
         "prompt": "Once",
         "sequences": [{"text": "Once 0", "token_ids": [1] * 9, "cum_logprob": -4.5, "score": -0.5}],
         "num_prompt_tokens": 4,
@@ -92,7 +93,7 @@ def test_options_reach_the_search(run: Run) -> None:
 def test_prompts_come_from_stdin_and_files_too(run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("filed\n")
     run("beam-search", "--raw", "-f", str(tmp_path / "a.txt"), "-p", "-", stdin="piped\n")
-    assert run.prompts == ["piped", "filed"]
+    assert run.prompts == ["filed", "piped"]
     assert_one_line(run("beam-search", stdin=""), 2, "there is no prompt")
 
 
@@ -128,7 +129,7 @@ def test_verbose_tells_of_time_and_blocks(run: Run) -> None:
     lines = run("beam-search", "--raw", "-v", "Hi").stderr.splitlines()
     assert lines[1].startswith("prompt 2 tokens") and "generation 36 tokens, 4.0 tokens/s" in lines[1]
     assert lines[2:4] == ["first token 3.00 s, 1000.0 ms per token", "blocks 2/8 at the most"]
-    assert lines[4:] == ["attention: CUDA kernels"]
+    assert lines[4:] == ["attention: CUDA kernels; matrices: OpenBLAS 0.3"]
 
 
 # From here on the bundled model.

@@ -3,6 +3,8 @@
 import json
 import re
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +45,7 @@ def test_a_system_message_without_a_template_is_never_dropped_silently(run: Run)
 
 
 def test_a_template_that_refuses_the_conversation_is_one_line(run: Run) -> None:
-    def encode_chat(self: StubLLM, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self: StubLLM, messages: list[dict[str, str]], **template: object) -> list[int]:
         raise ValueError("the model's chat template does not take this conversation: no system messages")
 
     run.stub.encode_chat = encode_chat  # type: ignore[method-assign]
@@ -61,13 +63,14 @@ def test_samples_are_numbered(run: Run) -> None:
     assert "==> 2, sample 1: b\n" in run("generate", "--raw", "-n", "2", "a", "b").stdout
 
 
-def test_json_is_one_object_per_prompt_in_order(run: Run) -> None:
+def test_json_is_one_object_per_prompt_written_when_it_ends(run: Run) -> None:
     result = run("generate", "--raw", "--json", "--logprobs", "2", "a longer one", "", "Hi")
     assert result.exit_code == 1
     records = [json.loads(line, parse_constant=pytest.fail) for line in result.stdout.splitlines()]
-    assert [record["prompt"] for record in records] == ["a longer one", "", "Hi"]
-    assert records[1] == {"prompt": "", "error": "the prompt is empty"}
-    assert records[2] == {
+    assert [record["prompt"] for record in records] == ["", "Hi", "a longer one"]
+    assert records[0] == {"id": 2, "prompt": "", "error": "the prompt is empty"}
+    assert records[1] == {
+        "id": 3,
         "prompt": "Hi",
         "outputs": [
             {
@@ -116,7 +119,8 @@ def test_verbose_tells_of_memory_speed_and_blocks(run: Run) -> None:
     result = run("generate", "--raw", "--verbose", "Hi", "there")
     assert result.exit_code == 0
     assert result.stderr.splitlines()[0] == "KV cache: 8 blocks of 4 tokens"
-    assert result.stderr.splitlines()[-2:] == ["blocks 2/8 at the most", "attention: CUDA kernels"]
+    last = "attention: CUDA kernels; matrices: OpenBLAS 0.3"
+    assert result.stderr.splitlines()[-2:] == ["blocks 2/8 at the most", last]
     assert "prompt 7 tokens" in result.stderr and "generation 17 tokens, 1.5 tokens/s" in result.stderr
     assert result.stderr.splitlines()[-3] == "first token 3.00 s, 1388.9 ms per token, mean of 2 prompts"
     assert "KV cache" not in result.stdout
@@ -127,8 +131,8 @@ def test_the_time_per_token_of_a_stream_counts_all_of_its_pieces(run: Run) -> No
 
 
 def test_equal_samples_are_pointed_out(run: Run) -> None:
-    assert "equal" in run("generate", "-v", "-n", "2", "Hi").stderr
-    assert "equal" not in run("generate", "-v", "-n", "2", "--temp", "1", "Hi").stderr
+    assert "the 3 samples will be equal: --temperature" in run("generate", "-n", "3", "Hi").stderr
+    assert run("generate", "-n", "3", "-q", "Hi").stderr == run("generate", "-n", "3", "--temp", "1", "Hi").stderr == ""
 
 
 def test_ctrl_c_keeps_what_was_said_and_exits_130(run: Run) -> None:
@@ -141,13 +145,81 @@ def test_ctrl_c_keeps_what_was_said_and_exits_130(run: Run) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (130, "re: Once \n", "")
 
 
+def test_ctrl_c_leaves_what_has_ended_though_an_earlier_prompt_has_not(run: Run) -> None:
+    def before_output(self: StubLLM) -> None:
+        if self.num_outputs == 1:
+            raise KeyboardInterrupt
+
+    run.stub.before_output = before_output
+    result = run("generate", "--raw", "a much longer prompt", "short")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "==> 2: short\nre: short \n", "")
+    result = run("generate", "--raw", "--json", "a much longer prompt", "short")
+    assert result.exit_code == 130 and json.loads(result.stdout)["id"] == 2
+
+
+def cut(text: str, num_tokens: int, stop_reason: str | None = None) -> Callable[..., RequestOutput]:
+    """An output that ends before it should."""
+
+    def output(self: StubLLM, request: SimpleNamespace, _: str, finished: bool) -> RequestOutput:
+        reason = "length" if stop_reason is None else "stop"
+        sample = CompletionOutput(0, text, [1] * num_tokens, 0.0, finish_reason=reason, stop_reason=stop_reason)
+        return RequestOutput(request.request_id, None, [1], [sample], True)
+
+    return output
+
+
+def test_an_output_that_was_cut_is_told_on_stderr_with_the_reason(run: Run) -> None:
+    run.stub.output = cut("Once upon", 256)  # type: ignore[method-assign]
+    result = run("generate", "Hi")
+    assert (result.exit_code, result.stdout) == (0, "Once upon\n")
+    assert result.stderr == "mlx-paged: the answer was cut after 256 tokens: --max-tokens allows more\n"
+    assert run("generate", "-m", "300", "Hi").stderr.endswith(": the context, or the KV cache, holds no more\n")
+    assert "2 of 2 answers were cut after 256 tokens" in run("generate", "--json", "Hi", "there").stderr
+    assert run("generate", "-q", "Hi").stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "stop_reason", "code"),
+    [
+        (["--json-schema"], '{"a":', None, 3),
+        (["--json-schema"], '{"a":1}', None, 0),
+        (["--json-schema"], '{"a":', '"b', 3),
+        (["--regex", "[a-z]+"], "abc", None, 0),
+        (["--regex", "[a-z]+!"], "abc", None, 3),
+        (["--regex", "[a-z]+!"], "abc!", None, 0),
+        (["--stop", "END"], "abc", "END", 0),
+    ],
+)
+def test_an_output_that_has_not_its_whole_form_is_exit_code_3(
+    form: list[str], text: str, stop_reason: str | None, code: int, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    form += [str(tmp_path / "schema.json")] * (form == ["--json-schema"])
+    run.stub.output = cut(text, 9, stop_reason)  # type: ignore[method-assign]
+    result = run("generate", "--json", *form, "-m", "9", "Hi")
+    assert result.exit_code == code
+    if code:
+        assert_one_line(result, 3, "not the whole", "--max-tokens" if stop_reason is None else "stop string")
+
+
+def test_a_schema_that_max_tokens_cuts_is_exit_code_3_with_a_real_model_too(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(
+        '{"type": "object", "properties": {"a": {"const": "Mia"}}, "required": ["a"], "additionalProperties": false}'
+    )
+    options = ("generate", "--json-schema", str(tmp_path / "schema.json"), "Describe a person.")
+    assert_one_line(invoke(*options, "-m", "2"), 3, "not the whole JSON", "cut after 2 tokens: --max-tokens")
+    result = invoke(*options, "--system", "Be brief.", "-m", "40")
+    assert (result.exit_code, result.stderr) == (0, "") and isinstance(json.loads(result.stdout), dict)
+
+
 def test_a_batch_with_an_empty_prompt_answers_the_others_as_json() -> None:
     result = invoke("generate", "--json", "--logprobs", "1", "--max-tokens", "4", "Once", "", "There was", "-v")
     assert result.exit_code == 1
     records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [record["prompt"] for record in records] == ["Once", "", "There was"]
-    assert records[1] == {"prompt": "", "error": "the prompt is empty"}
-    for record in (records[0], records[2]):
+    empty, *others = sorted(records, key=lambda record: record["id"] != 2)
+    assert empty == {"id": 2, "prompt": "", "error": "the prompt is empty"}
+    assert {record["id"]: record["prompt"] for record in others} == {1: "Once", 3: "There was"}
+    for record in others:
         (sample,) = record["outputs"]
         assert 1 <= len(sample["token_ids"]) <= 4 and len(sample["logprobs"]) == len(sample["token_ids"])
         assert sample["cumulative_logprob"] <= 0
@@ -156,7 +228,7 @@ def test_a_batch_with_an_empty_prompt_answers_the_others_as_json() -> None:
     lines = result.stderr.splitlines()
     assert "mlx-paged: prompt 2: the prompt is empty" in lines
     assert any(re.fullmatch(r"blocks [1-9]\d*/[1-9]\d* at the most", line) for line in lines)
-    assert lines[-1] == "attention: plain MLX operations"
+    assert any(re.fullmatch(r"attention: plain MLX operations; matrices: .*(BLAS|Accel).*", line) for line in lines)
 
 
 def test_several_prompts_give_what_each_gives_alone() -> None:
@@ -187,5 +259,5 @@ def test_the_first_command_of_the_readme_generates_text_from_the_bundled_model()
 def test_a_pipe_gives_the_same_as_an_argument() -> None:
     process = start("generate", "--max-tokens", "8", stdin=subprocess.PIPE)
     out, err = process.communicate(b"Tell me a story.\n")
-    assert (process.returncode, err) == (0, b"")
+    assert (process.returncode, err) == (0, b"mlx-paged: the answer was cut after 8 tokens: --max-tokens allows more\n")
     assert out.decode() == invoke("generate", "--max-tokens", "8", "Tell me a story.").stdout

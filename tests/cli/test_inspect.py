@@ -177,7 +177,7 @@ def test_weights_that_are_in_the_folder_are_measured_in_the_types_that_they_will
     words = run(folder, "--dtype", "float32").stdout
     assert f"weights {(packed + 2 * others) / 1e3:.3g} KB ({packed / 1e3:.3g} KB uint32, " in words
     (folder / "model.safetensors").write_bytes(b"")
-    assert "model.safetensors is cut short" in run(folder).stderr
+    assert "model.safetensors is not a whole safetensors file" in run(folder).stderr
 
 
 def test_saved_prompts_are_listed_by_model(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Exit codes, and what a person is told when something is wrong; most with a stub model, the last with real ones."""
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +93,41 @@ def test_help_and_usage_errors_import_nothing_heavy(args: str) -> None:
     modules = {name.split(".")[0] for name in result.stdout.split("LOADED ")[1].split()}
     assert "click" in modules
     assert not modules & {"mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub", "rich", "torch", "tokenizers"}
+
+
+@pytest.mark.parametrize("args", ["generate --model qwen22 Hi", "chat --model qwen22", "bench --model qwen22",
+                                  "generate --model ./nowhere Hi", "generate --regex [a Hi"])  # fmt: skip
+def test_what_is_mistyped_is_told_before_anything_heavy_is_imported(args: str) -> None:
+    code = (
+        "import sys\nfrom mlx_paged.cli.main import main\ntry: main()\nexcept SystemExit: print('LOADED', *sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *args.split()]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = {name.split(".")[0] for name in result.stdout.split("LOADED ")[1].split()}
+    assert result.stderr.count("\n") == 1 and not modules & {"mlx", "mlx_lm", "transformers", "torch", "tokenizers"}
+
+
+@pytest.mark.parametrize("command", [["chat"], ["generate", "--system", "Be brief.", "Hi"]])
+def test_a_model_without_the_chat_template_that_is_needed_is_told_before_its_weights_are_loaded(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_runner(*_: object) -> None:
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr("mlx_paged.llm.ModelRunner", make_runner)
+    shutil.copytree(DEMO_FOLDER, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "*.jinja"))
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert_one_line(invoke(*command, "--model", str(tmp_path / "model")), 1, "chat template")
+
+
+def test_what_makes_mlx_faster_is_told_after_a_command_that_succeeded(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_paged.cli.main.advice", lambda: "install OpenBLAS")
+    assert run("generate", "-v", "Hi").stderr.endswith("install OpenBLAS\n")
+    assert "install" not in run("generate", "-v", "-q", "Hi").stderr + run("generate", "-v", "").stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if LONG else [])])

@@ -1,13 +1,20 @@
 """What reaches a request and the engine from options, files and stdin, and what bad values are told."""
 
+import ast
 import json
 import re
 from pathlib import Path
 
+import click.testing
 import pytest
-from helpers.stub_llm import Run, StubLLM, assert_one_line
+from helpers.stub_llm import Run, StubLLM, assert_one_line, invoke
 
+from mlx_paged import LLM
+from mlx_paged.cli import options
+from mlx_paged.cli.main import cli
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_prompts_come_from_arguments_options_files_and_stdin(run: Run, tmp_path: Path) -> None:
@@ -15,6 +22,22 @@ def test_prompts_come_from_arguments_options_files_and_stdin(run: Run, tmp_path:
     result = run("generate", "--raw", "one", "-p", "two", "-p", "-", "-f", str(tmp_path / "a.txt"), stdin="piped\n")
     assert result.exit_code == 0
     assert run.prompts == ["one", "two", "piped", "from a\nfile"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "-f {} one --prompt two three -ptwo -f {}",
+        "-f {} one -m 9 --prompt=two --stop x three -qvp two --file={}",
+        "-vf{} --temp=0 one -p two -m9 --raw -- three -p two -f {}",
+    ],
+)
+def test_prompts_are_answered_in_the_order_typed(args: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    file = str(tmp_path / "a.txt")
+    assert run("generate", "--raw", *args.format(file, file).split()).exit_code == 0
+    assert run.prompts[:4] == ["a", "one", "two", "three"]
+    assert run.prompts[4:] == (["-p", "two", "-f", file] if " -- " in args else ["two", "a"])
 
 
 def test_without_a_prompt_stdin_is_one_prompt(run: Run) -> None:
@@ -69,6 +92,9 @@ def test_the_form_of_the_output_is_a_schema_from_a_file_or_an_expression(run: Ru
     assert run.params.json_schema == schema
     run("generate", "--regex", "[a-z]+", "Hi")
     assert (run.params.regex, run.params.json_schema) == ("[a-z]+", None)
+    (tmp_path / "list.lark").write_text('start: "a" ("," "a")*\n')
+    run("generate", "--grammar-file", str(tmp_path / "list.lark"), "Hi")
+    assert (run.params.grammar, run.params.regex) == ('start: "a" ("," "a")*', None)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +113,35 @@ def test_a_schema_and_an_expression_at_once_are_bad_usage(run: Run, tmp_path: Pa
     (tmp_path / "any.json").write_text("true")
     assert_one_line(run("generate", "--json-schema", str(tmp_path / "any.json"), "--regex", "a", "Hi"), 2, "not both")
     assert_one_line(run("generate", "--regex", "", "Hi"), 2, "--regex")
+
+
+@pytest.mark.parametrize(
+    ("option", "content"),
+    [("--regex", "[a"), ("--json-schema", '{"type": "objekt"}'), ("--grammar-file", "begin: A")],
+)
+def test_a_form_that_no_output_can_have_is_bad_usage_before_a_model_is_loaded(
+    option: str, content: str, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "form").write_text(content)
+    value = content if option == "--regex" else str(tmp_path / "form")
+    assert_one_line(run("generate", option, value, "Hi"), 2, f"{option} can't be used: ", "--help")
+    assert run.made == []
+
+
+@pytest.mark.parametrize("command", ["generate", "beam-search", "chat"])
+def test_what_else_the_chat_template_takes_is_json(command: str, run: Run) -> None:
+    prompt, stdin = ((), "Hi\n") if command == "chat" else (("Hi",), None)
+    option = "--chat-template-kwargs"
+    run(command, option, '{"enable_thinking": false}', *prompt, stdin=stdin)
+    assert run.made[-1].template == {"chat_template_kwargs": {"enable_thinking": False}}
+    run(command, *prompt, stdin=stdin)
+    assert run.made[-1].template == {}
+    for wrong in ("enable_thinking=false", "[1]"):
+        assert_one_line(run(command, option, wrong, *prompt), 2, option, "JSON")
+    if command != "chat":
+        assert_one_line(run(command, option, "{}", "--raw", *prompt), 2, option, "--raw")
+        run.stub.has_chat_template = False
+        assert_one_line(run(command, option, "{}", *prompt), 1, option, "has none")
 
 
 def test_short_names_mean_the_same(run: Run) -> None:
@@ -138,5 +193,65 @@ def test_engine_options_reach_the_model_and_those_not_given_stay_its_own(run: Ru
 )  # fmt: skip
 def test_a_value_out_of_range_is_bad_usage_told_in_one_line_before_a_model_is_loaded(args: str, run: Run) -> None:
     option = "--temp" if args == "--temp cold" else re.split("[ =]", args)[0]
-    assert_one_line(run("generate", *args.split(), "Hi"), 2, "memory size" if "memory" in option else option, "--help")
+    assert_one_line(run("generate", *args.split(), "Hi"), 2, option, "--help")
     assert run.made == []
+
+
+@pytest.mark.parametrize(
+    ("in_python", "in_options"),
+    [
+        ("lower max_tokens or raise num_kv_blocks", "lower --max-tokens or raise --num-kv-blocks"),
+        ("max_model_len=9 is more than the 8 tokens", "--max-model-len 9 is more than the 8 tokens"),
+        ("n=65 samples can't run at once: max_num_seqs is 64", "-n 65 samples can't run at once: --max-num-seqs is 64"),
+        ("dtype must be one of a, b", "--dtype must be one of a, b"),
+        ("swap_space needs blocks, not prefix_caching=False", "--swap-space needs blocks, not --no-prefix-caching"),
+        ("max_staging is a size; a seed must sprout", "max_staging is a size; a seed must sprout"),
+    ],
+)
+def test_settings_that_a_message_names_are_written_as_options_if_the_command_has_them(
+    in_python: str, in_options: str
+) -> None:
+    command = cli.commands["generate"]
+    assert options.in_options(in_python, options.option_names(command)) == in_options
+
+
+def test_what_does_not_fit_names_options_on_the_command_line_and_arguments_in_python() -> None:
+    result = invoke("generate", "--raw", "--num-kv-blocks", "2", "a b c d " * 50)
+    assert_one_line(result, 1, "lower --max-tokens", "--num-kv-blocks or --kv-cache-memory")
+    with pytest.raises(ValueError, match="lower max_tokens, or raise num_kv_blocks or kv_cache_memory"):
+        LLM(num_kv_blocks=2).generate("a b c d " * 50)
+
+
+def test_an_option_that_a_message_names_exists() -> None:
+    known = {name for command in cli.commands.values() for each in command.params for name in each.opts}
+    named = set()
+    for file in [*(ROOT / "mlx_paged").rglob("*.py"), *(ROOT / "models").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+                found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", node.value)) - {"--help", "--version"}
+                docstring, is_command = "\n" in node.value, {"cli", "server"} & set(file.parts)
+                assert is_command or docstring or not found, f"{file.name} speaks of {found} in Python"
+                named |= found
+    assert named > {"--max-tokens", "--system"} and named <= known
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("generate --model qw", "plain,qwen3"),
+        ("inspect gem", "plain,gemma3"),
+        ("chat --model ./", "dir,./"),
+        ("generate --dtype f", "plain,float16"),
+        ("generate --allocator ", "plain,buddy"),
+        ("generate --swap-space ", "dir,"),
+        ("generate --gram", "plain,--grammar-file"),
+    ],
+)
+def test_a_shell_completes_aliases_folders_values_and_options(
+    typed: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMP_WORDS", f"mlx-paged {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) + typed.endswith(" ")))
+    monkeypatch.setenv("_MLX_PAGED_COMPLETE", "bash_complete")
+    result = click.testing.CliRunner().invoke(cli, [])
+    assert expected in result.stdout.splitlines(), result.stdout

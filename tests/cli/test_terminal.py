@@ -9,6 +9,7 @@ import pytest
 from helpers.stub_llm import StubLLM
 
 from mlx_paged.cli.generate import answer_prompts
+from mlx_paged.cli.loading import Requests
 from mlx_paged.cli.options import PromptArguments
 from mlx_paged.cli.terminal import RunSummary, Terminal, excerpt
 from mlx_paged.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -60,14 +61,19 @@ def test_many_prompts_have_a_progress_bar_on_a_terminal_that_answers_push_aside(
     monkeypatch.setenv("COLUMNS", "100")
     llm: Any = StubLLM(None)
     params = SamplingParams(max_tokens=9)
-    prompts = PromptArguments(["one", "two three", "four"], [], [], system=None, raw=True, as_json=False)
-    code = answer_prompts(prompts, lambda: llm, params, Terminal())
+    prompts = PromptArguments(["one", "two three", "four"], system=None, raw=True, as_json=False)
+
+    def load(requests: Requests) -> Any:
+        requests(llm)
+        return llm
+
+    code = answer_prompts(prompts, load, params, Terminal())
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
     assert code == 0 and "0/3 prompts, 0 tokens" in plain
     assert re.search(r"2/3 prompts, 17 tokens, \d+\.\d tokens/s", plain)
     assert "prompts" not in out.getvalue() and out.getvalue().endswith("re: four \n")
     err.truncate(0)
-    answer_prompts(prompts, lambda: llm, params, Terminal(quiet=True))
+    answer_prompts(prompts, load, params, Terminal(quiet=True))
     assert err.getvalue() == ""
 
 

@@ -43,9 +43,10 @@ class StubLLM:
         return "KV cache: 8 blocks of 4 tokens"
 
     def stats(self) -> SimpleNamespace:
-        return SimpleNamespace(num_blocks=8, peak_used_blocks=2)
+        return SimpleNamespace(num_blocks=8, peak_used_blocks=2, blas="OpenBLAS 0.3")
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, str]], **template: Any) -> list[int]:
+        self.template = template
         return [ord(char) for char in " ".join(f"{message['role']}:{message['content']}" for message in messages)]
 
     def make_request(self, prompt: str | list[int], params: Params, *, stream: bool = False) -> SimpleNamespace:
@@ -55,10 +56,12 @@ class StubLLM:
         max_tokens = params.max_tokens or self.context - len(text)
         return SimpleNamespace(
             request_id=-1, prompt=text, prompt_token_ids=[1] * len(text), params=params, stream=stream,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens, sequences=[], finished=False,
         )  # fmt: skip
 
-    def run(self, requests: Sequence[SimpleNamespace]) -> Iterator[RequestOutput | BeamSearchOutput]:
+    def run(
+        self, requests: Sequence[SimpleNamespace], on_step: Callable[[], None] = lambda: None
+    ) -> Iterator[RequestOutput | BeamSearchOutput]:
         """Yields the outputs of all, the shortest prompts' first."""
         for request in requests:
             request.request_id = len(self.requests)
@@ -71,6 +74,8 @@ class StubLLM:
                         self.before_output()
                     self.num_outputs += 1
                     output = self.output(request, piece, finished=not request.stream or piece is words[-1])
+                    on_step()
+                    request.finished = output.finished
                     yield output
                     if output.finished:
                         break
@@ -94,11 +99,27 @@ class StubLLM:
         return RequestOutput(request.request_id, request.prompt, prompt_token_ids, samples, finished, 4, METRICS)
 
 
+class _StubClass:
+    """Stands for the class LLM."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, model: str | None, **settings: Any) -> StubLLM:
+        return self.run.make(model, **settings)
+
+    def for_requests(self, model: str | None, requests: Callable[[StubLLM], Any], **settings: Any) -> StubLLM:
+        llm = self.run.make(model, **settings)
+        self.run.known = requests(llm)
+        return llm
+
+
 class Run:
     """Runs the command line in this process, with `StubLLM` as the model."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[StubLLM] = []
+        self.known: Any = None  # the requests for which the last one was made
         self.stub: type[StubLLM] = type("Stub", (StubLLM,), {})
 
         def make(model: str | None, **settings: Any) -> StubLLM:
@@ -106,7 +127,8 @@ class Run:
             return self.made[-1]
 
         self.make = make
-        monkeypatch.setitem(vars(mlx_paged), "LLM", lambda *args, **settings: self.make(*args, **settings))
+        monkeypatch.setitem(vars(mlx_paged), "LLM", _StubClass(self))
+        monkeypatch.setattr("mlx_paged.cli.loading.find_model", lambda model: None)
 
     def __call__(self, *args: str, stdin: str | bytes | None = None) -> click.testing.Result:
         return click.testing.CliRunner().invoke(cli, args, input=stdin)

@@ -217,7 +217,7 @@ def start_generate(hub: Hub, cache: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "HF_HOME": str(cache), "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
     for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         env.pop(name, None)
-    args = ["generate", "--model", "org/tiny", "--max-tokens", "6", "Once upon a time"]
+    args = ["generate", "--model", "org/tiny", "--max-tokens", "6", "-q", "Once upon a time"]
     return subprocess.Popen(
         [sys.executable, "-m", "mlx_paged", *args],
         env=env,

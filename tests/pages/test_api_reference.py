@@ -36,6 +36,16 @@ def test_the_reference_builds_and_has_every_public_name(tmp_path: Path) -> None:
         assert f'id="{name}"' in (tmp_path / "api" / "mlx_paged" / f"{module}.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("script", "package", "extra"),
+    [("docs/api.py", "pdoc", "docs"), ("benchmarks/plots.py", "matplotlib", "plots")],
+)
+def test_a_script_without_its_extra_names_it(script: str, package: str, extra: str) -> None:
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_path({str(ROOT / script)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"{script} needs {package}: pip install -e '.[{extra}]'\n"
+
+
 def test_every_public_name_and_every_method_that_does_something_has_a_docstring() -> None:
     shown = [getattr(mlx_paged, name) for name in mlx_paged.__all__]
     for module in (block_picture, engine, outputs, profile):

@@ -83,6 +83,7 @@ def checkout(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
     schema = {"type": "object", "properties": {"name": {"enum": ["Mia", "Tom"]}}, "required": ["name"]}
     (folder / "person.json").write_text(json.dumps(schema | {"additionalProperties": False}))
+    (folder / "requests.jsonl").write_text('{"id": "a", "prompt": "Why is the sky blue?", "max_tokens": 4}\n')
     for name, arguments in {"python": "", "mlx-paged": "-m mlx_paged"}.items():
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
         (programs / name).chmod(0o755)
@@ -122,7 +123,8 @@ def test_every_reason_not_to_run_a_command_is_used() -> None:
 @pytest.mark.slow
 def test_a_command_of_the_pages_runs(command: Snippet, checkout: tuple[Path, dict[str, str]]) -> None:
     printed = run(["bash", "-ec", command.text], checkout, stdin="Tell me a story.\n/exit\n")
-    assert printed.strip()
+    outputs = re.findall(r"--output (\S+)", command.text)
+    assert "".join([printed, *((checkout[0] / output).read_text() for output in outputs)]).strip()
     for page in PAGES:
         copy = checkout[0] / page.relative_to(ROOT)
         assert copy.read_text() == page.read_text(), f"{command} overwrites {page.name}"

@@ -17,9 +17,10 @@ SPEC.loader.exec_module(count_lines)
 
 def test_blank_lines_comments_and_docstrings_are_no_code() -> None:
     text = '"""A module."""\n\nX = """two\nlines"""  # a comment\n# another\n'
-    text += '\n\nclass A:\n    y: int\n    """A field."""\n'
-    assert count_lines.count_code(text) == 4
+    text += '\n\nclass A:\n    y: int\n    """A field."""\n\n    @property\n    def z(self):\n        return 1\n'
+    assert count_lines.count_code(text) == 7
     assert count_lines.count_code(text, ["A"]) == 2
+    assert count_lines.count_code(text, ["z"]) == 4
 
 
 def test_the_core_path_and_each_of_its_files_are_within_their_bounds() -> None:
@@ -33,7 +34,7 @@ def test_what_is_left_out_of_the_core_path_is_there() -> None:
     for name in count_lines.OPTIONAL:
         file, _, of_it = name.partition(":")
         assert (ROOT / file).exists(), name
-        assert f"class {of_it}" in (ROOT / file).read_text() if of_it else True, name
+        assert re.search(rf"(class|def) {of_it}\b", (ROOT / file).read_text()) if of_it else True, name
 
 
 def test_contributing_states_the_bounds_that_are_held() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mlx_paged.blocks.block_manager import BlockManager
+from mlx_paged.tools import block_picture
 from mlx_paged.tools.block_picture import BlockPicture, draw_blocks, save_svg
 
 ROOT = Path(__file__).parents[2]
@@ -235,6 +236,15 @@ def test_the_readme_picture_is_what_the_example_draws(
     drawn, committed = (re.sub(r"(?s)^.*?Block pool", "", "".join(text)) for text in texts)
     assert drawn == committed  # the words; other versions of rich may draw them otherwise
     assert len(EXAMPLE.read_text().splitlines()) < 40
+
+
+def test_the_example_writes_no_file_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*_: object) -> None:
+        raise AssertionError("a picture is saved")
+
+    monkeypatch.setattr(block_picture, "save_svg", save)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE)])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
 
 
 def test_drawing_does_not_load_mlx() -> None:
