@@ -12,27 +12,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.block_stores import content, same_bits
 from helpers.tiny_models import unpaged_greedy
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.cache import block_store as block_store
-from mlx_paged.cache.block_store import BlockContent, FolderStore, MemoryStore
+from mlx_paged.cache.block_store import FolderStore, MemoryStore
 from mlx_paged.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
 PROMPTS = [[(7 * i + j * j) % 97 for j in range(length)] for i, length in enumerate((70, 120, 60, 90))]
-
-
-def content(seed: int, dtype: mx.Dtype = mx.bfloat16) -> BlockContent:
-    key = mx.random.key(seed)
-    return {name: mx.random.normal((4, 2, 8), key=key).astype(dtype) for name in ("k0", "v0")}
-
-
-def same_bits(one: BlockContent, other: BlockContent) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and mx.array_equal(one[name].view(mx.uint8), other[name].view(mx.uint8))
-        for name in one
-    )
 
 
 def make_llm(model: nn.Module, **config: object) -> LLM:
@@ -99,27 +88,6 @@ def test_a_file_that_was_never_finished_is_not_there(tmp_path: Path) -> None:
     store = FolderStore(tmp_path, "a model")
     assert "one" not in store
     assert "one.123.partial" not in store
-
-
-def test_while_a_block_is_saved_nothing_has_its_name_but_an_old_file_that_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, save, states = FolderStore(tmp_path, "a model"), mx.save_safetensors, []
-    store.put("one", content(1))
-    old = (tmp_path / "one.safetensors").read_bytes()
-
-    def save_half_then_all(path: str, *arguments: object) -> None:
-        Path(path).write_bytes(old[: len(old) // 2])
-        found = {name: tmp_path / f"{name}.safetensors" for name in ("one", "two")}
-        states.append({name: file.read_bytes() for name, file in found.items() if file.exists()})
-        save(path, *arguments)
-
-    monkeypatch.setattr(mx, "save_safetensors", save_half_then_all)
-    store.put("two", content(2))
-    store.put("one", content(3))
-    two = (tmp_path / "two.safetensors").read_bytes()
-    assert states == [{"one": old}, {"one": old, "two": two}]
-    assert same_bits(store.get("one"), content(3))
 
 
 @pytest.mark.parametrize(
