@@ -8,7 +8,9 @@ import mlx.core as mx
 import pytest
 from helpers.block_stores import content, same_bits
 
-from mlx_paged.cache.block_store import FolderStore, MemoryStore, checksum
+from mlx_paged.cache.block_store import BlockStores, FolderStore, MemoryStore, checksum
+from mlx_paged.cache.kv_cache import BlockContent
+from mlx_paged.errors import EngineWarning
 
 
 def test_a_block_that_is_put_again_counts_once(tmp_path: Path) -> None:
@@ -56,3 +58,35 @@ def test_a_block_that_could_not_be_saved_leaves_nothing(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match=r"can't take another block: No space left"):
         store.put("one", content(1))
     assert list(tmp_path.iterdir()) == [] and "one" not in store
+
+
+class FullStore(MemoryStore):
+    """A store that takes nothing, and how often it was asked to."""
+
+    num_puts = 0
+
+    def put(self, key: str, content: BlockContent) -> None:
+        self.num_puts += 1
+        raise OSError("no space")
+
+
+@pytest.mark.parametrize(
+    ("put", "reason"), [("put_evicted", "swap is off"), ("put_prompt", "prompts are not saved any more")]
+)
+def test_a_store_that_fails_is_not_asked_again_and_one_warning_says_so(put: str, reason: str) -> None:
+    full = FullStore(0)
+    stores = BlockStores(full, full)
+    with pytest.warns(EngineWarning, match=reason) as caught:
+        for key in ("one", "two"):
+            getattr(stores, put)(key, content(1))
+    assert (full.num_puts, len(caught), stores.num_swapped_blocks) == (1, 1, 0)
+
+
+def test_a_block_that_can_not_be_used_is_forgotten_wherever_it_is(tmp_path: Path) -> None:
+    stores = BlockStores(MemoryStore(10**6), FolderStore(tmp_path, "a model"))
+    stores.put_evicted("one", content(1))
+    stores.put_prompt("one", content(1))
+    assert stores.num_swapped_blocks == 1
+    with pytest.warns(EngineWarning, match="computed again: another layout"):
+        stores.drop("one", ValueError("another layout"))
+    assert "one" not in stores and stores.get("one") is None
