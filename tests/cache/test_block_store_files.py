@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -90,3 +91,13 @@ def test_a_block_that_can_not_be_used_is_forgotten_wherever_it_is(tmp_path: Path
     with pytest.warns(EngineWarning, match="computed again: another layout"):
         stores.drop("one", ValueError("another layout"))
     assert "one" not in stores and stores.get("one") is None
+
+
+def test_of_the_files_of_an_earlier_run_the_oldest_goes_first(tmp_path: Path) -> None:
+    before = FolderStore(tmp_path, "a model")
+    for moment, key in enumerate(("b", "c", "a")):
+        before.put(key, content(moment))
+        os.utime(tmp_path / f"{key}.safetensors", (moment, moment))
+    store = FolderStore(tmp_path, "a model", capacity=3 * (tmp_path / "a.safetensors").stat().st_size)
+    store.put("d", content(4))
+    assert [key for key in "abcd" if key in store] == ["a", "c", "d"]
