@@ -52,6 +52,8 @@ class MemoryStore:
     def put(self, key: str, content: BlockContent) -> None:
         # As bytes, since numpy has no bfloat16.
         kept = {name: (np.array(array.view(mx.uint8)), array.dtype) for name, array in content.items()}
+        if key in self._blocks:
+            self.drop(key)
         self._bytes_available -= _size(content)
         self._blocks[key] = kept
         while self._bytes_available < 0 and self._blocks:

@@ -16,6 +16,7 @@ from mlx_paged.cache.block_mover import BlockMover
 from mlx_paged.cache.block_store import BlockContent, BlockStores, MemoryStore
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.cache.layer_spec import LayerSpec
+from mlx_paged.errors import EngineWarning
 
 
 class Clock:
@@ -68,7 +69,8 @@ def test_a_round_trip_takes_what_saving_and_loading_usually_take(clock: Clock) -
     assert mover.round_trip_s == 3.0
     move((BlockSave, 2.0), (BlockSave, 90.0), (BlockLoad, 1.0), (BlockLoad, 90.0))
     assert mover.round_trip_s == 3.0, "one that was held up does not count"
-    move(*[(BlockSave, 5.0)] * 15, *[(BlockLoad, 6.0)] * 15)
+    move(*[(BlockSave, 2.0), (BlockLoad, 1.0)] * 20)
+    move(*[(BlockSave, 5.0), (BlockLoad, 6.0)] * 15)
     assert mover.round_trip_s == 11.0, "what was long ago does not count"
 
 
@@ -94,3 +96,29 @@ def test_storing_pays_as_long_as_moving_a_block_is_faster_than_computing_it(
     engine.add_request([5], GREEDY)  # a step with a prompt and nothing to move
     engine.step()
     assert engine._scheduler.storing_pays == pays
+
+
+def test_a_block_of_another_layout_is_neither_hit_nor_kept(clock: Clock) -> None:
+    store = MemoryStore(10**6)
+    stores = BlockStores(store, None)
+    groups = CacheGroups.make([4], [None], 2, stored_keys=stores)
+    store.put("a", {"k0": mx.zeros((2, 1, 3)), "v0": mx.zeros((2, 1, 3))})
+    tree = groups.managers[0]._tree
+    node = tree.insert(tree.root(), (1, 2), 0)
+    groups.transfers.append(BlockLoad(0, 0, "a", node))
+    mover = BlockMover(groups, PagedKVCache([LayerSpec(1, 4, 4, mx.float32)], [4], 2, 1), stores)
+    with pytest.warns(EngineWarning, match="another layout"):
+        assert not mover.run()
+    assert "a" not in stores and node.block_id is None
+
+
+def test_the_blocks_of_a_prompt_are_written_once(clock: Clock) -> None:
+    store = SlowStore(clock, 1.0)
+    stores = BlockStores(None, store)
+    groups = CacheGroups.make([4], [None], 2, stored_keys=stores)
+    mover = BlockMover(groups, PagedKVCache([LayerSpec(1, 4, 4, mx.float32)], [4], 2, 1), stores)
+    groups.attach(0, [1, 2, 3, 4, 5], 5)
+    groups.mark_computed(0, 5)
+    for _ in range(2):
+        mover.store_prompt(0)
+        assert clock.now == 2.0, "two full blocks"

@@ -12,32 +12,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.block_stores import content, same_bits
 from helpers.tiny_models import unpaged_greedy
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.cache import block_store as block_store
 from mlx_paged.cache.block_files import BlockFiles
-from mlx_paged.cache.block_store import BlockContent, FolderStore, MemoryStore
+from mlx_paged.cache.block_store import FolderStore, MemoryStore
 from mlx_paged.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
 PROMPTS = [[(7 * i + j * j) % 97 for j in range(length)] for i, length in enumerate((70, 120, 60, 90))]
 
 
-def content(seed: int, dtype: mx.Dtype = mx.bfloat16) -> BlockContent:
-    key = mx.random.key(seed)
-    return {name: mx.random.normal((4, 2, 8), key=key).astype(dtype) for name in ("k0", "v0")}
-
-
 def folder_store(folder: Path, model: str = "a model", capacity: int | None = None) -> FolderStore:
     return FolderStore(BlockFiles(folder, capacity), folder, model)
-
-
-def same_bits(one: BlockContent, other: BlockContent) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and mx.array_equal(one[name].view(mx.uint8), other[name].view(mx.uint8))
-        for name in one
-    )
 
 
 def make_llm(model: nn.Module, **config: object) -> LLM:

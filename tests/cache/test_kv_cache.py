@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_paged import LLM, EngineConfig, SamplingParams
-from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.cache.kv_cache import PagedKVCache, independent_runs
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.models.patch import patch_model
 from mlx_paged.runner import memory_plan as memory_plan
@@ -94,6 +94,39 @@ def test_moves_mean_one_after_another_whatever_the_staging(moves: list[tuple[int
             pool[dst] = pool[src]
     for pool, content in zip(arrays_of(cache), expected, strict=True):
         np.testing.assert_array_equal(np.array(pool), content)
+
+
+@pytest.mark.parametrize(
+    ("moves", "num_runs"),
+    [
+        ([(0, 1), (0, 2), (3, 4)], 1),
+        ([(0, 1), (1, 2)], 2),  # what is read has been written
+        ([(0, 1), (2, 1)], 2),  # what is written has been written
+        ([(0, 1), (2, 0)], 2),  # what is written has been read
+        ([], 0),
+    ],
+)
+def test_moves_that_meet_are_in_different_runs(moves: list[tuple[int, int]], num_runs: int) -> None:
+    runs = list(independent_runs(moves))
+    assert [move for run in runs for move in run] == moves
+    assert len(runs) == num_runs
+
+
+def test_a_block_is_read_and_written_in_the_layers_of_its_group_alone() -> None:
+    layers = [LayerSpec(1, 4, 4, mx.float32), LayerSpec(2, 4, 4, mx.float32), LayerSpec(1, 4, 4, mx.float32)]
+    cache = PagedKVCache(layers, [3] * 3, 2, 1, groups=[0, 1, 0])
+    content = {name: mx.ones_like(array) for name, array in cache.read_block(1).items()}
+    assert {name: array.shape for name, array in content.items()} == dict.fromkeys(("k0", "v0", "k1", "v1"), (2, 1, 4))
+    cache.write_block(1, content)
+    written = [array.sum().item() for array in arrays_of(cache)]
+    assert written == [8, 8, 0, 0, 8, 8]
+    for wrong in (
+        {name: array.astype(mx.float16) for name, array in content.items()},
+        {name: array[:1] for name, array in content.items()},
+        {name: array for name, array in content.items() if name != "v1"},
+    ):
+        with pytest.raises(ValueError, match="another layout"):
+            cache.write_block(0, wrong)
 
 
 @pytest.mark.parametrize("max_staging", [1 * MEGABYTE, 8 * MEGABYTE])

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_paged import SamplingParams
+from mlx_paged.attention import shared_prefix
 from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.outputs import RequestMetrics
 from mlx_paged.request import Request, Sequence
+from mlx_paged.runner.in_flight import StepInFlight
 from mlx_paged.runner.input_builder import InputBuilder
+from mlx_paged.sampling.sampler import SampledTokens
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.schedule import Chunk, Schedule
 
@@ -141,3 +145,51 @@ def test_a_step_of_one_token_each_computes_the_last_known_tokens() -> None:
     batch = make_batch()
     inputs, _ = InputBuilder(batch).build(decodes(batch, [2, 0, 1], [1, 1, 1]), None)
     assert np.array(inputs.token_ids).tolist() == [31, 9, 13]
+
+
+def drawing(batch: RunningBatch, rows: np.ndarray, token_ids: list[int]) -> StepInFlight:
+    """A step in which these tokens are being drawn for rows as they are now."""
+    step = StepInFlight(Schedule(), rows, batch.version, sampled_rows=rows, sampled_version=batch.version)
+    step.sampled_tokens = SampledTokens(mx.array(token_ids, mx.uint32), mx.zeros(len(rows)), None, None)
+    return step
+
+
+def test_tokens_that_are_being_drawn_are_taken_from_where_they_are_drawn() -> None:
+    batch = make_batch()
+    schedule = decodes(batch, [0, 1, 2], [1, 1, 1])
+    for drawn, expected in (
+        (drawing(batch, schedule.rows, [50, 51, 52]), [50, 51, 52]),
+        (drawing(batch, rows_of(batch, 2, 0, 1), [52, 50, 51]), [50, 51, 52]),
+        (drawing(batch, rows_of(batch, 2, 0), [52, 50]), [50, 13, 52]),
+    ):
+        inputs, _ = InputBuilder(batch).build(schedule, drawn)
+        assert np.array(inputs.token_ids).tolist() == expected
+
+
+@pytest.mark.parametrize("is_same_array", [True, False])
+def test_what_is_drawn_for_a_row_that_has_changed_hands_since_is_nobodys(is_same_array: bool) -> None:
+    batch = make_batch()
+    schedule = decodes(batch, [0, 1, 2], [1, 1, 1])
+    step = drawing(batch, schedule.rows if is_same_array else rows_of(batch, 0, 1, 2), [50, 51, 52])
+    sequence = batch.sequences[schedule.rows[1]]
+    assert sequence is not None
+    batch.remove(sequence)
+    batch.add(sequence, NUM_COMPUTED[1])
+    assert sequence.row == schedule.rows[1], "the premise: it is the same row"
+    inputs, _ = InputBuilder(batch).build(schedule, step)
+    assert np.array(inputs.token_ids).tolist() == [50, 13, 52]
+
+
+def test_prefixes_are_looked_for_again_once_a_table_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prefix, "MIN_KEYS_SAVED", 1)
+    batch = make_batch()
+    builder, schedule = InputBuilder(batch), decodes(batch, [0, 2], [1, 1])
+
+    def found() -> list[list[int]]:
+        find = builder.build(schedule, None)[0].groups[0].find_shared_prefixes
+        assert find is not None
+        return [prefix.members.tolist() for prefix in find(np.arange(2))]
+
+    assert found() == []
+    batch.tables[0].rewrite(int(rows_of(batch, 2)[0]), 0, TABLES[0][:3])
+    assert found() == [[0, 1]]
