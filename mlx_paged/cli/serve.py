@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from mlx_paged.cli import options
 from mlx_paged.cli.loading import find_model, loading
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal
 from mlx_paged.config import parse_memory
+
+if TYPE_CHECKING:
+    from mlx_paged.async_llm import AsyncLLM
 
 KEY_VARIABLE = "MLX_PAGED_API_KEY"
 LEVELS = ("debug", "info", "warning", "error")
@@ -57,6 +60,8 @@ serve_options: options.Option = options.options(
     options.text("--max-body", metavar="SIZE", default="32MiB", help="Largest request. Default: 32MiB."),
     click.option("--drain-timeout", type=click.FloatRange(0), metavar="SECONDS", default=30.0,
                  help="What running requests get at the end. Default: 30."),
+    click.option("--idle-unload", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+                 help="Unload the model when nobody has asked for so long; the next request loads it. Default: never."),
     options.text("--cors-origin", "origins", multiple=True, metavar="ORIGIN",
                  help='Web pages that may ask: https://example.org, or "*". Repeatable. Default: none.'),
     options.text("--allowed-host", "hosts", multiple=True, metavar="NAME",
@@ -80,6 +85,7 @@ def serve_model(
     max_waiting: int,
     max_body: str,
     drain_timeout: float,
+    idle_unload: float | None,
     origins: Sequence[str],
     hosts: Sequence[str],
     default_max_tokens: int | None,
@@ -113,25 +119,34 @@ def serve_model(
     for noisy in ("uvicorn", "httpx", "httpcore", "huggingface_hub", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     called = list(names) or [_name_of(model)]
+    served = ServerOptions(
+        called,
+        default_max_tokens=default_max_tokens,
+        max_body=body_size,
+        drain_timeout_s=drain_timeout,
+        idle_unload_s=idle_unload,
+        log_prompts=log_prompts,
+    )
+    access = Access((*LOOPBACK, host, *hosts), tuple(origins), keys)
     with closing(_listen(host, port)) as listener:
         address = listener.getsockname()
         url = f"http://{'[' + host + ']' if ':' in host else host}:{address[1]}"
-        with loading(terminal):
+
+        def load() -> AsyncLLM:
             llm = AsyncLLM(model, **engine)
-        with closing(llm):
             llm.max_waiting = max_waiting
-            served = ServerOptions(
-                called,
-                default_max_tokens=default_max_tokens,
-                max_body=body_size,
-                drain_timeout_s=drain_timeout,
-                log_prompts=log_prompts,
-            )
-            access = Access((*LOOPBACK, host, *hosts), tuple(origins), keys)
-            key = "the key" if keys else "any"
-            ready = f"{called[0]} is served at {url}/v1; {llm.memory}\n"
-            ready += f"OPENAI_BASE_URL={url}/v1 ANTHROPIC_BASE_URL={url} model={called[0]} key={key}\n"
-            ending = serve(llm, served, access, listener, lambda: None if terminal.quiet else terminal.answer(ready))
+            return llm
+
+        with loading(terminal):
+            llm = load()
+
+        def say_ready() -> None:
+            if not terminal.quiet:
+                key = "the key" if keys else "any"
+                terminal.answer(f"{called[0]} is served at {url}/v1; {llm.memory}\n")
+                terminal.answer(f"OPENAI_BASE_URL={url}/v1 ANTHROPIC_BASE_URL={url} model={called[0]} key={key}\n")
+
+        ending = serve(llm, load, served, access, listener, say_ready)
     if ending is Ending.BROKEN:
         terminal.failure("the engine broke: see the log")
     return {Ending.DRAINED: 0, Ending.CUT: INTERRUPTED, Ending.BROKEN: 1}[ending]

@@ -36,12 +36,14 @@ class Post:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, as ASGI has it."""
-        metrics = self._service.metrics
-        metrics.clients.inc()
+        service = self._service
+        service.num_clients += 1
+        service.metrics.clients.set(service.num_clients)
         try:
             await self._respond(scope, receive, send)
         finally:
-            metrics.clients.dec()
+            service.num_clients -= 1
+            service.metrics.clients.set(service.num_clients)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         options, state = self._service.options, scope["state"]
@@ -72,15 +74,15 @@ def refuse(error: Exception, scope: Scope) -> Response:
 
 def make_app(service: Service, access: Access) -> Guard:
     """Make the ASGI application that serves a model."""
-    llm, options = service.llm, service.options
+    options = service.options
 
     def health(request: Request) -> Response:
-        status = "draining" if service.is_draining else "ok" if llm.failure is None else "engine ended"
+        status = "draining" if service.is_draining else "ok" if service.failure is None else "engine ended"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     def model_card(name: str) -> dict[str, Any]:
         card = {"id": name, "object": "model", "created": service.created, "owned_by": "mlx-paged"}
-        return card | {"max_model_len": llm.max_model_len}
+        return card | {"max_model_len": service.llm.max_model_len}
 
     def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model_card(name) for name in options.names]})

@@ -71,18 +71,27 @@ class _Server(uvicorn.Server):
             watching.cancel()
 
     async def _watch(self) -> None:
-        """End when the engine does."""
-        while self._service.llm.failure is None or self._service.is_draining:
+        """End when the engine does; unload a model that nobody asks."""
+        while self._service.failure is None or self._service.is_draining:
             await asyncio.sleep(0.5)
-        LOG.error("%s", self._service.llm.failure)
+            await self._service.unload_if_idle()
+        LOG.error("%s", self._service.failure)
         self.end, self.should_exit = Ending.BROKEN, True
 
 
 def serve(
-    llm: AsyncLLM, options: ServerOptions, access: Access, listener: socket.socket, when_ready: Callable[[], None]
+    llm: AsyncLLM,
+    load: Callable[[], AsyncLLM],
+    options: ServerOptions,
+    access: Access,
+    listener: socket.socket,
+    when_ready: Callable[[], None],
 ) -> Ending:
-    """Serve a model at a socket until a signal, or the end of its engine, ends that. when_ready: called then."""
-    service = Service(llm, options, llm.tokenizer)
+    """Serve a model until a signal, or the end of its engine, ends that.
+
+    load: loads it again, if it was unloaded. when_ready: called once the socket listens.
+    """
+    service = Service(llm, options, llm.tokenizer, load=load)
     config = uvicorn.Config(
         make_app(service, access),
         log_config=None,
@@ -93,5 +102,8 @@ def serve(
         timeout_graceful_shutdown=2,
     )
     server = _Server(config, service, when_ready)
-    server.run([listener])
+    try:
+        server.run([listener])
+    finally:
+        service.llm.close()
     return server.end

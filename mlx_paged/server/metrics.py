@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mlx_paged.async_llm import AsyncLLM
-from mlx_paged.outputs import RequestOutput
+from mlx_paged.outputs import EngineStats, RequestOutput
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 120, 300)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
@@ -21,10 +20,11 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
+    def __init__(self, snapshot: Callable[[], EngineStats], model_name: str) -> None:
+        """snapshot: reads the engine's counters as they were lately."""
         self._model = model_name
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(llm, model_name))
+        self._registry.register(_EngineCollector(snapshot, model_name))
         self._prompt_tokens = self._make(Counter, "vllm:prompt_tokens", "Tokens of prompts.")
         self._output_tokens = self._make(Counter, "vllm:generation_tokens", "Tokens that were put out.")
         self._success = self._make(
@@ -78,13 +78,13 @@ class Metrics:
 class _EngineCollector(Collector):
     """The engine's counters, as its last snapshot has them."""
 
-    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
-        self._llm = llm
+    def __init__(self, snapshot: Callable[[], EngineStats], model_name: str) -> None:
+        self._snapshot = snapshot
         self._model = model_name
 
     def collect(self) -> Iterator[Metric]:
         """Read the last snapshot."""
-        stats = self._llm.snapshot
+        stats = self._snapshot()
         used = 1 - stats.num_free_blocks / stats.num_blocks
         for key, text, value in (
             ("vllm:num_requests_running", "Sequences that run.", stats.num_running),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -41,6 +41,8 @@ class ServerOptions:
     """Seconds that running requests get to end at shutdown."""
     keepalive_s: float = 10.0
     """Seconds of silence in a stream after which something is sent."""
+    idle_unload_s: float | None = None
+    """Seconds without a request after which the model is unloaded; None: never."""
     log_prompts: bool = False
     """Whether what clients write may be logged."""
 
@@ -54,12 +56,19 @@ class Service:
     tokenizer: Any
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
+    load: Callable[[], AsyncLLM] | None = None
+    """Loads the model again after it was unloaded."""
+    num_clients: int = 0
+    """Clients that are being answered."""
+    is_unloaded: bool = False
     metrics: Metrics = field(init=False)
     seen_unknown: set[str] = field(default_factory=set)
     """Names of fields that clients send and nobody reads: each is logged once."""
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.llm, self.options.names[0])
+        self.metrics = Metrics(lambda: self.llm.snapshot, self.options.names[0])
+        self._last_used = time.monotonic()
+        self._loading: asyncio.Task[None] | None = None
 
     def require_model(self, name: str | None) -> str:
         """Return the name that an answer bears. Raises ApiError for a model that is not served."""
@@ -90,12 +99,42 @@ class Service:
             LOG.error("the engine refuses: %s", error)
             raise ApiError(503, "the engine has ended", retry_after=30) from None
 
-    def require_ready(self) -> None:
-        """Raise ApiError while no new request is taken."""
+    @property
+    def failure(self) -> str | None:
+        """Why the engine has ended; None while it runs, or rests."""
+        return None if self.is_unloaded else self.llm.failure
+
+    async def become_ready(self) -> None:
+        """Load the model if it was unloaded. Raises ApiError while no new request is taken."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", retry_after=10)
-        if self.llm.failure is not None:
+        if self.is_unloaded:
+            self._loading = self._loading or asyncio.ensure_future(self._load())
+            await asyncio.shield(self._loading)  # who waits may go; the model is loaded for the next one
+        if self.failure is not None:
             raise ApiError(503, "the engine has ended", retry_after=30)
+
+    async def _load(self) -> None:
+        assert self.load is not None
+        try:
+            LOG.info("loading the model again")
+            self.llm = await asyncio.to_thread(self.load)
+            self.is_unloaded = False
+        except (ValueError, OSError) as error:
+            LOG.error("the model can't be loaded again: %s", error)
+            raise ApiError(503, "the model can't be loaded again", retry_after=30) from None
+        finally:
+            self._loading = None
+
+    async def unload_if_idle(self) -> None:
+        """Give back the model's memory if nobody has asked for anything for some time."""
+        now, idle = time.monotonic(), self.options.idle_unload_s
+        if self.num_clients or self.llm.num_requests:
+            self._last_used = now
+        elif idle is not None and now - self._last_used >= idle and not self.is_unloaded and not self.is_draining:
+            LOG.info("unloading the model: nobody has asked for %g seconds", idle)
+            self.is_unloaded = True
+            await self.llm.aclose()
 
     async def prepare_chat(
         self,
@@ -108,13 +147,13 @@ class Service:
     ) -> Request:
         """Make a conversation's request. template: arguments of the chat template. Raises ApiError."""
 
-        self.require_ready()
+        await self.become_ready()
         token_ids = await self.encode_chat(messages, tools, template or {})
         return await self.make_request(token_ids, params, stream=stream)
 
     async def make_request(self, prompt: str | list[int], params: SamplingParams, *, stream: bool) -> Request:
         """Make a prompt's request. Raises ApiError."""
-        self.require_ready()
+        await self.become_ready()
         return await self.prepare(self.llm.make_request(prompt, params, stream=stream, clamp_max_tokens=True))
 
     async def encode_chat(
