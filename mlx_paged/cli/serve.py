@@ -103,6 +103,7 @@ def serve_model(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     try:
+        import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:

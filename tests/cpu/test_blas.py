@@ -75,6 +75,19 @@ def test_mlx_that_is_imported_first_is_a_warning_that_says_what_to_do() -> None:
 
 
 @needs_openblas
+def test_a_server_is_given_it_too() -> None:
+    begin = """
+from click.testing import CliRunner
+from mlx_paged.cli import main, serve
+def stop(*_): raise OSError("enough")
+serve._listen = stop
+assert "enough" in CliRunner().invoke(main.cli, ["serve"]).output
+"""
+    result = run(begin)
+    assert result.stderr == "" and result.stdout.startswith("OpenBLAS ")
+
+
+@needs_openblas
 def test_a_preloaded_blas_is_left_alone() -> None:
     result = run("import mlx.core", LD_PRELOAD="libopenblas.so.0")
     assert result.stderr == "" and result.stdout.startswith("OpenBLAS ")
