@@ -111,12 +111,14 @@ class BlockFiles:
     def add(self, partial: Path, path: Path) -> list[Path]:
         """Put a whole file into its place. Returns those that had to go for it. Raises OSError if it has no place."""
         num_bytes = partial.stat().st_size
-        removed = [] if self._capacity is None else self._make_room(num_bytes, self._capacity)
-        self.discard(path)
+        with contextlib.suppress(FileNotFoundError):
+            self.touch(path)  # one that is to be replaced goes last
+        num_before = path.stat().st_size if path.exists() else 0
+        removed = [] if self._capacity is None else self._make_room(num_bytes - num_before, self._capacity)
         path.parent.mkdir(exist_ok=True)
         partial.replace(path)
         self.touch(path)
-        self._num_bytes += num_bytes
+        self._num_bytes += num_bytes - num_before
         self._num_unscanned += num_bytes
         self._num_written += num_bytes
         return removed

@@ -31,6 +31,11 @@ class Clock:
 class SlowStore(MemoryStore):
     """A store in which a move takes `seconds` of a clock."""
 
+    takes_more = True
+
+    def touch(self, key: str) -> bool:
+        return key in self
+
     def __init__(self, clock: Clock, seconds: float) -> None:
         super().__init__(10**8)
         self.clock, self.seconds = clock, seconds

@@ -12,21 +12,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.block_stores import content, same_bits
+from helpers.block_stores import content, folder_store, same_bits
 from helpers.tiny_models import unpaged_greedy
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.cache import block_store as block_store
-from mlx_paged.cache.block_files import BlockFiles
-from mlx_paged.cache.block_store import FolderStore, MemoryStore
+from mlx_paged.cache.block_store import MemoryStore
 from mlx_paged.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
 PROMPTS = [[(7 * i + j * j) % 97 for j in range(length)] for i, length in enumerate((70, 120, 60, 90))]
-
-
-def folder_store(folder: Path, model: str = "a model", capacity: int | None = None) -> FolderStore:
-    return FolderStore(BlockFiles(folder, capacity), folder, model)
 
 
 def make_llm(model: nn.Module, **config: object) -> LLM:
@@ -289,13 +284,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused(
 
 @pytest.mark.parametrize("setting", ["swap_space", "prefix_cache_dir"])
 def test_a_block_store_without_prefix_caching_is_refused(setting: str, tiny_model: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ValueError, match="leave prefix_caching on"):
+    with pytest.raises(ValueError, match="not with prefix_caching=False"):
         make_llm(tiny_model("qwen2"), prefix_caching=False, **{setting: "1GB"})
 
 
 @pytest.mark.parametrize("size", ["50%", "0GB", "8 parsecs"])
 def test_a_swap_size_that_cannot_be_meant_is_refused(size: str, tiny_model: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ValueError, match="swap_space: memory size"):
+    with pytest.raises(ValueError, match="^swap_space '"):
         make_llm(tiny_model("qwen2"), swap_space=size)
 
 

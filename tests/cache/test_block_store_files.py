@@ -7,16 +7,18 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers.block_stores import content, same_bits
+from helpers.block_stores import content, folder_store, same_bits
 
-from mlx_paged.cache.block_store import BlockStores, FolderStore, MemoryStore, checksum
+from mlx_paged.cache.block_store import BlockStores, MemoryStore, checksum
 from mlx_paged.cache.kv_cache import BlockContent
 from mlx_paged.errors import EngineWarning
 
 
 def test_a_block_that_is_put_again_counts_once(tmp_path: Path) -> None:
-    room_for_two = 2 * sum(array.nbytes for array in content(0).values())
-    for store in (MemoryStore(room_for_two), FolderStore(tmp_path, "a model", room_for_two)):
+    folder_store(tmp_path / "one").put("1", content(1))
+    size_of_file = (tmp_path / "one" / "1.safetensors").stat().st_size
+    size = sum(array.nbytes for array in content(0).values())
+    for store in (MemoryStore(2 * size), folder_store(tmp_path / "two", capacity=2 * size_of_file)):
         for number in (1, 2, 2, 2):
             store.put(str(number), content(number))
         assert "1" in store and same_bits(store.get("2"), content(2))
@@ -31,7 +33,7 @@ def test_the_checksum_is_of_all_arrays() -> None:
 def test_while_a_block_is_saved_nothing_has_its_name_but_an_old_file_that_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, save, states = FolderStore(tmp_path, "a model"), mx.save_safetensors, []
+    store, save, states = folder_store(tmp_path), mx.save_safetensors, []
     store.put("one", content(1))
     old = (tmp_path / "one.safetensors").read_bytes()
 
@@ -55,10 +57,10 @@ def test_a_block_that_could_not_be_saved_leaves_nothing(tmp_path: Path, monkeypa
         raise RuntimeError("No space left on device")
 
     monkeypatch.setattr(mx, "save_safetensors", fail)
-    store = FolderStore(tmp_path, "a model")
+    store = folder_store(tmp_path)
     with pytest.raises(OSError, match=r"can't take another block: No space left"):
         store.put("one", content(1))
-    assert list(tmp_path.iterdir()) == [] and "one" not in store
+    assert list(tmp_path.glob("*.safetensors")) == [] and "one" not in store
 
 
 class FullStore(MemoryStore):
@@ -84,7 +86,7 @@ def test_a_store_that_fails_is_not_asked_again_and_one_warning_says_so(put: str,
 
 
 def test_a_block_that_can_not_be_used_is_forgotten_wherever_it_is(tmp_path: Path) -> None:
-    stores = BlockStores(MemoryStore(10**6), FolderStore(tmp_path, "a model"))
+    stores = BlockStores(MemoryStore(10**6), folder_store(tmp_path))
     stores.put_evicted("one", content(1))
     stores.put_prompt("one", content(1))
     assert stores.num_swapped_blocks == 1
@@ -94,10 +96,10 @@ def test_a_block_that_can_not_be_used_is_forgotten_wherever_it_is(tmp_path: Path
 
 
 def test_of_the_files_of_an_earlier_run_the_oldest_goes_first(tmp_path: Path) -> None:
-    before = FolderStore(tmp_path, "a model")
+    before = folder_store(tmp_path)
     for moment, key in enumerate(("b", "c", "a")):
         before.put(key, content(moment))
         os.utime(tmp_path / f"{key}.safetensors", (moment, moment))
-    store = FolderStore(tmp_path, "a model", capacity=3 * (tmp_path / "a.safetensors").stat().st_size)
+    store = folder_store(tmp_path, capacity=3 * (tmp_path / "a.safetensors").stat().st_size)
     store.put("d", content(4))
     assert [key for key in "abcd" if key in store] == ["a", "c", "d"]
