@@ -290,7 +290,7 @@ def test_a_block_store_without_prefix_caching_is_refused(setting: str, tiny_mode
 
 @pytest.mark.parametrize("size", ["50%", "0GB", "8 parsecs"])
 def test_a_swap_size_that_cannot_be_meant_is_refused(size: str, tiny_model: Callable[..., nn.Module]) -> None:
-    with pytest.raises(ValueError, match="^swap_space '"):
+    with pytest.raises(ValueError, match=r"^swap_space '"):
         make_llm(tiny_model("qwen2"), swap_space=size)
 
 
