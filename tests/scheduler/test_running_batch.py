@@ -68,6 +68,25 @@ def test_preempted_beams_join_as_one_row_with_the_tokens_that_they_share() -> No
     assert (batch.num_tokens[beam.row], batch.last_token[beam.row]) == (5, 9)
 
 
+def test_of_a_row_that_has_become_free_nothing_is_left() -> None:
+    batch, beam = make_batch(1), make_sequence([5, 6], beam_width=2)
+    batch.add(beam, 0)
+    batch.tail_is_shared[beam.row] = batch.has_grammar[beam.row] = True
+    assert batch.has_special_rows
+    batch.remove(beam)
+    assert not batch.has_special_rows
+    names = ("is_beam", "will_fork", "has_grammar", "is_prefilling", "tail_is_shared", "num_tokens", "num_computed")
+    assert [name for name in names if getattr(batch, name).any()] == []
+
+
+def test_a_log_probability_that_is_no_number_is_not_added() -> None:
+    batch, sequence = make_batch(), make_sequence([5])
+    batch.add(sequence, 0)
+    for logprob in (-0.5, float("nan"), -0.25):
+        put_out(batch, sequence, 8, logprob)
+    assert batch.cumulative_logprob[sequence.row] == -0.75
+
+
 def test_a_row_is_given_to_one_sequence_at_a_time_and_to_the_next_one_after_it_left() -> None:
     batch = make_batch(2)
     first, second, third = (make_sequence([i], i) for i in range(3))

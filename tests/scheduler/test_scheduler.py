@@ -147,6 +147,16 @@ def test_a_long_prompt_never_holds_up_who_is_decoding(overlap: bool) -> None:
     bench.run()
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_no_token_is_computed_after_the_last_that_is_allowed(overlap: bool) -> None:
+    bench = PipelinedBench(overlap=overlap)
+    requests = [bench.add(length, max_tokens) for length, max_tokens in ((3, 5), (6, 9))]
+    num_computed = 0
+    while not all(request.finished for request in requests):
+        num_computed += sum(item.num_tokens for item in bench.step().sequences)
+    assert num_computed == 3 + 4 + 6 + 8
+
+
 def test_several_prompts_start_in_one_step_and_go_on_side_by_side() -> None:
     bench = Bench(num_blocks=40, budget=16)
     for length in (5, 20, 3, 4):

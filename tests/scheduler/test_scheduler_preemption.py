@@ -157,6 +157,14 @@ def test_beams_that_run_out_of_blocks_lose_them_together_and_come_back_by_what_t
     bench.run()
 
 
+def test_beams_come_back_only_with_room_for_what_each_has_of_its_own() -> None:
+    bench = PipelinedBench(num_blocks=10, prefix_caching=False)
+    bench.add(8, max_tokens=17)
+    bench.add(7, max_tokens=10, beam_width=3)
+    bench.run()
+    assert bench.scheduler.num_preemptions == 3, "all three once, and not again and again"
+
+
 def beams_short_of_blocks(num_left: int = 0) -> tuple[PipelinedBench, Sequence, Sequence]:
     """Two beams that have come back by what they share, and blocks for one of them to go on, and `num_left` more."""
     bench = PipelinedBench(num_blocks=10 + num_left, block_size=2)
