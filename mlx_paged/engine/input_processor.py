@@ -141,7 +141,9 @@ class InputProcessor:
             if num_prompt >= context:
                 raise PromptTooLong(
                     f"the prompt has {num_prompt} tokens and the context is {context}: shorten the prompt "
-                    "or raise max_model_len if the model allows it"
+                    "or raise max_model_len if the model allows it",
+                    num_prompt,
+                    context,
                 )
             wanted = min(wanted, context - num_prompt)
         # The last token put out is never fed back, so it needs a place in the context but no slot in the pool.
@@ -153,7 +155,9 @@ class InputProcessor:
             raise PromptTooLong(
                 f"a prompt of {num_prompt} tokens and {what} need {needed} blocks of {block_size} "
                 f"tokens and the pool has {self._num_blocks}: shorten the prompt, lower max_tokens, or raise "
-                "num_kv_blocks or kv_cache_memory"
+                "num_kv_blocks or kv_cache_memory",
+                num_prompt,
+                self._num_blocks * block_size,
             )
         if max_tokens is not None:
             return wanted
