@@ -13,7 +13,7 @@ class PromptTooLong(ValueError):
     """A prompt, with what it asks for, does not fit the context or the pool. The message has the arithmetic."""
 
     def __init__(self, message: str, num_tokens: int | None = None, most: int | None = None) -> None:
-        """num_tokens: of the prompt. most: of prompt and output together."""
+        """num_tokens: of the prompt. most: that a prompt may have."""
         super().__init__(message)
         self.num_tokens = num_tokens
         self.most = most

@@ -54,7 +54,7 @@ class PromptRefused(ApiError):
     """A prompt that is longer than the context, in the words that each dialect's clients look for."""
 
     def __init__(self, message: str, num_tokens: int | None, most: int | None) -> None:
-        """num_tokens: of the prompt. most: of prompt and answer."""
+        """num_tokens: of the prompt. most: that a prompt may have."""
         super().__init__(400, message, param="messages", code="context_length_exceeded")
         self._numbers = num_tokens, most
 

@@ -87,9 +87,10 @@ def test_more_than_may_wait_are_told_to_come_back(llm: AsyncLLM) -> None:
             with httpx.stream("POST", url + CHAT, json=body) as running:
                 lines = running.iter_lines()
                 next(lines)
-                refused = post(url + CHAT, {"messages": ENDLESS})
-                assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
-                assert refused.json()["error"]["code"] == "queue_full"
+                for stream in (False, True):
+                    refused = post(url + CHAT, {"messages": ENDLESS, "stream": stream})
+                    assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+                    assert refused.json()["error"]["code"] == "queue_full"
         finally:
             llm.max_waiting, llm._thread.max_num_seqs = None, most
 
