@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import anthropic
-import httpx
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
-from helpers.servers import post, serving
+from helpers.servers import engine_held, events_of, post, prompt_of, serving
 from pydantic import TypeAdapter
 
 from mlx_paged.async_llm import AsyncLLM
@@ -95,27 +92,22 @@ def test_an_answer_is_made_of_blocks_and_its_events_make_up_the_same_message(
     assert streamed.usage.output_tokens_details == message.usage.output_tokens_details
 
 
-def events_of(url: str, request: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The events of a stream, each checked to be one that the client knows: its name, and its data."""
-    with httpx.stream("POST", url + URL, json=request | {"stream": True}, timeout=30) as response:
-        lines = response.iter_lines()
-        for line in lines:
-            assert line.startswith("event: "), line
-            data = json.loads(next(lines).removeprefix("data: "))
-            assert next(lines) == "" and data["type"] == line.removeprefix("event: ")
-            if data["type"] not in ("ping", "error"):
-                EVENTS.validate_python(data)
-            yield data["type"], data
+def checked_events(url: str, request: Any) -> Iterator[dict[str, Any]]:
+    """The events of a stream, each checked to be one that the client knows."""
+    for event in events_of(url + URL, request):
+        if event["type"] not in ("ping", "error"):
+            EVENTS.validate_python(event)
+        yield event
 
 
 def test_events_come_in_their_order_and_each_is_one_that_the_client_knows(url: str) -> None:
-    events = list(events_of(url, script("exec_command", "exec_command")))
-    kinds = [kind.removeprefix("content_block_") for kind, _ in events if kind != "ping"]
+    events = list(checked_events(url, script("exec_command", "exec_command")))
+    kinds = [event["type"].removeprefix("content_block_") for event in events if event["type"] != "ping"]
     joined = " ".join(kind for i, kind in enumerate(kinds) if kind != kinds[i - 1])
     assert joined == "message_start start delta stop start delta stop message_delta message_stop"
-    assert events[1][0] == "ping"
-    assert [data["index"] for kind, data in events if kind == "content_block_start"] == [0, 1]
-    deltas = [data["delta"]["type"] for kind, data in events if kind == "content_block_delta"]
+    assert events[1]["type"] == "ping"
+    assert [event["index"] for event in events if event["type"] == "content_block_start"] == [0, 1]
+    deltas = [event["delta"]["type"] for event in events if event["type"] == "content_block_delta"]
     assert sorted(set(deltas)) == ["input_json_delta", "signature_delta", "thinking_delta"]
 
 
@@ -137,25 +129,14 @@ def test_a_tool_loop_goes_on_with_the_result_and_its_prefix_is_told_apart(claude
     assert cached >= (before - 8) // 16 * 16  # all full blocks of the turn before
 
 
-def prompt_of(llm: AsyncLLM, url: str, request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a request's conversation is written as."""
-    prompts: list[list[int]] = []
-    encode = AsyncLLM.encode_chat
-
-    async def noted(self: AsyncLLM, *arguments: Any, **options: Any) -> list[int]:
-        prompts.append(await encode(self, *arguments, **options))
-        return prompts[-1]
-
-    monkeypatch.setattr(AsyncLLM, "encode_chat", noted)
-    response = post(url + URL + "/count_tokens", {"model": "scripted"} | request)
-    monkeypatch.undo()
-    assert response.json() == {"input_tokens": len(prompts[-1])}
-    return str(llm.tokenizer.decode(prompts[-1]))
+def counted_prompt(llm: AsyncLLM, url: str, **request: Any) -> str:
+    """What a request's conversation is written as, whose tokens are counted right."""
+    prompt, counted = prompt_of(llm, lambda: post(f"{url}{URL}/count_tokens", {"model": "scripted"} | request))
+    assert counted == {"input_tokens": len(llm.tokenizer.encode(prompt))}
+    return prompt
 
 
-def test_a_conversation_is_written_as_the_template_has_it(
-    llm: AsyncLLM, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversation_is_written_as_the_template_has_it(llm: AsyncLLM, url: str) -> None:
     call = {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}
     result = {"type": "tool_result", "tool_use_id": "t", "content": "R", "is_error": True}
     messages = [
@@ -163,7 +144,7 @@ def test_a_conversation_is_written_as_the_template_has_it(
         {"role": "assistant", "content": [{"type": "redacted_thinking", "data": ""}, text("C"), call]},
         {"role": "user", "content": [text("D"), result]},
     ]
-    written = prompt_of(llm, url, {"messages": messages}, monkeypatch)
+    written = counted_prompt(llm, url, messages=messages)
     assert written == (
         "<|im_start|>user\nA\n\nB<|im_end|>\n"
         '<|im_start|>assistant\nC<tool_call>f {"a": 1}</tool_call><|im_end|>\n'
@@ -171,12 +152,10 @@ def test_a_conversation_is_written_as_the_template_has_it(
     )
 
 
-def test_system_texts_are_the_same_in_each_form_and_without_billing_lines(
-    llm: AsyncLLM, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_system_texts_are_the_same_in_each_form_and_without_billing_lines(llm: AsyncLLM, url: str) -> None:
     def written(system: Any, later: Any) -> str:
         messages = [*USER, {"role": "system", "content": later}]
-        return prompt_of(llm, url, {"messages": messages, "system": system}, monkeypatch)
+        return counted_prompt(llm, url, messages=messages, system=system)
 
     plain = written("Be brief.", "Later.")
     assert "system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>system\nLater." in plain
@@ -184,11 +163,9 @@ def test_system_texts_are_the_same_in_each_form_and_without_billing_lines(
     assert written(blocks, [text("Later.") | {"cache_control": {"type": "ephemeral"}}]) == plain
 
 
-def test_a_message_that_the_client_has_begun_is_continued(
-    llm: AsyncLLM, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun = {"messages": [*USER, {"role": "assistant", "content": "The best answer is ("}]}
-    assert prompt_of(llm, url, begun, monkeypatch).endswith("<|im_start|>assistant\nThe best answer is (")
+def test_a_message_that_the_client_has_begun_is_continued(llm: AsyncLLM, url: str) -> None:
+    begun = [*USER, {"role": "assistant", "content": "The best answer is ("}]
+    assert counted_prompt(llm, url, messages=begun).endswith("<|im_start|>assistant\nThe best answer is (")
 
 
 def test_what_agents_send_beside_is_taken(claude: anthropic.Anthropic) -> None:
@@ -211,20 +188,12 @@ def test_an_output_format_is_kept(claude: anthropic.Anthropic) -> None:
 
 
 def test_a_silent_stream_begins_at_once_and_pings(llm: AsyncLLM) -> None:
-    from mlx_paged.engine_thread import Inbox
-
-    hold = threading.Event()
-    with serving(llm, keepalive_s=0.05) as url:
-
-        async def block() -> None:
-            llm._thread.send(Inbox(), lambda _: hold.wait(5) and None)
-
-        asyncio.run(block())
-        kinds = []
-        for kind, _ in events_of(url, script("answer")):
-            kinds.append(kind)
+    kinds = []
+    with serving(llm, keepalive_s=0.05) as url, engine_held(llm) as go_on:
+        for event in checked_events(url, script("answer")):
+            kinds.append(event["type"])
             if len(kinds) == 4:
-                hold.set()
+                go_on.set()
     assert kinds[:4] == ["message_start", "ping", "ping", "ping"] and kinds[-1] == "message_stop"
 
 
@@ -279,8 +248,7 @@ def test_an_engine_that_breaks_ends_a_stream_with_an_error_event(
 
     with monkeypatch.context() as patch:
         patch.setattr(ModelRunner, "run", broken)
-        events = list(events_of(url, script("endless")))
+        *_, last = checked_events(url, script("endless"))
         assert post(url + URL, script("endless")).json()["error"]["type"] == "api_error"
-    kind, data = events[-1]
-    assert kind == "error" and data["error"]["type"] == "api_error" and "device" not in json.dumps(data)
+    assert last["type"] == "error" and last["error"]["type"] == "api_error" and "device" not in json.dumps(last)
     assert told(claude.messages.create(**script("answer")))[1] == "end_turn"
