@@ -121,9 +121,7 @@ class AsyncLLM:
 
         Raises QueueFull if too many requests wait, RuntimeError if the engine is closed or broke.
         """
-        most = self._thread.max_num_seqs + (self.max_waiting or 0)
-        if self.max_waiting is not None and len(self._running) >= most:
-            raise QueueFull(f"{len(self._running)} requests run or wait, and no more are taken")
+        self.require_room()
         inbox = Inbox()
         self._running.add(inbox)
         finished = False
@@ -137,6 +135,12 @@ class AsyncLLM:
             self._running.discard(inbox)
             if not finished:
                 self._thread.abort(inbox)
+
+    def require_room(self) -> None:
+        """Raise QueueFull if as many requests wait as may."""
+        most = self._thread.max_num_seqs + (self.max_waiting or 0)
+        if self.max_waiting is not None and len(self._running) >= most:
+            raise QueueFull(f"{len(self._running)} requests run or wait, and no more are taken")
 
     @property
     def num_requests(self) -> int:

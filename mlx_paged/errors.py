@@ -12,6 +12,12 @@ class ModelError(ValueError):
 class PromptTooLong(ValueError):
     """A prompt, with what it asks for, does not fit the context or the pool. The message has the arithmetic."""
 
+    def __init__(self, message: str, num_tokens: int | None = None, most: int | None = None) -> None:
+        """num_tokens: of the prompt. most: that a prompt may have."""
+        super().__init__(message)
+        self.num_tokens = num_tokens
+        self.most = most
+
 
 class QueueFull(RuntimeError):
     """As many requests wait as may; the same one may be taken a little later."""

@@ -137,11 +137,15 @@ class InputProcessor:
         block_size = self._config.block_size
         wanted = max_tokens or 1
         context = self._max_model_len
+        room = self._num_blocks * block_size
+        most = room if context is None else min(room, context - 1)
         if context is not None:
             if num_prompt >= context:
                 raise PromptTooLong(
                     f"the prompt has {num_prompt} tokens and the context is {context}: shorten the prompt "
-                    "or raise max_model_len if the model allows it"
+                    "or raise max_model_len if the model allows it",
+                    num_prompt,
+                    most,
                 )
             wanted = min(wanted, context - num_prompt)
         # The last token put out is never fed back, so it needs a place in the context but no slot in the pool.
@@ -153,12 +157,14 @@ class InputProcessor:
             raise PromptTooLong(
                 f"a prompt of {num_prompt} tokens and {what} need {needed} blocks of {block_size} "
                 f"tokens and the pool has {self._num_blocks}: shorten the prompt, lower max_tokens, or raise "
-                "num_kv_blocks or kv_cache_memory"
+                "num_kv_blocks or kv_cache_memory",
+                num_prompt,
+                most,
             )
         if max_tokens is not None:
             return wanted
-        room = self._num_blocks * block_size - num_prompt + 1
-        return room if context is None else min(room, context - num_prompt)
+        left = room - num_prompt + 1
+        return left if context is None else min(left, context - num_prompt)
 
 
 def _token_ids(prompt: object) -> list[int]:

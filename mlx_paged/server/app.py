@@ -19,6 +19,8 @@ from mlx_paged.server.completions import completions
 from mlx_paged.server.errors import ApiError
 from mlx_paged.server.event_stream import unless_gone
 from mlx_paged.server.guard import Access, Guard
+from mlx_paged.server.messages import count_tokens, messages
+from mlx_paged.server.responses import responses
 from mlx_paged.server.service import Service
 from mlx_paged.server.tokens import detokenize, tokenize
 
@@ -107,6 +109,9 @@ def make_app(service: Service, access: Access) -> Guard:
     posts: dict[str, Answer] = {
         "/v1/chat/completions": chat_completions,
         "/v1/completions": completions,
+        "/v1/responses": responses,
+        "/v1/messages": messages,
+        "/v1/messages/count_tokens": count_tokens,
         "/tokenize": tokenize,
         "/detokenize": detokenize,
     }

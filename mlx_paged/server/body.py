@@ -110,12 +110,12 @@ class Fields:
         if not isinstance(values, Mapping):
             raise bad_request(f"{where or 'it'} must be an object, got {show(values)}", param=where or None)
         self._values = {name: value for name, value in values.items() if value is not None}
-        self._where = where
+        self.where = where
         self.left = set(self._values)
 
     def path(self, name: str) -> str:
         """What a field is called in messages."""
-        return f"{self._where}.{name}" if self._where else name
+        return f"{self.where}.{name}" if self.where else name
 
     def __contains__(self, name: str) -> bool:
         return name in self._values

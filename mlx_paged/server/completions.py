@@ -17,9 +17,8 @@ from mlx_paged.outputs import CompletionOutput, RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.server.body import Fields
-from mlx_paged.server.chat import _salted
 from mlx_paged.server.errors import ApiError, bad_request
-from mlx_paged.server.event_stream import EventStream, event
+from mlx_paged.server.event_stream import event
 from mlx_paged.server.sampling_fields import MAX_SAMPLES, make_params, read_output_form, read_sampling
 from mlx_paged.server.service import Service
 from mlx_paged.server.token_logprobs import completion_logprobs
@@ -51,7 +50,7 @@ class CompletionRequest:
             raise bad_request("prompt is missing", param="prompt")
         if "suffix" in fields:
             raise bad_request("suffix is not supported", param="suffix")
-        settings = read_sampling(fields) | read_output_form(fields)
+        settings = read_sampling(fields, salt) | read_output_form(fields)
         if fields.take("best_of", int, 1) > settings.get("n", 1):
             raise fields.error("best_of", "must be at most n: of more samples none would be thrown away")
         most = fields.take("max_tokens", int, service.options.default_max_tokens or _DEFAULT_MAX_TOKENS)
@@ -62,7 +61,6 @@ class CompletionRequest:
         if count is not None and not 0 <= count <= _MAX_LOGPROBS:
             raise fields.error("logprobs", f"must be between 0 and {_MAX_LOGPROBS}")
         settings |= {"max_tokens": most or 1, "logprobs": count}
-        settings["cache_salt"] = _salted(settings.get("cache_salt"), salt)
         options = Fields(fields.take("stream_options", dict, {}), "stream_options")
         if len(prompts) * settings.get("n", 1) > MAX_SAMPLES * 8:
             raise fields.error("prompt", f"and n ask for more than {MAX_SAMPLES * 8} completions")
@@ -210,5 +208,5 @@ async def completions(service: Service, body: dict[str, Any], state: dict[str, A
     state["notes"]["prompt_tokens"] = sum(len(request.prompt_token_ids) for request in requests)
     answer = CompletionAnswer(service, asked, requests)
     if asked.stream:
-        return EventStream(answer.chunks(), keepalive_s=service.options.keepalive_s)
+        return service.stream(answer.chunks())
     return JSONResponse(await answer.whole())

@@ -46,18 +46,24 @@ def _read_message(fields: Fields) -> dict[str, Any]:
 
 def read_text(content: Any, where: str) -> str:
     """Return the text of a message: it may be text, a list of text parts, or nothing. Raises ApiError for others."""
+    return "".join(read_texts(content, where))
+
+
+def read_texts(content: Any, where: str) -> list[str]:
+    """Return the texts of a message, one per part. Raises ApiError for what is no text."""
     if content is None or isinstance(content, str):
-        return content or ""
+        return [content or ""]
     if not isinstance(content, list):
         raise bad_request(f"{where} must be text or a list of parts", param=where)
-    texts = []
-    for i, part in enumerate(content):
-        fields = Fields(part, f"{where}[{i}]")
-        kind = fields.take("type", str, "")
-        if kind not in _TEXT_PARTS:
-            raise bad_request(f"{where}[{i}] is of type {kind!r}, and this model reads text only", param=where)
-        texts.append(fields.take("text", str, ""))
-    return "".join(texts)
+    return [read_part(Fields(part, f"{where}[{i}]"), where) for i, part in enumerate(content)]
+
+
+def read_part(fields: Fields, where: str) -> str:
+    """Return the text of one part of the content at `where`. Raises ApiError if it is of another kind."""
+    kind = fields.take("type", str, "")
+    if kind not in _TEXT_PARTS:
+        raise bad_request(f"{fields.where} is of type {kind!r}, and this model reads text only", param=where)
+    return fields.take("text", str, "")
 
 
 def _read_call(fields: Fields) -> dict[str, Any]:

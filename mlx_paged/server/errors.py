@@ -50,6 +50,21 @@ class ApiError(Exception):
         return JSONResponse(body, self.status, headers)
 
 
+class PromptRefused(ApiError):
+    """A prompt that is longer than the context, in the words that each dialect's clients look for."""
+
+    def __init__(self, message: str, num_tokens: int | None, most: int | None) -> None:
+        """num_tokens: of the prompt. most: that a prompt may have."""
+        super().__init__(400, message, param="messages", code="context_length_exceeded")
+        self._numbers = num_tokens, most
+
+    def anthropic(self, request_id: str) -> dict[str, Any]:
+        """The body that Anthropic's clients read."""
+        body = super().anthropic(request_id)
+        body["error"]["message"] = "prompt is too long: {} tokens > {} maximum".format(*self._numbers)
+        return body
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """The error of a request that asks for what can't be done."""
     return ApiError(400, message, param=param, code=code)

@@ -17,6 +17,8 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # or nginx holds events back
 ]
 
+KEEPALIVE = b": keepalive\n\n"  # a comment, which clients skip
+
 
 def event(data: Any, name: str | None = None) -> bytes:
     """Write one server-sent event: its data in JSON, and its name, if it has one."""
@@ -30,7 +32,7 @@ class EventStream:
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        keepalive: Callable[[], bytes] = lambda: b": keepalive\n\n",
+        keepalive: Callable[[], bytes] = lambda: KEEPALIVE,
         keepalive_s: float = 10.0,
     ) -> None:
         """keepalive: makes what is sent whenever nothing else came for `keepalive_s` seconds."""

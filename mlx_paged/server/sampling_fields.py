@@ -26,26 +26,33 @@ _PLAIN = {
     "cache_salt": str,
 }
 MAX_SAMPLES = 128
+_MAX_TOP_LOGPROBS = 20
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 1000
 _MAX_BIASES = 1024
 _MAX_GRAMMAR_CHARACTERS = 1 << 18
 
 
-def read_sampling(fields: Fields) -> dict[str, Any]:
-    """Read what `SamplingParams` takes, but for the number of tokens and what shapes the output. Raises ApiError."""
+def read_sampling(fields: Fields, salt: str | None, max_samples: int = MAX_SAMPLES) -> dict[str, Any]:
+    """Read what `SamplingParams` takes, but for the number of tokens and what shapes the output.
+
+    salt: that of the client's key, if it has one of its own. Raises ApiError.
+    """
     settings: dict[str, Any] = {name: fields.take(name, kind) for name, kind in _PLAIN.items()}
-    settings["stop"] = fields.take_with("stop", _read_stop)
+    settings["stop"] = fields.take_with("stop", read_stop)
     settings["stop_token_ids"] = fields.take("stop_token_ids", list)
     settings["logit_bias"] = fields.take_with("logit_bias", _read_bias)
-    if (settings["n"] or 1) > MAX_SAMPLES:
-        raise fields.error("n", f"must be at most {MAX_SAMPLES}")
+    if (settings["n"] or 1) > max_samples:
+        raise fields.error("n", f"must be at most {max_samples}")
     if (settings["top_k"] or 0) < 0:  # vLLM's way to say: all
         settings["top_k"] = 0
+    if salt is not None:
+        settings["cache_salt"] = f"{salt}:{settings['cache_salt'] or ''}"
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _read_stop(value: Any) -> list[str]:
+def read_stop(value: Any) -> list[str]:
+    """Read strings that end an answer. Raises ValueError."""
     stops = [value] if isinstance(value, str) else value
     valid = isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)
     if not valid or len(stops) > _MAX_STOPS or any(len(stop) > _MAX_STOP_CHARACTERS for stop in stops):
@@ -62,12 +69,22 @@ def _read_bias(value: Any) -> dict[int, float]:
         raise ValueError("must have token ids as keys") from None
 
 
-def read_output_form(fields: Fields) -> dict[str, Any]:
+def read_top_logprobs(fields: Fields) -> int | None:
+    """Read how many of the likeliest tokens are wanted beside each one. Raises ApiError."""
+    top = fields.take("top_logprobs", int)
+    if top is not None and not 0 <= top <= _MAX_TOP_LOGPROBS:
+        raise fields.error("top_logprobs", f"must be between 0 and {_MAX_TOP_LOGPROBS}")
+    return top
+
+
+def read_output_form(fields: Fields, wanted: Fields | None = None) -> dict[str, Any]:
     """Read what the output has to look like: a JSON schema, a regex or a grammar, as `SamplingParams` takes it.
 
-    Raises ApiError.
+    wanted: the form as the dialect has it; of OpenAI's chat "response_format". Raises ApiError.
     """
-    form = _read_response_format(fields)
+    if wanted is None:
+        wanted = Fields(fields.take("response_format", dict, {"type": "text"}), "response_format")
+    form = _read_json_form(wanted)
     given = Fields(fields.take_any("structured_outputs") or {}, "structured_outputs")
     for name in ("json", "regex", "grammar"):
         value = given.take_any(name)
@@ -82,19 +99,16 @@ def read_output_form(fields: Fields) -> dict[str, Any]:
     return form
 
 
-def _read_response_format(fields: Fields) -> dict[str, Any]:
-    value = fields.take_any("response_format")
-    if value is None:
-        return {}
-    wanted = Fields(value, "response_format")
+def _read_json_form(wanted: Fields) -> dict[str, Any]:
     kind = wanted.take("type", str, "")
     if kind == "text":
         return {}
     if kind == "json_object":
         return {"json_schema": wanted.take("schema", dict, {"type": "object"})}
     if kind == "json_schema":
-        nested = Fields(wanted.take_any("json_schema"), "response_format.json_schema")
-        return {"json_schema": nested.take("schema", dict, {"type": "object"})}
+        is_flat = "schema" in wanted
+        holder = wanted if is_flat else Fields(wanted.take_any("json_schema"), wanted.path("json_schema"))
+        return {"json_schema": holder.take("schema", dict, {"type": "object"})}
     raise wanted.error("type", "must be text, json_object or json_schema")
 
 

@@ -16,7 +16,8 @@ from mlx_paged.outputs import RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.server.conversation import Messages, variants, without_tool_messages
-from mlx_paged.server.errors import ApiError, bad_request
+from mlx_paged.server.errors import ApiError, PromptRefused, bad_request
+from mlx_paged.server.event_stream import KEEPALIVE, EventStream
 from mlx_paged.server.metrics import Metrics
 from mlx_paged.server.sampling_fields import refusal
 
@@ -90,7 +91,7 @@ class Service:
         try:
             return await work
         except PromptTooLong as error:
-            raise bad_request(str(error), "messages", "context_length_exceeded") from None
+            raise PromptRefused(str(error), error.num_tokens, error.most) from None
         except (ValueError, TypeError) as error:
             raise refusal(error) from None
         except ImportError as error:
@@ -172,6 +173,16 @@ class Service:
         assert first_error is not None
         raise first_error
 
+    def stream(
+        self, events: AsyncGenerator[bytes, None], keepalive: Callable[[], bytes] = lambda: KEEPALIVE
+    ) -> EventStream:
+        """Make a response of events. Raises ApiError if too many requests wait: once it has begun, that comes late."""
+        try:
+            self.llm.require_room()
+        except QueueFull as error:
+            raise _too_many(error) from None
+        return EventStream(events, keepalive, self.options.keepalive_s)
+
     async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run a request. Yields its outputs. Raises ApiError if it is refused, or ends by an error."""
         num_tokens = 0
@@ -189,7 +200,7 @@ class Service:
                             raise ApiError(503, "the server is shutting down", retry_after=10)
                     yield output
         except QueueFull as error:
-            raise ApiError(429, str(error), code="queue_full", retry_after=1) from None
+            raise _too_many(error) from None
         except RuntimeError as error:
             LOG.error("the engine refuses: %s", error)
             raise ApiError(503, "the engine has ended", retry_after=30) from None
@@ -201,6 +212,10 @@ class Service:
         while self.llm.num_requests and time.monotonic() < end:
             await asyncio.sleep(0.05)
         await self.llm.aclose()
+
+
+def _too_many(error: QueueFull) -> ApiError:
+    return ApiError(429, str(error), code="queue_full", retry_after=1)
 
 
 def _knows_tools(tokenizer: Any) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 
 from mlx_paged.async_llm import AsyncLLM
+from mlx_paged.engine_thread import Inbox
 from mlx_paged.server.app import make_app
 from mlx_paged.server.guard import Access
 from mlx_paged.server.service import ServerOptions, Service
@@ -46,3 +50,48 @@ def wait_for(condition: Any, seconds: float = 20) -> None:
 def post(url: str, body: Any, **more: Any) -> httpx.Response:
     """POST a JSON object."""
     return httpx.post(url, json=body, timeout=30, **more)
+
+
+def events_of(url: str, body: Any) -> Iterator[dict[str, Any]]:
+    """Ask for a stream whose events have names. Yields their data, whose type is the name."""
+    with httpx.stream("POST", url, json=body | {"stream": True}, timeout=30) as response:
+        lines = response.iter_lines()
+        for line in lines:
+            assert line.startswith("event: "), line
+            data = json.loads(next(lines).removeprefix("data: "))
+            assert next(lines) == "" and data["type"] == line.removeprefix("event: ")
+            yield data
+
+
+@contextmanager
+def engine_held(llm: AsyncLLM) -> Iterator[threading.Event]:
+    """Keep the engine's thread from its next step. Yields what lets it go on once it is set."""
+    go_on = threading.Event()
+
+    def wait(_: Any) -> None:
+        go_on.wait(5)
+
+    async def send() -> None:
+        llm._thread.send(Inbox(), wait)
+
+    asyncio.run(send())
+    try:
+        yield go_on
+    finally:
+        go_on.set()
+
+
+def prompt_of(llm: AsyncLLM, ask: Callable[[], httpx.Response]) -> tuple[str, Any]:
+    """Ask for something. Returns what its conversation was written as, and the answer."""
+    prompts: list[list[int]] = []
+    encode = AsyncLLM.encode_chat
+
+    async def noted(self: AsyncLLM, *arguments: Any, **options: Any) -> list[int]:
+        prompts.append(await encode(self, *arguments, **options))
+        return prompts[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AsyncLLM, "encode_chat", noted)
+        answer = ask()
+    assert answer.status_code == 200, answer.text
+    return str(llm.tokenizer.decode(prompts[-1])), answer.json()

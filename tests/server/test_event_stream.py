@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from helpers.servers import post, serving, wait_for
+from helpers.servers import engine_held, post, serving, wait_for
 
 from mlx_paged.async_llm import AsyncLLM
 
@@ -47,20 +46,16 @@ def test_a_request_ends_when_its_client_goes(stream: bool, after: float, llm: As
 
 
 def test_a_silent_stream_is_kept_alive(llm: AsyncLLM) -> None:
-    hold = threading.Event()
-    with serving(llm, keepalive_s=0.05) as url:
-        # The engine's thread is kept from its next step.
-        from mlx_paged.engine_thread import Inbox
-
-        async def block() -> None:
-            llm._thread.send(Inbox(), lambda _: hold.wait(5) and None)
-
-        asyncio.run(block())
-        with httpx.stream("POST", url + CHAT, json={"messages": ENDLESS, "max_tokens": 2, "stream": True}) as response:
-            lines = response.iter_lines()
-            assert next(lines) == ": keepalive"
-            hold.set()
-            rest = list(lines)
+    body = {"messages": ENDLESS, "max_tokens": 2, "stream": True}
+    with (
+        serving(llm, keepalive_s=0.05) as url,
+        engine_held(llm) as go_on,
+        httpx.stream("POST", url + CHAT, json=body) as response,
+    ):
+        lines = response.iter_lines()
+        assert next(lines) == ": keepalive"
+        go_on.set()
+        rest = list(lines)
     assert rest[-2] == "data: [DONE]"
 
 
@@ -87,9 +82,10 @@ def test_more_than_may_wait_are_told_to_come_back(llm: AsyncLLM) -> None:
             with httpx.stream("POST", url + CHAT, json=body) as running:
                 lines = running.iter_lines()
                 next(lines)
-                refused = post(url + CHAT, {"messages": ENDLESS})
-                assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
-                assert refused.json()["error"]["code"] == "queue_full"
+                for stream in (False, True):
+                    refused = post(url + CHAT, {"messages": ENDLESS, "stream": stream})
+                    assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+                    assert refused.json()["error"]["code"] == "queue_full"
         finally:
             llm.max_waiting, llm._thread.max_num_seqs = None, most
 

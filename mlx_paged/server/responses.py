@@ -1,0 +1,171 @@
+"""OpenAI's responses: the answer as items of reasoning, text and function calls, whole or in numbered events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from mlx_paged.request import Request
+from mlx_paged.server.answer import Answer, respond
+from mlx_paged.server.answer_parts import Part
+from mlx_paged.server.errors import ApiError
+from mlx_paged.server.event_stream import event
+from mlx_paged.server.responses_fields import ResponseRequest
+from mlx_paged.server.service import Service
+
+Event = dict[str, Any]
+
+
+class ResponseAnswer(Answer):
+    """The answer to a request for a response. Nothing of it is stored."""
+
+    asked: ResponseRequest
+
+    def __init__(self, service: Service, asked: ResponseRequest, request: Request, request_id: str) -> None:
+        super().__init__(service, asked, request, request_id)
+        self._head = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time())}
+        self._status = "in_progress"
+        self._error: dict[str, Any] | None = None
+        self._output: list[dict[str, Any]] = []
+        self._open = ""  # the kind of part that the last item goes on with
+        self._written = ""
+        self._logprobs: list[dict[str, Any]] = []
+        self._num_events = 0
+
+    async def whole(self) -> dict[str, Any]:
+        """Wait for the whole response: what its events would make up. Raises ApiError."""
+        async with aclosing(self._answer()) as events:
+            async for _ in events:
+                pass
+        return self._response()
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The response as server-sent events. The first ones come before anything is computed."""
+        yield _write(self._about_response("created"))
+        yield self.keepalive()
+        try:
+            async with aclosing(self._answer()) as events:
+                async for each in events:
+                    yield _write(each)
+        except ApiError as error:
+            code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+            self._status, self._error = "failed", {"code": code, "message": error.message}
+            yield _write(self._about_response("failed"))
+
+    def keepalive(self) -> bytes:
+        """What is sent when nothing else came for a while: an event, since there are clients that count no comments."""
+        return _write(self._about_response("in_progress"))
+
+    async def _answer(self) -> AsyncGenerator[Event, None]:
+        async with aclosing(self.parts()) as parts:
+            async for part in parts:
+                for each in self._add(part):
+                    yield each
+        status = "incomplete" if self.samples[0].finish_reason == "length" else "completed"
+        for each in self._close(status):
+            yield each
+        self._status = status
+        yield self._about_response(status)
+
+    def _add(self, part: Part) -> Iterator[Event]:
+        if part.kind != self._open or part.name:
+            yield from self._close("completed")
+            yield from self._begin(part)
+        self._written += part.text
+        if part.kind == "text":
+            logprobs = self.take_logprobs(self.samples[0]) or []
+            self._logprobs += logprobs
+            yield self._about_part("output_text.delta", delta=part.text, logprobs=logprobs)
+        elif part.kind == "thinking":
+            yield self._about_part("reasoning_text.delta", delta=part.text)
+        else:
+            yield self._about_item("function_call_arguments.delta", delta=part.text)
+
+    def _begin(self, part: Part) -> Iterator[Event]:
+        self._open, self._written, self._logprobs = part.kind, "", []
+        if part.kind == "text":
+            item = _item("message", "msg", role="assistant", content=[])
+        elif part.kind == "thinking":
+            item = _item("reasoning", "rs", summary=[], content=[])
+        else:
+            call_id = f"call_{uuid.uuid4().hex[:24]}"
+            item = _item("function_call", "fc", call_id=call_id, arguments="", **self.asked.called(part.name))
+        self._output.append(item)
+        yield self._event("output_item.added", output_index=len(self._output) - 1, item=dict(item))
+        if part.kind == "text":
+            yield self._about_part("content_part.added", part=self._text_part())
+
+    def _close(self, status: str) -> Iterator[Event]:
+        """End the last item, if it is not ended."""
+        kind, self._open, text = self._open, "", self._written
+        if not kind:
+            return
+        item = self._output[-1]
+        item["status"] = status
+        if kind == "text":
+            self._logprobs += self.take_logprobs(self.samples[0]) or []
+            item["content"] = [self._text_part()]
+            yield self._about_part("output_text.done", text=text, logprobs=self._logprobs)
+            yield self._about_part("content_part.done", part=item["content"][0])
+        elif kind == "thinking":
+            item["content"] = [{"type": "reasoning_text", "text": text}]
+            yield self._about_part("reasoning_text.done", text=text)
+        else:
+            item["arguments"] = text
+            yield self._about_item("function_call_arguments.done", arguments=text, name=item["name"])
+        yield self._event("output_item.done", output_index=len(self._output) - 1, item=item)
+
+    def _text_part(self) -> dict[str, Any]:
+        return {"type": "output_text", "text": self._written, "annotations": [], "logprobs": self._logprobs}
+
+    def _event(self, kind: str, **fields: Any) -> Event:
+        number, self._num_events = self._num_events, self._num_events + 1
+        return {"type": f"response.{kind}", "sequence_number": number, **fields}
+
+    def _about_item(self, kind: str, **fields: Any) -> Event:
+        return self._event(kind, item_id=self._output[-1]["id"], output_index=len(self._output) - 1, **fields)
+
+    def _about_part(self, kind: str, **fields: Any) -> Event:
+        return self._about_item(kind, content_index=0, **fields)
+
+    def _about_response(self, kind: str) -> Event:
+        return self._event(kind, response=self._response())
+
+    def _response(self) -> dict[str, Any]:
+        is_cut, has_ended = self._status == "incomplete", self._status in ("completed", "incomplete")
+        return self._head | self.asked.echoed | {
+            "model": self.asked.model,
+            "status": self._status,
+            "error": self._error,
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "output": self._output,
+            "usage": self._usage() if has_ended else None,
+        }  # fmt: skip
+
+    def _usage(self) -> dict[str, Any]:
+        return {
+            "input_tokens": self.num_prompt,
+            "input_tokens_details": {"cached_tokens": self.num_cached, "cache_write_tokens": 0},
+            "output_tokens": self.num_output,
+            "output_tokens_details": {"reasoning_tokens": self.num_thinking},
+            "total_tokens": self.num_prompt + self.num_output,
+        }
+
+
+def _item(kind: str, prefix: str, **fields: Any) -> dict[str, Any]:
+    return {"type": kind, "id": f"{prefix}_{uuid.uuid4().hex}", "status": "in_progress", **fields}
+
+
+def _write(each: Event) -> bytes:
+    return event(each, each["type"])
+
+
+async def responses(service: Service, body: dict[str, Any], state: dict[str, Any]) -> ASGIApp:
+    """Answer POST /v1/responses. Raises ApiError."""
+    asked = ResponseRequest.read(service, body, state.get("cache_salt"))
+    return await respond(service, asked, state, ResponseAnswer)
