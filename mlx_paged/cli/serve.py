@@ -19,6 +19,8 @@ from mlx_paged.cli.loading import loading
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal
 from mlx_paged.config import parse_memory
 
+LOG = logging.getLogger("mlx_paged.server")
+
 KEY_VARIABLE = "MLX_PAGED_API_KEY"
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -63,6 +65,8 @@ serve_options: options.Option = options.options(
                  help="Other names of this server in requests' Host header. Repeatable."),
     click.option("--default-max-tokens", type=click.IntRange(1), metavar="N",
                  help="Of an answer whose client does not say. Default: what fits; of completions 16."),
+    click.option("--max-thinking-tokens", type=click.IntRange(0), metavar="N",
+                 help="Most that an answer thinks, of models that mark it. Default: as clients say."),
     options.flag("--log-prompts", help="Let the log have what clients write."),
     click.option("--log-level", type=click.Choice(LEVELS), default="info", help="Default: info."),
 )  # fmt: skip
@@ -83,6 +87,7 @@ def serve_model(
     origins: Sequence[str],
     hosts: Sequence[str],
     default_max_tokens: int | None,
+    max_thinking_tokens: int | None,
     log_prompts: bool,
     log_level: str,
 ) -> int:
@@ -102,6 +107,7 @@ def serve_model(
         from mlx_paged.server.lifetime import Ending, serve
     except ImportError as error:
         raise ImportError(f"serve needs {error.name}: pip install 'mlx-paged[server]'") from None
+    from mlx_paged.server.answer_parts import require_readable
     from mlx_paged.server.guard import LOOPBACK, Access
     from mlx_paged.server.service import ServerOptions
 
@@ -117,10 +123,13 @@ def serve_model(
 
             llm = AsyncLLM(model, **engine)
         with closing(llm):
+            require_readable(llm.tokenizer)
+            _log_abilities(llm.tokenizer, max_thinking_tokens)
             llm.max_waiting = max_waiting
             served = ServerOptions(
                 called,
                 default_max_tokens=default_max_tokens,
+                max_thinking_tokens=max_thinking_tokens,
                 max_body=body_size,
                 drain_timeout_s=drain_timeout,
                 log_prompts=log_prompts,
@@ -134,6 +143,14 @@ def serve_model(
     if ending is Ending.BROKEN:
         terminal.failure("the engine broke: see the log")
     return {Ending.DRAINED: 0, Ending.CUT: INTERRUPTED, Ending.BROKEN: 1}[ending]
+
+
+def _log_abilities(tokenizer: Any, max_thinking_tokens: int | None) -> None:
+    """Log what clients and options may ask of this model in vain."""
+    if not tokenizer.has_tool_calling:
+        LOG.info("how this model calls tools is not known: unless tool_choice asks for a call, its calls are text")
+    if max_thinking_tokens is not None and not tokenizer.has_thinking:
+        LOG.warning("--max-thinking-tokens changes nothing: this model does not mark its thinking")
 
 
 def _read_keys(path: Path | None) -> tuple[bytes, ...]:

@@ -54,12 +54,11 @@ class AnswerParts:
         tools: Sequence[dict[str, Any]],
         *,
         is_thinking: bool = False,
-        parallel: bool = True,
         is_plain_call: bool = False,
     ) -> None:
         """tools: as chat templates take them; with none, calls are text. is_thinking: the prompt has begun to think.
 
-        parallel: hand out more than one call. is_plain_call: all of the answer is one call, JSON without markers.
+        is_plain_call: all of the answer is one call, JSON without markers.
         """
         self._tools = list(tools)
         self._parser = tokenizer.tool_parser if tools and tokenizer.has_tool_calling else None
@@ -84,8 +83,6 @@ class AnswerParts:
         self._call = WrittenCall()
         self._spaces = self._call_spaces = ""  # at the text's end: they are dropped if a call follows
         self._after_marker = is_thinking
-        self._max_calls = None if parallel else 1
-        self._is_handed_out = False  # the last call
         self.num_calls = 0
         """How many have been handed out."""
 
@@ -145,22 +142,18 @@ class AnswerParts:
         if call.name is None:
             return []
         if not was_named:
-            return self._hand_out([Part("call", arguments, call.name)])
-        return [Part("call", arguments)] if arguments and self._is_handed_out else []
-
-    def _hand_out(self, calls: list[Part]) -> list[Part]:
-        calls = calls if self._max_calls is None else calls[: self._max_calls - self.num_calls]
-        self._is_handed_out = bool(calls)
-        self.num_calls += len(calls)
-        return calls
+            self.num_calls += 1
+            return [Part("call", arguments, call.name)]
+        return [Part("call", arguments)] if arguments else []
 
     def _end_call(self, *, is_whole: bool) -> list[Part]:
         call, self._call = self._call, WrittenCall()
         if call.name is not None:
             return [Part("text", call.leftover)] if call.leftover else []
         calls = list(self._parse(call.text)) if is_whole else []
+        self.num_calls += len(calls)
         if calls:
-            return self._hand_out(calls)
+            return calls
         start = self._call_start.removesuffix(self._call_head)
         return [Part("text", self._call_spaces + start + call.text + (self._call_end if is_whole else ""))]
 
@@ -186,6 +179,16 @@ def _arguments(arguments: Any) -> str:
         return json.dumps(arguments, ensure_ascii=False)
     json.loads(arguments)
     return arguments
+
+
+def require_readable(tokenizer: Any) -> None:
+    """Raise ValueError for a model whose answers can't be taken apart."""
+    vocab = tokenizer.get_vocab()
+    if "<|channel|>" in vocab and "<|message|>" in vocab:
+        raise ValueError(
+            "this model writes in channels (harmony, as gpt-oss does), which serve can't take apart: "
+            "use generate, chat or Python, or serve another model"
+        )
 
 
 def count_thinking(tokenizer: Any, token_ids: Sequence[int], *, is_thinking: bool) -> int:

@@ -39,7 +39,9 @@ def accepts(compiler: GrammarCompiler, tokenizer: Any, text: str, **grammar: Any
         return False
 
 
-def walk(matcher: GrammarMatcher | ThinkingMatcher, seed: int, ends: Collection[int] = (END,), most_tokens: int = 3000) -> list[int]:
+def walk(
+    matcher: GrammarMatcher | ThinkingMatcher, seed: int, ends: Collection[int] = (END,), most_tokens: int = 3000
+) -> list[int]:
     """A random way through a grammar: tokens chosen uniformly among those allowed, without the end token."""
     chance = random.Random(seed)
     tokens: list[int] = []

@@ -61,7 +61,9 @@ def test_when_the_budget_is_used_up_only_the_closing_marker_may_come_and_then_an
 def test_thinking_that_ends_by_itself_leaves_its_rest_to_later_thinking(thinker: Any) -> None:
     following = matcher(thinker, HEAD, 3)
     again = [*thinker.think_start_tokens, *encode(thinker, "c")]
-    advance(following, [*thinker.think_start_tokens, *encode(thinker, "ab"), *closing(thinker), *encode(thinker, "xyz")])
+    advance(
+        following, [*thinker.think_start_tokens, *encode(thinker, "ab"), *closing(thinker), *encode(thinker, "xyz")]
+    )
     assert ids(advance(following, again).mask()) == closing(thinker)
 
 
@@ -74,7 +76,9 @@ def test_with_no_budget_thinking_is_closed_where_it_begins(thinker: Any) -> None
 def test_a_grammar_holds_behind_thinking_and_an_answer_can_not_end_before_it(thinker: Any) -> None:
     following = matcher(thinker, HEAD, 100, "[ab]{4}")
     start = set(thinker.think_start_tokens)
-    assert start < set(ids(following.mask())) and start.isdisjoint(ids(advance(following.copy(), encode(thinker, "a")).mask()))
+    assert start < set(ids(following.mask())) and start.isdisjoint(
+        ids(advance(following.copy(), encode(thinker, "a")).mask())
+    )
     advance(following, [*start, *encode(thinker, "free x")])
     assert set(thinker.eos_token_ids).isdisjoint(ids(following.mask()))
     advance(following, [*closing(thinker), *encode(thinker, "\n\n")])
@@ -99,7 +103,16 @@ def test_markers_may_be_several_tokens(thinker: Any) -> None:
     for token_id in wrapped._think_end_tokens:
         assert ids(following.mask()) == [token_id]
         following.advance(token_id)
-    assert set(map(thinker.decode, map(lambda i: [i], ids(following.mask())))) <= {"a", "b", "ab", "ba", "\n", "\n\n", "aa", "bb"}
+    assert set(map(thinker.decode, map(lambda i: [i], ids(following.mask())))) <= {
+        "a",
+        "b",
+        "ab",
+        "ba",
+        "\n",
+        "\n\n",
+        "aa",
+        "bb",
+    }
 
 
 def test_a_marker_that_a_message_quotes_begins_no_thinking(thinker: Any) -> None:
