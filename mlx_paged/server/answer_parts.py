@@ -77,7 +77,7 @@ class AnswerParts:
                 edges["thinking"].append((self._call_start, "call"))
             if self._call_end:
                 edges["call"].append((self._call_end, "text"))
-        machine = TextStateMachine({kind: to for kind, to in edges.items() if to})
+        machine = TextStateMachine(edges)
         self._state = machine.make_state("thinking" if is_thinking else "text")
         self._kind: str = self._state[0]
         self._call = WrittenCall()
@@ -126,7 +126,8 @@ class AnswerParts:
 
     def _pass_marker(self, to: str) -> list[Part]:
         parts = self._end_call(is_whole=True) if self._kind == "call" else []
-        self._call_spaces, self._spaces, self._after_marker = self._spaces, "", True
+        self._call_spaces, self._spaces = self._spaces, ""
+        self._after_marker = not (parts and parts[-1].kind == "text")  # spaces behind what was no call are the text's
         if to == "call":
             self._call = WrittenCall()
             parts += self._add_to_call(self._call_head)

@@ -15,6 +15,10 @@ Tools = Sequence[dict[str, Any]]
 _SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as models write calls
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 _JSON_TYPES = ("integer", "number", "boolean", "object", "array")
+_VALUE_END = "\n</parameter>\n"
+# Any text and the end of its value. A terminal never gives back what it has taken, so the end is part of it, and after
+# the end it can't go on.
+_TEXT = r"TEXT: /(.|\n)*\n<\/parameter>\n/ & ~/(.|\n)*<\/parameter>(.|\n)(.|\n)+/ & ~/(.|\n)*<\/tool_call>(.|\n)*/"
 _DEFINITIONS = ("$defs", "definitions")
 
 
@@ -92,24 +96,26 @@ def _xml_call(function: dict[str, Any], index: int, rules: list[str]) -> str:
     properties, required = schema.get("properties"), schema.get("required")
     written = [_quoted(f"<function={function['name']}>\n")]
     for i, (name, each) in enumerate(properties.items() if isinstance(properties, dict) else ()):
-        rule = f"value_{index}_{i}"
-        rules.append(f"{rule}: {_xml_value(each, schema, bool(function.get('strict')))}")
-        parameter = f"{_quoted(f'<parameter={name}>' + chr(10))} {rule} {_quoted(chr(10) + '</parameter>' + chr(10))}"
+        value = _xml_value(each, schema, bool(function.get("strict")))
+        if value is not None:
+            rules.append(f"value_{index}_{i}: {value}")
+        end = "TEXT" if value is None else f"value_{index}_{i} {_quoted(_VALUE_END)}"
+        parameter = f"{_quoted(f'<parameter={name}>{chr(10)}')} {end}"
         is_required = isinstance(required, list) and name in required
         written.append(parameter if is_required else f"({parameter})?")
-    if "TEXT: " not in "".join(rules):
-        rules.append(r"TEXT: /(.|\n)*/ & ~/(.|\n)*<\/(parameter|tool_call)>(.|\n)*/")
+    if _TEXT not in rules:
+        rules.append(_TEXT)
     return " ".join([*written, '"</function>"'])
 
 
-def _xml_value(schema: Any, parameters: dict[str, Any], strict: bool) -> str:
-    """What may stand for a value: text as it is, JSON for what is no text."""
+def _xml_value(schema: Any, parameters: dict[str, Any], strict: bool) -> str | None:
+    """What may stand for a value: JSON for what is no text; None for any text."""
     if not isinstance(schema, dict):
-        return "TEXT"
+        return None
     if schema.get("type") in _JSON_TYPES:
         definitions = {name: parameters[name] for name in _DEFINITIONS if name in parameters}
         return _json(definitions | schema, strict=strict)
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
         return " | ".join(map(_quoted, values))
-    return "TEXT"
+    return None
