@@ -135,6 +135,7 @@ def serve_model(
                 log_prompts=log_prompts,
             )
             access = Access((*LOOPBACK, host, *hosts), tuple(origins), keys)
+            listener.listen()  # a client may come as soon as it reads that it can
             if not terminal.quiet:
                 key = "the key" if keys else "any"
                 terminal.answer(f"{called[0]} is served at {url}/v1; {llm.memory}\n")

@@ -11,7 +11,6 @@ import numpy as np
 
 from mlx_paged.sampling.grammar import GrammarMatcher
 
-
 _MAX_NEWLINES = 2  # tokens of them, between thinking and what follows a grammar
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -71,7 +72,7 @@ def test_the_parts_of_an_answer_do_not_depend_on_its_pieces(
     text: str, cuts: list[int], is_thinking: bool, cut: bool, parser: Any, is_plain_call: bool
 ) -> None:
     places = [0, *sorted(place for place in cuts if place < len(text)), len(text)]
-    pieces = [text[begin:end] for begin, end in zip(places, places[1:], strict=False)]
+    pieces = [text[begin:end] for begin, end in itertools.pairwise(places)]
     options = {"parser": parser, "is_thinking": is_thinking, "is_plain_call": is_plain_call, "cut": cut}
     assert whole(*pieces, **options) == whole(text, **options) == whole(*text, **options)
 

@@ -207,7 +207,8 @@ def plain_url(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = make_scripted_model(tmp_path_factory.mktemp("plain"))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["chat_template"] = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     llm = AsyncLLM(folder, num_kv_blocks=200)
