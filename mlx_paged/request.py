@@ -27,7 +27,7 @@ class Sequence:
     text_stream: Any = None
     """A TextStream, where there is a tokenizer."""
     matcher: Any = None
-    """A GrammarMatcher, where the output must follow a grammar."""
+    """A GrammarMatcher or a ThinkingMatcher, where not every token may come next."""
     beam_candidates: Any = None
     """Of a beam: token ids and log-probabilities to go on with, until its siblings have theirs."""
     finish_reason: str | None = None
@@ -82,7 +82,7 @@ class Request:
     metrics: RequestMetrics
     search: BeamSearch | None = None
     matcher: Any = None
-    """The state from which its sequences start, where the output must follow a grammar."""
+    """The state from which those of its sequences start."""
     sequences: list[Sequence] = field(default_factory=list)
     """Of a beam search those that are kept, best first."""
     num_sequences_made: int = 0

@@ -91,6 +91,9 @@ class SamplingParams(_RequestParams):
     """Regular expression of the output, in Rust's syntax."""
     grammar: str | None = None
     """Grammar of the output, in Lark's syntax."""
+    max_thinking_tokens: int | None = None
+    """Most tokens of thinking, after which its closing marker is forced; `json_schema`, `regex` or `grammar` hold for
+    what comes behind it. None: thinking is text like other text. The model's tokenizer has to have the markers."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text. The token that ends an output is never in it."""
 
@@ -118,6 +121,7 @@ class SamplingParams(_RequestParams):
         self._take("regex", _text, text)
         self._take("grammar", _text, text)
         self._take("json_schema", _schema, "a JSON schema: an object, or its text")
+        self._take("max_thinking_tokens", _count(0), "a whole number of at least 0")
 
     @property
     def is_greedy(self) -> bool:

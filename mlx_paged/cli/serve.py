@@ -22,6 +22,8 @@ from mlx_paged.config import parse_memory
 if TYPE_CHECKING:
     from mlx_paged.async_llm import AsyncLLM
 
+LOG = logging.getLogger("mlx_paged.server")
+
 KEY_VARIABLE = "MLX_PAGED_API_KEY"
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -68,6 +70,8 @@ serve_options: options.Option = options.options(
                  help="Other names of this server in requests' Host header. Repeatable."),
     click.option("--default-max-tokens", type=click.IntRange(1), metavar="N",
                  help="Of an answer whose client does not say. Default: what fits; of completions 16."),
+    click.option("--max-thinking-tokens", type=click.IntRange(0), metavar="N",
+                 help="Most that an answer thinks, of models that mark it. Default: as clients say."),
     options.flag("--log-prompts", help="Let the log have what clients write."),
     click.option("--log-level", type=click.Choice(LEVELS), default="info", help="Default: info."),
 )  # fmt: skip
@@ -89,6 +93,7 @@ def serve_model(
     origins: Sequence[str],
     hosts: Sequence[str],
     default_max_tokens: int | None,
+    max_thinking_tokens: int | None,
     log_prompts: bool,
     log_level: str,
 ) -> int:
@@ -111,6 +116,7 @@ def serve_model(
     with loading(terminal):
         find_model(model)
     from mlx_paged import AsyncLLM  # before whatever else imports mlx: it sees to MLX's BLAS
+    from mlx_paged.server.answer_parts import require_readable
     from mlx_paged.server.guard import LOOPBACK, Access
     from mlx_paged.server.lifetime import Ending, serve
     from mlx_paged.server.service import ServerOptions
@@ -122,6 +128,7 @@ def serve_model(
     served = ServerOptions(
         called,
         default_max_tokens=default_max_tokens,
+        max_thinking_tokens=max_thinking_tokens,
         max_body=body_size,
         drain_timeout_s=drain_timeout,
         idle_unload_s=idle_unload,
@@ -139,6 +146,12 @@ def serve_model(
 
         with loading(terminal):
             llm = load()
+        try:
+            require_readable(llm.tokenizer)
+        except ValueError:
+            llm.close()
+            raise
+        _log_abilities(llm.tokenizer, max_thinking_tokens)
 
         def say_ready() -> None:
             if not terminal.quiet:
@@ -150,6 +163,14 @@ def serve_model(
     if ending is Ending.BROKEN:
         terminal.failure("the engine broke: see the log")
     return {Ending.DRAINED: 0, Ending.CUT: INTERRUPTED, Ending.BROKEN: 1}[ending]
+
+
+def _log_abilities(tokenizer: Any, max_thinking_tokens: int | None) -> None:
+    """Log what clients and options may ask of this model in vain."""
+    if not tokenizer.has_tool_calling:
+        LOG.info("how this model calls tools is not known: unless tool_choice asks for a call, its calls are text")
+    if max_thinking_tokens is not None and not tokenizer.has_thinking:
+        LOG.warning("--max-thinking-tokens changes nothing: this model does not mark its thinking")
 
 
 def _read_keys(path: Path | None) -> tuple[bytes, ...]:

@@ -15,6 +15,7 @@ from mlx_paged.outputs import RequestMetrics
 from mlx_paged.request import Request
 from mlx_paged.sampling.beam_search import BeamSearch
 from mlx_paged.sampling.grammar import GrammarCompiler
+from mlx_paged.sampling.thinking import ThinkingMatcher
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams, as_int, as_list, is_text
 
 
@@ -78,7 +79,7 @@ class InputProcessor:
             stream=stream,
             metrics=RequestMetrics(time.monotonic()),
             search=self._beam_search(params, max_tokens),
-            matcher=self._grammar_matcher(params),
+            matcher=self._matcher(params, token_ids),
             in_waves=not beams and width > self._config.max_num_seqs,
         )
 
@@ -96,10 +97,18 @@ class InputProcessor:
             text_stream = TextStream.of(self.detokenizer, params)
         return BeamSearch(params, max_tokens, self.eos_token_ids, text_stream)
 
-    def _grammar_matcher(self, params: SamplingParams | BeamSearchParams) -> Any:
-        if isinstance(params, SamplingParams) and params.is_constrained:
-            return self._grammars.matcher(params)
-        return None
+    def _matcher(self, params: SamplingParams | BeamSearchParams, token_ids: list[int]) -> Any:
+        """What says which tokens may come next: a GrammarMatcher, a ThinkingMatcher, or None where any may."""
+        if not isinstance(params, SamplingParams):
+            return None
+        grammar = self._grammars.matcher(params) if params.is_constrained else None
+        if params.max_thinking_tokens is None:
+            return grammar
+        if not getattr(self._tokenizer, "has_thinking", False):
+            raise ValueError("max_thinking_tokens needs a model that marks its thinking, and this one does not")
+        with self._tokenizer_lock:
+            budget = params.max_thinking_tokens
+            return ThinkingMatcher(self._tokenizer, token_ids, self._vocab_size, budget, grammar)
 
     def _encode(self, prompt: str | SequenceOf[int]) -> list[int]:
         if isinstance(prompt, str):

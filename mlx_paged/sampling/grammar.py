@@ -115,6 +115,11 @@ class GrammarMatcher:
         self._update()
         return not self._can_go_on
 
+    def begin_within_text(self) -> None:
+        """Say that there is text before this grammar's: no space is lost at its start."""
+        if self._after_space is not None:
+            self._after_space, self._is_current = None, False
+
     def copy(self) -> "GrammarMatcher":
         """Make a matcher that is as far in its grammar and goes on by itself."""
         after_space = None if self._after_space is None else self._after_space.deep_copy()

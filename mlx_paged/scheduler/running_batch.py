@@ -10,7 +10,6 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from mlx_paged.request import Sequence
-from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.scheduler.block_tables import BlockTables
 
 
@@ -48,6 +47,7 @@ class RunningBatch:
     will_fork: np.ndarray
     """Other samples will be forked from it once its prompt is computed."""
     has_grammar: np.ndarray
+    """It has a matcher, which says which tokens may come next."""
 
     def __init__(self, num_rows: int, num_groups: int, max_blocks: int, block_size: int) -> None:
         self.block_size = block_size
@@ -82,7 +82,7 @@ class RunningBatch:
         self.is_beam[row] = request.search is not None
         self.is_prefilling[row] = num_computed < sequence.num_target_tokens
         self.will_fork[row] = not request.is_forked
-        self.has_grammar[row] = isinstance(request.params, SamplingParams) and request.params.is_constrained
+        self.has_grammar[row] = sequence.matcher is not None
         self.recount(sequence)
         self._added.append(sequence)
 

@@ -14,11 +14,14 @@ from starlette.types import ASGIApp
 from mlx_paged.outputs import CompletionOutput, RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import SamplingParams
+from mlx_paged.server.answer_form import with_form
 from mlx_paged.server.answer_parts import AnswerParts, Part, count_thinking, starts_thinking
-from mlx_paged.server.conversation import Messages
+from mlx_paged.server.conversation import Messages, with_tools
+from mlx_paged.server.errors import ApiError, bad_request
 from mlx_paged.server.event_stream import KEEPALIVE
-from mlx_paged.server.service import Service
+from mlx_paged.server.service import Service, knows_tools
 from mlx_paged.server.token_logprobs import chat_logprobs
+from mlx_paged.server.tool_grammar import calls_are_plain
 
 
 @dataclass
@@ -33,6 +36,8 @@ class Asked:
     stream: bool
     template: dict[str, Any]
     """Arguments of the chat template."""
+    tool_choice: str | None = field(default=None, kw_only=True)
+    """"required", or the name of the tool that has to be called; None: none has to."""
 
 
 @dataclass
@@ -86,9 +91,10 @@ class Answer(ABC):
         self._request = request
         self._tokenizer = tokenizer = service.tokenizer
         thinks = starts_thinking(tokenizer, request.prompt_token_ids)
+        is_plain = asked.tool_choice is not None and calls_are_plain(tokenizer)
         self.samples = [
             Sample(
-                AnswerParts(tokenizer, asked.tools, is_thinking=thinks),
+                AnswerParts(tokenizer, asked.tools, is_thinking=thinks, is_plain_call=is_plain),
                 thinks,
                 tokenizer.eos_token_ids,
                 asked.parallel_calls,
@@ -143,6 +149,29 @@ class Answer(ABC):
         )
 
 
+async def _prepare(service: Service, asked: Asked) -> Request:
+    messages, choice = asked.messages, asked.tool_choice
+    params = with_form(
+        asked.params,
+        service.tokenizer,
+        asked.tools,
+        choice,
+        parallel=asked.parallel_calls,
+        max_thinking_tokens=service.options.max_thinking_tokens,
+        max_model_len=service.llm.max_model_len,
+    )
+    if choice is not None and not knows_tools(service.tokenizer):
+        messages = with_tools(messages, asked.tools)
+    try:
+        return await service.prepare_chat(
+            messages, params, tools=asked.tools, template=asked.template, stream=asked.stream
+        )
+    except ApiError as error:
+        if error.param != "grammar" or params.grammar == asked.params.grammar:
+            raise
+        raise bad_request(error.message.replace("grammar", "what the tools take", 1), param="tools") from None
+
+
 async def respond(
     service: Service,
     asked: Asked,
@@ -150,9 +179,7 @@ async def respond(
     make: Callable[[Service, Any, Request, str], Answer],
 ) -> ASGIApp:
     """Make the response to what is asked, in the dialect of the answer that `make` returns. Raises ApiError."""
-    request = await service.prepare_chat(
-        asked.messages, asked.params, tools=asked.tools, template=asked.template, stream=asked.stream
-    )
+    request = await _prepare(service, asked)
     state["notes"]["prompt_tokens"] = len(request.prompt_token_ids)
     answer = make(service, asked, request, state["request_id"])
     if asked.stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,8 @@ from starlette.types import ASGIApp
 from mlx_paged.outputs import CompletionOutput, RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.server.answer import Answer, Asked, Sample, respond
-from mlx_paged.server.answer_parts import Part
-from mlx_paged.server.body import Fields
+from mlx_paged.server.answer_parts import Part, join_parts
+from mlx_paged.server.body import Fields, show
 from mlx_paged.server.conversation import read_messages
 from mlx_paged.server.errors import ApiError, bad_request
 from mlx_paged.server.event_stream import event
@@ -65,6 +65,7 @@ class ChatRequest(Asked):
             messages=messages,
             params=make_params(settings, _NAMES),
             tools=tools,
+            tool_choice=read_tool_choice(fields, tools),
             parallel_calls=fields.take("parallel_tool_calls", bool, True),
             stream=fields.take("stream", bool, False),
             include_usage=options.take("include_usage", bool, False),
@@ -85,10 +86,24 @@ def read_tools(fields: Fields) -> list[dict[str, Any]]:
         if not function.take("name", str):
             raise function.error("name", "must be text that is not empty")
         tools.append(dict(tool))
+    return [] if fields.take_any("tool_choice") == "none" else tools
+
+
+def read_tool_choice(fields: Fields, tools: Sequence[dict[str, Any]]) -> str | None:
+    """Read what has to be called, as `Asked.tool_choice` has it. Raises ApiError."""
     choice = fields.take_any("tool_choice") or "auto"
     if choice in ("auto", "none"):
-        return tools if choice == "auto" else []
-    raise fields.error("tool_choice", 'must be "auto" or "none"')
+        return None
+    if choice == "required":
+        if not tools:
+            raise fields.error("tool_choice", "needs tools")
+        return "required"
+    if not isinstance(choice, dict) or choice.get("type") != "function":
+        raise fields.error("tool_choice", 'must be "auto", "none", "required" or a function')
+    name = Fields(choice.get("function"), "tool_choice.function").take("name", str, "")
+    if name not in [tool["function"]["name"] for tool in tools]:
+        raise fields.error("tool_choice", f"{show(name)} is none of the tools")
+    return name
 
 
 def read_template(fields: Fields) -> dict[str, Any]:
@@ -126,7 +141,7 @@ class ChatAnswer(Answer):
 
     def _whole_choice(self, output: CompletionOutput) -> dict[str, Any]:
         sample = self.samples[output.index]
-        parts = sample.take(output)
+        parts = join_parts(sample.take(output))
         texts = {kind: "".join(part.text for part in parts if part.kind == kind) for kind in ("text", "thinking")}
         calls = [_call(part) for part in parts if part.kind == "call"]
         message: dict[str, Any] = {
@@ -177,11 +192,13 @@ class ChatAnswer(Answer):
             return [{"content": part.text}]
         if part.kind == "thinking":
             return [{"reasoning_content": part.text}]
-        call, index = _call(part), self._num_calls[sample]
-        self._num_calls[sample] += 1
-        arguments = call["function"].pop("arguments")
-        first = call | {"index": index, "function": call["function"] | {"arguments": ""}}
-        return [{"tool_calls": [first]}, {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}]
+        self._num_calls[sample] += bool(part.name)
+        index = self._num_calls[sample] - 1
+        arguments = [{"tool_calls": [{"index": index, "function": {"arguments": part.text}}]}]
+        if not part.name:
+            return arguments
+        call = _call(part._replace(text=""))
+        return [{"tool_calls": [call | {"index": index}]}, *(arguments if part.text else [])]
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         usage = {"usage": None} if self.asked.include_usage else {}

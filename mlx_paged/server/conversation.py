@@ -110,6 +110,15 @@ def _join_neighbours(messages: Messages) -> Messages:
     return joined
 
 
+def with_tools(messages: Messages, tools: Sequence[dict[str, Any]]) -> Messages:
+    """Write what may be called into the system message, for a template that knows nothing of it."""
+    functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    text = f'Answer with a call of one of these functions, as {{"name": .., "arguments": {{..}}}}:\n{functions}'
+    if messages[0]["role"] == "system":
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
 def without_tool_messages(messages: Messages) -> Messages:
     """Write calls and their results into the text, for a template that knows neither."""
     written: Messages = []

@@ -21,6 +21,7 @@ _PLAIN = {
     "frequency_penalty": float,
     "seed": int,
     "ignore_eos": bool,
+    "max_thinking_tokens": int,
     "skip_special_tokens": bool,
     "priority": int,
     "cache_salt": str,

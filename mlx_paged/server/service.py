@@ -34,6 +34,8 @@ class ServerOptions:
     """Names of the model; the first one is its id."""
     default_max_tokens: int | None = None
     """Of an answer whose client does not say; None: what fits."""
+    max_thinking_tokens: int | None = None
+    """Most tokens of thinking in an answer; None: any number, unless its client says."""
     max_body: int = 32 << 20
     """Bytes of a request."""
     body_timeout_s: float = 30.0
@@ -161,7 +163,7 @@ class Service:
         self, messages: Messages, tools: Sequence[dict[str, Any]], template: dict[str, Any]
     ) -> list[int]:
         """Write a conversation as the chat template has it, or as near as it comes. Raises ApiError."""
-        if not _knows_tools(self.tokenizer):
+        if not knows_tools(self.tokenizer):
             messages = without_tool_messages(messages)
         first_error: ApiError | None = None
         for variant in variants(messages):
@@ -218,7 +220,7 @@ def _too_many(error: QueueFull) -> ApiError:
     return ApiError(429, str(error), code="queue_full", retry_after=1)
 
 
-def _knows_tools(tokenizer: Any) -> bool:
+def knows_tools(tokenizer: Any) -> bool:
     """Whether the chat template says anything about tool calls; one that is code does."""
     template = getattr(tokenizer, "chat_template", None)
     return not isinstance(template, str) or "tool" in template

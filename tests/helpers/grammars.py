@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_paged import SamplingParams
 from mlx_paged.sampling.grammar import GrammarCompiler, GrammarMatcher
+from mlx_paged.sampling.thinking import ThinkingMatcher
 
 END, OTHER_END = 4, 0  # <|end|> and <|endoftext|> of the demo tokenizer
 VOCAB_SIZE = 1600
@@ -38,7 +39,9 @@ def accepts(compiler: GrammarCompiler, tokenizer: Any, text: str, **grammar: Any
         return False
 
 
-def walk(matcher: GrammarMatcher, seed: int, ends: Collection[int] = (END,), most_tokens: int = 3000) -> list[int]:
+def walk(
+    matcher: GrammarMatcher | ThinkingMatcher, seed: int, ends: Collection[int] = (END,), most_tokens: int = 3000
+) -> list[int]:
     """A random way through a grammar: tokens chosen uniformly among those allowed, without the end token."""
     chance = random.Random(seed)
     tokens: list[int] = []
