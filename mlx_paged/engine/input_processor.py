@@ -13,6 +13,7 @@ from mlx_paged.engine.text_stream import TextStream
 from mlx_paged.errors import PromptTooLong
 from mlx_paged.outputs import RequestMetrics
 from mlx_paged.request import Request
+from mlx_paged.sampling.bad_words import BadWords, TokenTexts
 from mlx_paged.sampling.beam_search import BeamSearch
 from mlx_paged.sampling.grammar import GrammarCompiler
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams, as_int, as_list, is_text
@@ -35,6 +36,7 @@ class InputProcessor:
         self._max_model_len = max_model_len
         self._config = config
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self.eos_token_ids)
+        self._token_texts = TokenTexts(tokenizer, vocab_size)
         self._tokenizer_lock = threading.Lock()  # fast tokenizers do not like to be used twice at once
         self.chat_template = ChatTemplate(tokenizer, self._tokenizer_lock)
 
@@ -79,6 +81,8 @@ class InputProcessor:
             metrics=RequestMetrics(time.monotonic()),
             search=self._beam_search(params, max_tokens),
             matcher=self._grammar_matcher(params),
+            bad_words=self._bad_words(params),
+            prompt_logprobs=None if getattr(params, "prompt_logprobs", None) is None else [None],
             in_waves=not beams and width > self._config.max_num_seqs,
         )
 
@@ -100,6 +104,10 @@ class InputProcessor:
         if isinstance(params, SamplingParams) and params.is_constrained:
             return self._grammars.matcher(params)
         return None
+
+    def _bad_words(self, params: SamplingParams | BeamSearchParams) -> BadWords | None:
+        words = getattr(params, "bad_words", None)
+        return BadWords(self._token_texts, words, params.skip_special_tokens) if words else None
 
     def _encode(self, prompt: str | SequenceOf[int]) -> list[int]:
         if isinstance(prompt, str):
