@@ -125,7 +125,7 @@ class SamplingParams(_RequestParams):
         self._take("seed", as_int, "a whole number")
         self._take("logprobs", _count(0), "a whole number of at least 0")
         self._take("prompt_logprobs", _count(0), "a whole number of at least 0")
-        self._take("bad_words", _each(_word), f"a list of texts, each {text} and more than spaces")
+        self._take("bad_words", _each(_word), "a list of texts, UTF-8 and more than spaces")
         self._take("logits_processors", _functions, "a list of functions")
         self._take("logit_bias", _bias, "a mapping of token ids to finite numbers")
         self._take("cache_salt", lambda salt: salt if isinstance(salt, str) else None, "text")

@@ -72,7 +72,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("prompt_logprobs", True),
     ("bad_words", "word"),
     ("bad_words", [""]),
-    ("bad_words", ["a", "  "]),
+    ("bad_words", ["a", " "]),
     ("bad_words", [b"a"]),
     ("logits_processors", len),
     ("logits_processors", [3]),

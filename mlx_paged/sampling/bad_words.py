@@ -70,7 +70,10 @@ class BadWords:
         self._hidden = token_texts.special_ids if skip_special_tokens else frozenset()
         words = {word.lstrip(" ").encode() for word in bad_words}
         self._longest = max(map(len, words))
-        self._beginnings = [(word[:length], word[length:]) for word in words for length in range(1, len(word))]
+        self._rests: dict[bytes, list[bytes]] = {}  # of the words that begin like this
+        for word in words:
+            for length in range(1, len(word)):
+                self._rests.setdefault(word[:length], []).append(word[length:])
         contains = re.compile(b"|".join(map(re.escape, words))).search
         found = [token_id for token_id, text in enumerate(token_texts.texts) if contains(text)]
         self._never = ~self._bits([token_id for token_id in found if token_id not in self._hidden])
@@ -86,8 +89,8 @@ class BadWords:
         while i > first and len(tail) < self._longest:
             i -= 1
             tail = (b"" if token_ids[i] in self._hidden else self._texts.texts[token_ids[i]]) + tail
-        for beginning, rest in self._beginnings:
-            if tail.endswith(beginning):
+        for start in range(max(0, len(tail) - self._longest), len(tail)):
+            for rest in self._rests.get(tail[start:], ()):
                 low = bisect_left(self._texts.in_order, rest)
                 high = bisect_left(self._texts.in_order, True, low, key=partial(_is_behind, rest))
                 completing = self._texts.ids_in_order[low:high].tolist()

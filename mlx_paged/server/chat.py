@@ -20,9 +20,9 @@ from mlx_paged.server.body import Fields
 from mlx_paged.server.conversation import Messages, read_messages
 from mlx_paged.server.errors import ApiError, bad_request
 from mlx_paged.server.event_stream import EventStream, event
-from mlx_paged.server.sampling_fields import make_params, read_output_form, read_sampling
+from mlx_paged.server.sampling_fields import make_params, read_output_form, read_prompt_logprobs, read_sampling
 from mlx_paged.server.service import Service
-from mlx_paged.server.token_logprobs import chat_logprobs
+from mlx_paged.server.token_logprobs import chat_logprobs, prompt_logprobs
 
 _NAMES = (("json_schema", "response_format"),)
 _FORBIDDEN_TEMPLATE = {"messages", "conversation", "tools", "tokenize", "add_generation_prompt", "chat_template"}
@@ -73,6 +73,8 @@ class ChatRequest:
             raise fields.error("top_logprobs", "needs logprobs: true")
         settings["cache_salt"] = _salted(settings.get("cache_salt"), salt)
         tools = read_tools(fields)
+        stream = fields.take("stream", bool, False)
+        settings["prompt_logprobs"] = read_prompt_logprobs(fields, stream=stream)
         options = Fields(fields.take("stream_options", dict, {}), "stream_options")
         request = cls(
             model=model,
@@ -80,7 +82,7 @@ class ChatRequest:
             params=make_params(settings, _NAMES),
             tools=tools,
             parallel_calls=fields.take("parallel_tool_calls", bool, True),
-            stream=fields.take("stream", bool, False),
+            stream=stream,
             include_usage=options.take("include_usage", bool, False),
             template=read_template(fields),
         )
@@ -174,7 +176,11 @@ class ChatAnswer:
             output = [output async for output in outputs][-1]
         self._num_cached = output.num_cached_tokens
         choices = [self._whole_choice(sample) for sample in output.outputs]
-        return self._head | {"object": "chat.completion", "choices": choices, "usage": self.usage()}
+        answer = self._head | {"object": "chat.completion", "choices": choices, "usage": self.usage()}
+        if output.prompt_logprobs is not None:
+            count = self._asked.params.prompt_logprobs or 0
+            answer["prompt_logprobs"] = prompt_logprobs(self._service.tokenizer, output.prompt_logprobs, count, count)
+        return answer
 
     def _whole_choice(self, sample: CompletionOutput) -> dict[str, Any]:
         choice = self._choices[sample.index]
