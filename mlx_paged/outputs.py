@@ -85,6 +85,10 @@ class RequestOutput:
     num_cached_tokens: int = 0
     """Prompt tokens whose K and V came from the prefix cache."""
     metrics: RequestMetrics | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    """Per token of the prompt, {token id: log-probability} of the token and the k most likely ones, if asked for; None
+    of the first one, which nothing predicts. Whole in each output of a stream; of a request that ended before its
+    prompt was computed, what was known."""
 
     @property
     def num_output_tokens(self) -> int:

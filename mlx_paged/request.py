@@ -83,6 +83,10 @@ class Request:
     search: BeamSearch | None = None
     matcher: Any = None
     """The state from which those of its sequences start."""
+    bad_words: Any = None
+    """A BadWords, where its texts must not contain some."""
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    """Those of the first tokens of the prompt, as far as they are known; None if they are not asked for."""
     sequences: list[Sequence] = field(default_factory=list)
     """Of a beam search those that are kept, best first."""
     num_sequences_made: int = 0
@@ -105,6 +109,12 @@ class Request:
         if isinstance(self.params, SamplingParams):
             return 1 if self.in_waves else self.params.n
         return self.params.beam_width
+
+    @property
+    def max_cached_tokens(self) -> int | None:
+        """The most of its tokens that need not be computed if they are cached; None: all that are."""
+        known = self.prompt_logprobs
+        return None if known is None or len(known) == len(self.prompt_token_ids) else len(known) - 1
 
     @property
     def finished(self) -> bool:

@@ -47,7 +47,8 @@ class _RequestParams(Settings):
 class SamplingParams(_RequestParams):
     """Sampling parameters of one request. Raises ValueError for a value out of range.
 
-    Applied in vLLM's order: logit_bias, penalties, temperature, min_p, top_k, top_p.
+    Applied in vLLM's order: logits_processors, grammars, bad_words and min_tokens, logit_bias, penalties, temperature,
+    min_p, top_k, top_p.
     """
 
     n: int = 1
@@ -68,6 +69,9 @@ class SamplingParams(_RequestParams):
     """Subtracted from the logits of a token for each time the output has it."""
     max_tokens: int | None = None
     """Most tokens of an output; None runs to the end of the context."""
+    min_tokens: int = 0
+    """End tokens and stop_token_ids can't be drawn before the output has so many tokens. A stop string and a grammar
+    that is complete end it nevertheless."""
     stop: str | Sequence[str] | None = None
     """Strings that end the text, which ends before them."""
     stop_token_ids: Sequence[int] | None = None
@@ -78,8 +82,16 @@ class SamplingParams(_RequestParams):
     """Makes the request repeatable whatever else runs."""
     logprobs: int | None = None
     """How many of the most likely tokens to report per token, beside the one taken; None reports nothing."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt, as `RequestOutput.prompt_logprobs`. The prompt is computed anew then,
+    whatever the prefix cache has of it."""
     logit_bias: Mapping[int, float] | None = None
     """Numbers to add to the logits of token ids."""
+    bad_words: Sequence[str] | None = None
+    """Strings that the text does not contain, wherever its tokens end. Spaces that they begin with don't count."""
+    logits_processors: Sequence[Callable[[list[int], Any], Any]] | None = None
+    """Functions of the output's tokens so far and their row of logits, an mx.array of float32 [vocab_size], that
+    return the row to draw from; each gets what the one before it returned. What one raises ends its request."""
     cache_salt: str | None = None
     """Cached prefixes are shared only with requests of an equal salt."""
     priority: int = 0
@@ -108,10 +120,16 @@ class SamplingParams(_RequestParams):
         self._take("presence_penalty", _number(lambda x: -2 <= x <= 2), "between -2 and 2")
         self._take("frequency_penalty", _number(lambda x: -2 <= x <= 2), "between -2 and 2")
         self._take("max_tokens", _count(1), "a whole number of at least 1")
+        self._take("min_tokens", _count(0), "a whole number of at least 0")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
         self._take_text_fields()
         self._take("ignore_eos", _flag, "True or False")
         self._take("seed", as_int, "a whole number")
         self._take("logprobs", _count(0), "a whole number of at least 0")
+        self._take("prompt_logprobs", _count(0), "a whole number of at least 0")
+        self._take("bad_words", _each(_word), "a list of texts, UTF-8 and more than spaces")
+        self._take("logits_processors", _functions, "a list of functions")
         self._take("logit_bias", _bias, "a mapping of token ids to finite numbers")
         self._take("cache_salt", lambda salt: salt if isinstance(salt, str) else None, "text")
         self._take("priority", as_int, "a whole number")
@@ -137,6 +155,12 @@ class SamplingParams(_RequestParams):
     def is_constrained(self) -> bool:
         """Whether the output must fit a grammar: a JSON schema, a regex or a Lark grammar."""
         return any(given is not None for given in (self.json_schema, self.regex, self.grammar))
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether the tokens so far say which ones may come next, or change their logits."""
+        is_shaped = self.is_constrained or self.max_thinking_tokens is not None
+        return is_shaped or bool(self.min_tokens or self.bad_words or self.logits_processors)
 
 
 @dataclass(frozen=True)
@@ -239,6 +263,14 @@ def _flag(value: Any) -> bool | None:
 
 def _text(value: Any) -> str | None:
     return value if is_text(value) and value else None
+
+
+def _word(value: Any) -> str | None:
+    return value if (text := _text(value)) and text.strip(" ") else None
+
+
+def _functions(value: Any) -> tuple[Any, ...] | None:
+    return tuple(each) if (each := as_list(value)) is not None and all(map(callable, each)) else None
 
 
 def _bias(bias: Any) -> Any:

@@ -106,10 +106,18 @@ class CacheGroups:
         """Count the tokens that the blocks of a sequence can hold, in the first group."""
         return self._full_context.num_slots(seq_id)
 
-    def attach(self, seq_id: Hashable, token_ids: list[int], num_tokens: int, *, salt: Hashable = None) -> int:
-        """Do as `BlockManager.attach`. Cached are the leading tokens that every group can start from."""
+    def attach(
+        self,
+        seq_id: Hashable,
+        token_ids: list[int],
+        num_tokens: int,
+        *,
+        salt: Hashable = None,
+        limit: int | None = None,
+    ) -> int:
+        """Do as `BlockManager.attach`. Cached are at most `limit` leading tokens that every group can start from."""
         tokens = token_ids[:num_tokens]
-        num_cached, before = self._full_context.num_cached_tokens(tokens, salt=salt), -1
+        num_cached, before = self._full_context.num_cached_tokens(tokens, salt=salt, limit=limit), -1
         while num_cached != before:  # until all agree
             before = num_cached
             for manager in self._windowed:

@@ -13,6 +13,7 @@ from mlx_paged.engine.text_stream import TextStream
 from mlx_paged.errors import PromptTooLong
 from mlx_paged.outputs import RequestMetrics
 from mlx_paged.request import Request
+from mlx_paged.sampling.bad_words import BadWords, TokenTexts
 from mlx_paged.sampling.beam_search import BeamSearch
 from mlx_paged.sampling.grammar import GrammarCompiler
 from mlx_paged.sampling.thinking import ThinkingMatcher
@@ -36,6 +37,7 @@ class InputProcessor:
         self._max_model_len = max_model_len
         self._config = config
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self.eos_token_ids)
+        self._token_texts = TokenTexts(tokenizer, vocab_size)
         self._tokenizer_lock = threading.Lock()  # fast tokenizers do not like to be used twice at once
         self.chat_template = ChatTemplate(tokenizer, self._tokenizer_lock)
 
@@ -80,6 +82,8 @@ class InputProcessor:
             metrics=RequestMetrics(time.monotonic()),
             search=self._beam_search(params, max_tokens),
             matcher=self._matcher(params, token_ids),
+            bad_words=self._bad_words(params),
+            prompt_logprobs=None if getattr(params, "prompt_logprobs", None) is None else [None],
             in_waves=not beams and width > self._config.max_num_seqs,
         )
 
@@ -109,6 +113,10 @@ class InputProcessor:
         with self._tokenizer_lock:
             budget = params.max_thinking_tokens
             return ThinkingMatcher(self._tokenizer, token_ids, self._vocab_size, budget, grammar)
+
+    def _bad_words(self, params: SamplingParams | BeamSearchParams) -> BadWords | None:
+        words = getattr(params, "bad_words", None)
+        return BadWords(self._token_texts, words, params.skip_special_tokens) if words else None
 
     def _encode(self, prompt: str | SequenceOf[int]) -> list[int]:
         if isinstance(prompt, str):

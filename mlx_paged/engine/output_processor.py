@@ -242,6 +242,7 @@ class OutputProcessor:
             finished,
             request.num_cached_tokens,
             request.metrics,
+            request.prompt_logprobs,
         )
 
     def _num_streamed(self, request: Request) -> list[tuple[int, int]]:

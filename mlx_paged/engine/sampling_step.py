@@ -1,4 +1,4 @@
-"""The draw of a step: which rows get a next token, from which logits, under which grammar masks."""
+"""The draw of a step: which rows get a next token, from which logits, under which rules."""
 
 import time
 
@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged.engine.forking import Forking
+from mlx_paged.engine.logits_rules import Rules, apply_rules
 from mlx_paged.engine.output_processor import OutputProcessor
 from mlx_paged.engine.profile import Profile
 from mlx_paged.request import Request, Sequence
@@ -70,7 +71,9 @@ class SamplingStep:
             return None
         with self._profile.part("sample"):
             batch, rows = self._batch, step.rows
-            sources = beams = masks = None  # sources: the logits of `rows`; None: all
+            assert step.logits is not None
+            sources = beams = None  # sources: the logits of `rows`; None: all
+            rules = Rules()
             if batch.version != step.version or batch.has_special_rows:
                 is_current = batch.row_version[step.rows] <= step.version
                 is_beam = batch.is_beam[step.rows]
@@ -80,27 +83,23 @@ class SamplingStep:
                 if batch.will_fork[rows].any():
                     sources, rows = self._forking.fork_samples(sources, rows)
                     self.register_rows()
-                if batch.has_grammar[rows].any():
-                    masks, dead_ends = self._grammar_masks(rows)
-                    sources, rows, masks = (np.delete(array, dead_ends, axis=0) for array in (sources, rows, masks))
+                if batch.has_rules[rows].any():
+                    sources, rows, rules = apply_rules(step.logits, sources, rows, batch, self._outputs)
             started = time.perf_counter()
-            assert step.logits is not None
             if len(rows):
-                self._draw_tokens(step, sources, rows, masks)
+                self._draw_tokens(step, sources, rows, rules)
             if beams is not None and len(beams):
                 self._choose_candidates(step, beams)
             self._steps.model_time_s += time.perf_counter() - started
             self._steps.submit_results(step)
         return step
 
-    def _draw_tokens(
-        self, step: StepInFlight, sources: np.ndarray | None, rows: np.ndarray, masks: np.ndarray | None
-    ) -> None:
+    def _draw_tokens(self, step: StepInFlight, sources: np.ndarray | None, rows: np.ndarray, rules: Rules) -> None:
         logits, num_tokens = step.logits, self._batch.num_tokens[rows]
         assert logits is not None
         if sources is not None and not np.array_equal(sources, np.arange(len(logits))):
             logits = logits[mx.array(sources)]
-        step.sampled_tokens = self._sampler.sample(logits, rows, num_tokens - self._batch.num_prompt[rows], masks)
+        step.sampled_tokens = self._sampler.sample(logits, rows, num_tokens - self._batch.num_prompt[rows], *rules)
         self._batch.num_tokens[rows] = num_tokens + 1
         step.sampled_rows, step.sampled_version = rows, self._batch.version
 
@@ -112,21 +111,3 @@ class SamplingStep:
         count = max(search.num_candidates for search in searches if search is not None)
         assert step.logits is not None
         step.beam_candidates = best_tokens(step.logits[mx.array(sources)], count)
-
-    def _grammar_masks(self, rows: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """Make the masks of the tokens that grammars allow, while the device computes the logits.
-
-        Returns uint32 [len(rows), vocab_size / 32], and the indices of rows whose grammar turns out to be a dead end;
-        their sequences have ended.
-        """
-        dead_ends = []
-        masks = np.full((len(rows), -(-self._vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-        for i in np.nonzero(self._batch.has_grammar[rows])[0].tolist():
-            sequence = self._batch.sequences[rows[i]]
-            assert sequence is not None
-            try:
-                masks[i] = sequence.matcher.mask()
-            except Exception as error:  # a ValueError where nothing is allowed, else of the grammar's code
-                dead_ends.append(i)
-                self._outputs.fail_sequence(sequence, error)
-        return masks, dead_ends

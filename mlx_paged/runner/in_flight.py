@@ -11,6 +11,7 @@ import numpy as np
 from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.request import Sequence
 from mlx_paged.runner.model_runner import ModelRunner
+from mlx_paged.runner.prompt_logprobs import PromptLogprobs
 from mlx_paged.sampling.sampler import SampledTokens
 from mlx_paged.scheduler.schedule import Schedule
 
@@ -39,6 +40,8 @@ class StepInFlight:
     beams: list[Sequence] = field(default_factory=list)
     beam_candidates: tuple[mx.array, mx.array] | None = None
     """Token ids and log-probabilities to go on with, [len(beams), k]."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Those that it computes, if any are asked for."""
     device_results: list[mx.array] = field(default_factory=list)
     """All that is to come to the host; the logits if nothing is drawn."""
 
@@ -63,7 +66,8 @@ class StepRunner:
     def launch(self, step: StepInFlight, inputs: ModelInputs) -> None:
         """Build the step's graph up to its logits, and submit it unless a write could meet a reader of the pools."""
         started = time.perf_counter()
-        step.logits = self._runner.run(inputs)
+        asked = step.prompt_logprobs = PromptLogprobs.of(step.schedule) if step.schedule.chunks else None
+        step.logits = self._runner.run(inputs) if asked is None else asked.run(self._runner, inputs)
         self.model_time_s += time.perf_counter() - started
         if self._runner.overlap_is_safe:
             self._submit([step.logits])
@@ -80,6 +84,8 @@ class StepRunner:
         assert step.logits is not None
         step.device_results = [array for array in drawn if array is not None] or [step.logits]
         self._submit(step.device_results)
+        if step.prompt_logprobs is not None:
+            self._submit(step.prompt_logprobs.arrays)
 
     def _submit(self, arrays: list[mx.array]) -> None:
         """Give arrays to the device. A CPU has computed most of them when this returns: not the host's own time."""
@@ -97,6 +103,8 @@ class StepRunner:
             if not (results and self._runner.overlap_is_safe):
                 mx.eval(step.device_results)
                 mx.synchronize()  # nothing reads the pools any more: the next step may write them in place
+            if step.prompt_logprobs is not None:
+                step.prompt_logprobs.hand_out()
         self.model_time_s += time.perf_counter() - started
         self.unfinished.remove(step)
         return results

@@ -114,16 +114,22 @@ class Sampler:
             self._batch = None
 
     def sample(
-        self, logits: mx.array, rows: np.ndarray, positions: np.ndarray, masks: np.ndarray | None = None
+        self,
+        logits: mx.array,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        masks: np.ndarray | None = None,
+        scores: mx.array | None = None,
     ) -> SampledTokens:
         """Choose a token for each of `rows`. Returns lazy arrays: nothing is evaluated here.
 
         logits: [n, vocab_size], any float type. rows: int [n], whose logits they are, in any order, each at most once.
         positions: int [n], the indices in the rows' outputs of the tokens to draw. masks: 32-bit
-        [n, ceil(vocab_size / 32)], where bit t % 32 of word t // 32 allows token t.
+        [n, ceil(vocab_size / 32)], where bit t % 32 of word t // 32 allows token t. scores: float32 of the logits'
+        shape, to draw from instead of them.
 
-        Log-probabilities are those without a mask. A row with a logit of NaN or +inf gets the log-probability NaN and
-        a token that means nothing.
+        Log-probabilities are those of the logits, without a mask. A row with a logit of NaN or +inf gets the
+        log-probability NaN and a token that means nothing.
         """
         batch = self._batch
         if batch is None or not np.array_equal(batch.rows, rows):
@@ -132,7 +138,8 @@ class Sampler:
         normaliser = logsumexp(logits)
         normaliser = mx.where(normaliser < mx.inf, normaliser, mx.nan)
 
-        scores = logits if masks is None else _mask(logits, masks)
+        scores = logits if scores is None else scores
+        scores = scores if masks is None else _mask(scores, masks)
         if batch.bias is not None:
             row, token, value = batch.bias
             scores = scores.at[row, token].add(value)
@@ -145,10 +152,7 @@ class Sampler:
         logprobs = (mx.take_along_axis(logits, token_ids[:, None], axis=-1) - normaliser)[:, 0]
         if batch.num_top == 0:
             return SampledTokens(token_ids, logprobs, None, None)
-        top = mx.argpartition(-logits, kth=batch.num_top - 1, axis=-1)[:, : batch.num_top]
-        top_logits = mx.take_along_axis(logits, top, axis=-1)
-        order = mx.argsort(-top_logits, axis=-1)
-        top, top_logits = (mx.take_along_axis(x, order, axis=-1) for x in (top, top_logits))
+        top, top_logits = likeliest(logits, batch.num_top)
         return SampledTokens(token_ids, logprobs, top, top_logits - normaliser)
 
     def _gather_params(self, rows: np.ndarray) -> _Batch:
@@ -164,6 +168,14 @@ class Sampler:
         penalties = _gather_penalties(params, self._counts.count_rows[rows])
         random = _gather_random(params, self._vocab_size)
         return _Batch(rows.copy(), bias, penalties, random, int(params["num_top"].max()))
+
+
+def likeliest(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Find k most likely tokens of each row, best first. Returns their ids and logits, both [num_rows, k]."""
+    top = mx.argpartition(-logits, kth=k - 1, axis=-1)[:, :k]
+    top_logits = mx.take_along_axis(logits, top, axis=-1)
+    order = mx.argsort(-top_logits, axis=-1)
+    return mx.take_along_axis(top, order, axis=-1), mx.take_along_axis(top_logits, order, axis=-1)
 
 
 def best_tokens(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:

@@ -46,7 +46,8 @@ class KeptPrompts:
         request, token_ids = sequence.request, sequence.token_ids
         if not self.has(sequence):
             salt = request.params.cache_salt
-            return self._groups.attach(sequence.seq_id, token_ids, sequence.num_target_tokens, salt=salt)
+            limit = request.max_cached_tokens
+            return self._groups.attach(sequence.seq_id, token_ids, sequence.num_target_tokens, salt=salt, limit=limit)
         self._groups.fork(_id(request), sequence.seq_id, token_ids)
         return len(request.prompt_token_ids) - 1
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from mlx_paged.request import Sequence
+from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.scheduler.block_tables import BlockTables
 
 
@@ -46,8 +47,8 @@ class RunningBatch:
     is_beam: np.ndarray
     will_fork: np.ndarray
     """Other samples will be forked from it once its prompt is computed."""
-    has_grammar: np.ndarray
-    """It has a matcher, which says which tokens may come next."""
+    has_rules: np.ndarray
+    """Its tokens so far say which ones may come next, or change their logits."""
 
     def __init__(self, num_rows: int, num_groups: int, max_blocks: int, block_size: int) -> None:
         self.block_size = block_size
@@ -59,7 +60,7 @@ class RunningBatch:
         self.seq_id = np.zeros(num_rows, np.int64)
         self.cumulative_logprob = np.zeros(num_rows)
         self._flags = np.zeros((5, num_rows), bool)
-        self.has_grammar, self.is_beam, self.will_fork, self.is_prefilling, self.tail_is_shared = self._flags
+        self.has_rules, self.is_beam, self.will_fork, self.is_prefilling, self.tail_is_shared = self._flags
         self._special = self._flags[:3]
         self._stop_ids: list[np.ndarray] = []  # the first one of each row, the second one, ...; -1: it has fewer
         self._free_rows = list(range(num_rows))[::-1]
@@ -82,7 +83,7 @@ class RunningBatch:
         self.is_beam[row] = request.search is not None
         self.is_prefilling[row] = num_computed < sequence.num_target_tokens
         self.will_fork[row] = not request.is_forked
-        self.has_grammar[row] = sequence.matcher is not None
+        self.has_rules[row] = isinstance(request.params, SamplingParams) and request.params.has_rules
         self.recount(sequence)
         self._added.append(sequence)
 
@@ -116,7 +117,7 @@ class RunningBatch:
 
     @property
     def has_special_rows(self) -> bool:
-        """Whether any row is a beam's, has a grammar, or may still be forked."""
+        """Whether any row is a beam's, has rules, or may still be forked."""
         return bool(np.count_nonzero(self._special))
 
     def set_stop_checks(self, row: int, every_token: bool, stop_ids: SequenceOf[int]) -> None:

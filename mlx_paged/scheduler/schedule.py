@@ -9,6 +9,9 @@ import numpy as np
 from mlx_paged.blocks.cache_groups import Published
 from mlx_paged.request import Sequence
 
+MAX_PROMPT_LOGITS = 256
+"""Rows of logits that a step computes for log-probabilities of prompts, about: each is as long as the vocabulary."""
+
 
 class Chunk(NamedTuple):
     """The next `num_tokens` tokens of a prompt, from position `start`, are computed in this step."""
@@ -41,6 +44,14 @@ class Schedule:
     """A prompt could not go on for lack of blocks."""
     made_at: float = field(default_factory=time.monotonic)
     """The moment, by `time.monotonic`."""
+
+    def room_for(self, sequence: Sequence, max_num_batched_tokens: int) -> int:
+        """Count the tokens that a prompt may still add; at least one of a step with room for it."""
+        room = max_num_batched_tokens - self.num_tokens
+        if sequence.request.prompt_logprobs is None:
+            return room
+        others = sum(c.num_tokens for c in self.chunks if c.sequence.request.prompt_logprobs is not None)
+        return min(room, max(1, MAX_PROMPT_LOGITS - others))
 
     def drop(self, sequences: list[Sequence], rows_left: np.ndarray) -> None:
         """Take preempted sequences out. rows_left: of `rows`, bool, those that still run."""

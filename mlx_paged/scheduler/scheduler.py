@@ -205,7 +205,7 @@ class Scheduler:
     def _schedule_chunk(self, sequence: Sequence, schedule: Schedule, can_preempt: bool) -> None:
         """Compute the next tokens of a running prompt."""
         start = int(self.batch.num_computed[sequence.row])
-        num_tokens = min(sequence.num_target_tokens - start, self._max_num_batched_tokens - schedule.num_tokens)
+        num_tokens = min(sequence.num_target_tokens - start, schedule.room_for(sequence, self._max_num_batched_tokens))
         while num_tokens > 0 and sequence.row >= 0:
             try:
                 self._reserve(sequence, start + num_tokens)
@@ -233,7 +233,7 @@ class Scheduler:
                 break
             if self.groups.compaction_helps(sequence.num_target_tokens):
                 self.compact()
-            budget = self._max_num_batched_tokens - schedule.num_tokens
+            budget = schedule.room_for(sequence, self._max_num_batched_tokens)
             num_cached = self._allocate(sequence, budget)
             if num_cached is None:
                 if not self.running and self.kept_prompts.give_up_last():

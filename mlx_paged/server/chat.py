@@ -19,8 +19,15 @@ from mlx_paged.server.body import Fields, show
 from mlx_paged.server.conversation import read_messages
 from mlx_paged.server.errors import ApiError, bad_request
 from mlx_paged.server.event_stream import event
-from mlx_paged.server.sampling_fields import make_params, read_output_form, read_sampling, read_top_logprobs
+from mlx_paged.server.sampling_fields import (
+    make_params,
+    read_output_form,
+    read_prompt_logprobs,
+    read_sampling,
+    read_top_logprobs,
+)
 from mlx_paged.server.service import Service
+from mlx_paged.server.token_logprobs import prompt_logprobs
 
 _NAMES = (("json_schema", "response_format"),)
 _FORBIDDEN_TEMPLATE = {"messages", "conversation", "tools", "tokenize", "add_generation_prompt", "chat_template"}
@@ -59,6 +66,8 @@ class ChatRequest(Asked):
         elif top is not None:
             raise fields.error("top_logprobs", "needs logprobs: true")
         tools = read_tools(fields)
+        stream = fields.take("stream", bool, False)
+        settings["prompt_logprobs"] = read_prompt_logprobs(fields, stream=stream)
         options = Fields(fields.take("stream_options", dict, {}), "stream_options")
         request = cls(
             model=model,
@@ -67,7 +76,7 @@ class ChatRequest(Asked):
             tools=tools,
             tool_choice=read_tool_choice(fields, tools),
             parallel_calls=fields.take("parallel_tool_calls", bool, True),
-            stream=fields.take("stream", bool, False),
+            stream=stream,
             include_usage=options.take("include_usage", bool, False),
             template=read_template(fields),
         )
@@ -137,7 +146,11 @@ class ChatAnswer(Answer):
         async with aclosing(self.outputs()) as outputs:
             output = [output async for output in outputs][-1]
         choices = [self._whole_choice(sample) for sample in output.outputs]
-        return self._head | {"object": "chat.completion", "choices": choices, "usage": self.usage()}
+        answer = self._head | {"object": "chat.completion", "choices": choices, "usage": self.usage()}
+        if output.prompt_logprobs is not None:
+            count = self.asked.params.prompt_logprobs or 0
+            answer["prompt_logprobs"] = prompt_logprobs(self._service.tokenizer, output.prompt_logprobs, count, count)
+        return answer
 
     def _whole_choice(self, output: CompletionOutput) -> dict[str, Any]:
         sample = self.samples[output.index]

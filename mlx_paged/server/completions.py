@@ -19,9 +19,15 @@ from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.server.body import Fields
 from mlx_paged.server.errors import ApiError, bad_request
 from mlx_paged.server.event_stream import event
-from mlx_paged.server.sampling_fields import MAX_SAMPLES, make_params, read_output_form, read_sampling
+from mlx_paged.server.sampling_fields import (
+    MAX_SAMPLES,
+    make_params,
+    read_output_form,
+    read_prompt_logprobs,
+    read_sampling,
+)
 from mlx_paged.server.service import Service
-from mlx_paged.server.token_logprobs import completion_logprobs
+from mlx_paged.server.token_logprobs import completion_logprobs, first_offset, prompt_logprobs
 
 _DEFAULT_MAX_TOKENS = 16
 _MAX_LOGPROBS = 5
@@ -37,6 +43,8 @@ class CompletionRequest:
     echo: bool
     only_echo: bool
     """max_tokens is 0: nothing is to be written."""
+    prompt_logprobs: int | None
+    """vLLM's: how many of the likeliest tokens to report per token of the prompts."""
     stream: bool
     include_usage: bool
 
@@ -60,7 +68,11 @@ class CompletionRequest:
         count = fields.take("logprobs", int)
         if count is not None and not 0 <= count <= _MAX_LOGPROBS:
             raise fields.error("logprobs", f"must be between 0 and {_MAX_LOGPROBS}")
+        stream = fields.take("stream", bool, False)
+        of_prompt = read_prompt_logprobs(fields, stream=stream)
         settings |= {"max_tokens": most or 1, "logprobs": count}
+        echoed = [count] if echo and count is not None else []
+        settings["prompt_logprobs"] = max(filter(None, [of_prompt, *echoed]), default=of_prompt if not echoed else 0)
         options = Fields(fields.take("stream_options", dict, {}), "stream_options")
         if len(prompts) * settings.get("n", 1) > MAX_SAMPLES * 8:
             raise fields.error("prompt", f"and n ask for more than {MAX_SAMPLES * 8} completions")
@@ -70,7 +82,8 @@ class CompletionRequest:
             make_params(settings),
             echo,
             most == 0,
-            fields.take("stream", bool, False),
+            of_prompt,
+            stream,
             options.take("include_usage", bool, False),
         )
         fields.take_any("user")
@@ -100,6 +113,7 @@ class CompletionAnswer:
                       "model": asked.model}  # fmt: skip
         self._num_output = self._num_cached = 0
         self._length = [0] * (len(requests) * asked.params.n)  # characters that each choice has got
+        self._begun: set[int] = set()
         self._ended: set[int] = set()
 
     async def whole(self) -> dict[str, Any]:
@@ -159,27 +173,40 @@ class CompletionAnswer:
                 continue
             if sample.finish_reason is not None:
                 self._ended.add(index)
-            choices.append(self._choice(index, prompt, sample))
+            choices.append(self._choice(index, prompt, sample, output.prompt_logprobs))
         if output.finished:
             self._num_cached += output.num_cached_tokens
         return choices
 
-    def _choice(self, index: int, prompt: int, sample: CompletionOutput) -> dict[str, Any]:
-        text, offset = sample.text, self._length[index]
-        token_ids = sample.token_ids
+    def _choice(
+        self, index: int, prompt: int, sample: CompletionOutput, of_prompt: list[dict[int, float] | None] | None
+    ) -> dict[str, Any]:
+        """What is new of a sample. of_prompt: log-probabilities of its prompt, if they were asked for."""
+        asked, tokenizer = self._asked, self._service.tokenizer
+        text, token_ids = sample.text, sample.token_ids
         entries: list[dict[int, float] | None] = list(sample.logprobs or [])
-        if self._asked.only_echo:
+        if asked.only_echo:
             text, token_ids, entries = "", [], []
         self._num_output += len(token_ids)
-        if self._asked.echo and offset == 0:
-            text = self._prompt_text(prompt) + text
-        self._length[index] += len(text)
+        is_first = index not in self._begun
+        self._begun.add(index)
+        echoed = self._prompt_text(prompt) if asked.echo and is_first else ""
         logprobs = None
-        if self._asked.params.logprobs is not None:
-            tokenizer = self._service.tokenizer
-            logprobs = completion_logprobs(tokenizer, token_ids, entries, self._asked.params.logprobs, offset)
-        reason = "length" if self._asked.only_echo else sample.finish_reason
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        if asked.params.logprobs is not None:
+            offset = self._length[index] + len(echoed)
+            logprobs = completion_logprobs(tokenizer, token_ids, entries, asked.params.logprobs, offset)
+            if asked.echo and is_first:
+                ids = self._requests[prompt].prompt_token_ids
+                offset = first_offset(tokenizer, ids, echoed)
+                before = completion_logprobs(tokenizer, ids, of_prompt or [], asked.params.logprobs, offset)
+                logprobs = {name: before[name] + values for name, values in logprobs.items()}
+        self._length[index] += len(echoed) + len(text)
+        reason = "length" if asked.only_echo else sample.finish_reason
+        choice = {"index": index, "text": echoed + text, "logprobs": logprobs, "finish_reason": reason}
+        if asked.prompt_logprobs is not None and of_prompt is not None:
+            found = asked.params.prompt_logprobs or 0
+            choice["prompt_logprobs"] = prompt_logprobs(tokenizer, of_prompt, asked.prompt_logprobs, found)
+        return choice
 
     def _prompt_text(self, prompt: int) -> str:
         given = self._asked.prompts[prompt]

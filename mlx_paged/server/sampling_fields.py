@@ -20,6 +20,7 @@ _PLAIN = {
     "presence_penalty": float,
     "frequency_penalty": float,
     "seed": int,
+    "min_tokens": int,
     "ignore_eos": bool,
     "max_thinking_tokens": int,
     "skip_special_tokens": bool,
@@ -31,6 +32,9 @@ _MAX_TOP_LOGPROBS = 20
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 1000
 _MAX_BIASES = 1024
+_MAX_BAD_WORDS = 128
+_MAX_BAD_WORD_CHARACTERS = 100
+_MAX_PROMPT_LOGPROBS = 20
 _MAX_GRAMMAR_CHARACTERS = 1 << 18
 
 
@@ -45,6 +49,7 @@ def read_sampling(fields: Fields, salt: str | None, max_samples: int = MAX_SAMPL
     settings["logit_bias"] = fields.take_with("logit_bias", _read_bias)
     if (settings["n"] or 1) > max_samples:
         raise fields.error("n", f"must be at most {max_samples}")
+    settings["bad_words"] = fields.take_with("bad_words", _read_bad_words) or None
     if (settings["top_k"] or 0) < 0:  # vLLM's way to say: all
         settings["top_k"] = 0
     if salt is not None:
@@ -59,6 +64,25 @@ def read_stop(value: Any) -> list[str]:
     if not valid or len(stops) > _MAX_STOPS or any(len(stop) > _MAX_STOP_CHARACTERS for stop in stops):
         raise ValueError(f"must be text or a list of at most {_MAX_STOPS}, of {_MAX_STOP_CHARACTERS} characters each")
     return list(filter(None, stops))
+
+
+def _read_bad_words(value: Any) -> list[str]:
+    valid = isinstance(value, list) and all(isinstance(word, str) for word in value)
+    if not valid or len(value) > _MAX_BAD_WORDS or any(len(word) > _MAX_BAD_WORD_CHARACTERS for word in value):
+        raise ValueError(
+            f"must be a list of at most {_MAX_BAD_WORDS} texts, of {_MAX_BAD_WORD_CHARACTERS} characters each"
+        )
+    return list(value)
+
+
+def read_prompt_logprobs(fields: Fields, *, stream: bool) -> int | None:
+    """Read vLLM's `prompt_logprobs`. Raises ApiError."""
+    count = fields.take("prompt_logprobs", int)
+    if count is not None and not 0 <= count <= _MAX_PROMPT_LOGPROBS:
+        raise fields.error("prompt_logprobs", f"must be between 0 and {_MAX_PROMPT_LOGPROBS}")
+    if count is not None and stream:
+        raise fields.error("prompt_logprobs", "can't be had in a stream")
+    return count
 
 
 def _read_bias(value: Any) -> dict[int, float]:

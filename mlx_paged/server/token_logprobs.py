@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+from mlx_paged.sampling.token_bytes import bytes_of_piece
+
+_LEAST = -9999.0  # as vLLM has it
 
 
 def chat_logprobs(tokenizer: Any, tokens: Sequence[tuple[int, dict[int, float]]], count: int) -> list[dict[str, Any]]:
@@ -33,13 +33,49 @@ def completion_logprobs(
         offset += len(token)
     return {
         "tokens": tokens,
-        "token_logprobs": [None if found is None else found[i] for i, found in zip(token_ids, entries, strict=True)],
+        "token_logprobs": [
+            None if found is None else _finite(found[token]) for token, found in zip(token_ids, entries, strict=True)
+        ],
         "top_logprobs": [
-            None if found is None else {_text(tokenizer, token): value for token, value in _best(found, count)}
+            None if found is None else {_text(tokenizer, token): _finite(value) for token, value in _best(found, count)}
             for found in entries
         ],
-        "text_offset": offsets,
+        "text_offset": [max(0, each) for each in offsets],
     }
+
+
+def first_offset(tokenizer: Any, token_ids: Sequence[int], text: str) -> int:
+    """Where a text's first token begins in it: before it, if it is a start token or a space that the text lacks."""
+    first = _text(tokenizer, token_ids[0])
+    return next((-i for i in range(len(first)) if text.startswith(first[i:])), -len(first))
+
+
+def prompt_logprobs(
+    tokenizer: Any, entries: Sequence[dict[int, float] | None], count: int, num_found: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's form of those of a prompt: nothing of the first token; of each other one, what was found, by token id.
+
+    entries: of each token, with the `num_found` likeliest ones, of which `count` are shown. The rank of a token of the
+    prompt that is none of those that were found is not known.
+    """
+
+    def entry(found: dict[int, float]) -> dict[str, Any]:
+        own = next(iter(found))
+        ranked = [token for token, _ in _best(found, len(found)) if token != own or len(found) <= num_found]
+        return {
+            str(token): {
+                "logprob": _finite(found[token]),
+                "rank": ranked.index(token) + 1 if token in ranked else None,
+                "decoded_token": _text(tokenizer, token),
+            }
+            for token in dict.fromkeys([own, *ranked[:count]])
+        }
+
+    return [None if found is None else entry(found) for found in entries]
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST)  # JSON has no -inf
 
 
 def _best(found: dict[int, float], count: int) -> list[tuple[int, float]]:
@@ -62,17 +98,6 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
         return b""
     if token_id in tokenizer.added_tokens_decoder:
         return str(piece).encode()
-    if (byte := _BYTE_TOKEN.fullmatch(piece)) is not None:
-        return bytes([int(byte[1], 16)])
-    alphabet = _byte_alphabet()
-    if "\u2581" not in piece and all(character in alphabet for character in piece):
-        return bytes(alphabet[character] for character in piece)
-    return str(piece).replace("\u2581", " ").encode()
-
-
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level tokenizers write bytes with (Radford et al. 2019)."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
-    others = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    space = tokenizer.convert_tokens_to_ids("\u0120")
+    is_byte_level = "\u2581" not in piece and space is not None and space != tokenizer.unk_token_id
+    return bytes_of_piece(piece, is_byte_level=is_byte_level)

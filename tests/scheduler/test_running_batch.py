@@ -54,7 +54,7 @@ def test_a_sequence_that_joins_has_a_row_with_what_is_known_of_it() -> None:
     assert values == [3, 3, 2, 0, 12]
     assert batch.last_token[row] == 7
     assert batch.is_prefilling[row] and batch.will_fork[row]
-    assert not batch.tail_is_shared[row] and not batch.is_beam[row] and not batch.has_grammar[row]
+    assert not batch.tail_is_shared[row] and not batch.is_beam[row] and not batch.has_rules[row]
 
 
 def test_preempted_beams_join_as_one_row_with_the_tokens_that_they_share() -> None:

@@ -9,6 +9,8 @@ import openai
 import pytest
 from helpers.servers import post
 
+from mlx_paged.async_llm import AsyncLLM
+
 IDS = [264, 78, 352]
 START = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<|run_answer|>"
 
@@ -64,6 +66,99 @@ def test_echo_puts_the_prompt_first_and_may_be_all(client: openai.OpenAI) -> Non
     assert answer.usage is not None and answer.usage.completion_tokens == 0
 
 
+@pytest.mark.parametrize("prompt", ["Hello, is it done?", START])
+def test_echo_with_log_probabilities_tells_those_of_the_prompt_as_harnesses_read_them(
+    prompt: str, client: openai.OpenAI
+) -> None:
+    request: dict[str, Any] = {"model": "scripted", "prompt": prompt, "echo": True, "logprobs": 2}
+    for _ in range(2):  # also when the prompt is cached
+        only = client.completions.create(**request, max_tokens=0)
+        more = client.completions.create(**request, max_tokens=3)
+        for choice in (*only.choices, *more.choices):
+            found = choice.logprobs
+            assert found is not None and found.tokens and found.token_logprobs and found.top_logprobs
+            tokens = "".join(found.tokens)
+            assert choice.text.startswith(prompt) and tokens in (choice.text, f"{choice.text}<|im_end|>")
+            assert found.token_logprobs[0] is None and found.top_logprobs[0] is None  # nothing predicts the first
+            assert all(value is not None and value <= 0 for value in found.token_logprobs[1:])
+            assert all(len(top) == 2 for top in found.top_logprobs[1:])
+            begins = [len("".join(found.tokens[:i])) for i in range(len(found.tokens))]
+            assert found.text_offset == begins
+        assert only.choices[0].text == prompt
+        assert only.choices[0].logprobs and more.choices[0].logprobs
+        assert more.choices[0].logprobs.token_logprobs is not None
+        num = len(only.choices[0].logprobs.tokens or ())
+        assert more.choices[0].logprobs.token_logprobs[:num] == only.choices[0].logprobs.token_logprobs
+
+
+def test_a_token_that_is_certain_is_the_likeliest_in_an_echo_too(client: openai.OpenAI, llm: AsyncLLM) -> None:
+    chain = ["All\u0120", "done", ":\u0120the\u0120tool\u0120", "said\u0120so", "."]
+    prompt = llm.tokenizer.encode(START) + llm.tokenizer.convert_tokens_to_ids(chain)
+    answer = client.completions.create(model="scripted", prompt=prompt, echo=True, logprobs=1, max_tokens=0)
+    found = answer.choices[0].logprobs
+    assert found is not None and found.tokens and found.token_logprobs and found.top_logprobs
+    assert found.tokens[-5:] == ["All ", "done", ": the tool ", "said so", "."]
+    for token, logprob, top in list(zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True))[-5:]:
+        assert list(top) == [token] and top[token] == logprob > -1
+
+
+def test_a_streamed_echo_has_the_log_probabilities_of_the_prompt_once(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {
+        "model": "scripted",
+        "prompt": START,
+        "echo": True,
+        "logprobs": 1,
+        "n": 2,
+        "max_tokens": 4,
+    }
+    whole = client.completions.create(**request)
+    tokens: dict[int, list[Any]] = defaultdict(list)
+    for chunk in client.completions.create(**request, stream=True):
+        for choice in chunk.choices:
+            found = choice.logprobs
+            assert found is not None and found.tokens is not None
+            assert found.token_logprobs is not None and found.text_offset is not None
+            tokens[choice.index] += zip(found.tokens, found.token_logprobs, found.text_offset, strict=True)
+    for choice in whole.choices:
+        found = choice.logprobs
+        assert found is not None and found.tokens and found.token_logprobs and found.text_offset
+        together = list(zip(found.tokens, found.token_logprobs, found.text_offset, strict=True))
+        assert [each[0] for each in tokens[choice.index]] == found.tokens
+        assert [each[2] for each in tokens[choice.index]] == found.text_offset
+        assert len(together) == len(tokens[choice.index])
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_prompt_logprobs_are_vllms_in_completions_and_in_chat(path: str, url: str) -> None:
+    asked = {"prompt": START} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    body = asked | {"prompt_logprobs": 2, "max_tokens": 2, "n": 2}
+    answer = post(f"{url}/v1/{path}", body).json()
+    holders = answer["choices"] if path == "completions" else [answer]
+    tokens = post(f"{url}/tokenize", asked).json()["tokens"]
+    for holder in holders:
+        found = holder["prompt_logprobs"]
+        assert len(found) == len(tokens) and found[0] is None
+        for token, entry in zip(tokens[1:], found[1:], strict=True):
+            own = entry[str(token)]
+            assert set(own) == {"logprob", "rank", "decoded_token"} and own["logprob"] <= 0
+            ranks = [each["rank"] for each in entry.values() if each["rank"] is not None]
+            assert sorted(ranks) == [1, 2] and len(entry) == (3 if own["rank"] is None else 2)
+    refused = post(f"{url}/v1/{path}", body | {"stream": True})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt_logprobs"
+    assert "prompt_logprobs" not in post(f"{url}/v1/{path}", asked).json()
+
+
+def test_fewest_tokens_and_bad_words_are_vllms(url: str) -> None:
+    free = post(f"{url}/v1/completions", {"prompt": START, "temperature": 0}).json()["choices"][0]
+    assert (free["text"], free["finish_reason"]) == ("All done: the tool said so.", "stop")
+    body = {"prompt": START, "temperature": 0, "max_tokens": 12, "min_tokens": 12}
+    longer = post(f"{url}/v1/completions", body).json()
+    assert longer["choices"][0]["finish_reason"] == "length" and longer["usage"]["completion_tokens"] == 12
+    for word in ("tool", "ne: th", " said"):
+        other = post(f"{url}/v1/completions", body | {"bad_words": [word]}).json()["choices"][0]["text"]
+        assert word.strip() not in other and other
+
+
 @pytest.mark.parametrize(
     "body, param",
     [
@@ -75,6 +170,13 @@ def test_echo_puts_the_prompt_first_and_may_be_all(client: openai.OpenAI) -> Non
         ({"prompt": "x", "logprobs": 6}, "logprobs"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": ["x"] * 2000}, "prompt"),
+        ({"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt": "x", "prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt": "x", "bad_words": "a"}, "bad_words"),
+        ({"prompt": "x", "bad_words": ["a" * 101]}, "bad_words"),
+        ({"prompt": "x", "bad_words": [" "]}, "bad_words"),
+        ({"prompt": "x", "min_tokens": 17}, "min_tokens"),
+        ({"prompt": "x", "min_tokens": -1}, "min_tokens"),
     ],
 )
 def test_what_can_not_be_done_is_refused_by_name(body: Any, param: str, url: str) -> None:
