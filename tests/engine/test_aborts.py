@@ -183,3 +183,19 @@ def test_a_stream_may_be_closed_by_the_garbage_collector_at_any_moment(moment: s
     assert streams == []
     del engine._scheduler._sync, engine._scheduler.remove
     assert_idle(engine)
+
+
+def test_an_abort_in_the_middle_of_a_step_of_its_own_thread_holds_from_the_next_step_on() -> None:
+    engine = make_engine("llama", **TIGHT)
+    request_id = engine.add_request([1, 2, 3], SamplingParams(temperature=0, max_tokens=50))
+    run_model = engine._runner.run
+
+    def abort_and_run(inputs: Any) -> Any:
+        """As the garbage collector does, closing a stream."""
+        engine._runner.run = run_model  # type: ignore[method-assign]
+        assert engine.abort(request_id) is None
+        return run_model(inputs)
+
+    engine._runner.run = abort_and_run  # type: ignore[method-assign]
+    assert [output for _ in range(3) for output in engine.step()] == []
+    assert_idle(engine)
