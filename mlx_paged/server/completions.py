@@ -13,6 +13,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
+from mlx_paged.engine.detokenizer import DecodeStream
 from mlx_paged.outputs import CompletionOutput, RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import SamplingParams
@@ -61,6 +62,8 @@ class CompletionRequest:
         count = fields.take("logprobs", int)
         if count is not None and not 0 <= count <= _MAX_LOGPROBS:
             raise fields.error("logprobs", f"must be between 0 and {_MAX_LOGPROBS}")
+        if echo and count is not None:
+            raise fields.error("logprobs", "can't be had together with echo: there are none of the prompt's tokens")
         settings |= {"max_tokens": most or 1, "logprobs": count}
         settings["cache_salt"] = _salted(settings.get("cache_salt"), salt)
         options = Fields(fields.take("stream_options", dict, {}), "stream_options")
@@ -91,6 +94,25 @@ def _read_prompts(value: Any) -> list[str | list[int]]:
     return value
 
 
+class _Places:
+    """Where in the text of a choice each of its tokens begins, in characters.
+
+    The tokens of one character begin where it does; one that is no text begins where the next one does.
+    """
+
+    def __init__(self, service: Service, params: SamplingParams) -> None:
+        self._stream = DecodeStream(service.detokenizer, params.skip_special_tokens)
+        self._length = 0
+
+    def of(self, token_ids: Sequence[int]) -> list[int]:
+        """Take in the tokens that come next. Returns the place of each."""
+        places = []
+        for token in token_ids:
+            places.append(self._length)
+            self._length += len(self._stream.add(token))
+        return places
+
+
 class CompletionAnswer:
     """The completions of all prompts, whole or in chunks. The index of a choice is prompt * n + sample."""
 
@@ -101,7 +123,9 @@ class CompletionAnswer:
         self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
                       "model": asked.model}  # fmt: skip
         self._num_output = self._num_cached = 0
-        self._length = [0] * (len(requests) * asked.params.n)  # characters that each choice has got
+        num_choices = len(requests) * asked.params.n if asked.params.logprobs is not None else 0
+        self._places = [_Places(service, asked.params) for _ in range(num_choices)]
+        self._begun: set[int] = set()
         self._ended: set[int] = set()
 
     async def whole(self) -> dict[str, Any]:
@@ -167,19 +191,19 @@ class CompletionAnswer:
         return choices
 
     def _choice(self, index: int, prompt: int, sample: CompletionOutput) -> dict[str, Any]:
-        text, offset = sample.text, self._length[index]
-        token_ids = sample.token_ids
+        text, token_ids = sample.text, sample.token_ids
         entries: list[dict[int, float] | None] = list(sample.logprobs or [])
         if self._asked.only_echo:
             text, token_ids, entries = "", [], []
         self._num_output += len(token_ids)
-        if self._asked.echo and offset == 0:
+        if self._asked.echo and index not in self._begun:
             text = self._prompt_text(prompt) + text
-        self._length[index] += len(text)
+        self._begun.add(index)
         logprobs = None
         if self._asked.params.logprobs is not None:
             tokenizer = self._service.tokenizer
-            logprobs = completion_logprobs(tokenizer, token_ids, entries, self._asked.params.logprobs, offset)
+            offsets = self._places[index].of(token_ids)
+            logprobs = completion_logprobs(tokenizer, token_ids, entries, self._asked.params.logprobs, offsets)
         reason = "length" if self._asked.only_echo else sample.finish_reason
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 

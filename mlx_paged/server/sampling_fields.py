@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,16 @@ _PLAIN = {
     "priority": int,
     "cache_salt": str,
 }
+_NOT_HERE = (  # fields of vLLM's without which the answer would be another one than was asked for
+    "min_tokens",
+    "bad_words",
+    "allowed_token_ids",
+    "logits_processors",
+    "prompt_logprobs",
+    "include_stop_str_in_output",
+    "use_beam_search",
+    "truncate_prompt_tokens",
+)
 MAX_SAMPLES = 128
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 1000
@@ -34,6 +45,9 @@ _MAX_GRAMMAR_CHARACTERS = 1 << 18
 
 def read_sampling(fields: Fields) -> dict[str, Any]:
     """Read what `SamplingParams` takes, but for the number of tokens and what shapes the output. Raises ApiError."""
+    for name in _NOT_HERE:
+        if fields.take_any(name):
+            raise fields.error(name, "is not supported")
     settings: dict[str, Any] = {name: fields.take(name, kind) for name, kind in _PLAIN.items()}
     settings["stop"] = fields.take_with("stop", _read_stop)
     settings["stop_token_ids"] = fields.take("stop_token_ids", list)
@@ -42,6 +56,8 @@ def read_sampling(fields: Fields) -> dict[str, Any]:
         raise fields.error("n", f"must be at most {MAX_SAMPLES}")
     if (settings["top_k"] or 0) < 0:  # vLLM's way to say: all
         settings["top_k"] = 0
+    if settings["seed"] == -1:  # and to say: any
+        settings["seed"] = None
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -68,18 +84,34 @@ def read_output_form(fields: Fields) -> dict[str, Any]:
     Raises ApiError.
     """
     form = _read_response_format(fields)
+    asked = list(form)
     given = Fields(fields.take_any("structured_outputs") or {}, "structured_outputs")
-    for name in ("json", "regex", "grammar"):
-        value = given.take_any(name)
-        value = fields.take_any(f"guided_{name}") if value is None else value
+    if given.take_any("structural_tag"):
+        raise given.error("structural_tag", "is not supported")
+    for name, ours in (("json", "json_schema"), ("regex", "regex"), ("grammar", "grammar"), ("choice", "regex")):
+        read = _any_of if name == "choice" else _as_it_is
+        value = given.take_with(name, read)
+        value = fields.take_with(f"guided_{name}", read) if value is None else value
         if value is not None:
-            form["json_schema" if name == "json" else name] = value
-    if len(form) > 1:
-        raise bad_request(f"give one form of the output, got {' and '.join(form)}", param="response_format")
+            form[ours] = value
+            asked.append(name)
+    if len(asked) > 1:
+        raise bad_request(f"give one form of the output, got {' and '.join(asked)}", param="response_format")
     for name, value in form.items():
         if len(json.dumps(value)) > _MAX_GRAMMAR_CHARACTERS:
             raise bad_request(f"{name} is longer than {_MAX_GRAMMAR_CHARACTERS} characters", param=name)
     return form
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _any_of(choices: Any) -> str:
+    """Make the regex of exactly one of some texts."""
+    if not isinstance(choices, list) or not choices or not all(isinstance(each, str) and each for each in choices):
+        raise ValueError("must be a list of texts that are not empty")
+    return "|".join(map(re.escape, choices))
 
 
 def _read_response_format(fields: Fields) -> dict[str, Any]:
@@ -111,5 +143,5 @@ def refusal(error: Exception, names: Sequence[tuple[str, str]] = ()) -> ApiError
     message = str(error)
     for ours, theirs in names:
         message = message.replace(ours, theirs)
-    first = message.split(" ", 1)[0].partition("=")[0]
+    first = re.split("[ =:]", message, maxsplit=1)[0]
     return bad_request(message, param=first if first.isidentifier() and first.islower() else None)

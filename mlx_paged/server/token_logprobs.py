@@ -23,16 +23,14 @@ def chat_logprobs(tokenizer: Any, tokens: Sequence[tuple[int, dict[int, float]]]
 
 
 def completion_logprobs(
-    tokenizer: Any, token_ids: Sequence[int], entries: Sequence[dict[int, float] | None], count: int, offset: int
+    tokenizer: Any, token_ids: Sequence[int], entries: Sequence[dict[int, float] | None], count: int, offsets: list[int]
 ) -> dict[str, Any]:
-    """The parallel lists of a completion. offset: characters of the text before the first token."""
-    tokens = [token_bytes(tokenizer, token).decode(errors="replace") for token in token_ids]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
+    """The parallel lists of a completion. offsets: where in the text each token begins.
+
+    A token that is no whole character is shown by its bytes, as OpenAI does: two of them would else have one name.
+    """
     return {
-        "tokens": tokens,
+        "tokens": [_text(tokenizer, token) for token in token_ids],
         "token_logprobs": [None if found is None else found[i] for i, found in zip(token_ids, entries, strict=True)],
         "top_logprobs": [
             None if found is None else {_text(tokenizer, token): value for token, value in _best(found, count)}
@@ -47,7 +45,11 @@ def _best(found: dict[int, float], count: int) -> list[tuple[int, float]]:
 
 
 def _text(tokenizer: Any, token: int) -> str:
-    return token_bytes(tokenizer, token).decode(errors="replace")
+    content = token_bytes(tokenizer, token)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def _entry(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
