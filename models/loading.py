@@ -9,10 +9,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer
 
+from mlx_paged.config import excerpt
 from mlx_paged.errors import EngineWarning, ModelError, one_line
 from mlx_paged.models import hub, registry
 from mlx_paged.models.byte_order_marks import without_marks
 from mlx_paged.models.generation_config import sampling_defaults
+from mlx_paged.sampling_params import as_int
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
@@ -48,8 +50,9 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
             model, config = load_model(readable, lazy=True)
         except Exception as error:  # mlx-lm reports what it can't read in many ways
             raise ModelError(f"{folder} can't be loaded by mlx-lm: {one_line(error)}") from error
+        end_tokens = _end_tokens(folder, config.get("eos_token_id"))
         try:
-            tokenizer = load_tokenizer(readable, eos_token_ids=config.get("eos_token_id"))
+            tokenizer = load_tokenizer(readable, eos_token_ids=end_tokens)
         except Exception as error:
             raise ModelError(f"{folder} has no tokenizer that can be read: {one_line(error)}") from error
     if not tokenizer.encode("a", add_special_tokens=False):
@@ -61,6 +64,17 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
         warnings.warn(f"model family {kind!r} is not among those that were tested", EngineWarning, stacklevel=2)
     set_dtype(model, dtype)
     return LoadedModel(model, tokenizer, context_of(config), defaults)
+
+
+def _end_tokens(folder: Path, value: Any) -> list[int] | None:
+    """Read what a model's configuration says of its end tokens. Raises ModelError if that is none."""
+    token_ids = [as_int(each) for each in (value if isinstance(value, list) else [value])]
+    if value is not None and None in token_ids:
+        raise ModelError(
+            f"{folder}: eos_token_id must be a token id or a list of them, in config.json and in "
+            f"generation_config.json, which counts where there are both, got {excerpt(value)}"
+        )
+    return None if value is None else [each for each in token_ids if each is not None]
 
 
 def set_dtype(model: nn.Module, dtype: str | None) -> None:

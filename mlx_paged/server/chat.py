@@ -51,6 +51,8 @@ class ChatRequest(Asked):
         for name, instead in _REFUSED.items():
             if name in fields:
                 raise bad_request(f"{name} is not supported: {instead}", param=name)
+        if fields.take("echo", bool, False):
+            raise fields.error("echo", "is not supported: use completions, or continue_final_message")
         model = service.require_model(fields.take("model", str))
         if not (modalities := fields.take("modalities", list, ["text"])) == ["text"]:
             raise fields.error("modalities", f"{modalities} can't be had: this model writes text")
@@ -127,6 +129,8 @@ def read_template(fields: Fields) -> dict[str, Any]:
         template = {"enable_thinking": effort != "none", "reasoning_effort": effort} | template
     if fields.take("continue_final_message", bool, False):
         template["continue_final_message"] = True
+    if (begins_answer := fields.take("add_generation_prompt", bool)) is not None:
+        template["add_generation_prompt"] = begins_answer
     return template
 
 

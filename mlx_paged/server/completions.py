@@ -13,6 +13,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
+from mlx_paged.engine.detokenizer import DecodeStream
 from mlx_paged.outputs import CompletionOutput, RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import SamplingParams
@@ -27,7 +28,7 @@ from mlx_paged.server.sampling_fields import (
     read_sampling,
 )
 from mlx_paged.server.service import Service
-from mlx_paged.server.token_logprobs import completion_logprobs, first_offset, prompt_logprobs
+from mlx_paged.server.token_logprobs import completion_logprobs, prompt_logprobs, prompt_offsets
 
 _DEFAULT_MAX_TOKENS = 16
 _MAX_LOGPROBS = 5
@@ -102,6 +103,26 @@ def _read_prompts(value: Any) -> list[str | list[int]]:
     return value
 
 
+class _Places:
+    """Where in the text of a choice each of its tokens begins, in characters.
+
+    The tokens of one character begin where it does; one that is no text begins where the next one does.
+    """
+
+    def __init__(self, service: Service, params: SamplingParams) -> None:
+        self._stream = DecodeStream(service.detokenizer, params.skip_special_tokens)
+        self._length = 0
+
+    def of(self, token_ids: Sequence[int], num_echoed: int) -> list[int]:
+        """Take in the tokens that come next, after so many characters of the prompt. Returns the place of each."""
+        places: list[int] = []
+        self._length += num_echoed
+        for token in token_ids:
+            places.append(self._length)
+            self._length += len(self._stream.add(token))
+        return places
+
+
 class CompletionAnswer:
     """The completions of all prompts, whole or in chunks. The index of a choice is prompt * n + sample."""
 
@@ -112,7 +133,8 @@ class CompletionAnswer:
         self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
                       "model": asked.model}  # fmt: skip
         self._num_output = self._num_cached = 0
-        self._length = [0] * (len(requests) * asked.params.n)  # characters that each choice has got
+        num_choices = len(requests) * asked.params.n if asked.params.logprobs is not None else 0
+        self._places = [_Places(service, asked.params) for _ in range(num_choices)]
         self._begun: set[int] = set()
         self._ended: set[int] = set()
 
@@ -193,14 +215,15 @@ class CompletionAnswer:
         echoed = self._prompt_text(prompt) if asked.echo and is_first else ""
         logprobs = None
         if asked.params.logprobs is not None:
-            offset = self._length[index] + len(echoed)
-            logprobs = completion_logprobs(tokenizer, token_ids, entries, asked.params.logprobs, offset)
+            places = self._places[index]
+            logprobs = completion_logprobs(
+                tokenizer, token_ids, entries, asked.params.logprobs, places.of(token_ids, len(echoed))
+            )
             if asked.echo and is_first:
                 ids = self._requests[prompt].prompt_token_ids
-                offset = first_offset(tokenizer, ids, echoed)
-                before = completion_logprobs(tokenizer, ids, of_prompt or [], asked.params.logprobs, offset)
+                offsets = prompt_offsets(tokenizer, ids, echoed)
+                before = completion_logprobs(tokenizer, ids, of_prompt or [], asked.params.logprobs, offsets)
                 logprobs = {name: before[name] + values for name, values in logprobs.items()}
-        self._length[index] += len(echoed) + len(text)
         reason = "length" if asked.only_echo else sample.finish_reason
         choice = {"index": index, "text": echoed + text, "logprobs": logprobs, "finish_reason": reason}
         if asked.prompt_logprobs is not None and of_prompt is not None:

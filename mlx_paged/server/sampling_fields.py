@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,13 @@ _PLAIN = {
     "priority": int,
     "cache_salt": str,
 }
+_NOT_HERE = (  # fields of vLLM's without which the answer would be another one than was asked for
+    "allowed_token_ids",
+    "logits_processors",
+    "include_stop_str_in_output",
+    "use_beam_search",
+    "truncate_prompt_tokens",
+)
 MAX_SAMPLES = 128
 _MAX_TOP_LOGPROBS = 20
 _MAX_STOPS = 16
@@ -43,6 +51,9 @@ def read_sampling(fields: Fields, salt: str | None, max_samples: int = MAX_SAMPL
 
     salt: that of the client's key, if it has one of its own. Raises ApiError.
     """
+    for name in _NOT_HERE:
+        if fields.take_any(name):
+            raise fields.error(name, "is not supported")
     settings: dict[str, Any] = {name: fields.take(name, kind) for name, kind in _PLAIN.items()}
     settings["stop"] = fields.take_with("stop", read_stop)
     settings["stop_token_ids"] = fields.take("stop_token_ids", list)
@@ -54,6 +65,8 @@ def read_sampling(fields: Fields, salt: str | None, max_samples: int = MAX_SAMPL
         settings["top_k"] = 0
     if salt is not None:
         settings["cache_salt"] = f"{salt}:{settings['cache_salt'] or ''}"
+    if settings["seed"] == -1:  # and to say: any
+        settings["seed"] = None
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -110,18 +123,34 @@ def read_output_form(fields: Fields, wanted: Fields | None = None) -> dict[str, 
     if wanted is None:
         wanted = Fields(fields.take("response_format", dict, {"type": "text"}), "response_format")
     form = _read_json_form(wanted)
+    asked = list(form)
     given = Fields(fields.take_any("structured_outputs") or {}, "structured_outputs")
-    for name in ("json", "regex", "grammar"):
-        value = given.take_any(name)
-        value = fields.take_any(f"guided_{name}") if value is None else value
+    if given.take_any("structural_tag"):
+        raise given.error("structural_tag", "is not supported")
+    for name, ours in (("json", "json_schema"), ("regex", "regex"), ("grammar", "grammar"), ("choice", "regex")):
+        read = _any_of if name == "choice" else _as_it_is
+        value = given.take_with(name, read)
+        value = fields.take_with(f"guided_{name}", read) if value is None else value
         if value is not None:
-            form["json_schema" if name == "json" else name] = value
-    if len(form) > 1:
-        raise bad_request(f"give one form of the output, got {' and '.join(form)}", param="response_format")
+            form[ours] = value
+            asked.append(name)
+    if len(asked) > 1:
+        raise bad_request(f"give one form of the output, got {' and '.join(asked)}", param="response_format")
     for name, value in form.items():
         if len(json.dumps(value)) > _MAX_GRAMMAR_CHARACTERS:
             raise bad_request(f"{name} is longer than {_MAX_GRAMMAR_CHARACTERS} characters", param=name)
     return form
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _any_of(choices: Any) -> str:
+    """Make the regex of exactly one of some texts."""
+    if not isinstance(choices, list) or not choices or not all(isinstance(each, str) and each for each in choices):
+        raise ValueError("must be a list of texts that are not empty")
+    return "|".join(map(re.escape, choices))
 
 
 def _read_json_form(wanted: Fields) -> dict[str, Any]:
@@ -150,5 +179,5 @@ def refusal(error: Exception, names: Sequence[tuple[str, str]] = ()) -> ApiError
     message = str(error)
     for ours, theirs in names:
         message = message.replace(ours, theirs)
-    first = message.split(" ", 1)[0].partition("=")[0]
+    first = re.split("[ =:]", message, maxsplit=1)[0]
     return bad_request(message, param=first if first.isidentifier() and first.islower() else None)

@@ -8,9 +8,11 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from mlx_paged.async_llm import AsyncLLM
+from mlx_paged.engine.detokenizer import Detokenizer, readable
 from mlx_paged.errors import PromptTooLong, QueueFull
 from mlx_paged.outputs import RequestOutput
 from mlx_paged.request import Request
@@ -72,6 +74,11 @@ class Service:
         self.metrics = Metrics(lambda: self.llm.snapshot, self.options.names[0])
         self._last_used = time.monotonic()
         self._loading: asyncio.Task[None] | None = None
+
+    @cached_property
+    def detokenizer(self) -> Detokenizer:
+        """Turns tokens into the text that answers have."""
+        return Detokenizer(readable(self.tokenizer))
 
     def require_model(self, name: str | None) -> str:
         """Return the name that an answer bears. Raises ApiError for a model that is not served."""

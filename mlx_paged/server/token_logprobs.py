@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,16 +24,14 @@ def chat_logprobs(tokenizer: Any, tokens: Sequence[tuple[int, dict[int, float]]]
 
 
 def completion_logprobs(
-    tokenizer: Any, token_ids: Sequence[int], entries: Sequence[dict[int, float] | None], count: int, offset: int
+    tokenizer: Any, token_ids: Sequence[int], entries: Sequence[dict[int, float] | None], count: int, offsets: list[int]
 ) -> dict[str, Any]:
-    """The parallel lists of a completion. offset: characters of the text before the first token."""
-    tokens = [token_bytes(tokenizer, token).decode(errors="replace") for token in token_ids]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
+    """The parallel lists of a completion. offsets: where in the text each token begins.
+
+    A token that is no whole character is shown by its bytes, as OpenAI does: two of them would else have one name.
+    """
     return {
-        "tokens": tokens,
+        "tokens": [_text(tokenizer, token) for token in token_ids],
         "token_logprobs": [
             None if found is None else _finite(found[token]) for token, found in zip(token_ids, entries, strict=True)
         ],
@@ -44,10 +43,12 @@ def completion_logprobs(
     }
 
 
-def first_offset(tokenizer: Any, token_ids: Sequence[int], text: str) -> int:
-    """Where a text's first token begins in it: before it, if it is a start token or a space that the text lacks."""
-    first = _text(tokenizer, token_ids[0])
-    return next((-i for i in range(len(first)) if text.startswith(first[i:])), -len(first))
+def prompt_offsets(tokenizer: Any, token_ids: Sequence[int], text: str) -> list[int]:
+    """Where in a prompt's text its tokens begin: the first one before it, if it is a start token or a dropped space."""
+    texts = [_text(tokenizer, token) for token in token_ids]
+    first = texts[0]
+    offset = next((-i for i in range(len(first)) if text.startswith(first[i:])), -len(first))
+    return [offset, *itertools.accumulate(map(len, texts[:-1]), initial=offset)][1:]
 
 
 def prompt_logprobs(
@@ -83,7 +84,11 @@ def _best(found: dict[int, float], count: int) -> list[tuple[int, float]]:
 
 
 def _text(tokenizer: Any, token: int) -> str:
-    return token_bytes(tokenizer, token).decode(errors="replace")
+    content = token_bytes(tokenizer, token)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 def _entry(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:

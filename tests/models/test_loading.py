@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -72,4 +73,14 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path, demo_folder
         loading.load(tmp_path / "model", None)
     (tmp_path / "model" / "vocab.txt").write_text("")  # of which an empty tokenizer is made
     with pytest.raises(ModelError, match="has no tokenizer that can be read"):
+        loading.load(tmp_path / "model", None)
+
+
+@pytest.mark.parametrize("wrong", ["x", "2", [2, None], [[2]], 2.5, True, {"a": 1}], ids=str)
+def test_an_end_token_that_is_no_token_id_is_named_with_the_files_that_say_it(
+    wrong: Any, tmp_path: Path, demo_folder: Path
+) -> None:
+    shutil.copytree(demo_folder, tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+    with pytest.raises(ModelError, match=r"eos_token_id must be a token id or a list of them.*generation_config\.json"):
         loading.load(tmp_path / "model", None)

@@ -206,6 +206,37 @@ def test_stop_strings_seeds_biases_and_vllms_own_parameters_are_kept(client: ope
     assert text(extra_body={"structured_outputs": {"regex": "All"}}) == "All"
 
 
+def test_an_answer_is_exactly_one_of_the_choices(client: openai.OpenAI) -> None:
+    choices = ["a+b (c)", "x-y\n#z", "\u00e9|"]
+    for body in ({"guided_choice": choices}, {"structured_outputs": {"choice": choices}}):
+        answer = client.chat.completions.create(model="scripted", messages=USER, n=8, temperature=2, extra_body=body)
+        assert {choice.message.content for choice in answer.choices} <= set(choices)
+    for choice in choices:
+        answer = client.chat.completions.create(model="scripted", messages=USER, extra_body={"guided_choice": [choice]})
+        assert answer.choices[0].message.content == choice
+
+
+def test_the_prompt_may_end_with_the_last_message(url: str) -> None:
+    def tokens(**more: Any) -> list[int]:
+        return post(f"{url}/tokenize", {"messages": USER, **more}).json()["tokens"]  # type: ignore[no-any-return]
+
+    with_prompt, without = tokens(), tokens(add_generation_prompt=False)
+    assert with_prompt[: len(without)] == without and len(without) < len(with_prompt)
+    assert tokens(add_generation_prompt=True) == with_prompt
+    said = [*USER, {"role": "assistant", "content": "All"}]
+    usual = {"continue_final_message": True, "add_generation_prompt": False}  # as vLLM wants both
+    both, one = (
+        post(f"{url}/tokenize", {"messages": said, **each}).json()
+        for each in (usual, {**usual, "add_generation_prompt": None})
+    )
+    assert both == one and "tokens" in both
+
+
+def test_fields_whose_value_asks_for_nothing_are_no_error(url: str) -> None:
+    neutral = {"min_tokens": 0, "bad_words": [], "use_beam_search": False, "prompt_logprobs": None, "echo": False}
+    assert post(f"{url}/v1/chat/completions", {"messages": USER, **neutral}).status_code == 200
+
+
 def test_a_conversation_whose_later_system_message_the_template_refuses_keeps_its_head(client: openai.OpenAI) -> None:
     tokens = [
         {"role": "system", "content": "First."},
@@ -243,6 +274,13 @@ REFUSED = [
     ({"messages": USER, "chat_template_kwargs": {"tokenize": False}}, 400, "chat_template_kwargs"),
     ({"messages": USER, "response_format": {"type": "xml"}}, 400, "response_format.type"),
     ({"messages": USER, "guided_regex": "("}, 400, "regex"),
+    ({"messages": USER, "guided_regex": "a", "guided_choice": ["a"]}, 400, "response_format"),
+    ({"messages": USER, "guided_choice": "a"}, 400, "guided_choice"),
+    ({"messages": USER, "structured_outputs": {"choice": [1]}}, 400, "structured_outputs.choice"),
+    ({"messages": USER, "structured_outputs": {"structural_tag": "x"}}, 400, "structured_outputs.structural_tag"),
+    ({"messages": USER, "echo": True}, 400, "echo"),
+    ({"messages": USER, "allowed_token_ids": [5]}, 400, "allowed_token_ids"),
+    ({"messages": USER, "include_stop_str_in_output": True}, 400, "include_stop_str_in_output"),
     ({"messages": USER, "guided_json": {"type": "nothing"}}, 400, "json_schema"),
     ({"model": "gpt-9", "messages": USER}, 404, "model"),
 ]

@@ -60,6 +60,49 @@ def test_log_probabilities_are_parallel_lists_whose_tokens_are_the_text(client: 
     assert found.token_logprobs == [top[token] for top, token in zip(found.top_logprobs, found.tokens, strict=True)]
 
 
+@pytest.mark.parametrize(
+    "chain, more, text, offsets",
+    [
+        ("answer", {}, "All done: the tool said so.", [0, 4, 8, 19, 26, 27]),
+        ("answer", {"stop": "done: x"}, "All done: the tool said so.", [0, 4, 8, 19, 26, 27]),  # held back for a while
+        ("answer", {"stop": "tool said"}, "All done: the ", [0, 4, 8, 19]),
+        ("emoji", {}, "\U0001f600", [0, 0, 0, 0, 1]),
+    ],
+)
+def test_each_token_is_placed_where_its_text_begins_streamed_or_not(
+    chain: str, more: Any, text: str, offsets: list[int], client: openai.OpenAI
+) -> None:
+    request: dict[str, Any] = {"model": "scripted", "prompt": START.replace("answer", chain), "logprobs": 2, **more}
+    (choice,) = client.completions.create(**request).choices
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**request, stream=True)]
+    streamed = [place for each in chunks if each.logprobs for place in each.logprobs.text_offset or []]
+    assert choice.text == text and choice.logprobs is not None
+    assert choice.logprobs.text_offset == streamed == offsets
+
+
+def test_tokens_that_are_no_whole_character_are_told_apart_by_their_bytes(client: openai.OpenAI, llm: AsyncLLM) -> None:
+    ids = [llm.tokenizer.convert_tokens_to_ids(piece) for piece in ("\u00f0", "\u0141")]  # of bytes f0 and 9f
+    bias = {str(token): 100 for token in ids}
+    request: dict[str, Any] = {
+        "model": "scripted",
+        "prompt": "x",
+        "logit_bias": bias,
+        "temperature": 0,
+        "max_tokens": 1,
+    }
+    answer = client.completions.create(**request, logprobs=5)
+    found = answer.choices[0].logprobs
+    assert found is not None and found.tokens == ["bytes:\\xf0"]
+
+
+def test_a_seed_of_minus_one_is_any_seed(url: str) -> None:
+    request: dict[str, Any] = {"prompt": "x", "seed": -1, "temperature": 1e6, "max_tokens": 8, "ignore_eos": True}
+    first, second = (post(f"{url}/v1/completions", request).json()["choices"][0]["text"] for _ in range(2))
+    assert first != second
+    same = {post(f"{url}/v1/completions", request | {"seed": -2}).json()["choices"][0]["text"] for _ in range(2)}
+    assert len(same) == 1
+
+
 def test_echo_puts_the_prompt_first_and_may_be_all(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="scripted", prompt="Hello", echo=True, max_tokens=0)
     assert answer.choices[0].text == "Hello" and answer.choices[0].finish_reason == "length"
@@ -168,6 +211,8 @@ def test_fewest_tokens_and_bad_words_are_vllms(url: str) -> None:
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "best_of": 3}, "best_of"),
         ({"prompt": "x", "logprobs": 6}, "logprobs"),
+        ({"prompt": "x", "use_beam_search": True}, "use_beam_search"),
+        ({"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": ["x"] * 2000}, "prompt"),
         ({"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs"),
