@@ -46,6 +46,7 @@ NOT_RUN = {
     "mlx-paged bench": "takes minutes; tests/cli/test_bench.py runs it at a small size",
     "bash benchmarks/on_a_mac.sh": "needs a Mac, and takes minutes; test_on_a_mac.py tries its parts",
     "python docs/api.py": "needs the extra docs; test_api_reference.py runs it where that is installed",
+    "mlx-paged serve": "serves until a signal ends it; tests/server asks what it serves",
     "mlx-paged generate --model qwen3-4b": "is for a Mac, whose memory it half fills",
 }
 
