@@ -33,14 +33,10 @@ def test_end_tokens_and_stop_ids_are_not_drawn_before_the_fewest_tokens(
     tokens = tokens_of(complete(engine, [5, 6], replace(wants_to_end, max_tokens=6, min_tokens=fewest)))
     assert tokens == [9] * fewest + [END]
     many = [7, *range(10, 60)]  # more than are compared with the tokens of all rows
-    tokens = tokens_of(
-        complete(
-            engine,
-            [5, 6],
-            replace(wants_to_end, max_tokens=6, min_tokens=fewest, stop_token_ids=many, ignore_eos=True),
-        )
-    )
-    assert tokens == ([END] * 6)  # which ends nothing here, and so may come
+    params = replace(wants_to_end, max_tokens=6, min_tokens=fewest, stop_token_ids=many)
+    tokens = tokens_of(complete(engine, [5, 6], replace(params, logit_bias={7: 1e5, 9: 1e4})))
+    assert tokens == [9] * fewest + [7]
+    assert tokens_of(complete(engine, [5, 6], replace(params, ignore_eos=True))) == [END] * 6  # it ends nothing here
     assert is_idle(engine)
 
 
@@ -60,6 +56,11 @@ def test_fewest_tokens_hold_after_a_preemption(make_engine: MakeEngine) -> None:
     outputs = run(engine)
     assert engine.stats().num_preemptions > 0
     assert [tokens_of(outputs[i]) for i in ids] == [[9] * 12 + [7]] * 3
+
+
+def test_where_all_tokens_end_the_output_too_early_the_request_ends_with_one_line(make_engine: MakeEngine) -> None:
+    (sample,) = complete(make_engine(), [1], replace(GREEDY, stop_token_ids=range(97), min_tokens=1)).outputs
+    assert sample.finish_reason == "error" and str(sample.stop_reason).endswith("leave no token that could come here")
 
 
 def test_more_fewest_than_most_tokens_are_refused() -> None:
@@ -145,6 +146,8 @@ def test_each_processor_gets_what_the_one_before_made_and_masks_come_after(make_
     processors = [lambda tokens, row: np.zeros(97), lambda tokens, row: mx.where(mx.arange(97) == 7, mx.inf, row)]
     params = replace(GREEDY, max_tokens=4, logits_processors=processors, stop_token_ids=[7], min_tokens=2)
     assert tokens_of(complete(engine, [1, 2], params)) == [0, 0, 7]
+    drawn = SamplingParams(temperature=2, top_p=0.5, seed=1, max_tokens=4, logits_processors=processors)
+    assert tokens_of(complete(engine, [1, 2], drawn)) == [7] * 4
 
 
 def _raises(tokens: list[int], row: mx.array) -> mx.array:
