@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -82,6 +82,9 @@ def make_app(service: Service, access: Access) -> Guard:
         status = "draining" if service.is_draining else "ok" if service.failure is None else "engine ended"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
+    def index(request: Request) -> Response:
+        return PlainTextResponse(f"mlx-paged serves {options.names[0]} at /v1\n")
+
     def model_card(name: str) -> dict[str, Any]:
         card = {"id": name, "object": "model", "created": service.created, "owned_by": "mlx-paged"}
         return card | {"max_model_len": service.llm.max_model_len}
@@ -117,6 +120,7 @@ def make_app(service: Service, access: Access) -> Guard:
     }
     routes = [Route(path, Post(service, answer), methods=["POST"]) for path, answer in posts.items()]
     routes += [
+        Route("/", index),
         Route("/health", health),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),

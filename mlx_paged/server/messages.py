@@ -91,7 +91,10 @@ class MessageAnswer(Answer):
             return
         self._is_open, block = False, self._content[-1]
         if block["type"] == "tool_use":
-            block["input"] = json.loads(self._written)
+            try:
+                block["input"] = json.loads(self._written)
+            except ValueError:  # max_tokens has cut it: in a whole answer its text is all that can be told
+                self._content[-1] = {"type": "text", "text": f"{block['name']} {self._written}"}
         else:
             block[block["type"]] = self._written
         if block["type"] == "thinking":
@@ -111,7 +114,10 @@ class MessageAnswer(Answer):
         (sample,) = self.samples
         if sample.stop_string is not None and sample.finish_reason == "stop":
             return {"stop_reason": "stop_sequence", "stop_sequence": sample.stop_string}
-        return {"stop_reason": _STOP_REASONS.get(sample.finish_reason or ""), "stop_sequence": None}
+        reason = _STOP_REASONS.get(sample.finish_reason or "")
+        if reason == "tool_use" and not any(block["type"] == "tool_use" for block in self._content):
+            reason = "end_turn"  # its call was never finished
+        return {"stop_reason": reason, "stop_sequence": None}
 
     def _usage(self) -> dict[str, Any]:
         """Count tokens: those of the prompt that came from the cache apart. That is known once there is an output."""

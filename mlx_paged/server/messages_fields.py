@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_paged.server.answer import Asked
 from mlx_paged.server.body import Fields
-from mlx_paged.server.chat import read_template, read_tools
+from mlx_paged.server.chat import read_template, read_tool_choice, read_tools
 from mlx_paged.server.conversation import Messages, call_for_template, read_part, read_texts
 from mlx_paged.server.errors import bad_request
 from mlx_paged.server.sampling_fields import make_params, read_output_form, read_sampling, read_stop
@@ -40,15 +40,19 @@ def read_message_request(service: Service, body: dict[str, Any], salt: str | Non
     form = config.take("format", dict) or fields.take("output_format", dict, {"type": "text"})
     settings |= read_output_form(fields, Fields(form, "output_config.format"))
     choice = Fields(fields.take("tool_choice", dict, {}), "tool_choice")
-    tools = Fields({"tools": list(_read_tools(fields)), "tool_choice": _read_choice(choice)})
-    template = _read_thinking(fields, config) | read_template(fields)
+    offered = Fields({"tools": list(_read_tools(fields)), "tool_choice": _read_choice(choice)})
+    tools = read_tools(offered)
+    thinking = Fields(fields.take("thinking", dict, {}), "thinking")
+    settings["max_thinking_tokens"] = thinking.take("budget_tokens", int)
+    template = _read_thinking(thinking, config) | read_template(fields)
     if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
         template["continue_final_message"] = True
     asked = Asked(
         model=model,
         messages=messages,
         params=make_params(settings, [("json_schema", "output_config.format")]),
-        tools=read_tools(tools),
+        tools=tools,
+        tool_choice=read_tool_choice(offered, tools),
         parallel_calls=not choice.take("disable_parallel_tool_use", bool, False),
         stream=fields.take("stream", bool, False),
         template=template,
@@ -57,9 +61,8 @@ def read_message_request(service: Service, body: dict[str, Any], salt: str | Non
     return asked
 
 
-def _read_thinking(fields: Fields, config: Fields) -> dict[str, Any]:
+def _read_thinking(thinking: Fields, config: Fields) -> dict[str, Any]:
     """What the chat template is told of thinking."""
-    thinking = Fields(fields.take("thinking", dict, {}), "thinking")
     kind, effort = thinking.take("type", str), config.take("effort", str)
     template = {} if kind is None else {"enable_thinking": kind != "disabled"}
     return template | ({} if effort is None else {"reasoning_effort": effort})

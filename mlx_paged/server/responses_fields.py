@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_paged.server.answer import Asked
 from mlx_paged.server.body import Fields
-from mlx_paged.server.chat import read_template, read_tools
+from mlx_paged.server.chat import read_template, read_tool_choice, read_tools
 from mlx_paged.server.conversation import Messages, call_for_template, read_text
 from mlx_paged.server.errors import bad_request
 from mlx_paged.server.sampling_fields import make_params, read_output_form, read_sampling, read_top_logprobs
@@ -59,14 +59,16 @@ class ResponseRequest(Asked):
         if top or "message.output_text.logprobs" in included:
             settings["logprobs"] = top or 0
         namespaces: dict[str, tuple[str, str]] = {}
-        tools = list(_read_tools(fields, namespaces))
+        offered = Fields({"tools": list(_read_tools(fields, namespaces)), "tool_choice": _read_choice(fields)})
+        tools = read_tools(offered)
         reasoning = Fields(fields.take("reasoning", dict, {}), "reasoning")
         effort = Fields({"reasoning_effort": reasoning.take("effort", str)})
         request = cls(
             model=model,
             messages=messages,
             params=make_params(settings, [("json_schema", "text.format"), ("max_tokens", "max_output_tokens")]),
-            tools=read_tools(Fields({"tools": tools, "tool_choice": _read_choice(fields)})),
+            tools=tools,
+            tool_choice=read_tool_choice(offered, tools),
             parallel_calls=fields.take("parallel_tool_calls", bool, True),
             stream=fields.take("stream", bool, False),
             template=read_template(effort) | read_template(fields),

@@ -47,7 +47,6 @@ def use(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 THOUGHT = {"type": "thinking", "thinking": "I should run it.", "signature": "unsigned"}
-OPEN = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Par'
 CASES = {
     "answer": (script("answer"), [text("All done: the tool said so.")], "end_turn"),
     "exec_command": (
@@ -70,7 +69,6 @@ CASES = {
         [use("get_weather", city="A")],
         "tool_use",
     ),
-    "open_call": (script("open_call", "x"), [text(OPEN)], "end_turn"),
     "emoji": (script("emoji"), [text("\U0001f600")], "end_turn"),
     "cut": (script("endless", max_tokens=3), [text("tick tack tick ")], "max_tokens"),
     "stopped": (script("answer", stop_sequences=["the"]), [text("All done: ")], "stop_sequence"),
@@ -252,3 +250,27 @@ def test_an_engine_that_breaks_ends_a_stream_with_an_error_event(
         assert post(url + URL, script("endless")).json()["error"]["type"] == "api_error"
     assert last["type"] == "error" and last["error"]["type"] == "api_error" and "device" not in json.dumps(last)
     assert told(claude.messages.create(**script("answer")))[1] == "end_turn"
+
+
+def test_a_tool_that_has_to_be_called_is_called(claude: anthropic.Anthropic) -> None:
+    for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
+        request = script("answer", "get_weather", tool_choice=choice)
+        request["tools"][0]["input_schema"] = {"type": "object", "properties": {}, "additionalProperties": False}
+        message = claude.messages.create(**request)
+        assert message.stop_reason == "tool_use"
+        assert [block.name for block in message.content if block.type == "tool_use"] == ["get_weather"]
+
+
+def test_thinking_ends_with_its_budget(claude: anthropic.Anthropic) -> None:
+    thinking = {"type": "enabled", "budget_tokens": 1}
+    message = claude.messages.create(**script("exec_command", "exec_command", thinking=thinking))
+    assert message.content[0].type == "thinking"
+    assert message.content[0].thinking in ("I should", "I should ")
+
+
+def test_a_call_that_is_cut_is_text_in_a_whole_answer(claude: anthropic.Anthropic) -> None:
+    message = claude.messages.create(**script("get_weather", "get_weather", max_tokens=3))
+    assert message.stop_reason == "max_tokens"
+    assert "get_weather" in str(told(message)) and not any(block.type == "tool_use" for block in message.content)
+    by_itself = claude.messages.create(**script("open_call", "x"))
+    assert told(by_itself) == ([text('get_weather {"city": "Par')], "end_turn", None)

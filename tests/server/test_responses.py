@@ -43,7 +43,6 @@ def told(response: Response) -> Any:
     return items, response.status
 
 
-OPEN = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Par'
 CASES = {
     "answer": (script("answer"), [("message", "All done: the tool said so.")], "completed"),
     "exec_command": (
@@ -66,7 +65,7 @@ CASES = {
         [("get_weather", '{"city": "A"}')],
         "completed",
     ),
-    "open_call": (script("open_call", "x"), [("message", OPEN)], "completed"),
+    "open_call": (script("open_call", "x"), [("get_weather", '{"city": "Par')], "completed"),
     "emoji": (script("emoji"), [("message", "\U0001f600")], "completed"),
     "cut": (script("endless", max_output_tokens=3), [("message", "tick tack tick ")], "incomplete"),
     "nothing": (script("no_such_chain"), [], "completed"),
@@ -267,3 +266,11 @@ def test_an_engine_that_breaks_ends_a_stream_with_a_failed_response(
     assert last["type"] == "response.failed" and "device" not in json.dumps(last)
     assert last["response"]["status"] == "failed" and last["response"]["error"]["code"] == "server_error"
     assert client.responses.create(**script("answer")).status == "completed"
+
+
+def test_a_tool_that_has_to_be_called_is_called(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    tools: Any = [{"type": "function", "name": "get_weather", "parameters": schema}]
+    for choice in ("required", {"type": "function", "name": "get_weather"}):
+        answer = client.responses.create(model="scripted", input="hi", tools=tools, tool_choice=choice)  # type: ignore[call-overload]
+        assert [item.name for item in answer.output if item.type == "function_call"] == ["get_weather"]
