@@ -16,7 +16,6 @@ from mlx_paged.request import Sequence
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
 
-_LARGE = 1e30  # a larger logit means no more than this, and might overflow float32
 _ALL = 0xFFFFFFFF
 
 
@@ -81,7 +80,7 @@ def _process(sequence: Sequence, row: mx.array, params: SamplingParams) -> mx.ar
         row = made if isinstance(made, mx.array) else mx.array(made)
         if row.shape != shape:
             raise ValueError(f"a logits processor must return a row of {shape[0]} logits, got shape {row.shape}")
-    row = mx.minimum(row.astype(mx.float32), _LARGE)
+    row = row.astype(mx.float32)
     if bool(mx.isnan(row).any().item()) or not bool((row > -mx.inf).any().item()):
         raise ValueError("the logits processors leave no token that could be drawn: all are -inf, or one is NaN")
     return row
