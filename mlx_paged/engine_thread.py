@@ -90,7 +90,7 @@ class EngineThread:
     max_num_seqs: int
     """Sequences that run at once."""
     snapshot: EngineStats
-    """The engine's counters, a quarter of a second old at most while it works."""
+    """The engine's counters, a quarter of a second old at most while it works, and of now while it does not."""
 
     def __init__(self, load: Callable[[], LLM]) -> None:
         self._letters: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()  # None: end
@@ -193,22 +193,28 @@ class EngineThread:
         self.inputs, self.tokenizer, self.vocab_size = llm.engine.input_processor, llm.tokenizer, llm.vocab_size
         self.max_num_seqs, self.sampling_defaults = llm.engine.config.max_num_seqs, llm.sampling_defaults
         self.memory = llm.describe_memory()
-        self.snapshot, published = llm.stats(), time.monotonic()
+        self._publish(llm)
         room = self.snapshot.num_blocks * self.snapshot.block_size
         self.max_model_len = min(room, llm.engine.max_model_len or room)
         self._ready.set()
         while self._read_letters(llm):
             self._hand_out(llm, llm.engine.step())
-            if (now := time.monotonic()) > published + _SNAPSHOT_S or not llm.engine.has_unfinished():
-                self.snapshot, published = llm.stats(), now
+            if time.monotonic() > self._published + _SNAPSHOT_S:
+                self._publish(llm)
         aborted = [llm.engine.abort(request_id) for request_id in list(self._inboxes)]
         self._hand_out(llm, list(filter(None, aborted)))
+
+    def _publish(self, llm: LLM) -> None:
+        self.snapshot, self._published = llm.stats(), time.monotonic()
 
     def _read_letters(self, llm: LLM) -> bool:
         """Do what was asked for, sleeping while there is nothing to do. Returns False when the thread has to end."""
         while True:
+            is_idle = not llm.engine.has_unfinished()
+            if is_idle and self._letters.empty():
+                self._publish(llm)  # no step may follow the abort of what ran
             try:
-                letter = self._letters.get(block=not llm.engine.has_unfinished())
+                letter = self._letters.get(block=is_idle)
             except queue.Empty:
                 return True
             if letter is None:

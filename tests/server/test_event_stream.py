@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ import openai
 import pytest
 from helpers.servers import engine_held, post, serving, wait_for
 
+from mlx_paged import SamplingParams
 from mlx_paged.async_llm import AsyncLLM
 
 ENDLESS: Any = [{"role": "system", "content": "SCRIPT:endless"}, {"role": "user", "content": "x " * 200}]
@@ -43,6 +45,17 @@ def hang_up(url: str, body: Any, after: float) -> None:
 def test_a_request_ends_when_its_client_goes(stream: bool, after: float, llm: AsyncLLM, url: str) -> None:
     hang_up(url, {"messages": ENDLESS, "stream": stream, "max_tokens": 20_000}, after)
     wait_for(lambda: llm.num_requests == 0, seconds=10)
+
+
+def test_an_engine_whose_last_client_went_counts_nothing_as_running(llm: AsyncLLM) -> None:
+    async def leave_while_it_is_counted() -> None:
+        async with aclosing(llm.chat(ENDLESS, SamplingParams(max_tokens=20_000))) as outputs:
+            async for _ in outputs:
+                if llm.snapshot.num_running:
+                    return
+
+    asyncio.run(leave_while_it_is_counted())
+    wait_for(lambda: llm.snapshot.num_running == 0 and llm.snapshot.num_free_blocks == llm.snapshot.num_blocks)
 
 
 def test_a_silent_stream_is_kept_alive(llm: AsyncLLM) -> None:
