@@ -78,7 +78,7 @@ def test_a_beam_search_gives_its_one_output() -> None:
         llm = load()
         made: list[Any] = []
         engine: Any = llm.engine
-        engine.make_request = lambda prompt, params, stream=False: made.append((prompt, params, stream)) or made[-1]
+        engine.input_processor.make_request = lambda *asked, **more: made.append(asked) or asked
         engine.submit = lambda request: 7
         engine.has_unfinished = lambda: bool(made)
         engine.step = iter([[], [output]]).__next__
@@ -213,7 +213,7 @@ def test_a_bad_prompt_is_its_callers_error_and_nobody_elses(prompt: Any, error: 
 def test_a_model_that_cannot_be_had_is_the_callers_error_and_leaves_no_thread(capfd: pytest.CaptureFixture) -> None:
     with pytest.raises(ModelError, match="did you mean") as caught:
         AsyncLLM("qwen22")
-    assert [entry.path.name for entry in caught.traceback][1:] == ["async_llm.py"] * 3
+    assert [entry.path.name for entry in caught.traceback][1:] == ["async_llm.py", "async_llm.py", "engine_thread.py"]
     with pytest.raises(ValueError, match="block_size"):
         AsyncLLM(block_size=0)
     with pytest.raises(TypeError, match="page_size"):

@@ -14,8 +14,8 @@ import mlx_paged
 
 PROCESS = """
 import asyncio, signal, sys, threading
-from helpers.tiny_models import make_model
 from mlx_paged import LLM, AsyncLLM, SamplingParams
+from helpers.tiny_models import make_model
 
 state = sys.argv[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
