@@ -114,7 +114,11 @@ class AsyncLLM:
 
     async def _prepare(self, work: Callable[[], T]) -> T:
         self._thread.require_running()
-        return await asyncio.to_thread(work)
+        try:
+            working = asyncio.get_running_loop().run_in_executor(None, work)
+        except RuntimeError:  # the main thread has ended, after which no thread takes work
+            return work()
+        return await working
 
     async def run(self, request: Request) -> AsyncGenerator[Any, None]:
         """Run a request that `make_request` made. Yields its outputs; closing the iterator frees its blocks.

@@ -168,29 +168,6 @@ def test_a_sampler_that_refuses_a_row_ends_that_request_alone(
     assert is_idle(engine)
 
 
-def test_a_tokenizer_without_text_for_anybody_ends_each_request_as_it_begins(
-    make_engine: MakeEngine, tokenizer: Any
-) -> None:
-    class NoDetokenizer:
-        """As the tokenizer that it wraps, but its detokenizers can't be made."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(tokenizer, name)
-
-        def __len__(self) -> int:
-            return len(tokenizer)
-
-        @property
-        def detokenizer(self) -> Any:
-            raise LookupError("no detokenizer")
-
-    engine = make_engine(NoDetokenizer())
-    ids = [engine.add_request(PROMPT, GREEDY) for _ in range(2)]
-    outputs = run(engine)
-    assert [outputs[each].outputs[0].stop_reason for each in ids] == ["LookupError: no detokenizer"] * 2
-    assert is_idle(engine)
-
-
 def test_many_stop_tokens_stop_as_few_do_and_cost_the_other_rows_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine()
     tokens = tokens_of(complete(engine, PROMPT, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)))
