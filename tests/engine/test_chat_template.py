@@ -134,10 +134,14 @@ def test_every_error_of_a_template_is_a_value_error_with_its_reason(make: MakeTe
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_variables_that_are_the_tokenizers_own_are_refused(make: MakeTemplate) -> None:
-    for name in ("tokenize", "add_generation_prompt"):
-        with pytest.raises(ValueError, match=name):
-            make().encode([USER], chat_template_kwargs={name: False})
+def test_a_variable_that_is_the_tokenizers_own_is_refused_and_the_answers_beginning_may_be_left_out(
+    make: MakeTemplate,
+) -> None:
+    with pytest.raises(ValueError, match="tokenize"):
+        make().encode([USER], chat_template_kwargs={"tokenize": False})
+    with_beginning = make().encode([USER])
+    without = make().encode([USER], chat_template_kwargs={"add_generation_prompt": False})
+    assert with_beginning[: len(without)] == without
 
 
 @pytest.mark.parametrize("options", [{"chat_template_kwargs": 5}, {"tools": 5}, {"documents": ["a"]}], ids=str)

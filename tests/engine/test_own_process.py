@@ -13,8 +13,8 @@ import mlx_paged
 
 PROCESS = """
 import asyncio, os, sys
-from helpers.tiny_models import make_model
 from mlx_paged import LLM, AsyncLLM, SamplingParams
+from helpers.tiny_models import make_model
 
 def load():
     model = make_model("llama", num_hidden_layers=1, hidden_size=32, intermediate_size=48)

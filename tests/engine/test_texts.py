@@ -27,6 +27,11 @@ def streamed(engine: Engine, prompt: Any, params: SamplingParams) -> list[Reques
     return outputs
 
 
+def told(output: Any) -> list[Any]:
+    """What an output says; its log-probabilities depend a little on what is computed beside it."""
+    return [(sample.text, sample.token_ids, sample.finish_reason, sample.stop_reason) for sample in output.outputs]
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_text_is_what_decode_gives_in_samples_and_streams(skip: bool, make_engine: MakeEngine, tokenizer: Any) -> None:
     values: dict[str, Any] = {"max_tokens": 40, "temperature": 3.0, "ignore_eos": True, "logit_bias": {SPECIAL: 20}}
@@ -99,7 +104,7 @@ def test_an_id_that_the_tokenizer_has_no_token_for_is_no_text_and_nobody_else_no
         (one,) = finished[request_id].outputs
         assert (one.text, one.token_ids, one.finish_reason) == ("", [unknown] * 6, "length")
     for request_id in others:
-        assert finished[request_id].outputs == alone.outputs
+        assert told(finished[request_id]) == told(alone)
     assert is_idle(engine)
 
 
@@ -153,7 +158,7 @@ def test_a_tokenizer_that_raises_in_a_search_for_stop_strings_ends_this_search_a
     victim, other = engine.add_request("Anna", params), engine.add_request("Anna", plain)  # type: ignore[arg-type]
     finished: Any = run(engine)
     assert (finished[victim].error, finished[victim].sequences) == ("KeyError: 'no text'", [])
-    assert finished[other].outputs == complete(make_engine(tokenizer), "Anna", plain).outputs
+    assert told(finished[other]) == told(complete(make_engine(tokenizer), "Anna", plain))
     assert is_idle(engine)
 
 
