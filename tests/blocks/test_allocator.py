@@ -182,12 +182,12 @@ def test_buddy_prefers_the_block_after_a_tables_last_one_to_a_better_fit() -> No
 
 def test_buddy_has_a_run_as_long_as_its_longest_free_one_and_no_longer() -> None:
     allocator = BlockAllocator(8, "buddy")
-    assert [allocator.has_run(count) for count in (1, 5, 8, 9)] == [True, True, True, False]
+    assert [allocator.free_blocks.has_run(count) for count in (1, 5, 8, 9)] == [True, True, True, False]
     allocator.allocate(1)
-    assert [allocator.has_run(count) for count in (1, 3, 4, 5)] == [True, True, True, False]
+    assert [allocator.free_blocks.has_run(count) for count in (1, 3, 4, 5)] == [True, True, True, False]
     allocator.allocate(7)
-    assert not allocator.has_run(1)
-    assert all(BlockAllocator(1, policy).has_run(9) for policy in ("fifo", "lru")), "they do not care"
+    assert not allocator.free_blocks.has_run(1)
+    assert all(BlockAllocator(1, policy).free_blocks.has_run(9) for policy in ("fifo", "lru")), "they do not care"
 
 
 def test_buddy_makes_do_with_pieces_rather_than_refuse() -> None:
