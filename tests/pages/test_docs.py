@@ -85,6 +85,7 @@ def checkout(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     schema = {"type": "object", "properties": {"name": {"enum": ["Mia", "Tom"]}}, "required": ["name"]}
     (folder / "person.json").write_text(json.dumps(schema | {"additionalProperties": False}))
     (folder / "requests.jsonl").write_text('{"id": "a", "prompt": "Why is the sky blue?", "max_tokens": 4}\n')
+    (folder / "folder").mkdir()  # of saved prompts
     for name, arguments in {"python": "", "mlx-paged": "-m mlx_paged"}.items():
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
         (programs / name).chmod(0o755)
