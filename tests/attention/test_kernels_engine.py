@@ -130,4 +130,4 @@ def test_the_command_line_says_in_one_line_that_there_is_no_kernel(
     result = CliRunner().invoke(cli, ["generate", "--block-size", "12", "Hello"])
     assert result.exit_code != 0
     (line,) = result.stderr.strip().splitlines()
-    assert "no Metal kernel for block_size 12" in line
+    assert "no Metal kernel for --block-size 12" in line

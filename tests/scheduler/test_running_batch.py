@@ -71,11 +71,11 @@ def test_preempted_beams_join_as_one_row_with_the_tokens_that_they_share() -> No
 def test_of_a_row_that_has_become_free_nothing_is_left() -> None:
     batch, beam = make_batch(1), make_sequence([5, 6], beam_width=2)
     batch.add(beam, 0)
-    batch.tail_is_shared[beam.row] = batch.has_grammar[beam.row] = True
+    batch.tail_is_shared[beam.row] = batch.has_rules[beam.row] = True
     assert batch.has_special_rows
     batch.remove(beam)
     assert not batch.has_special_rows
-    names = ("is_beam", "will_fork", "has_grammar", "is_prefilling", "tail_is_shared", "num_tokens", "num_computed")
+    names = ("is_beam", "will_fork", "has_rules", "is_prefilling", "tail_is_shared", "num_tokens", "num_computed")
     assert [name for name in names if getattr(batch, name).any()] == []
 
 

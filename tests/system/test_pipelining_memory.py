@@ -71,9 +71,9 @@ def test_a_copy_of_the_pool_would_be_seen(
     views = []
     write = Backend.write
 
-    def write_with_a_view_around(self: Backend, k_cache: mx.array, *arguments: Any) -> None:
-        view = k_cache[0]
-        write(self, k_cache, *arguments)
+    def write_with_a_view_around(self: Backend, pool: Any, *arguments: Any) -> None:
+        view = pool.keys[0]
+        write(self, pool, *arguments)
         views[:] = [view]
 
     monkeypatch.setattr(Backend, "write", write_with_a_view_around)
