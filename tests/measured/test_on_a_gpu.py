@@ -42,4 +42,4 @@ def test_without_a_card_the_benchmark_says_so() -> None:
     if mx.cuda.is_available():
         pytest.skip("there is one")
     done = subprocess.run([sys.executable, BENCHMARKS / "on_a_gpu.py"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("on_a_gpu.py: there is no CUDA device here")
+    assert done.returncode == 1 and "on_a_gpu.py: there is no CUDA device here" in done.stderr

@@ -9,7 +9,6 @@ from helpers.attention_cases import Case, assert_close, decodes, dense_attention
 from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
 from mlx_paged.attention.reference import ReferenceBackend
 from mlx_paged.cache.kv_cache import LayerPool
-from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.models.layer_cache import PagedLayerCache
 
 
@@ -22,8 +21,7 @@ def test_a_query_sees_as_many_keys_as_the_narrower_of_cache_and_mask(
     of_cache: int | None, of_mask: int | None, seen: int | None
 ) -> None:
     arrays = make_arrays(Case(decodes(30, 5, 61), (4, 2), (16, 16), block_size=8, window=seen, dtype="float32"))
-    pool = LayerPool(LayerSpec(2, 16, 16, mx.float32), 1, 8)
-    pool.arrays = {"k": arrays.k_cache, "v": arrays.v_cache}
+    pool = LayerPool({"k": arrays.k_cache, "v": arrays.v_cache})
     metadata = AttentionMetadata(arrays.block_tables, arrays.context_lens, arrays.cu_seqlens_q)
     inputs = ModelInputs(mx.zeros(3, mx.int32), mx.zeros(3, mx.int32), None, [metadata])
     cache = PagedLayerCache(pool, ReferenceBackend(), inputs, 0, of_cache)
