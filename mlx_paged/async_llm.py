@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
 from mlx_paged.engine.chat_template import Message, TemplateOptions
+from mlx_paged.engine.detokenizer import DecodeStream
 from mlx_paged.engine_thread import EngineThread, Inbox
 from mlx_paged.errors import QueueFull
 from mlx_paged.llm import LLM, Prompt
@@ -96,6 +97,11 @@ class AsyncLLM:
     async def encode_chat(self, messages: Sequence[Message], **options: Unpack[TemplateOptions]) -> list[int]:
         """Write a conversation as the model's chat template does. Returns its token ids; raises as the LLM's does."""
         return await self._prepare(lambda: self._thread.inputs.chat_template.encode(messages, **options))
+
+    def decode_stream(self, skip_special_tokens: bool) -> DecodeStream:
+        """Make what turns tokens into text as they come, as outputs have it. The model must have a tokenizer."""
+        assert self._thread.inputs.detokenizer is not None
+        return DecodeStream(self._thread.inputs.detokenizer, skip_special_tokens)
 
     async def make_request(
         self,

@@ -13,7 +13,6 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from mlx_paged.engine.detokenizer import DecodeStream
 from mlx_paged.outputs import CompletionOutput, RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import SamplingParams
@@ -110,7 +109,7 @@ class _Places:
     """
 
     def __init__(self, service: Service, params: SamplingParams) -> None:
-        self._stream = DecodeStream(service.detokenizer, params.skip_special_tokens)
+        self._stream = service.llm.decode_stream(params.skip_special_tokens)
         self._length = 0
 
     def of(self, token_ids: Sequence[int], num_echoed: int) -> list[int]:

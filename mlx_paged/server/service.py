@@ -8,11 +8,9 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 from mlx_paged.async_llm import AsyncLLM
-from mlx_paged.engine.detokenizer import Detokenizer, readable
 from mlx_paged.errors import PromptTooLong, QueueFull
 from mlx_paged.outputs import RequestOutput
 from mlx_paged.request import Request
@@ -74,11 +72,6 @@ class Service:
         self.metrics = Metrics(lambda: self.llm.snapshot, self.options.names[0])
         self._last_used = time.monotonic()
         self._loading: asyncio.Task[None] | None = None
-
-    @cached_property
-    def detokenizer(self) -> Detokenizer:
-        """Turns tokens into the text that answers have."""
-        return Detokenizer(readable(self.tokenizer))
 
     def require_model(self, name: str | None) -> str:
         """Return the name that an answer bears. Raises ApiError for a model that is not served."""
@@ -156,8 +149,6 @@ class Service:
         stream: bool,
     ) -> Request:
         """Make a conversation's request. template: arguments of the chat template. Raises ApiError."""
-
-        await self.become_ready()
         token_ids = await self.encode_chat(messages, tools, template or {})
         return await self.make_request(token_ids, params, stream=stream)
 
@@ -170,6 +161,7 @@ class Service:
         self, messages: Messages, tools: Sequence[dict[str, Any]], template: dict[str, Any]
     ) -> list[int]:
         """Write a conversation as the chat template has it, or as near as it comes. Raises ApiError."""
+        await self.become_ready()
         if not knows_tools(self.tokenizer):
             messages = without_tool_messages(messages)
         first_error: ApiError | None = None

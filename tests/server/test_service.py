@@ -42,6 +42,10 @@ def test_a_model_that_nobody_asks_is_unloaded_and_loaded_by_the_next_request(tmp
         await asyncio.sleep(0.15)
         await service.unload_if_idle()
         assert service.is_unloaded and service.failure is None and first.failure is not None
+        assert await service.encode_chat(USER, [], {})  # counting the tokens of a conversation wakes it too
+        assert not service.is_unloaded
+        service.is_unloaded = True
+        await service.llm.aclose()
         gone = asyncio.ensure_future(answer(service))
         await asyncio.sleep(0)
         gone.cancel()  # whoever asked first goes while the model is loaded
