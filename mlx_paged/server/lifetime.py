@@ -91,7 +91,7 @@ def serve(
 
     load: loads it again, if it was unloaded. when_ready: called once the socket listens.
     """
-    service = Service(llm, options, llm.tokenizer, load=load)
+    service = Service(llm, options, load=load)
     config = uvicorn.Config(
         make_app(service, access),
         log_config=None,

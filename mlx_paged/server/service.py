@@ -56,7 +56,6 @@ class Service:
 
     llm: AsyncLLM
     options: ServerOptions
-    tokenizer: Any
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False
     load: Callable[[], AsyncLLM] | None = None
@@ -72,6 +71,11 @@ class Service:
         self.metrics = Metrics(lambda: self.llm.snapshot, self.options.names[0])
         self._last_used = time.monotonic()
         self._loading: asyncio.Task[None] | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """mlx-lm's TokenizerWrapper, as `AsyncLLM.tokenizer`."""
+        return self.llm.tokenizer
 
     def require_model(self, name: str | None) -> str:
         """Return the name that an answer bears. Raises ApiError for a model that is not served."""

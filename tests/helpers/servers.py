@@ -25,7 +25,7 @@ from mlx_paged.server.service import ServerOptions, Service
 def serving(llm: AsyncLLM, access: Access | None = None, **options: Any) -> Iterator[str]:
     """Serve a model, which stays open. Yields the server's address."""
     served = ServerOptions(**{"names": ["scripted"], "drain_timeout_s": 0, **options})
-    app = make_app(Service(llm, served, llm.tokenizer), access or Access())
+    app = make_app(Service(llm, served), access or Access())
     config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

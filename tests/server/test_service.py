@@ -30,7 +30,7 @@ def test_a_model_that_nobody_asks_is_unloaded_and_loaded_by_the_next_request(tmp
 
     async def run() -> None:
         first = load()
-        service = Service(first, ServerOptions(["m"], idle_unload_s=0.1), first.tokenizer, load=load)
+        service = Service(first, ServerOptions(["m"], idle_unload_s=0.1), load=load)
         text = await answer(service)
         service.num_clients = 1  # one is being answered
         await asyncio.sleep(0.15)
@@ -58,7 +58,7 @@ def test_a_model_that_nobody_asks_is_unloaded_and_loaded_by_the_next_request(tmp
 
 def test_a_draining_server_lets_requests_end_and_refuses_new_ones(llm: AsyncLLM) -> None:
     async def run() -> None:
-        service = Service(llm, ServerOptions(["m"]), llm.tokenizer)
+        service = Service(llm, ServerOptions(["m"]))
         service.is_draining = True
         with pytest.raises(ApiError) as caught:
             await answer(service)
