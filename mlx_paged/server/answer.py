@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,14 +121,6 @@ class Answer(ABC):
                 self.num_cached = output.num_cached_tokens
                 yield output
 
-    async def parts(self) -> AsyncGenerator[Part, None]:
-        """Run a request of one sample. Yields its parts as they come. Raises ApiError."""
-        (sample,) = self.samples
-        async with aclosing(self.outputs()) as outputs:
-            async for output in outputs:
-                for part in sample.take(output.outputs[0]) if output.outputs else ():
-                    yield part
-
     def take_logprobs(self, sample: Sample) -> list[dict[str, Any]] | None:
         """What is known of tokens whose text goes out now; None if nobody has asked for it."""
         if self.asked.params.logprobs is None or not sample.shown:
@@ -147,6 +139,40 @@ class Answer(ABC):
         return sum(
             count_thinking(self._tokenizer, sample.token_ids, is_thinking=sample.is_thinking) for sample in self.samples
         )
+
+
+class EventAnswer(Answer):
+    """An answer of one sample, which as a whole is what its events make up."""
+
+    async def whole(self) -> dict[str, Any]:
+        """Wait for the whole answer. Raises ApiError."""
+        async with aclosing(self.answer()) as events:
+            async for _ in events:
+                pass
+        return self.result()
+
+    async def answer(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Run the request. Yields the data of the events that come of it. Raises ApiError."""
+        (sample,) = self.samples
+        async with aclosing(self.outputs()) as outputs:
+            async for output in outputs:
+                for part in sample.take(output.outputs[0]) if output.outputs else ():
+                    for each in self.add(part):
+                        yield each
+        for each in self.end():
+            yield each
+
+    @abstractmethod
+    def add(self, part: Part) -> Iterator[dict[str, Any]]:
+        """Take the next part. Yields what it means for the client."""
+
+    @abstractmethod
+    def end(self) -> Iterator[dict[str, Any]]:
+        """Take the end of the answer. Yields what it means for the client."""
+
+    @abstractmethod
+    def result(self) -> dict[str, Any]:
+        """The answer as far as it has come."""
 
 
 async def _prepare(service: Service, asked: Asked) -> Request:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from mlx_paged.request import Request
-from mlx_paged.server.answer import Answer, Asked, respond
+from mlx_paged.server.answer import Asked, EventAnswer, respond
 from mlx_paged.server.answer_parts import Part
 from mlx_paged.server.errors import ApiError
 from mlx_paged.server.event_stream import event
@@ -25,7 +25,7 @@ _SIGNATURE = "unsigned"  # clients keep thinking only if there is one
 Event = dict[str, Any]
 
 
-class MessageAnswer(Answer):
+class MessageAnswer(EventAnswer):
     """The answer to a request for a message."""
 
     def __init__(self, service: Service, asked: Asked, request: Request, request_id: str) -> None:
@@ -35,19 +35,12 @@ class MessageAnswer(Answer):
         self._is_open = False
         self._id = f"msg_{uuid.uuid4().hex}"
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for the whole message: what its events would make up. Raises ApiError."""
-        async with aclosing(self._answer()) as events:
-            async for _ in events:
-                pass
-        return self._message()
-
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The message as server-sent events. The first one comes before anything is computed."""
-        yield _write({"type": "message_start", "message": self._message()})
+        yield _write({"type": "message_start", "message": self.result()})
         yield self.keepalive()
         try:
-            async with aclosing(self._answer()) as events:
+            async with aclosing(self.answer()) as events:
                 async for each in events:
                     yield _write(each)
         except ApiError as error:
@@ -57,17 +50,14 @@ class MessageAnswer(Answer):
         """What is sent when nothing else came for a while."""
         return _write({"type": "ping"})
 
-    async def _answer(self) -> AsyncGenerator[Event, None]:
-        async with aclosing(self.parts()) as parts:
-            async for part in parts:
-                for each in self._add(part):
-                    yield each
-        for each in self._close():
-            yield each
+    def end(self) -> Iterator[Event]:
+        """Take the end of the message."""
+        yield from self._close()
         yield {"type": "message_delta", "delta": self._ending(), "usage": self._usage()}
         yield {"type": "message_stop"}
 
-    def _add(self, part: Part) -> Iterator[Event]:
+    def add(self, part: Part) -> Iterator[Event]:
+        """Take the next part."""
         kind = "tool_use" if part.kind == "call" else part.kind
         if not self._is_open or kind != self._content[-1]["type"] or part.name:
             yield from self._close()
@@ -106,7 +96,8 @@ class MessageAnswer(Answer):
         delta = {"type": kind, field: value}
         return {"type": "content_block_delta", "index": len(self._content) - 1, "delta": delta}
 
-    def _message(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
+        """The message as far as it has come."""
         message = {"id": self._id, "type": "message", "role": "assistant", "model": self.asked.model}
         return message | {"content": self._content} | self._ending() | {"usage": self._usage()}
 

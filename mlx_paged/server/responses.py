@@ -11,7 +11,7 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from mlx_paged.request import Request
-from mlx_paged.server.answer import Answer, respond
+from mlx_paged.server.answer import EventAnswer, respond
 from mlx_paged.server.answer_parts import Part
 from mlx_paged.server.errors import ApiError
 from mlx_paged.server.event_stream import event
@@ -21,7 +21,7 @@ from mlx_paged.server.service import Service
 Event = dict[str, Any]
 
 
-class ResponseAnswer(Answer):
+class ResponseAnswer(EventAnswer):
     """The answer to a request for a response. Nothing of it is stored."""
 
     asked: ResponseRequest
@@ -37,19 +37,12 @@ class ResponseAnswer(Answer):
         self._logprobs: list[dict[str, Any]] = []
         self._num_events = 0
 
-    async def whole(self) -> dict[str, Any]:
-        """Wait for the whole response: what its events would make up. Raises ApiError."""
-        async with aclosing(self._answer()) as events:
-            async for _ in events:
-                pass
-        return self._response()
-
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The response as server-sent events. The first ones come before anything is computed."""
         yield _write(self._about_response("created"))
         yield self.keepalive()
         try:
-            async with aclosing(self._answer()) as events:
+            async with aclosing(self.answer()) as events:
                 async for each in events:
                     yield _write(each)
         except ApiError as error:
@@ -61,18 +54,15 @@ class ResponseAnswer(Answer):
         """What is sent when nothing else came for a while: an event, since there are clients that count no comments."""
         return _write(self._about_response("in_progress"))
 
-    async def _answer(self) -> AsyncGenerator[Event, None]:
-        async with aclosing(self.parts()) as parts:
-            async for part in parts:
-                for each in self._add(part):
-                    yield each
+    def end(self) -> Iterator[Event]:
+        """Take the end of the response."""
         status = "incomplete" if self.samples[0].finish_reason == "length" else "completed"
-        for each in self._close(status):
-            yield each
+        yield from self._close(status)
         self._status = status
         yield self._about_response(status)
 
-    def _add(self, part: Part) -> Iterator[Event]:
+    def add(self, part: Part) -> Iterator[Event]:
+        """Take the next part."""
         if part.kind != self._open or part.name:
             yield from self._close("completed")
             yield from self._begin(part)
@@ -134,9 +124,10 @@ class ResponseAnswer(Answer):
         return self._about_item(kind, content_index=0, **fields)
 
     def _about_response(self, kind: str) -> Event:
-        return self._event(kind, response=self._response())
+        return self._event(kind, response=self.result())
 
-    def _response(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
+        """The response as far as it has come."""
         is_cut, has_ended = self._status == "incomplete", self._status in ("completed", "incomplete")
         return self._head | self.asked.echoed | {
             "model": self.asked.model,
