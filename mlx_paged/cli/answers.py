@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -30,7 +31,7 @@ class Question:
     """All of its parameters, once the model has been asked for those that nobody gave."""
 
 
-class Answers:
+class Answers(ABC):
     """Takes what became of questions, counts it, and has subclasses show it."""
 
     def __init__(self, questions: Sequence[Question], terminal: Terminal) -> None:
@@ -65,9 +66,9 @@ class Answers:
                 self._look_at_end(question, sample)
         self.show(question, output)
 
+    @abstractmethod
     def show(self, question: Question, result: Output | str) -> None:
         """Show the output of a question, or why there is none, now or later."""
-        raise NotImplementedError
 
     def end(self) -> None:
         """Show what has not been shown yet, and say how many answers were cut."""
