@@ -5,7 +5,7 @@ Templates, tokenising and grammars are worked out in other threads, so that no s
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
@@ -68,7 +68,7 @@ class AsyncLLM:
         blocks are freed, when its task is cancelled, when the iterator is closed, or when nobody holds it any more, as
         after a `break` out of `async for`.
         """
-        return self._answer(prompt, SamplingParams() if params is None else params)
+        return self._stream(lambda: self.make_request(prompt, params or SamplingParams(), stream=True))
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Unpack[TemplateOptions]
@@ -77,14 +77,15 @@ class AsyncLLM:
 
         messages and options are those of `LLM.chat`.
         """
-        return self._answer(None, SamplingParams() if params is None else params, messages, options)
 
-    async def _answer(
-        self, prompt: Any, params: SamplingParams, messages: Any = None, options: TemplateOptions | None = None
-    ) -> AsyncGenerator[RequestOutput, None]:
-        if prompt is None and options is not None:
+        async def make_request() -> Request:
             prompt = await self.encode_chat(messages, **options)
-        async with aclosing(self.run(await self.make_request(prompt, params, stream=True))) as outputs:
+            return await self.make_request(prompt, params or SamplingParams(), stream=True)
+
+        return self._stream(make_request)
+
+    async def _stream(self, make_request: Callable[[], Awaitable[Request]]) -> AsyncGenerator[RequestOutput, None]:
+        async with aclosing(self.run(await make_request())) as outputs:
             async for output in outputs:
                 yield output
 
@@ -97,6 +98,11 @@ class AsyncLLM:
     async def encode_chat(self, messages: Sequence[Message], **options: Unpack[TemplateOptions]) -> list[int]:
         """Write a conversation as the model's chat template does. Returns its token ids; raises as the LLM's does."""
         return await self._prepare(lambda: self._thread.inputs.chat_template.encode(messages, **options))
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the model's chat template says anything about tool calls."""
+        return self._thread.inputs.chat_template.knows_tools
 
     def decode_stream(self, skip_special_tokens: bool) -> DecodeStream:
         """Make what turns tokens into text as they come, as outputs have it. The model must have a tokenizer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -42,6 +43,7 @@ ROOMS = (
     "errors",
 )
 WITHOUT_MLX = ("scheduler", "request", "blocks", "outputs", "sampling_params", "config", "progress", "errors")
+NOT_THE_SERVERS = ("llm", "engine", "runner", "scheduler", "models", "attention", "cache", "blocks")
 WITHOUT_NUMPY = ("blocks", "outputs", "sampling_params", "config", "errors")
 
 
@@ -81,6 +83,13 @@ def test_every_module_is_in_a_room() -> None:
 def test_imports_point_down_the_list_of_rooms() -> None:
     upward = {f"{name} imports {each}" for name in modules() for each in imports(name) if room_of(each) < room_of(name)}
     assert not upward
+
+
+def test_the_server_knows_neither_the_engine_nor_the_models_it_runs() -> None:
+    below = {each for name in _of(("server",)) for each in imports(name)}
+    assert not {each for each in below if each.split(".")[0] in NOT_THE_SERVERS}
+    for file in (ROOT / "mlx_paged" / "server").glob("*.py"):
+        assert not re.search(r"^\s*(import|from) mlx\b(?!_)", file.read_text(), re.MULTILINE), file
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:

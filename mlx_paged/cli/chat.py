@@ -38,7 +38,7 @@ HELP = '''\
 Ctrl-C               stop the current answer'''
 SETTABLE = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "max_tokens", "stop", "seed",
+    "max_tokens", "min_tokens", "max_thinking_tokens", "stop", "bad_words", "seed",
 )  # fmt: skip
 FULL = ("drop", "stop")  # what can be done when the context is full
 

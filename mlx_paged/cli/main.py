@@ -233,7 +233,7 @@ def chat(terminal: Terminal, model: str | None, **settings: Any) -> int:
 @options.report_options
 @click.pass_obj
 def serve(terminal: Terminal, model: str | None, **settings: Any) -> int:
-    """Serve a model over HTTP, as OpenAI's API has it: chat completions, completions.
+    """Serve a model over HTTP, to clients of OpenAI's and of Anthropic's API.
 
     Ends at Ctrl-C or TERM once running requests have ended, a second time at once.
     """

@@ -210,6 +210,14 @@ sampling_options: Option = options(
     float_option("--presence-penalty", help="Against tokens of the output, once. Default: 0."),
     float_option("--frequency-penalty", help="Against tokens of the output, each time. Default: 0."),
     text_options,
+    int_option("--min-tokens", help="End at no end token before. Default: 0."),
+    text(
+        "--bad-words",
+        multiple=True,
+        help="Never write this text. Repeatable.",
+        callback=lambda _, __, words: words or None,
+    ),
+    int_option("--max-thinking-tokens", help="Most that an answer thinks, of models that mark it. Default: no limit."),
     int_option("--seed", help="Makes random sampling repeatable."),
     flag("--ignore-eos", help="Run on past the model's end token."),
 )

@@ -115,7 +115,7 @@ def serve_model(
         raise ImportError(f"serve needs {error.name}: pip install 'mlx-paged[server]'") from None
     with loading(terminal):
         find_model(model)
-    from mlx_paged import AsyncLLM  # before whatever else imports mlx: it sees to MLX's BLAS
+    from mlx_paged import LLM, AsyncLLM  # before whatever else imports mlx: it sees to MLX's BLAS
     from mlx_paged.server.answer_parts import require_readable
     from mlx_paged.server.guard import LOOPBACK, Access
     from mlx_paged.server.lifetime import Ending, serve
@@ -139,18 +139,16 @@ def serve_model(
         address = listener.getsockname()
         url = f"http://{'[' + host + ']' if ':' in host else host}:{address[1]}"
 
+        def before_weights(llm: LLM) -> None:
+            require_readable(llm.tokenizer)
+
         def load() -> AsyncLLM:
-            llm = AsyncLLM(model, **engine)
+            llm = AsyncLLM.from_loader(lambda: LLM.for_requests(model, before_weights, **engine))
             llm.max_waiting = max_waiting
             return llm
 
         with loading(terminal):
             llm = load()
-        try:
-            require_readable(llm.tokenizer)
-        except ValueError:
-            llm.close()
-            raise
         _log_abilities(llm.tokenizer, max_thinking_tokens)
 
         def say_ready() -> None:

@@ -37,6 +37,12 @@ class ChatTemplate:
         """Whether the tokenizer has one."""
         return self._tokenizer is not None and bool(self._tokenizer.has_chat_template)
 
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it says anything about tool calls; one that is code does."""
+        template = getattr(self._tokenizer, "chat_template", None)
+        return not isinstance(template, str) or "tool" in template
+
     def encode(
         self,
         messages: Sequence[Message],
@@ -59,6 +65,8 @@ class ChatTemplate:
         if not self.exists:
             raise ValueError("the model has no chat template: use generate with a plain prompt")
         conversation = [_plain(f"messages[{i}]", message) for i, message in enumerate(conversation)]
+        if not self.knows_tools:
+            conversation = list(map(_without_tools, conversation))
         if not isinstance(chat_template_kwargs, Mapping | None):
             raise TypeError(f"chat_template_kwargs must be a mapping, got {excerpt(chat_template_kwargs)}")
         given = {"tools": tools, "documents": documents, **(chat_template_kwargs or {})}
@@ -109,10 +117,20 @@ def _text_of(name: str, part: Any) -> str:
 
 
 def _plain_call(call: Any) -> Any:
-    """Make a tool call as templates expect it: its arguments an object, where they come as JSON text."""
+    """Make a tool call as templates expect it: its arguments an object, where they come as the JSON of one."""
     try:
         function = dict(call["function"])
-        function["arguments"] = json.loads(function["arguments"])
-        return {**call, "function": function}
+        arguments = json.loads(function.get("arguments") or "{}")
     except (KeyError, TypeError, ValueError, RecursionError):
         return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _without_tools(message: dict[str, Any]) -> dict[str, Any]:
+    """Write a message's calls, or the result that it is, into its text, for a template that knows neither."""
+    content = message["content"]
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+    calls = [call.get("function") if isinstance(call, Mapping) else call for call in message.get("tool_calls", ())]
+    written = [f"<tool_call>\n{json.dumps(each, ensure_ascii=False, default=str)}\n</tool_call>" for each in calls]
+    return {**message, "content": "\n".join(filter(None, [content, *written]))}

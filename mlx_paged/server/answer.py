@@ -19,7 +19,7 @@ from mlx_paged.server.answer_parts import AnswerParts, Part, count_thinking, sta
 from mlx_paged.server.conversation import Messages, with_tools
 from mlx_paged.server.errors import ApiError, bad_request
 from mlx_paged.server.event_stream import KEEPALIVE
-from mlx_paged.server.service import Service, knows_tools
+from mlx_paged.server.service import Service
 from mlx_paged.server.token_logprobs import chat_logprobs
 from mlx_paged.server.tool_grammar import calls_are_plain
 
@@ -186,7 +186,7 @@ async def _prepare(service: Service, asked: Asked) -> Request:
         max_thinking_tokens=service.options.max_thinking_tokens,
         max_model_len=service.llm.max_model_len,
     )
-    if choice is not None and not knows_tools(service.tokenizer):
+    if choice is not None and not service.llm.knows_tools:
         messages = with_tools(messages, asked.tools)
     try:
         return await service.prepare_chat(

@@ -69,17 +69,11 @@ def read_part(fields: Fields, where: str) -> str:
 def _read_call(fields: Fields) -> dict[str, Any]:
     function = Fields(fields.take_any("function"), fields.path("function"))
     name = function.take("name", str, "")
-    return call_for_template(name, function.take_any("arguments"), fields.take("id", str))
+    return make_call(name, function.take_any("arguments"), fields.take("id", str))
 
 
-def call_for_template(name: str, arguments: Any, call_id: str | None) -> dict[str, Any]:
-    """A tool call as templates take it: arguments that are JSON become an object, so that it is not quoted twice."""
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments or "{}")
-            arguments = parsed if isinstance(parsed, dict) else arguments
-        except ValueError:
-            pass
+def make_call(name: str, arguments: Any, call_id: str | None) -> dict[str, Any]:
+    """A tool call as chat templates take it. arguments: an object, or its JSON."""
     call = {"type": "function", "function": {"name": name, "arguments": {} if arguments is None else arguments}}
     return call | ({"id": call_id} if call_id else {})
 
@@ -117,17 +111,3 @@ def with_tools(messages: Messages, tools: Sequence[dict[str, Any]]) -> Messages:
     if messages[0]["role"] == "system":
         return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
-
-
-def without_tool_messages(messages: Messages) -> Messages:
-    """Write calls and their results into the text, for a template that knows neither."""
-    written: Messages = []
-    for message in messages:
-        calls = message.get("tool_calls", ())
-        texts = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
-        content = message["content"] + "".join(f"\n<tool_call>\n{text}\n</tool_call>" for text in texts)
-        if message["role"] == "tool":
-            written.append({"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"})
-        else:
-            written.append({"role": message["role"], "content": content.lstrip("\n") if calls else content})
-    return written

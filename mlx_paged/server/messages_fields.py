@@ -9,7 +9,7 @@ from typing import Any
 from mlx_paged.server.answer import Asked
 from mlx_paged.server.body import Fields
 from mlx_paged.server.chat import read_template, read_tool_choice, read_tools
-from mlx_paged.server.conversation import Messages, call_for_template, read_part, read_texts
+from mlx_paged.server.conversation import Messages, make_call, read_part, read_texts
 from mlx_paged.server.errors import bad_request
 from mlx_paged.server.sampling_fields import make_params, read_output_form, read_sampling, read_stop
 from mlx_paged.server.service import Service
@@ -121,7 +121,7 @@ def _read_message(fields: Fields) -> Messages:
             results.append({"role": "tool", "tool_call_id": block.take("tool_use_id", str, ""), "content": text})
         elif kind == "tool_use" and role == "assistant":
             name = block.take("name", str, "")
-            calls.append(call_for_template(name, block.take("input", dict, {}), block.take("id", str)))
+            calls.append(make_call(name, block.take("input", dict, {}), block.take("id", str)))
         elif kind == "thinking" and role == "assistant":
             thoughts.append(block.take("thinking", str, ""))
         elif kind != "redacted_thinking":

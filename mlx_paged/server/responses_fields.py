@@ -9,7 +9,7 @@ from typing import Any
 from mlx_paged.server.answer import Asked
 from mlx_paged.server.body import Fields
 from mlx_paged.server.chat import read_template, read_tool_choice, read_tools
-from mlx_paged.server.conversation import Messages, call_for_template, read_text
+from mlx_paged.server.conversation import Messages, make_call, read_text
 from mlx_paged.server.errors import bad_request
 from mlx_paged.server.sampling_fields import make_params, read_output_form, read_sampling, read_top_logprobs
 from mlx_paged.server.service import Service
@@ -168,7 +168,7 @@ def _add_item(messages: Messages, item: Fields) -> None:
             messages.append({"role": "assistant", "content": "", "reasoning_content": text})
     elif kind == "function_call":
         name = _name_in(item.take("namespace", str), item.take("name", str, ""))
-        call = call_for_template(name, item.take("arguments", str, ""), item.take("call_id", str))
+        call = make_call(name, item.take("arguments", str, ""), item.take("call_id", str))
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": ""})
         messages[-1].setdefault("tool_calls", []).append(call)

@@ -15,7 +15,7 @@ from mlx_paged.errors import PromptTooLong, QueueFull
 from mlx_paged.outputs import RequestOutput
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import SamplingParams
-from mlx_paged.server.conversation import Messages, variants, without_tool_messages
+from mlx_paged.server.conversation import Messages, variants
 from mlx_paged.server.errors import ApiError, PromptRefused, bad_request
 from mlx_paged.server.event_stream import KEEPALIVE, EventStream
 from mlx_paged.server.metrics import Metrics
@@ -166,8 +166,6 @@ class Service:
     ) -> list[int]:
         """Write a conversation as the chat template has it, or as near as it comes. Raises ApiError."""
         await self.become_ready()
-        if not knows_tools(self.tokenizer):
-            messages = without_tool_messages(messages)
         first_error: ApiError | None = None
         for variant in variants(messages):
             encoding = self.llm.encode_chat(variant, tools=tools or None, chat_template_kwargs=template)
@@ -221,9 +219,3 @@ class Service:
 
 def _too_many(error: QueueFull) -> ApiError:
     return ApiError(429, str(error), code="queue_full", retry_after=1)
-
-
-def knows_tools(tokenizer: Any) -> bool:
-    """Whether the chat template says anything about tool calls; one that is code does."""
-    template = getattr(tokenizer, "chat_template", None)
-    return not isinstance(template, str) or "tool" in template

@@ -70,10 +70,12 @@ def test_sampling_options_reach_the_request_by_their_usual_names(run: Run) -> No
     options = {
         "max_tokens": 12, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1,
         "presence_penalty": 0.2, "frequency_penalty": 0.3, "seed": 7, "logprobs": 2,
+        "min_tokens": 3, "max_thinking_tokens": 5,
     }  # fmt: skip
     args = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    run("generate", *args, "-n", "3", "--stop", "END", "--stop", "\n\n", "--ignore-eos", "--json", "Hi")
-    assert run.params == SamplingParams(**options, n=3, stop=("END", "\n\n"), ignore_eos=True)
+    run("generate", *args, "-n", "3", "--stop", "END", "--stop", "\n\n", "--ignore-eos", "--bad-words", "cat",
+        "--json", "Hi")  # fmt: skip
+    assert run.params == SamplingParams(**options, n=3, stop=("END", "\n\n"), ignore_eos=True, bad_words=("cat",))
 
 
 def test_stop_strings_and_special_tokens_are_options_of_samples_and_beams(run: Run) -> None:
@@ -185,6 +187,7 @@ def test_engine_options_reach_the_model_and_those_not_given_stay_its_own(run: Ru
     [
         "--top-p 7", "--top-p 0", "--top-k -1", "--min-p 2", "--temperature -1", "--temp cold", "--max-tokens 0",
         "-n 0", "--repetition-penalty 0", "--presence-penalty 9", "--logprobs -1 --json", "--logprobs 3",
+        "--min-tokens -1", "--min-tokens 5 -m 3", "--bad-words=", "--max-thinking-tokens -1",
         "--block-size 0", "--num-kv-blocks 0", "--kv-cache-memory 4XB", "--kv-cache-memory 200%", "--max-num-seqs 0",
         "--dtype int3", "--max-num-batched-tokens 0", "--max-model-len 0", "--no-such-option",
         "--num-kv-blocks 9 --kv-cache-memory 1GB", "--swap-space=-5GB", "--swap-space=", "--swap-space=50%",

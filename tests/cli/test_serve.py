@@ -172,7 +172,9 @@ def test_another_address_needs_a_key_which_may_come_from_the_environment(monkeyp
     assert result.exit_code == 1 and "--api-key-file" not in result.stderr and "secret" not in result.output
 
 
-def test_a_model_that_writes_in_channels_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_model_that_writes_in_channels_is_refused_before_its_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_scripted_model(tmp_path / "harmony")
     path = folder / "tokenizer.json"
     data = json.loads(path.read_text())
@@ -180,6 +182,7 @@ def test_a_model_that_writes_in_channels_is_refused_in_one_line(tmp_path: Path) 
         token_id = data["model"]["vocab"].setdefault(content, len(data["model"]["vocab"]))
         data["added_tokens"].append({**data["added_tokens"][0], "id": token_id, "content": content})
     path.write_text(json.dumps(data))
+    monkeypatch.setattr("mlx_paged.llm.ModelRunner", lambda *_: pytest.fail("its weights are loaded"))
     result = invoke("serve", "--model", str(folder), "--port", "0", "--num-kv-blocks", "20")
     assert_one_line(result, 1, "harmony", "gpt-oss", "generate")
 

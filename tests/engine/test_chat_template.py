@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,30 @@ def test_a_call_of_a_tool_reaches_the_template_with_its_arguments_as_an_object(m
     first = 'assistant:[add {"a": 1}]'
     assert written(template, messages) == f'{first}[add "{{"];{first};tool:1;'
     assert call["function"]["arguments"] == '{"a": 1}', "what was given stays as it was"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("given, expected", [("", {}), (None, {}), ("[1]", "[1]"), ("3", "3"), ({"a": 1}, {"a": 1})])
+def test_arguments_that_are_no_object_stay_what_they_are_and_none_are_an_empty_one(
+    make: MakeTemplate, given: Any, expected: Any
+) -> None:
+    template = make("{{ messages[0].tool_calls[0].function.arguments | tojson }}")
+    call = {"type": "function", "function": {"name": "add", "arguments": given}}
+    assert json.loads(written(template, [{"role": "assistant", "tool_calls": [call]}])) == expected
+
+
+def test_a_template_that_knows_no_tools_has_calls_and_results_in_the_text(make: MakeTemplate) -> None:
+    template = make("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}")
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "assistant", "content": "Wait.", "tool_calls": [call, 5]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "1"},
+    ]
+    one = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    assert written(template, messages) == (
+        f"assistant:Wait.\n{one}\n<tool_call>\n5\n</tool_call>;assistant:{one};"
+        "user:<tool_response>\n1\n</tool_response>;"
+    )
 
 
 def test_tools_documents_and_other_variables_reach_the_template(make: MakeTemplate) -> None:
