@@ -88,7 +88,7 @@ class EngineView:
             num_computed_tokens=max((blocks.num_computed for blocks in held), default=0),
             num_cached_tokens=request.num_cached_tokens,
             num_output_tokens=sum(sequence.num_output_tokens for sequence in request.sequences),
-            num_blocks=len(set().union(*(blocks.held_blocks for blocks in held))),
+            num_blocks=len(held[0].held_blocks) if len(held) == 1 else len(set().union(*(b.held_blocks for b in held))),
             age_s=now - request.metrics.arrival_time,
             first_tokens=request.prompt_token_ids[:_FIRST_TOKENS],
         )
