@@ -126,14 +126,28 @@ class EngineThread:
         if self._ended:
             raise self._refusal()
 
-    def submit(self, inbox: Inbox, request: Request) -> None:
-        """Have a request run. Its outputs come into the inbox."""
+    def submit(self, inbox: Inbox, request: Request, *, match_prefix: bool = False) -> None:
+        """Have a request run. Its outputs come into the inbox. match_prefix: compare its prompt with the cache."""
 
         def begin(llm: LLM) -> None:
+            if match_prefix:
+                salt, limit = request.params.cache_salt, request.max_cached_tokens
+                request.prefix_match = llm.engine.match_prefix(request.prompt_token_ids, salt, limit)
             inbox.request_id = llm.engine.submit(request)
             self._inboxes[inbox.request_id] = inbox
 
         self.send(inbox, begin)
+
+    def abort_with_output(self, inbox: Inbox, request_id: int) -> None:
+        """End a request. Its own inbox gets its last output, and `inbox` whether it ran."""
+
+        def end(llm: LLM) -> None:
+            runs = request_id in self._inboxes
+            if runs and (output := llm.engine.abort(request_id)) is not None:
+                self._hand_out(llm, [output])
+            inbox.put(runs)
+
+        self.send(inbox, end)
 
     def abort(self, inbox: Inbox) -> None:
         """End the inbox's request, if it runs."""
