@@ -52,6 +52,7 @@ OPTIONAL = {
     "mlx_paged/runner/prompt_logprobs.py": "log-probabilities of prompts",
     "mlx_paged/sampling/bad_words.py": "strings that must not appear",
     "mlx_paged/sampling/beam_search.py": "beams",
+    "mlx_paged/sampling/compilations.py": "structured output",
     "mlx_paged/sampling/grammar.py": "structured output",
     "mlx_paged/sampling/thinking.py": "thinking budgets",
     "mlx_paged/sampling/token_bytes.py": "strings that must not appear",

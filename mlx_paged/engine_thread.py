@@ -70,7 +70,8 @@ def _joined(first: RequestOutput, then: RequestOutput) -> RequestOutput:
     for sample in then.outputs:
         if (before := samples.get(sample.index)) is not None:
             sample.text = before.text + sample.text
-            sample.token_ids = before.token_ids + sample.token_ids
+            before.token_ids += sample.token_ids  # in place: a long answer is not copied for each of its tokens
+            sample.token_ids = before.token_ids
             if sample.logprobs is not None:
                 sample.logprobs = (before.logprobs or []) + sample.logprobs
     return then
