@@ -120,7 +120,7 @@ def test_what_a_slow_reader_has_not_read_is_one_output_and_a_bounded_buffer(
         (inbox,) = llm._running
         wait_for(lambda: inbox._item is not None and inbox._item.finished, 60)  # all is written, and nothing is read
         unread = inbox._item
-        assert len(unread.outputs[0].token_ids) > most // 4
+        assert len(unread.outputs[0].token_ids) > 20
         waiting = [connection.transport.get_write_buffer_size() for connection in server.server_state.connections]
         assert max(waiting) < 70_000
         assert post(url + CHAT, asking(CHAT, "hi")).status_code == 200
