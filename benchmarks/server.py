@@ -2,10 +2,10 @@
 
     python benchmarks/server.py [--model FOLDER] [--quick] [--json FILE]   measure, print, write raw numbers
     python benchmarks/server.py --markdown FILE                            the tables of such a file
-    python benchmarks/server.py --soak MINUTES [--model FOLDER]            answers, aborts and bad requests, at what memory
+    python benchmarks/server.py --soak MINUTES [--model FOLDER]            a mix of requests, at how much memory
 
-All three answer the same conversations, so many at once, in turns; each has a process of its own, and the clients of the
-servers have another. Where mlx_paged loads OpenBLAS by itself, mlx-lm's server gets it preloaded.
+All three answer the same conversations, so many at once, in turns; each has a process of its own, and the clients of
+the servers have another. Where mlx_paged loads OpenBLAS by itself, mlx-lm's server gets it preloaded.
 """
 
 from __future__ import annotations

@@ -170,6 +170,18 @@ class AsyncLLM:
         """The engine's counters as they were lately, at once and at no cost; `stats` waits for those of now."""
         return self._thread.snapshot
 
+    def progress(self, request: Request) -> float | None:
+        """The share of a request's prompt that was computed lately, from 0 to 1; None before it runs.
+
+        It is known as `snapshot` is, and 1 from the first token on.
+        """
+        if request.metrics.first_token_time is not None:
+            return 1.0
+        num_computed = self._thread.num_computed.get(request.request_id)
+        if num_computed is None:
+            return None if request.metrics.first_scheduled_time is None else 0.0
+        return min(1.0, num_computed / len(request.prompt_token_ids))
+
     @property
     def failure(self) -> str | None:
         """Why no request can be run any more; None while they can."""

@@ -36,6 +36,7 @@ class Inbox:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.request_id: int | None = None  # read and written by the engine's thread alone
+        self.request: Request | None = None
         self._item: Any = None
         self._error: BaseException | None = None
         self._arrived = asyncio.Event()
@@ -93,6 +94,9 @@ class EngineThread:
     snapshot: EngineStats
     """The engine's counters, a quarter of a second old at most while it works, and of now while it does not."""
 
+    num_computed: dict[int, int]
+    """Tokens that were computed by then of prompts that were not done, by request; of those that waited nothing."""
+
     def __init__(self, load: Callable[[], LLM]) -> None:
         self._letters: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()  # None: end
         self._inboxes: dict[int, Inbox] = {}  # of the requests that run
@@ -131,7 +135,7 @@ class EngineThread:
         """Have a request run. Its outputs come into the inbox."""
 
         def begin(llm: LLM) -> None:
-            inbox.request_id = llm.engine.submit(request)
+            inbox.request_id, inbox.request = llm.engine.submit(request), request
             self._inboxes[inbox.request_id] = inbox
 
         self.send(inbox, begin)
@@ -207,6 +211,13 @@ class EngineThread:
 
     def _publish(self, llm: LLM) -> None:
         self.snapshot, self._published = llm.stats(), time.monotonic()
+        manager = llm.engine.block_manager  # which the statistics have brought up to date
+        self.num_computed = {
+            request.request_id: manager.num_computed(request.sequences[0].seq_id)
+            for inbox in self._inboxes.values()
+            if (request := inbox.request) is not None and request.metrics.first_token_time is None
+            if request.sequences and request.sequences[0].row >= 0
+        }
 
     def _read_letters(self, llm: LLM) -> bool:
         """Do what was asked for, sleeping while there is nothing to do. Returns False when the thread has to end."""

@@ -17,7 +17,6 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # or nginx holds events back
 ]
 
-KEEPALIVE = b": keepalive\n\n"  # a comment, which clients skip
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for each event
 
 
@@ -27,14 +26,20 @@ def event(data: Any, name: str | None = None) -> bytes:
     return (f"event: {name}\n" if name else "").encode() + b"data: " + text.encode() + b"\n\n"
 
 
+def keepalive(progress: float | None) -> bytes:
+    """Write a comment, which clients skip. progress: the share of the prompt that is computed; None: it waits."""
+    state = " waiting" if progress is None else f" {progress:.0%} of the prompt" if progress < 1 else ""
+    return f": keepalive{state}\n\n".encode()
+
+
 class EventStream:
     """A response of events, as they come. When its client goes, `events` is closed."""
 
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        keepalive: Callable[[], bytes] = lambda: KEEPALIVE,
-        keepalive_s: float = 10.0,
+        keepalive: Callable[[], bytes],
+        keepalive_s: float,
     ) -> None:
         """keepalive: makes what is sent whenever nothing else came for `keepalive_s` seconds."""
         self._events = events
