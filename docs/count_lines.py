@@ -47,6 +47,7 @@ OPTIONAL = {
     "mlx_paged/outputs.py:BeamHypothesis": "beams",
     "mlx_paged/outputs.py:BeamSearchOutput": "beams",
     "mlx_paged/outputs.py:EngineStats": "stats and check",
+    "mlx_paged/outputs.py:StepSizes": "stats and check",
     "mlx_paged/progress.py": "a bar on a terminal",
     "mlx_paged/runner/memory_plan.py:blocks_for_requests": "memory by need",
     "mlx_paged/runner/prompt_logprobs.py": "log-probabilities of prompts",

@@ -78,14 +78,14 @@ def test_a_silent_stream_is_kept_alive(llm: AsyncLLM) -> None:
 @pytest.mark.parametrize(
     "path, body, said",
     [
-        (CHAT, {"messages": [{"role": "user", "content": "x " * 6000}]}, r": keepalive (\d+)% of the prompt"),
-        ("/v1/completions", {"prompt": ["y " * 6000] * 2}, r": keepalive (\d+)% of the prompt"),
+        (CHAT, {"messages": [{"role": "user", "content": "x " * 1300}]}, r": keepalive (\d+)% of the prompt"),
+        ("/v1/completions", {"prompt": ["y " * 1300] * 2}, r": keepalive (\d+)% of the prompt"),
         (
             "/v1/messages",
-            {"messages": [{"role": "user", "content": "z " * 6000}]},
+            {"messages": [{"role": "user", "content": "z " * 1300}]},
             r'"ping","prompt_progress":0.(\d\d)',
         ),
-        ("/v1/responses", {"input": "w " * 6000}, r'"prompt_progress":0.(\d\d)'),
+        ("/v1/responses", {"input": "w " * 2600}, r'"prompt_progress":0.(\d\d)'),
     ],
 )
 def test_a_stream_whose_prompt_is_computed_says_how_far_it_is(
@@ -95,7 +95,7 @@ def test_a_stream_whose_prompt_is_computed_says_how_far_it_is(
 
     def hold(self: Any, *arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 2:
             assert go_on.wait(60)
         return run(self, *arguments)
 
@@ -109,10 +109,10 @@ def test_a_stream_whose_prompt_is_computed_says_how_far_it_is(
         ):
             lines = response.iter_lines()
             share = next(int(found[1]) for line in lines if (found := re.search(said, line)) and int(found[1]))
-            assert 10 < share < 90
+            assert 10 < share < 95
             go_on.set()
             rest = [line for line in lines if line.startswith("data:")]
-            assert rest and "error" not in rest[-1]
+            assert rest and '"error":{' not in rest[-1]
     finally:
         go_on.set()
 
