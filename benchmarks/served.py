@@ -134,7 +134,7 @@ class MlxLm(Server):
 
 
 @contextmanager
-def closing_all(systems: Sequence[Process]) -> Iterator[Sequence[Process]]:
+def closing_all(systems: list[Process]) -> Iterator[list[Process]]:
     """Yield systems, and end them."""
     try:
         yield systems

@@ -120,7 +120,7 @@ if __name__ == "__main__":
     if options.soak is not None:
         import soak
 
-        sys.exit(soak.run(str(resolve(options.model)), options.soak))
+        sys.exit(soak.run(str(resolve(options.model)), options.soak, options.system))
     load = f"{os.getloadavg()[0]:.1f}"
     name = "demo" if options.model is None else Path(options.model).name
     report.main(
