@@ -129,7 +129,8 @@ def test_unknown_paths_and_methods_get_json(url: str) -> None:
         assert response.status_code == 404 and response.json()["error"]
     assert "one /v1" in httpx.post(f"{url}/v1/v1/messages", json={}).text
     assert httpx.get(url + CHAT).status_code == 405
-    assert httpx.head(f"{url}/health").status_code == 200
+    assert httpx.head(f"{url}/health").status_code == httpx.head(url).status_code == 200
+    assert httpx.head(url + CHAT).status_code == 405 and httpx.head(f"{url}/nothing").status_code == 404
 
 
 def test_each_request_has_an_id_in_its_answer_and_in_the_log_which_has_no_prompts(

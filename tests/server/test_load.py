@@ -7,16 +7,22 @@ import random
 import re
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import uvicorn
 from helpers.raw_client import ask, request
 from helpers.servers import post, running_server, url_of, wait_for
+from starlette.applications import Starlette
 
 from mlx_paged.async_llm import AsyncLLM
+from mlx_paged.server.app import make_app
+from mlx_paged.server.guard import Access
+from mlx_paged.server.service import ServerOptions, Service
 
 CHAT = "/v1/chat/completions"
 ANSWER = "All done: the tool said so."
@@ -147,3 +153,60 @@ def test_headers_are_bounded_in_number_and_size(url: str) -> None:
         endless = asyncio.run(ask(url, b"GET /health HTTP/1.1\r\nx: " + b"y" * 2_000_000))
         assert endless.startswith(b"HTTP/1.1 400 ")
     assert httpx.get(f"{url}/health", headers={f"x-{i}": "y" for i in range(50)}).status_code == 200
+
+
+HUGE = 10**30
+NUMBERS: dict[str, list[Any]] = {
+    "max_tokens": [10**12, HUGE],
+    "seed": [2**70, -(2**70)],
+    "top_k": [HUGE, -5],
+    "temperature": [1e308, 1e-320],
+    "top_p": [1e-320],
+    "min_p": [1e-320],
+    "min_tokens": [HUGE],
+    "priority": [HUGE, -HUGE],
+    "repetition_penalty": [1e308, 1e-320],
+    "max_thinking_tokens": [HUGE],
+    "stop_token_ids": [[HUGE], [-1]],
+    "logit_bias": [{"5": 1e308}, {str(HUGE): 1}],
+    "top_logprobs": [HUGE],
+    "n": [HUGE],
+}
+
+
+def test_no_number_is_too_large_or_too_small_for_an_answer_or_a_refusal(url: str) -> None:
+    for name, values in NUMBERS.items():
+        for value in values:
+            body = asking(CHAT, "hi") | {name: value, "logprobs": True}
+            response = post(url + CHAT, body)
+            assert response.status_code in (200, 400), (name, value, response.text)
+            assert response.status_code == 200 or name in response.text
+    assert post(url + CHAT, asking(CHAT, "hi")).json()["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_a_client_that_is_told_to_come_back_does_and_is_answered(
+    llm: AsyncLLM, url: str, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "max_waiting", 0)
+    monkeypatch.setattr(llm._thread, "max_num_seqs", 1)
+    refused = 'mlx_paged:rejected_total{model_name="scripted",status="429"}'
+
+    def num_refused() -> float:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(refused))
+
+    before, body = num_refused(), asking(CHAT, "hi", "endless", most=20_000, stream=True)
+    with ThreadPoolExecutor() as pool:
+        with httpx.stream("POST", url + CHAT, json=body) as running:
+            next(running.iter_lines())
+            messages: Any = [{"role": "user", "content": "hi"}]
+            patient = client.with_options(max_retries=5).chat.completions
+            answer = pool.submit(patient.create, model="scripted", messages=messages)
+            wait_for(lambda: num_refused() > before or answer.done(), 60)
+            assert num_refused() > before and not answer.done()
+        assert answer.result(60).choices[0].message.content == ANSWER
+
+
+def test_nothing_stands_between_an_endpoint_and_its_client_but_the_guard(llm: AsyncLLM) -> None:
+    app = make_app(Service(llm, ServerOptions(["m"])), Access())._app
+    assert isinstance(app, Starlette) and app.user_middleware == []
