@@ -15,6 +15,8 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
+    "server-scripted-linux-cpu.json": ("server", "A server, of a model that is hardly more than its answers", ()),
+    "server-smollm2-linux-cpu.json": ("server", "A server, of SmolLM2 135M", ()),
     "attention-linux-cpu.json": ("attention", "Attention on a CPU", ()),
     "kernel-traffic.json": ("kernel_traffic", "What Metal kernels ask of memory, counted by the simulator", ()),
     "cuda-registers.json": ("cuda_registers", "Registers of CUDA kernels, as NVIDIA's compiler allots them", ()),
@@ -34,7 +36,9 @@ def section(file: str) -> str:
     content = json.loads((FOLDER / file).read_text())
     machine = content["machine"]
     about = ", ".join(
-        f"{key} {machine[key]}" for key in ("platform", "device", "python", "mlx", "preloaded") if machine.get(key)
+        f"{key} {machine[key]}"
+        for key in ("platform", "device", "python", "mlx", "preloaded", "load_at_start")
+        if machine.get(key)
     )
     parts = [part for part in import_module(script).PARTS if part.run.__name__ in content["results"]]
     tables = [

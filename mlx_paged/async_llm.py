@@ -6,6 +6,7 @@ Templates, tokenising and grammars are worked out in other threads, so that no s
 import asyncio
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, cast
@@ -20,6 +21,8 @@ from mlx_paged.request import Request
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 T = TypeVar("T")
+
+_FORM_THREADS = 8
 
 
 class AsyncLLM:
@@ -47,6 +50,8 @@ class AsyncLLM:
         self.max_waiting: int | None = None
         """How many requests may wait beside those that can run at once; None: any number."""
         self._running: set[Inbox] = set()
+        # Who waits for a grammar takes none of the threads that prompts are tokenised in.
+        self._forms = ThreadPoolExecutor(_FORM_THREADS, "mlx-paged form")
         self._thread = EngineThread(load)
         weakref.finalize(self, self._thread.request_stop).atexit = False  # at exit the thread closes itself
         self._thread.wait_until_loaded()
@@ -122,12 +127,15 @@ class AsyncLLM:
         stream: its output comes piece by piece. clamp_max_tokens: where max_tokens is more than fits, take what fits.
         """
         make = self._thread.inputs.make_request
-        return await self._prepare(lambda: make(prompt, params, stream=stream, clamp_max_tokens=clamp_max_tokens))
+        threads = self._forms if isinstance(params, SamplingParams) and params.is_constrained else None
+        return await self._prepare(
+            lambda: make(prompt, params, stream=stream, clamp_max_tokens=clamp_max_tokens), threads
+        )
 
-    async def _prepare(self, work: Callable[[], T]) -> T:
+    async def _prepare(self, work: Callable[[], T], threads: ThreadPoolExecutor | None = None) -> T:
         self._thread.require_running()
         try:
-            working = asyncio.get_running_loop().run_in_executor(None, work)
+            working = asyncio.get_running_loop().run_in_executor(threads, work)
         except RuntimeError:  # the main thread has ended, after which no thread takes work
             return work()
         return await working
@@ -169,6 +177,18 @@ class AsyncLLM:
         """The engine's counters as they were lately, at once and at no cost; `stats` waits for those of now."""
         return self._thread.snapshot
 
+    def progress(self, request: Request) -> float | None:
+        """The share of a request's prompt that was computed lately, from 0 to 1; None before it runs.
+
+        It is known as `snapshot` is, and 1 from the first token on.
+        """
+        if request.metrics.first_token_time is not None:
+            return 1.0
+        num_computed = self._thread.num_computed.get(request.request_id)
+        if num_computed is None:
+            return None if request.metrics.first_scheduled_time is None else 0.0
+        return min(1.0, num_computed / len(request.prompt_token_ids))
+
     @property
     def failure(self) -> str | None:
         """Why no request can be run any more; None while they can."""
@@ -208,6 +228,7 @@ class AsyncLLM:
         happens by itself.
         """
         self._thread.close()
+        self._forms.shutdown(wait=False, cancel_futures=True)
 
     async def aclose(self) -> None:
         """Close it as `close` does, without blocking the event loop."""

@@ -36,6 +36,7 @@ class Inbox:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.request_id: int | None = None  # read and written by the engine's thread alone
+        self.request: Request | None = None
         self._item: Any = None
         self._error: BaseException | None = None
         self._arrived = asyncio.Event()
@@ -70,7 +71,8 @@ def _joined(first: RequestOutput, then: RequestOutput) -> RequestOutput:
     for sample in then.outputs:
         if (before := samples.get(sample.index)) is not None:
             sample.text = before.text + sample.text
-            sample.token_ids = before.token_ids + sample.token_ids
+            before.token_ids += sample.token_ids  # in place: a long answer is not copied for each of its tokens
+            sample.token_ids = before.token_ids
             if sample.logprobs is not None:
                 sample.logprobs = (before.logprobs or []) + sample.logprobs
     return then
@@ -91,6 +93,9 @@ class EngineThread:
     """Sequences that run at once."""
     snapshot: EngineStats
     """The engine's counters, a quarter of a second old at most while it works, and of now while it does not."""
+
+    num_computed: dict[int, int]
+    """Tokens that were computed by then of prompts that were not done, by request; of those that waited nothing."""
 
     def __init__(self, load: Callable[[], LLM]) -> None:
         self._letters: queue.SimpleQueue[Letter | None] = queue.SimpleQueue()  # None: end
@@ -133,7 +138,7 @@ class EngineThread:
             if match_prefix:
                 salt, limit = request.params.cache_salt, request.max_cached_tokens
                 request.prefix_match = llm.engine.match_prefix(request.prompt_token_ids, salt, limit)
-            inbox.request_id = llm.engine.submit(request)
+            inbox.request_id, inbox.request = llm.engine.submit(request), request
             self._inboxes[inbox.request_id] = inbox
 
         self.send(inbox, begin)
@@ -220,6 +225,13 @@ class EngineThread:
 
     def _publish(self, llm: LLM) -> None:
         self.snapshot, self._published = llm.stats(), time.monotonic()
+        manager = llm.engine.block_manager  # which the statistics have brought up to date
+        self.num_computed = {
+            request.request_id: manager.num_computed(request.sequences[0].seq_id)
+            for inbox in self._inboxes.values()
+            if (request := inbox.request) is not None and request.metrics.first_token_time is None
+            if request.sequences and request.sequences[0].row >= 0
+        }
 
     def _read_letters(self, llm: LLM) -> bool:
         """Do what was asked for, sleeping while there is nothing to do. Returns False when the thread has to end."""

@@ -142,6 +142,25 @@ Output = RequestOutput | BeamSearchOutput
 
 
 @dataclass
+class StepSizes:
+    """Count steps by how many tokens they compute."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * 32)
+    """Steps of 1 token, of 2, of 3 or 4, of 5 to 8, and so on: each range ends with a power of two."""
+    num_tokens: int = 0
+    """Tokens of all of them."""
+
+    def add(self, num_tokens: int) -> None:
+        """Count a step."""
+        self.counts[max(0, num_tokens - 1).bit_length()] += 1
+        self.num_tokens += num_tokens
+
+    def copy(self) -> "StepSizes":
+        """Return what is counted so far."""
+        return StepSizes(list(self.counts), self.num_tokens)
+
+
+@dataclass
 class EngineStats:
     """Counters since the engine was made, and the state of its pool at this moment."""
 
@@ -177,6 +196,8 @@ class EngineStats:
     """Tokens that were put out, those of beams that were given up too."""
     num_steps: int
     """Steps that computed something."""
+    step_sizes: "StepSizes"
+    """How many tokens each of them computed, of prompts and of outputs."""
     host_time_s: float
     """Seconds of scheduling, batch building, stops and text."""
     model_time_s: float

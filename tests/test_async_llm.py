@@ -185,7 +185,8 @@ def test_a_client_that_never_reads_stalls_nobody_and_misses_nothing() -> None:
             first = (await anext(idle)).outputs[0].token_ids
             for i in range(5):
                 await collect(llm.generate([i + 2] * 5, GREEDY))
-            return [first + (await collect(idle))[0]]
+            rest = await collect(idle)  # none, if the first output came so late that it was all
+            return [first + (rest[0] if rest else [])]
 
     (expected,) = load().generate([1] * 5, GREEDY)
     assert run(main()) == [expected.outputs[0].token_ids]

@@ -319,6 +319,7 @@ class Engine:
                 kv_bytes=self._runner.kv_bytes,
                 num_swapped_blocks=self._block_mover.num_swapped_blocks,
                 num_steps=self._num_steps,
+                step_sizes=self._steps.sizes.copy(),
                 host_time_s=self._host_time_s,
                 model_time_s=self._steps.model_time_s,
             )

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention.metadata import ModelInputs
+from mlx_paged.outputs import StepSizes
 from mlx_paged.request import Sequence
 from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.runner.prompt_logprobs import PromptLogprobs
@@ -52,6 +53,8 @@ class StepRunner:
     def __init__(self, runner: ModelRunner, timer: Timer) -> None:
         self.unfinished: list[StepInFlight] = []
         """The steps that an error would be the error of."""
+        self.sizes = StepSizes()
+        """Of the steps that are over."""
         self.model_time_s = 0.0
         """Host time spent in building graphs, submitting them and waiting for the device."""
         self._runner = runner
@@ -106,6 +109,7 @@ class StepRunner:
             if step.prompt_logprobs is not None:
                 step.prompt_logprobs.hand_out()
         self.model_time_s += time.perf_counter() - started
+        self.sizes.add(step.schedule.num_tokens)
         self.unfinished.remove(step)
         return results
 

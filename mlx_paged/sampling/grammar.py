@@ -14,12 +14,12 @@ import functools
 import json
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_paged.sampling.compilations import TIMEOUT_S, Compilations, run_apart
 from mlx_paged.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._vocabulary: _Vocabulary | None = None
-        self._compiled: OrderedDict[tuple[str, str], GrammarMatcher] = OrderedDict()
+        self._compiled: Compilations[GrammarMatcher] = Compilations(MAX_CACHED_GRAMMARS)
         self._lock = threading.Lock()
 
     def matcher(self, params: SamplingParams) -> "GrammarMatcher":
         """Make a matcher at the beginning of the grammar that `params` ask for.
 
-        Raises ValueError, in one line, for a grammar that can't be used and for an engine without tokenizer. Raises
-        ImportError without llguidance.
+        Raises ValueError, in one line, for a grammar that can't be used, or is not compiled in time, and for an engine
+        without tokenizer. Raises ImportError without llguidance.
         """
         key = _grammar_of(params)
         if self._tokenizer is None:
@@ -56,12 +56,13 @@ class GrammarCompiler:
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._eos_token_ids)
-            if key not in self._compiled:
-                self._compiled[key] = _compile(self._vocabulary, *key)
-                if len(self._compiled) > MAX_CACHED_GRAMMARS:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(key)
-            return self._compiled[key].copy()
+        vocabulary = self._vocabulary
+        try:
+            matcher = self._compiled.get(key, lambda: _compile(vocabulary, *key))
+        except TimeoutError:
+            raise ValueError(f"{key[0]} can't be used: it is not compiled within {TIMEOUT_S:g} seconds") from None
+        with self._lock:
+            return matcher.copy()
 
 
 class GrammarMatcher:
@@ -226,7 +227,8 @@ def is_whole(params: SamplingParams, text: str) -> bool:
 @functools.lru_cache(MAX_CACHED_GRAMMARS)
 def _byte_matcher(kind: str, text: str) -> "LLMatcher":
     """Compile a grammar for a vocabulary whose tokens are the bytes."""
-    return _matcher(_llguidance().LLTokenizer("byte"), kind, text)[0]
+    tokenizer = _llguidance().LLTokenizer("byte")
+    return run_apart(lambda: _matcher(tokenizer, kind, text)[0]).result()
 
 
 def _compile(vocabulary: _Vocabulary, kind: str, text: str) -> GrammarMatcher:

@@ -18,7 +18,7 @@ from mlx_paged.server.answer_form import with_form
 from mlx_paged.server.answer_parts import AnswerParts, Part, count_thinking, starts_thinking
 from mlx_paged.server.conversation import Messages, with_tools
 from mlx_paged.server.errors import ApiError, bad_request
-from mlx_paged.server.event_stream import KEEPALIVE
+from mlx_paged.server.event_stream import keepalive
 from mlx_paged.server.service import Service
 from mlx_paged.server.token_logprobs import chat_logprobs
 from mlx_paged.server.tool_grammar import calls_are_plain
@@ -112,7 +112,12 @@ class Answer(ABC):
 
     def keepalive(self) -> bytes:
         """What is sent when nothing else came for a while."""
-        return KEEPALIVE
+        return keepalive(self.progress)
+
+    @property
+    def progress(self) -> float | None:
+        """As `AsyncLLM.progress`."""
+        return self._service.llm.progress(self._request)
 
     async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
         """Run the request. Yields what is new. Raises ApiError."""

@@ -11,7 +11,7 @@ from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.server.errors import bad_request
 from mlx_paged.server.tool_grammar import call_grammar, calls_are_plain
 
-_MAX_GRAMMAR_CHARACTERS = 1 << 20
+_MAX_GRAMMAR_CHARACTERS = 1 << 18
 
 
 def with_form(

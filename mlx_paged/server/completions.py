@@ -18,7 +18,7 @@ from mlx_paged.request import Request
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.server.body import Fields
 from mlx_paged.server.errors import ApiError, bad_request
-from mlx_paged.server.event_stream import event
+from mlx_paged.server.event_stream import event, keepalive
 from mlx_paged.server.sampling_fields import (
     MAX_SAMPLES,
     make_params,
@@ -175,6 +175,11 @@ class CompletionAnswer:
             await asyncio.gather(*readers, return_exceptions=True)
         yield event("[DONE]")
 
+    def keepalive(self) -> bytes:
+        """What is sent when nothing else came for a while: how far the prompt is that is least done."""
+        shares = [self._service.llm.progress(request) for request in self._requests]
+        return keepalive(min((share for share in shares if share is not None), default=None))
+
     async def _read(self, i: int, arrived: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]]) -> None:
         try:
             async with aclosing(self._service.run(self._requests[i])) as outputs:
@@ -259,5 +264,5 @@ async def completions(service: Service, body: dict[str, Any], state: dict[str, A
     state["notes"]["prompt_tokens"] = sum(len(request.prompt_token_ids) for request in requests)
     answer = CompletionAnswer(service, asked, requests)
     if asked.stream:
-        return service.stream(answer.chunks())
+        return service.stream(answer.chunks(), answer.keepalive)
     return JSONResponse(await answer.whole())

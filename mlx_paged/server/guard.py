@@ -24,6 +24,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OPEN = ("/", "/health")  # need no key: they tell nothing of anybody
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _CLIENT_CLOSED = 499
+_MAX_HEADERS = 100
+_MAX_HEADER_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class Guard:
             LOG.info("%s %s %d %.3fs id=%s%s", scope["method"], scope["path"], shown, seconds, request_id, notes)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        num_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
+        if len(scope["headers"]) > _MAX_HEADERS or num_bytes > _MAX_HEADER_BYTES:
+            raise ApiError(431, f"more than {_MAX_HEADERS} headers, or {_MAX_HEADER_BYTES} bytes of them, are not read")
         host = _name(headers.get(b"host", b""))
         if host not in self._access.hosts and "*" not in self._access.hosts:
             raise ApiError(403, f"this server does not answer to the host {host!r}; --allowed-host lets it")

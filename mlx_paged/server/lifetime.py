@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from mlx_paged.async_llm import AsyncLLM
 from mlx_paged.server.app import make_app
@@ -18,7 +19,7 @@ from mlx_paged.server.service import ServerOptions, Service
 
 LOG = logging.getLogger("mlx_paged.server")
 
-_MAX_HEADERS = 64 << 10  # bytes
+_MAX_HEADER_BYTES = 64 << 10
 
 
 class Ending(enum.Enum):
@@ -79,6 +80,20 @@ class _Server(uvicorn.Server):
         self.end, self.should_exit = Ending.BROKEN, True
 
 
+def configure(app: ASGIApp) -> uvicorn.Config:
+    """Say how uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http="h11",  # whose limits are set here
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=2,
+    )
+
+
 def serve(
     llm: AsyncLLM,
     load: Callable[[], AsyncLLM],
@@ -92,16 +107,7 @@ def serve(
     load: loads it again, if it was unloaded. when_ready: called once the socket listens.
     """
     service = Service(llm, options, load=load)
-    config = uvicorn.Config(
-        make_app(service, access),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        h11_max_incomplete_event_size=_MAX_HEADERS,
-        timeout_graceful_shutdown=2,
-    )
-    server = _Server(config, service, when_ready)
+    server = _Server(configure(make_app(service, access)), service, when_ready)
     try:
         server.run([listener])
     finally:

@@ -47,8 +47,8 @@ class MessageAnswer(EventAnswer):
             yield _write(error.anthropic(self.request_id))
 
     def keepalive(self) -> bytes:
-        """What is sent when nothing else came for a while."""
-        return _write({"type": "ping"})
+        """What is sent when nothing else came for a while, with a field of ours, which clients do not read."""
+        return _write({"type": "ping", "prompt_progress": self.progress or 0.0})
 
     def end(self) -> Iterator[Event]:
         """Take the end of the message."""

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from mlx_paged.outputs import EngineStats, RequestOutput
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 120, 300)
+_SIZE_BUCKETS = 15  # of steps: up to 16,384 tokens
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
@@ -101,6 +102,14 @@ class _EngineCollector(Collector):
             ("mlx_paged:steps", "Steps that computed something.", stats.num_steps),
         ):
             yield self._metric(CounterMetricFamily, key, text, value)
+
+        sizes, counted, buckets = stats.step_sizes, 0, []
+        for i, count in enumerate(sizes.counts[:_SIZE_BUCKETS]):
+            counted += count
+            buckets.append((str(float(1 << i)), float(counted)))
+        steps = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens of a step.", labels=["model_name"])
+        steps.add_metric([self._model], [*buckets, ("+Inf", float(sum(sizes.counts)))], sizes.num_tokens)
+        yield steps
 
     def _metric(self, kind: Any, key: str, text: str, value: float) -> Metric:
         family = kind(key, text, labels=["model_name"])

@@ -51,8 +51,11 @@ class ResponseAnswer(EventAnswer):
             yield _write(self._about_response("failed"))
 
     def keepalive(self) -> bytes:
-        """What is sent when nothing else came for a while: an event, since there are clients that count no comments."""
-        return _write(self._about_response("in_progress"))
+        """What is sent when nothing else came for a while: an event, since there are clients that count no comments.
+
+        It has a field of ours, which clients do not read.
+        """
+        return _write(self._about_response("in_progress") | {"prompt_progress": self.progress or 0.0})
 
     def end(self) -> Iterator[Event]:
         """Take the end of the response."""

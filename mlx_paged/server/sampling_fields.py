@@ -43,7 +43,7 @@ _MAX_BIASES = 1024
 _MAX_BAD_WORDS = 128
 _MAX_BAD_WORD_CHARACTERS = 100
 _MAX_PROMPT_LOGPROBS = 20
-_MAX_GRAMMAR_CHARACTERS = 1 << 18
+_MAX_GRAMMAR_CHARACTERS = 1 << 16
 
 
 def read_sampling(fields: Fields, salt: str | None, max_samples: int = MAX_SAMPLES) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mlx_paged.request import Request
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.server.conversation import Messages, variants
 from mlx_paged.server.errors import ApiError, PromptRefused, bad_request
-from mlx_paged.server.event_stream import KEEPALIVE, EventStream
+from mlx_paged.server.event_stream import EventStream
 from mlx_paged.server.matches import Matches, is_of_key
 from mlx_paged.server.metrics import Metrics
 from mlx_paged.server.sampling_fields import refusal
@@ -187,9 +187,7 @@ class Service:
         assert first_error is not None
         raise first_error
 
-    def stream(
-        self, events: AsyncGenerator[bytes, None], keepalive: Callable[[], bytes] = lambda: KEEPALIVE
-    ) -> EventStream:
+    def stream(self, events: AsyncGenerator[bytes, None], keepalive: Callable[[], bytes]) -> EventStream:
         """Make a response of events. Raises ApiError if too many requests wait: once it has begun, that comes late."""
         try:
             self.llm.require_room()

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,6 +130,38 @@ def test_what_does_not_end_in_time_is_told_so_or_cut_by_a_second_signal(number: 
         assert process.wait(30) == (130 if is_cut else 0)
         last = stream.end()[-1]
         assert is_cut or "shutting down" in last
+
+
+BREAKING = """
+import sys
+from mlx_paged.cli.main import main
+from mlx_paged.runner.model_runner import ModelRunner
+
+def run(self, *arguments):
+    raise SystemExit("the device is gone")
+
+ModelRunner.run = run
+sys.argv = ["mlx-paged", "serve", "--port", "0", "--num-kv-blocks", "100", "--model", sys.argv[1]]
+main()
+"""
+
+
+def test_a_server_whose_engine_breaks_says_so_and_ends_with_an_error(model: Path) -> None:
+    command = [sys.executable, "-c", BREAKING, str(model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
+            assert address is not None
+            body = {"messages": [{"role": "user", "content": "hi"}]}
+            answer = httpx.post(f"{address[0]}/v1/chat/completions", json=body, timeout=60)
+            assert answer.status_code == 503 and "the engine has ended" in answer.text
+            assert "device" not in answer.text
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 1 and "mlx-paged: the engine broke: see the log" in errors
+    assert "the device is gone" in errors
 
 
 REFUSED = [

@@ -18,25 +18,37 @@ from mlx_paged.async_llm import AsyncLLM
 from mlx_paged.engine_thread import Inbox
 from mlx_paged.server.app import make_app
 from mlx_paged.server.guard import Access
+from mlx_paged.server.lifetime import configure
 from mlx_paged.server.service import ServerOptions, Service
 
 
 @contextmanager
-def serving(llm: AsyncLLM, access: Access | None = None, **options: Any) -> Iterator[str]:
-    """Serve a model, which stays open. Yields the server's address."""
+def running_server(llm: AsyncLLM, access: Access | None = None, **options: Any) -> Iterator[uvicorn.Server]:
+    """Serve a model, which stays open, in a thread. Yields what serves it."""
     served = ServerOptions(**{"names": ["scripted"], "drain_timeout_s": 0, **options})
-    app = make_app(Service(llm, served), access or Access())
-    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+    config = configure(make_app(Service(llm, served), access or Access()))
+    config.port, config.timeout_graceful_shutdown = 0, 1
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         wait_for(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield server
     finally:
         server.should_exit = True
         thread.join(20)
+
+
+def url_of(server: uvicorn.Server) -> str:
+    """The address that a server listens at."""
+    return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+
+@contextmanager
+def serving(llm: AsyncLLM, access: Access | None = None, **options: Any) -> Iterator[str]:
+    """Serve a model, which stays open. Yields the server's address."""
+    with running_server(llm, access, **options) as server:
+        yield url_of(server)
 
 
 def wait_for(condition: Any, seconds: float = 20) -> None:

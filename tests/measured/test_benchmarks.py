@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,6 +146,19 @@ def check_traffic(content: dict[str, Any]) -> None:
         assert row["batch_8_4096"] == pytest.approx(row["batch_1_32768"])
 
 
+def check_server(content: dict[str, Any]) -> None:
+    """Fails unless a file of results is complete and each number is one that could be."""
+    check_machine(content, "server.py", "mlx_lm", "model", "load_at_start")
+    (rows,) = content["results"].values()
+    systems = ["AsyncLLM", "mlx-paged serve", "mlx_lm.server"]
+    assert [row["system"] for row in rows] == systems * len({row["streams"] for row in rows})
+    for row in rows:
+        assert row.keys() == rows[0].keys()
+        assert all(math.isfinite(value) and value > 0 for value in row.values() if not isinstance(value, str))
+        assert row["system"] != "AsyncLLM" or row["of_async_llm"] == 1
+        assert row["first_ms_p50"] <= row["first_ms_p95"] and row["tokens"] >= row["streams"]
+
+
 # -- each benchmark ------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +174,8 @@ BENCHMARKS = [
     Benchmark("memory.py", "memory-linux-cpu.json", check_memory),
     Benchmark("host_overhead.py", "host-overhead-linux-cpu.json", check_host_work),
     Benchmark("attention.py", "attention-linux-cpu.json", check_attention),
+    Benchmark("server.py", "server-scripted-linux-cpu.json", check_server),
+    Benchmark("server.py", "server-smollm2-linux-cpu.json", check_server),
     Benchmark("kernel_traffic.py", "kernel-traffic.json", check_traffic),
 ]
 
@@ -189,7 +205,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("measured", BENCHMARKS, ids=lambda measured: measured.script)
+@pytest.mark.parametrize("measured", BENCHMARKS, ids=lambda measured: measured.results)
 def test_a_quick_run_writes_what_it_prints_in_the_form_of_the_committed_results(
     measured: Benchmark, quick_run: QuickRun, tmp_path: Path
 ) -> None:
@@ -206,7 +222,7 @@ def test_a_quick_run_writes_what_it_prints_in_the_form_of_the_committed_results(
             assert cell in printed or set(cell) <= set("-:")
 
 
-@pytest.mark.parametrize("measured", BENCHMARKS, ids=lambda measured: measured.script)
+@pytest.mark.parametrize("measured", BENCHMARKS, ids=lambda measured: measured.results)
 def test_the_committed_results_are_of_a_full_run(measured: Benchmark) -> None:
     content = committed(measured.results)
     measured.check(content)
@@ -237,6 +253,19 @@ def test_what_is_simulated_is_the_same_in_every_run(quick_run: QuickRun) -> None
     memory = importlib.import_module("memory")
     for name in ("waste", "savings"):
         assert getattr(memory, name)(quick=True) == quick_run("memory.py")[1]["results"][name]
+
+
+@pytest.mark.slow
+def test_a_soak_asks_for_all_and_looks_at_memory() -> None:
+    printed = run_benchmark("--soak", "0.1", script="server.py")
+    kinds = dict(re.findall(r"([\d,]+) (bad|left|stream|whole)\b", printed.split("requests")[-1]))
+    assert len(kinds) > 1 and "0 answers were wrong" in printed and "0% of the blocks are held at the end" in printed
+
+
+def test_memory_that_goes_on_growing_after_the_warm_up_is_seen() -> None:
+    growth = importlib.import_module("soak").growth
+    assert growth([10, 50, 99, 100, 101, 100, 99, 100, 101, 100]) <= 1
+    assert growth([100 + 10 * look for look in range(20)]) == 100
 
 
 # -- the command line of all ---------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -15,8 +17,9 @@ import openai
 import pytest
 from helpers.servers import engine_held, post, serving, wait_for
 
-from mlx_paged import SamplingParams
+from mlx_paged import SamplingParams, engine_thread
 from mlx_paged.async_llm import AsyncLLM
+from mlx_paged.runner.model_runner import ModelRunner
 
 ENDLESS: Any = [{"role": "system", "content": "SCRIPT:endless"}, {"role": "user", "content": "x " * 200}]
 CHAT = "/v1/chat/completions"
@@ -66,10 +69,52 @@ def test_a_silent_stream_is_kept_alive(llm: AsyncLLM) -> None:
         httpx.stream("POST", url + CHAT, json=body) as response,
     ):
         lines = response.iter_lines()
-        assert next(lines) == ": keepalive"
+        assert next(lines) == ": keepalive waiting"
         go_on.set()
         rest = list(lines)
     assert rest[-2] == "data: [DONE]"
+
+
+@pytest.mark.parametrize(
+    "path, body, said",
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "x " * 1300}]}, r": keepalive (\d+)% of the prompt"),
+        ("/v1/completions", {"prompt": ["y " * 1300] * 2}, r": keepalive (\d+)% of the prompt"),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": "z " * 1300}]},
+            r'"ping","prompt_progress":0.(\d\d)',
+        ),
+        ("/v1/responses", {"input": "w " * 2600}, r'"prompt_progress":0.(\d\d)'),
+    ],
+)
+def test_a_stream_whose_prompt_is_computed_says_how_far_it_is(
+    path: str, body: Any, said: str, llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, calls, go_on = ModelRunner.run, [], threading.Event()
+
+    def hold(self: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            assert go_on.wait(60)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(ModelRunner, "run", hold)
+    monkeypatch.setattr(engine_thread, "_SNAPSHOT_S", 0)
+    body = body | {"max_output_tokens" if path == "/v1/responses" else "max_tokens": 2, "stream": True}
+    try:
+        with (
+            serving(llm, keepalive_s=0.05) as url,
+            httpx.stream("POST", url + path, json=body, timeout=30) as response,
+        ):
+            lines = response.iter_lines()
+            share = next(int(found[1]) for line in lines if (found := re.search(said, line)) and int(found[1]))
+            assert 10 < share < 95
+            go_on.set()
+            rest = [line for line in lines if line.startswith("data:")]
+            assert rest and '"error":{' not in rest[-1]
+    finally:
+        go_on.set()
 
 
 def test_a_reader_that_does_not_read_hurts_nobody(llm: AsyncLLM, url: str, client: openai.OpenAI) -> None:
@@ -128,8 +173,6 @@ def test_many_at_once_get_their_own_answers(url: str) -> None:
 def test_an_engine_that_breaks_in_a_step_ends_that_request_with_an_error(
     llm: AsyncLLM, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_paged.runner.model_runner import ModelRunner
-
     run, calls = ModelRunner.run, []
 
     def break_once(self: Any, *arguments: Any) -> Any:

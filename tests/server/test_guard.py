@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import re
 import socket
 from typing import Any
 
@@ -127,7 +129,8 @@ def test_unknown_paths_and_methods_get_json(url: str) -> None:
         assert response.status_code == 404 and response.json()["error"]
     assert "one /v1" in httpx.post(f"{url}/v1/v1/messages", json={}).text
     assert httpx.get(url + CHAT).status_code == 405
-    assert httpx.head(f"{url}/health").status_code == 200
+    assert httpx.head(f"{url}/health").status_code == httpx.head(url).status_code == 200
+    assert httpx.head(url + CHAT).status_code == 405 and httpx.head(f"{url}/nothing").status_code == 404
 
 
 def test_each_request_has_an_id_in_its_answer_and_in_the_log_which_has_no_prompts(
@@ -153,9 +156,46 @@ def test_health_models_and_metrics_tell_what_there_is(url: str, llm: AsyncLLM) -
     assert card["id"] == "scripted" and card["object"] == "model" and card["max_model_len"] == llm.max_model_len
     assert httpx.get(f"{url}/v1/models/scripted").json() == card
     assert httpx.get(f"{url}/v1/models/other/one").json()["error"]["code"] == "model_not_found"
+
+
+METRICS = {
+    "gauge": {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
+              "mlx_paged:http_clients"},
+    "counter": {"vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total",
+                "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total",
+                "mlx_paged:cow_copies_total", "mlx_paged:swapped_blocks_total", "mlx_paged:steps_total",
+                "mlx_paged:rejected_total"},
+    "histogram": {"vllm:time_to_first_token_seconds", "vllm:time_per_output_token_seconds",
+                  "vllm:e2e_request_latency_seconds", "vllm:request_queue_time_seconds", "vllm:request_prompt_tokens",
+                  "vllm:request_generation_tokens", "vllm:iteration_tokens_total"},
+}  # fmt: skip
+
+
+def test_metrics_have_the_names_that_monitors_of_vllm_know(url: str) -> None:
+    assert_answers(url)
     text = httpx.get(f"{url}/metrics").text
-    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_hits_total"):
-        assert f'vllm:{name}{{model_name="scripted"}}' in text, text
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    for kind, names in METRICS.items():
+        found = {name for name, each in kinds.items() if each == kind and not name.endswith("_created")}
+        assert found == names
+        for name in names - {"mlx_paged:rejected_total"}:  # which may have nothing to tell
+            sample = f"{name}_bucket" if kind == "histogram" else name
+            assert re.search(rf'^{sample}\{{.*model_name="scripted".*\}} ', text, re.MULTILINE), name
+
+
+def test_each_step_is_counted_by_its_tokens(llm: AsyncLLM, url: str) -> None:
+    def steps() -> list[float]:
+        wait_for(lambda: llm.snapshot.num_steps == asyncio.run(llm.stats()).num_steps)
+        names = ('_bucket{le="1.0"', '_bucket{le="64.0"', '_bucket{le="+Inf"', "_sum")
+        return [metric(url, f"vllm:iteration_tokens_total{name}") for name in names]
+
+    def complete(prompt: list[int]) -> None:
+        post(f"{url}/v1/completions", {"prompt": prompt, "max_tokens": 5, "ignore_eos": True, "temperature": 0})
+
+    complete([1])  # which leaves no step behind that was made for what might have gone on
+    before = steps()
+    complete([0] * 40 + [1])
+    assert [new - old for new, old in zip(steps(), before, strict=True)] == [4, 5, 5, 41 + 4]
 
 
 def metric(url: str, name: str) -> float:
