@@ -25,7 +25,7 @@ async def tokenize(service: Service, body: dict[str, Any], state: dict[str, Any]
         params = SamplingParams(max_tokens=1)
         token_ids = (await service.make_request(fields.take("prompt", str, ""), params, stream=False)).prompt_token_ids
     else:
-        messages = read_messages(fields.take("messages", list, []))
+        messages = read_messages(fields.take("messages", list, []), service.note_omitted)
         token_ids = await service.encode_chat(messages, read_tools(fields), read_template(fields))
     return JSONResponse({"tokens": token_ids, "count": len(token_ids), "max_model_len": service.llm.max_model_len})
 

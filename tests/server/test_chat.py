@@ -254,6 +254,15 @@ def test_arguments_of_earlier_calls_are_not_quoted_twice(url: str) -> None:
     assert '<tool_call>f {"a": "\u00e9"}</tool_call>' in text
 
 
+def test_an_image_that_a_tool_returns_is_named_in_its_place(url: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    parts = [{"type": "text", "text": "Seen: "}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]
+    messages = [*USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": parts}]
+    tokens = post(f"{url}/tokenize", {"messages": messages}).json()["tokens"]
+    text = post(f"{url}/detokenize", {"tokens": tokens}).json()["prompt"]
+    assert "<|im_start|>tool\nSeen: [image omitted: only text can be read]<|im_end|>" in text
+
+
 REFUSED = [
     ({"messages": []}, 400, "messages"),
     ({"messages": "hi"}, 400, "messages"),
