@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import openai
@@ -313,6 +314,7 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(client: openai
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="scripted", messages=long)  # type: ignore[arg-type]
     assert caught.value.code == "context_length_exceeded"
+    assert re.search(r"This model's maximum context length is \d+ tokens: the prompt has \d+ tokens", str(caught.value))
 
 
 def test_null_means_that_a_field_is_not_given(url: str) -> None:

@@ -96,6 +96,10 @@ def test_an_answer_is_made_of_items_and_its_events_make_up_the_same_response(
         assert getattr(streamed.usage, count) == getattr(whole.usage, count)
     done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
     assert done == last["response"]["output"]
+    parts = [event for event in events if event["type"].startswith("response.content_part.")]
+    assert all(part["text"] == "" for part in (event["part"] for event in parts[::2]))
+    contents = [content for item in done for content in item.get("content", ())]
+    assert [event["part"] for event in parts[1::2]] == contents  # what is added is what is done, and nothing else
     deltas = ["".join(event["delta"] for event in events if event.get("item_id") == item["id"] and "delta" in event)
               for item in done]  # fmt: skip
     assert deltas == [text for _, text in items]
@@ -110,9 +114,11 @@ def test_events_come_in_their_order(url: str) -> None:
         found = names[:2] + [name for name in names[2:] if name != "in_progress"]  # which keeps it alive
         return " ".join(kind for i, kind in enumerate(found) if i == 0 or kind != found[i - 1])
 
-    reasoning = "output_item.added reasoning_text.delta reasoning_text.done output_item.done"
+    def part(kind: str) -> str:
+        return f"output_item.added content_part.added {kind}.delta {kind}.done content_part.done output_item.done"
+
+    reasoning, text = part("reasoning_text"), part("output_text")
     call = "output_item.added function_call_arguments.delta function_call_arguments.done output_item.done"
-    text = "output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"
     first, last = "created in_progress", "completed"
     assert kinds(script("exec_command", "x")) == f"{first} {reasoning} {call} {last}"
     assert kinds(script("answer")) == f"{first} {text} {last}"
