@@ -9,7 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,8 +103,8 @@ CLIENTS = {
         environment={"OPENAI_API_KEY": "any"},
     ),
     "claude": Client(
-        ("@anthropic-ai/claude-code",),
-        lambda folder, home: _link_claude(folder, home),
+        ("@anthropic-ai/claude-code@latest",),  # it brings its own runtime: which Node there is does not matter
+        lambda folder, home: _link("claude", folder.glob("node_modules/@anthropic-ai/claude-code-*/claude"), home),
         ("bash", str(SETTINGS / "claude-code.sh"), "--print", "--dangerously-skip-permissions", TASK),
         environment={"IS_SANDBOX": "1"},
     ),
@@ -118,6 +118,16 @@ CLIENTS = {
         _put("opencode.json", ".config", "opencode", "opencode.json"),
         ("node_modules/opencode-linux-x64/bin/opencode", "run", TASK),
     ),
+    "cline": Client(
+        ("cline",),
+        lambda folder, home: _link("cline", folder.glob("node_modules/.bin/cline"), home),
+        ("bash", "-c", f"bash {SETTINGS / 'cline.sh'} && cline --json '{TASK}'"),
+    ),
+    "continue": Client(
+        ("@continuedev/cli",),
+        command=("node_modules/.bin/cn", "--print", "--auto", "--config", str(SETTINGS / "continue.yaml"), TASK),
+        environment={"CONTINUE_TELEMETRY_ENABLED": "0"},
+    ),
     "aider": Client(
         ("aider-chat", "pip"),
         lambda folder, home: _set_up_aider(folder, home),
@@ -127,12 +137,11 @@ CLIENTS = {
 }  # fmt: skip
 
 
-def _link_claude(folder: Path, home: Path) -> None:
-    """Put the program where a shell finds it: npm's package does so in a script of its own."""
-    (program,) = folder.glob("node_modules/@anthropic-ai/claude-code-*/claude")
+def _link(name: str, programs: Iterable[Path], home: Path) -> None:
+    """Put the one program where a shell finds it."""
+    (program,) = programs
     (home / "bin").mkdir(parents=True, exist_ok=True)
-    (home / "bin/claude").unlink(missing_ok=True)
-    (home / "bin/claude").symlink_to(program)
+    (home / "bin" / name).symlink_to(program)
 
 
 def _set_up_aider(folder: Path, home: Path) -> None:

@@ -71,8 +71,8 @@ def drive(client: Client, folder: Path, home: Path) -> str:
     if client.driver:
         command = client.driver_command(folder)
     else:
-        assert client.set_up is not None
-        client.set_up(folder, home)
+        if client.set_up is not None:
+            client.set_up(folder, home)
         first, *rest = client.command
         command = [str(folder / first) if "/" in first else first, *rest]
     queries, hits = metric("vllm:prefix_cache_queries_total"), metric("vllm:prefix_cache_hits_total")

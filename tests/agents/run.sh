@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Drives a real server with clients and agents as people install them: tests/agents/run.sh [--folder FOLDER] [NAME ...]
 # Without names, all. Installs what is not yet in FOLDER (default: a temporary one), which can be kept and given again.
-# What is installed runs in a network namespace that has a loopback and nothing else.
+# What is installed runs in a namespace whose network is a loopback and nothing else, and whose processes end with it.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$(command -v "$here/../../.venv/bin/python" || command -v python3)}
@@ -16,4 +16,4 @@ if [ -z "$folder" ]; then
     trap 'rm -rf "$folder"' EXIT
 fi
 "$python" "$here/clients.py" "$folder" "$@"
-unshare --map-root-user --net bash -c 'ip link set lo up && exec "$@"' - "$python" "$here/drive.py" "$folder" "$@"
+unshare --map-root-user --net --pid --fork --kill-child --mount-proc bash -c 'ip link set lo up && exec "$@"' - "$python" "$here/drive.py" "$folder" "$@"

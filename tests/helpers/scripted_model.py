@@ -54,12 +54,26 @@ CHAINS = {
         "</t",
         "ool_call>",
     ],
+    "run_commands": [
+        '<tool_call>\n{"name": "run',
+        '_commands", "arguments": {"commands": ["echo marker-7',
+        '"]}}\n</tool',
+        "_call>\n\n",
+    ],
     "get_weather": [
         "<tool_c",
         'all>\n{"name": "get_weather", "arg',
         'uments": {"city": "Pa',
         'ris \\u00e9\\n\\"x\\""}}\n</too',
         "l_call>",
+    ],
+    "get_time": [
+        "<thin",
+        "k>It is the time ",
+        "that they want.</thi",
+        "nk>\n\n<tool_call>\n",
+        '{"name": "get_time", "arguments": {}}\n</t',
+        "ool_call>\n",
     ],
     "two_calls": [
         "<tool_ca",
