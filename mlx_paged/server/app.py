@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.applications import Starlette
@@ -87,11 +88,16 @@ def make_app(service: Service, access: Access) -> Guard:
         return PlainTextResponse(f"mlx-paged serves {options.names[0]} at /v1\n")
 
     def model_card(name: str) -> dict[str, Any]:
+        most = service.llm.max_model_len
         card = {"id": name, "object": "model", "created": service.created, "owned_by": "mlx-paged"}
-        return card | {"max_model_len": service.llm.max_model_len}
+        created = datetime.fromtimestamp(service.created, UTC).isoformat().replace("+00:00", "Z")
+        anthropics = {"type": "model", "display_name": name, "created_at": created, "lifecycle": "active"}
+        return card | anthropics | {"max_model_len": most, "max_input_tokens": most, "max_tokens": most}
 
     def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model_card(name) for name in options.names]})
+        cards = [model_card(name) for name in options.names]
+        page = {"has_more": False, "first_id": cards[0]["id"], "last_id": cards[-1]["id"]}  # as Anthropic's clients ask
+        return JSONResponse({"object": "list", "data": cards} | page)
 
     def model(request: Request) -> Response:
         try:

@@ -56,7 +56,7 @@ class ChatRequest(Asked):
         model = service.require_model(fields.take("model", str))
         if not (modalities := fields.take("modalities", list, ["text"])) == ["text"]:
             raise fields.error("modalities", f"{modalities} can't be had: this model writes text")
-        messages = read_messages(fields.take("messages", list, []))
+        messages = read_messages(fields.take("messages", list, []), service.note_omitted)
         settings = read_sampling(fields, salt) | read_output_form(fields)
         most, completion = fields.take("max_tokens", int), fields.take("max_completion_tokens", int)
         settings["max_tokens"] = completion if completion is not None else most
@@ -87,7 +87,7 @@ class ChatRequest(Asked):
 
 
 def read_tools(fields: Fields) -> list[dict[str, Any]]:
-    """Read the tools that may be called; none if tool_choice says so. Raises ApiError."""
+    """Read the tools that may be called: all, some or none, as tool_choice says. Raises ApiError."""
     tools = []
     for i, tool in enumerate(fields.take("tools", list, [])):
         each = Fields(tool, f"tools[{i}]")
@@ -97,12 +97,27 @@ def read_tools(fields: Fields) -> list[dict[str, Any]]:
         if not function.take("name", str):
             raise function.error("name", "must be text that is not empty")
         tools.append(dict(tool))
+    if (allowed := _read_allowed(fields)) is not None:
+        names = [_require_tool(fields, each, tools) for each in allowed.take("tools", list, [])]
+        tools = [tool for tool in tools if tool["function"]["name"] in names]
     return [] if fields.take_any("tool_choice") == "none" else tools
+
+
+def _read_allowed(fields: Fields) -> Fields | None:
+    """Which tools may be called, and whether one has to be; None if tool_choice is of another kind."""
+    choice = fields.take_any("tool_choice")
+    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+        return None
+    return Fields(choice.get("allowed_tools"), "tool_choice.allowed_tools")
 
 
 def read_tool_choice(fields: Fields, tools: Sequence[dict[str, Any]]) -> str | None:
     """Read what has to be called, as `Asked.tool_choice` has it. Raises ApiError."""
     choice = fields.take_any("tool_choice") or "auto"
+    if (allowed := _read_allowed(fields)) is not None:
+        choice = allowed.take("mode", str, "auto")
+        if choice not in ("auto", "required"):
+            raise allowed.error("mode", 'must be "auto" or "required"')
     if choice in ("auto", "none"):
         return None
     if choice == "required":
@@ -110,8 +125,14 @@ def read_tool_choice(fields: Fields, tools: Sequence[dict[str, Any]]) -> str | N
             raise fields.error("tool_choice", "needs tools")
         return "required"
     if not isinstance(choice, dict) or choice.get("type") != "function":
-        raise fields.error("tool_choice", 'must be "auto", "none", "required" or a function')
-    name = Fields(choice.get("function"), "tool_choice.function").take("name", str, "")
+        raise fields.error("tool_choice", 'must be "auto", "none", "required", a function or allowed_tools')
+    return _require_tool(fields, choice, tools)
+
+
+def _require_tool(fields: Fields, choice: Any, tools: Sequence[dict[str, Any]]) -> str:
+    """Return the name of a tool that is among those that there are. Raises ApiError."""
+    function = Fields(choice, "tool_choice").take_any("function")
+    name = Fields(function, "tool_choice.function").take("name", str, "")
     if name not in [tool["function"]["name"] for tool in tools]:
         raise fields.error("tool_choice", f"{show(name)} is none of the tools")
     return name

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mlx_paged.server.body import Fields
 from mlx_paged.server.errors import bad_request
 
 Messages = list[dict[str, Any]]
+Omit = Callable[[str], None]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def read_messages(values: Sequence[Any]) -> Messages:
-    """Read the messages of a chat completion. Raises ApiError."""
+def read_messages(values: Sequence[Any], omit: Omit) -> Messages:
+    """Read the messages of a chat completion. omit: as for `read_part`, in the results of tools. Raises ApiError."""
     if not values:
         raise bad_request("messages is empty: give it at least one message", param="messages")
-    return [_read_message(Fields(value, f"messages[{i}]")) for i, value in enumerate(values)]
+    return [_read_message(Fields(value, f"messages[{i}]"), omit) for i, value in enumerate(values)]
 
 
-def _read_message(fields: Fields) -> dict[str, Any]:
+def _read_message(fields: Fields, omit: Omit) -> dict[str, Any]:
     role = fields.take("role", str, "")
     if role not in _ROLES:
         raise fields.error("role", f"must be one of {', '.join(_ROLES)}")
     message: dict[str, Any] = {
         "role": "system" if role == "developer" else role,
-        "content": read_text(fields.take_any("content"), fields.path("content")),
+        "content": read_text(fields.take_any("content"), fields.path("content"), omit if role == "tool" else None),
     }
     for name in ("name", "tool_call_id"):
         if (value := fields.take(name, str)) is not None:
@@ -44,24 +45,32 @@ def _read_message(fields: Fields) -> dict[str, Any]:
     return message
 
 
-def read_text(content: Any, where: str) -> str:
+def read_text(content: Any, where: str, omit: Omit | None = None) -> str:
     """Return the text of a message: it may be text, a list of text parts, or nothing. Raises ApiError for others."""
-    return "".join(read_texts(content, where))
+    return "".join(read_texts(content, where, omit))
 
 
-def read_texts(content: Any, where: str) -> list[str]:
-    """Return the texts of a message, one per part. Raises ApiError for what is no text."""
+def read_texts(content: Any, where: str, omit: Omit | None = None) -> list[str]:
+    """Return the texts of a message, one per part. omit: as for `read_part`. Raises ApiError for what is no text."""
     if content is None or isinstance(content, str):
         return [content or ""]
     if not isinstance(content, list):
         raise bad_request(f"{where} must be text or a list of parts", param=where)
-    return [read_part(Fields(part, f"{where}[{i}]"), where) for i, part in enumerate(content)]
+    return [read_part(Fields(part, f"{where}[{i}]"), where, omit) for i, part in enumerate(content)]
 
 
-def read_part(fields: Fields, where: str) -> str:
-    """Return the text of one part of the content at `where`. Raises ApiError if it is of another kind."""
+def read_part(fields: Fields, where: str, omit: Omit | None = None) -> str:
+    """Return the text of one part of the content at `where`. Raises ApiError if it is of another kind.
+
+    omit: for what a tool has returned, which nobody chose to send, and which comes again with each turn: a part of
+    another kind is named in the text instead, and `omit` is told its kind.
+    """
     kind = fields.take("type", str, "")
     if kind not in _TEXT_PARTS:
+        if omit is not None and kind:
+            kind = kind.removeprefix("input_").removesuffix("_url")[:60]
+            omit(kind)
+            return f"[{kind} omitted: only text can be read]"
         raise bad_request(f"{fields.where} is of type {kind!r}, and this model reads text only", param=where)
     return fields.take("text", str, "")
 

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from mlx_paged.outputs import EngineStats, Snapshot
 from mlx_paged.server.body import Fields
 from mlx_paged.server.errors import ApiError, bad_request
-from mlx_paged.server.event_stream import EventStream, event
+from mlx_paged.server.event_stream import EventStream, event, keepalive
 from mlx_paged.server.matches import in_json
 from mlx_paged.server.sampling_fields import salt_of
 from mlx_paged.server.service import Service
@@ -53,7 +53,7 @@ class Debug:
         if service.failure is not None:
             raise ApiError(503, "the engine has ended", retry_after=30)
         if request.query_params.get("stream", "").lower() in ("1", "true"):
-            return EventStream(self._events(many_keys), keepalive_s=service.options.keepalive_s)
+            return EventStream(self._events(many_keys), lambda: keepalive(1), service.options.keepalive_s)
         await self._renew()
         return Response(self._write(many_keys), media_type="application/json")
 

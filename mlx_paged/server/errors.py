@@ -58,6 +58,12 @@ class PromptRefused(ApiError):
         super().__init__(400, message, param="messages", code="context_length_exceeded")
         self._numbers = num_tokens, most
 
+    def openai(self) -> dict[str, Any]:
+        """The body that OpenAI's clients read, some of which know the case by its message alone."""
+        body = super().openai()
+        body["error"]["message"] = f"This model's maximum context length is {self._numbers[1]} tokens: {self.message}"
+        return body
+
     def anthropic(self, request_id: str) -> dict[str, Any]:
         """The body that Anthropic's clients read."""
         body = super().anthropic(request_id)

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_paged.server.answer import Asked
 from mlx_paged.server.body import Fields
 from mlx_paged.server.chat import read_template, read_tool_choice, read_tools
-from mlx_paged.server.conversation import Messages, make_call, read_part, read_texts
+from mlx_paged.server.conversation import Messages, Omit, make_call, read_part, read_texts
 from mlx_paged.server.errors import bad_request
 from mlx_paged.server.sampling_fields import make_params, read_output_form, read_sampling, read_stop
 from mlx_paged.server.service import Service
@@ -30,7 +30,7 @@ def read_message_request(service: Service, body: dict[str, Any], salt: str | Non
         raise bad_request("messages is empty: give it at least one message", param="messages")
     messages = _read_system(fields.take_any("system"), "system")
     for i, value in enumerate(values):
-        messages += _read_message(Fields(value, f"messages[{i}]"))
+        messages += _read_message(Fields(value, f"messages[{i}]"), service.note_omitted)
     settings = read_sampling(fields, salt, max_samples=1)
     stops = fields.take_with("stop_sequences", read_stop)
     if stops is not None:
@@ -97,8 +97,11 @@ def _read_system(content: Any, where: str) -> Messages:
     return [{"role": "system", "content": text}] if text else []
 
 
-def _read_message(fields: Fields) -> Messages:
-    """Read a message, which stands for several where it has the results of tools. Those come before its text."""
+def _read_message(fields: Fields, omit: Omit) -> Messages:
+    """Read a message, which stands for several where it has the results of tools. Those come before its text.
+
+    omit: as for `read_part`, of what tools have returned: agents send documents beside the result that they belong to.
+    """
     role = fields.take("role", str, "")
     if role not in _ROLES:
         raise fields.error("role", f"must be one of {', '.join(_ROLES)}")
@@ -113,11 +116,12 @@ def _read_message(fields: Fields) -> Messages:
     message: dict[str, Any] = {"role": role}
     results: Messages = []
     texts, thoughts, calls = [], [], []
-    for i, value in enumerate(blocks):
-        block = Fields(value, f"{where}[{i}]")
+    fields_of = [Fields(value, f"{where}[{i}]") for i, value in enumerate(blocks)]
+    has_results = any(block.take_any("type") == "tool_result" for block in fields_of)
+    for block in fields_of:
         kind = block.take("type", str, "")
         if kind == "tool_result" and role == "user":
-            text = _BETWEEN.join(read_texts(block.take_any("content"), block.path("content")))
+            text = _BETWEEN.join(read_texts(block.take_any("content"), block.path("content"), omit))
             results.append({"role": "tool", "tool_call_id": block.take("tool_use_id", str, ""), "content": text})
         elif kind == "tool_use" and role == "assistant":
             name = block.take("name", str, "")
@@ -125,7 +129,7 @@ def _read_message(fields: Fields) -> Messages:
         elif kind == "thinking" and role == "assistant":
             thoughts.append(block.take("thinking", str, ""))
         elif kind != "redacted_thinking":
-            texts.append(read_part(block, where))
+            texts.append(read_part(block, where, omit if has_results else None))
     message["content"] = (_BETWEEN if role == "user" else "").join(texts)
     if any(thoughts):
         message["reasoning_content"] = "".join(thoughts)

@@ -90,8 +90,8 @@ class ResponseAnswer(EventAnswer):
             item = _item("function_call", "fc", call_id=call_id, arguments="", **self.asked.called(part.name))
         self._output.append(item)
         yield self._event("output_item.added", output_index=len(self._output) - 1, item=dict(item))
-        if part.kind == "text":
-            yield self._about_part("content_part.added", part=self._text_part())
+        if part.kind != "call":
+            yield self._about_part("content_part.added", part=self._content_part(part.kind))
 
     def _close(self, status: str) -> Iterator[Event]:
         """End the last item, if it is not ended."""
@@ -102,18 +102,20 @@ class ResponseAnswer(EventAnswer):
         item["status"] = status
         if kind == "text":
             self._logprobs += self.take_logprobs(self.samples[0]) or []
-            item["content"] = [self._text_part()]
             yield self._about_part("output_text.done", text=text, logprobs=self._logprobs)
-            yield self._about_part("content_part.done", part=item["content"][0])
         elif kind == "thinking":
-            item["content"] = [{"type": "reasoning_text", "text": text}]
             yield self._about_part("reasoning_text.done", text=text)
+        if kind != "call":
+            item["content"] = [self._content_part(kind)]
+            yield self._about_part("content_part.done", part=item["content"][0])
         else:
             item["arguments"] = text
             yield self._about_item("function_call_arguments.done", arguments=text, name=item["name"])
         yield self._event("output_item.done", output_index=len(self._output) - 1, item=item)
 
-    def _text_part(self) -> dict[str, Any]:
+    def _content_part(self, kind: str) -> dict[str, Any]:
+        if kind == "thinking":
+            return {"type": "reasoning_text", "text": self._written}
         return {"type": "output_text", "text": self._written, "annotations": [], "logprobs": self._logprobs}
 
     def _event(self, kind: str, **fields: Any) -> Event:

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_paged.server.answer import Asked
 from mlx_paged.server.body import Fields
 from mlx_paged.server.chat import read_template, read_tool_choice, read_tools
-from mlx_paged.server.conversation import Messages, make_call, read_text
+from mlx_paged.server.conversation import Messages, Omit, make_call, read_text
 from mlx_paged.server.errors import bad_request
 from mlx_paged.server.sampling_fields import make_params, read_output_form, read_sampling, read_top_logprobs
 from mlx_paged.server.service import Service
@@ -50,7 +50,7 @@ class ResponseRequest(Asked):
             if fields.take_any(name):
                 raise bad_request(f"{name} is not supported: {instead}", param=name)
         model = service.require_model(fields.take("model", str))
-        messages = _read_input(fields)
+        messages = _read_input(fields, service.note_omitted)
         text = Fields(fields.take("text", dict, {}), "text")
         form = Fields(text.take("format", dict, {"type": "text"}), "text.format")
         settings = read_sampling(fields, salt, max_samples=1) | read_output_form(fields, form)
@@ -127,13 +127,22 @@ def _read_choice(fields: Fields) -> Any:
     if not isinstance(choice, dict):
         return choice
     named = Fields(choice, "tool_choice")
-    if named.take("type", str) != "function":
-        raise named.error("type", 'must be "function"')
-    name = _name_in(named.take("namespace", str), named.take("name", str, ""))
-    return {"type": "function", "function": {"name": name}}
+    kind = named.take("type", str)
+    if kind == "allowed_tools":
+        each = [Fields(value, "tool_choice.tools") for value in named.take("tools", list, [])]
+        functions = [_named(tool) for tool in each if tool.take("type", str) == "function"]
+        return {"type": kind, kind: {"mode": named.take("mode", str), "tools": functions}}
+    if kind != "function":
+        raise named.error("type", 'must be "function" or "allowed_tools"')
+    return _named(named)
 
 
-def _read_input(fields: Fields) -> Messages:
+def _named(tool: Fields) -> dict[str, Any]:
+    """A tool that is named, as chat completions have it."""
+    return {"type": "function", "function": {"name": _name_in(tool.take("namespace", str), tool.take("name", str, ""))}}
+
+
+def _read_input(fields: Fields, omit: Omit) -> Messages:
     instructions = fields.take("instructions", str)
     messages: Messages = [{"role": "system", "content": instructions}] if instructions else []
     given = fields.take_any("input")
@@ -142,13 +151,13 @@ def _read_input(fields: Fields) -> Messages:
     if not isinstance(given, list) or not given:
         raise fields.error("input", "must be text or a list of items")
     for i, value in enumerate(given):
-        _add_item(messages, Fields(value, f"input[{i}]"))
+        _add_item(messages, Fields(value, f"input[{i}]"), omit)
     if not messages:
         raise fields.error("input", "has no message in it")
     return messages
 
 
-def _add_item(messages: Messages, item: Fields) -> None:
+def _add_item(messages: Messages, item: Fields, omit: Omit) -> None:
     """Add an item to a conversation. Reasoning, text and calls that follow each other are one message."""
     kind = item.take("type", str, "message")
     if kind == "message":
@@ -173,7 +182,7 @@ def _add_item(messages: Messages, item: Fields) -> None:
             messages.append({"role": "assistant", "content": ""})
         messages[-1].setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
-        output = read_text(item.take_any("output"), item.path("output"))
+        output = read_text(item.take_any("output"), item.path("output"), omit)
         messages.append({"role": "tool", "tool_call_id": item.take("call_id", str, ""), "content": output})
     elif kind == "item_reference":
         raise item.error("type", "can't be had: nothing is stored, send the item itself")

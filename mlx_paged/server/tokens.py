@@ -23,7 +23,7 @@ async def read_prompt(service: Service, fields: Fields) -> list[int]:
     if "prompt" in fields:
         params = SamplingParams(max_tokens=1)
         return (await service.make_request(fields.take_any("prompt"), params, stream=False)).prompt_token_ids
-    messages = read_messages(fields.take("messages", list, []))
+    messages = read_messages(fields.take("messages", list, []), service.note_omitted)
     return await service.encode_chat(messages, read_tools(fields), read_template(fields))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +54,26 @@ CHAINS = {
         "</t",
         "ool_call>",
     ],
+    "run_commands": [
+        '<tool_call>\n{"name": "run',
+        '_commands", "arguments": {"commands": ["echo marker-7',
+        '"]}}\n</tool',
+        "_call>\n\n",
+    ],
     "get_weather": [
         "<tool_c",
         'all>\n{"name": "get_weather", "arg',
         'uments": {"city": "Pa',
         'ris \\u00e9\\n\\"x\\""}}\n</too',
         "l_call>",
+    ],
+    "get_time": [
+        "<thin",
+        "k>It is the time ",
+        "that they want.</thi",
+        "nk>\n\n<tool_call>\n",
+        '{"name": "get_time", "arguments": {}}\n</t',
+        "ool_call>\n",
     ],
     "two_calls": [
         "<tool_ca",
@@ -73,6 +88,8 @@ CHAINS = {
     "bad_json": ["Hm. ", "<tool_call", '>\n{"name": "get_weather", "arguments": {city: nope}}', "\n</tool_call", ">"],
     "not_a_tool": ["Write a < b, then <to", "ols> and <think", "ing>, never a call", " <tool_cal"],
     "unknown_tool": ["<tool_call>\n{", '"name": "no_such_tool", "arguments": {}}\n</tool_call>'],
+    "is_so": ['{"is_so": ', "true}"],
+    "whole_file": ["\nmark", "er.txt\n```\nmarker", "-7\n``", "`\n"],
     "emoji": ["\u00f0\u0178"],  # replaced below by the byte tokens of an emoji, split over four tokens
     "endless": ["tick ", "tack "],
 }
@@ -109,19 +126,31 @@ STRICT = """
   {%- endif -%}"""
 
 
-def make_scripted_model(folder: Path, *, context: int = 131072, strict: bool = False) -> Path:
-    """Write the model into a folder. strict: its template refuses a system message that is not the first."""
+def make_scripted_model(
+    folder: Path,
+    *,
+    context: int = 131072,
+    strict: bool = False,
+    texts: Sequence[str] = ((__doc__ or "") * 50,),
+    vocab_size: int = 1200,
+    pipe: str = "",
+) -> Path:
+    """Write the model into a folder.
+
+    strict: its template refuses a system message that is not the first. texts: what tokens are made of, at most
+    vocab_size; the more like a prompt they are, the fewer tokens it has. pipe: what the commands are followed by.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [(__doc__ or "") * 50]
+    chains = {name: [piece.replace("er-7", f"er-7{pipe}") for piece in chain] for name, chain in CHAINS.items()}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, special_tokens=SPECIAL)
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=SPECIAL)
     )
     starts = [f"<|run_{name}|>" for name in CHAINS]
-    pieces = [p for name, chain in CHAINS.items() if name != "emoji" for p in chain if p not in MARKERS]
+    pieces = [p for name, chain in chains.items() if name != "emoji" for p in chain if p not in MARKERS]
     assert len(set(pieces)) == len(pieces), [p for p in pieces if pieces.count(p) > 1]
     data = json.loads(tokenizer.to_str())
     byte_of = _bytes_to_unicode()
@@ -154,7 +183,7 @@ def make_scripted_model(folder: Path, *, context: int = 131072, strict: bool = F
         assert successor.setdefault(a, b) == b, f"token {a} has two successors: {b}, {successor[a]}"
 
     end = ids["<|im_end|>"]
-    for name, chain in CHAINS.items():
+    for name, chain in chains.items():
         steps = [ids[f"<|run_{name}|>"], *(emoji if name == "emoji" else [ids[p] for p in chain])]
         for a, b in itertools.pairwise(steps):
             link(a, b)

@@ -12,7 +12,11 @@ import mlx.core as mx
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples"
-TESTED_ELSEWHERE = {"block_picture"}  # in test_block_picture.py
+TESTED_ELSEWHERE = {
+    "block_picture",
+    "openai_client",
+    "anthropic_client",
+}  # in test_block_picture.py, test_client_examples.py
 
 
 def test_every_example_is_short_and_has_a_test() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import openai
@@ -254,6 +255,15 @@ def test_arguments_of_earlier_calls_are_not_quoted_twice(url: str) -> None:
     assert '<tool_call>f {"a": "\u00e9"}</tool_call>' in text
 
 
+def test_an_image_that_a_tool_returns_is_named_in_its_place(url: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    parts = [{"type": "text", "text": "Seen: "}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]
+    messages = [*USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": parts}]
+    tokens = post(f"{url}/tokenize", {"messages": messages}).json()["tokens"]
+    text = post(f"{url}/detokenize", {"tokens": tokens}).json()["prompt"]
+    assert "<|im_start|>tool\nSeen: [image omitted: only text can be read]<|im_end|>" in text
+
+
 REFUSED = [
     ({"messages": []}, 400, "messages"),
     ({"messages": "hi"}, 400, "messages"),
@@ -304,6 +314,7 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(client: openai
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="scripted", messages=long)  # type: ignore[arg-type]
     assert caught.value.code == "context_length_exceeded"
+    assert re.search(r"This model's maximum context length is \d+ tokens: the prompt has \d+ tokens", str(caught.value))
 
 
 def test_null_means_that_a_field_is_not_given(url: str) -> None:

@@ -9,7 +9,9 @@ import re
 import socket
 from typing import Any
 
+import anthropic
 import httpx
+import openai
 import pytest
 from helpers.servers import post, serving, wait_for
 
@@ -155,6 +157,12 @@ def test_health_models_and_metrics_tell_what_there_is(url: str, llm: AsyncLLM) -
     (card,) = httpx.get(f"{url}/v1/models").json()["data"]
     assert card["id"] == "scripted" and card["object"] == "model" and card["max_model_len"] == llm.max_model_len
     assert httpx.get(f"{url}/v1/models/scripted").json() == card
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any") as client:
+        assert [each.id for each in client.models.list()] == ["scripted"]
+    with anthropic.Anthropic(base_url=url, api_key="any") as claude:
+        (info,) = claude.models.list(limit=20)
+        assert info == claude.models.retrieve("scripted") == anthropic.types.ModelInfo.model_validate(card)
+        assert (info.id, info.display_name, info.max_input_tokens) == ("scripted", "scripted", llm.max_model_len)
     assert httpx.get(f"{url}/v1/models/other/one").json()["error"]["code"] == "model_not_found"
 
 

@@ -150,6 +150,23 @@ def test_a_conversation_is_written_as_the_template_has_it(llm: AsyncLLM, url: st
     )
 
 
+def test_images_and_documents_of_a_tools_result_are_named_in_their_place(
+    llm: AsyncLLM, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [text("Seen:"), image, image]}
+    document = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "AA=="}}
+    turns = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result, document]}]
+    with serving(llm) as new_url:
+        for _ in range(2):
+            written = counted_prompt(llm, new_url, messages=[*USER, *turns])
+    omitted = "[image omitted: only text can be read]"
+    assert f"<|im_start|>tool\nSeen:\n\n{omitted}\n\n{omitted}<|im_end|>" in written
+    assert "<|im_start|>user\n[document omitted: only text can be read]<|im_end|>" in written
+    assert [caplog.text.count(f"of type '{kind}'") for kind in ("image", "document")] == [1, 1]
+
+
 def test_system_texts_are_the_same_in_each_form_and_without_billing_lines(llm: AsyncLLM, url: str) -> None:
     def written(system: Any, later: Any) -> str:
         messages = [*USER, {"role": "system", "content": later}]

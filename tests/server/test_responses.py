@@ -96,6 +96,10 @@ def test_an_answer_is_made_of_items_and_its_events_make_up_the_same_response(
         assert getattr(streamed.usage, count) == getattr(whole.usage, count)
     done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
     assert done == last["response"]["output"]
+    parts = [event for event in events if event["type"].startswith("response.content_part.")]
+    assert all(part["text"] == "" for part in (event["part"] for event in parts[::2]))
+    contents = [content for item in done for content in item.get("content", ())]
+    assert [event["part"] for event in parts[1::2]] == contents  # what is added is what is done, and nothing else
     deltas = ["".join(event["delta"] for event in events if event.get("item_id") == item["id"] and "delta" in event)
               for item in done]  # fmt: skip
     assert deltas == [text for _, text in items]
@@ -110,9 +114,11 @@ def test_events_come_in_their_order(url: str) -> None:
         found = names[:2] + [name for name in names[2:] if name != "in_progress"]  # which keeps it alive
         return " ".join(kind for i, kind in enumerate(found) if i == 0 or kind != found[i - 1])
 
-    reasoning = "output_item.added reasoning_text.delta reasoning_text.done output_item.done"
+    def part(kind: str) -> str:
+        return f"output_item.added content_part.added {kind}.delta {kind}.done content_part.done output_item.done"
+
+    reasoning, text = part("reasoning_text"), part("output_text")
     call = "output_item.added function_call_arguments.delta function_call_arguments.done output_item.done"
-    text = "output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"
     first, last = "created in_progress", "completed"
     assert kinds(script("exec_command", "x")) == f"{first} {reasoning} {call} {last}"
     assert kinds(script("answer")) == f"{first} {text} {last}"
@@ -176,6 +182,24 @@ def test_functions_of_a_namespace_are_offered_and_their_calls_say_where_they_are
     assert call.type == "function_call" and (call.namespace, call.name) == ("functions", "exec_command")
 
 
+def test_only_allowed_tools_are_offered(llm: AsyncLLM, url: str) -> None:
+    inner = {"type": "namespace", "name": "mcp__files", "tools": [tool("read"), tool("write")]}
+    allowed = [{"type": "function", "name": "write", "namespace": "mcp__files"}, {"type": "mcp", "server_label": "x"}]
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": allowed}
+    request = script("answer", tools=[tool("exec_command"), inner], tool_choice=choice)
+    prompt, answer = prompt_of(llm, lambda: post(url + URL, request))
+    assert "mcp__files__write" in prompt and "mcp__files__read" not in prompt and "exec_command" not in prompt
+    assert answer["tool_choice"] == choice
+
+
+def test_an_image_that_a_tool_returns_is_named_in_its_place(llm: AsyncLLM, url: str) -> None:
+    parts = [{"type": "input_text", "text": "Seen: "}, {"type": "input_image", "image_url": "data:image/png;base64,"}]
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+    items = [{"role": "user", "content": "A"}, call, {"type": "function_call_output", "call_id": "1", "output": parts}]
+    written, _ = prompt_of(llm, lambda: post(url + URL, {"input": items}))
+    assert "<|im_start|>tool\nSeen: [image omitted: only text can be read]<|im_end|>" in written
+
+
 def test_calls_of_a_namespace_have_the_name_that_clients_know() -> None:
     from mlx_paged.server.responses_fields import ResponseRequest
 
@@ -231,6 +255,9 @@ REFUSED: Any = [
     ({"input": [{"type": "item_reference", "id": "x"}]}, 400, "input[0].type"),
     ({"previous_response_id": "resp_1"}, 400, "previous_response_id"),
     ({"conversation": "c"}, 400, "conversation"),
+    ({"conversation": {"id": "conv_1"}}, 400, "conversation"),
+    ({"prompt": {"id": "pmpt_1"}}, 400, "prompt"),
+    ({"tool_choice": {"type": "hosted"}}, 400, "tool_choice.type"),
     ({"background": True}, 400, "background"),
     ({"max_output_tokens": 0}, 400, "max_output_tokens"),
     ({"n": 2}, 400, "n"),

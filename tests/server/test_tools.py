@@ -167,6 +167,10 @@ def named(name: str) -> Any:
     return {"type": "function", "function": {"name": name}}
 
 
+def allowed(*names: str, mode: str = "auto") -> Any:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named(name) for name in names]}}
+
+
 def test_a_tool_is_called_because_the_client_says_so(client: openai.OpenAI) -> None:
     for choice in ("required", named("get_weather")):
         # The model alone would say "All done".
@@ -177,6 +181,20 @@ def test_a_tool_is_called_because_the_client_says_so(client: openai.OpenAI) -> N
         assert call.function.name == "get_weather" if choice != "required" else True
         arguments = json.loads(call.function.arguments)
         assert is_weather(arguments) if call.function.name == "get_weather" else arguments == {}
+
+
+def test_only_allowed_tools_are_offered_and_one_of_them_is_called_if_it_has_to_be(client: openai.OpenAI) -> None:
+    messages = [{"role": "system", "content": "SCRIPT:two_calls"}, *USER]
+
+    def answer(mode: str, *names: str) -> Any:
+        choice = allowed(*names, mode=mode)
+        return answer_of(client, messages=messages, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
+
+    (call,) = answer("required", "stop_it").message.tool_calls
+    assert call.function.name == "stop_it"
+    (call,) = answer("auto", "get_weather").message.tool_calls
+    assert call.function.name == "get_weather"
+    assert answer("auto").message.tool_calls is None
 
 
 def test_thinking_comes_before_the_call_that_has_to_come_and_before_a_form(client: openai.OpenAI) -> None:
@@ -237,6 +255,9 @@ def test_a_model_that_knows_no_tools_is_told_of_them_and_has_to_call(plain_url: 
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": named("nothing")}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tools": TOOLS, "tool_choice": allowed("nothing")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("stop_it", mode="must")}, "tool_choice.allowed_tools.mode"),
+        ({"tools": TOOLS, "tool_choice": allowed(mode="required")}, "tool_choice"),
         ({"tools": [tool("f", {"type": "nothing"})], "tool_choice": "required"}, "tools"),
         ({"max_thinking_tokens": -1}, "max_thinking_tokens"),
     ],
