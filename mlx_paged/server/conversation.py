@@ -17,7 +17,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def read_messages(values: Sequence[Any], omit: Omit) -> Messages:
-    """Read the messages of a chat completion. omit: as for `read_part`, in the results of tools. Raises ApiError."""
+    """Read the messages of a chat completion. omit: as for `read_part`. Raises ApiError."""
     if not values:
         raise bad_request("messages is empty: give it at least one message", param="messages")
     return [_read_message(Fields(value, f"messages[{i}]"), omit) for i, value in enumerate(values)]
@@ -27,9 +27,10 @@ def _read_message(fields: Fields, omit: Omit) -> dict[str, Any]:
     role = fields.take("role", str, "")
     if role not in _ROLES:
         raise fields.error("role", f"must be one of {', '.join(_ROLES)}")
+    is_chosen = role not in ("tool", "assistant")
     message: dict[str, Any] = {
         "role": "system" if role == "developer" else role,
-        "content": read_text(fields.take_any("content"), fields.path("content"), omit if role == "tool" else None),
+        "content": read_text(fields.take_any("content"), fields.path("content"), None if is_chosen else omit),
     }
     for name in ("name", "tool_call_id"):
         if (value := fields.take(name, str)) is not None:
@@ -62,8 +63,8 @@ def read_texts(content: Any, where: str, omit: Omit | None = None) -> list[str]:
 def read_part(fields: Fields, where: str, omit: Omit | None = None) -> str:
     """Return the text of one part of the content at `where`. Raises ApiError if it is of another kind.
 
-    omit: for what a tool has returned, which nobody chose to send, and which comes again with each turn: a part of
-    another kind is named in the text instead, and `omit` is told its kind.
+    omit: for what a tool has returned or another model has written, which nobody chose to send, and which comes again
+    with each turn: a part of another kind is named in the text instead, and `omit` is told its kind.
     """
     kind = fields.take("type", str, "")
     if kind not in _TEXT_PARTS:

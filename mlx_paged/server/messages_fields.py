@@ -129,7 +129,7 @@ def _read_message(fields: Fields, omit: Omit) -> Messages:
         elif kind == "thinking" and role == "assistant":
             thoughts.append(block.take("thinking", str, ""))
         elif kind != "redacted_thinking":
-            texts.append(read_part(block, where, omit if has_results else None))
+            texts.append(read_part(block, where, omit if has_results or role == "assistant" else None))
     message["content"] = (_BETWEEN if role == "user" else "").join(texts)
     if any(thoughts):
         message["reasoning_content"] = "".join(thoughts)

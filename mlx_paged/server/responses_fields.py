@@ -164,7 +164,7 @@ def _add_item(messages: Messages, item: Fields, omit: Omit) -> None:
         role = item.take("role", str, "")
         if role not in _ROLES:
             raise item.error("role", f"must be one of {', '.join(_ROLES)}")
-        content = read_text(item.take_any("content"), item.path("content"))
+        content = read_text(item.take_any("content"), item.path("content"), omit if role == "assistant" else None)
         last = messages[-1] if messages else {}
         if role == "assistant" and last.get("role") == role and not last["content"] and "tool_calls" not in last:
             last["content"] = content
@@ -175,13 +175,15 @@ def _add_item(messages: Messages, item: Fields, omit: Omit) -> None:
         text = "".join(part.take("text", str, "") for part in parts)
         if text:
             messages.append({"role": "assistant", "content": "", "reasoning_content": text})
-    elif kind == "function_call":
+    elif kind in ("function_call", "custom_tool_call"):  # the latter is another model's, of an earlier turn
         name = _name_in(item.take("namespace", str), item.take("name", str, ""))
-        call = make_call(name, item.take("arguments", str, ""), item.take("call_id", str))
+        written = item.take("input", str)
+        arguments = item.take("arguments", str, "") if written is None else {"input": written}
+        call = make_call(name, arguments, item.take("call_id", str))
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": ""})
         messages[-1].setdefault("tool_calls", []).append(call)
-    elif kind == "function_call_output":
+    elif kind in ("function_call_output", "custom_tool_call_output"):
         output = read_text(item.take_any("output"), item.path("output"), omit)
         messages.append({"role": "tool", "tool_call_id": item.take("call_id", str, ""), "content": output})
     elif kind == "item_reference":

@@ -70,7 +70,7 @@ class Service:
     seen_unknown: set[str] = field(default_factory=set)
     """Names of fields that clients send and nobody reads: each is logged once."""
     seen_omitted: set[str] = field(default_factory=set)
-    """Types of what tools have returned and no model here can read: each is logged once."""
+    """Types of what tools or other models have put into conversations and nobody reads: each is logged once."""
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(lambda: self.llm.snapshot, self.options.names[0])
@@ -106,10 +106,12 @@ class Service:
                 LOG.info("the field %.60r of a request is not known here, and is not read", name)
 
     def note_omitted(self, kind: str) -> None:
-        """Log that a tool has returned something that is not read, each kind once."""
+        """Log that conversations have parts that are not read, each kind once."""
         if kind not in self.seen_omitted and len(self.seen_omitted) < 100:
             self.seen_omitted.add(kind)
-            LOG.warning("a tool has returned something of type %.60r: the model reads text only, and is told so", kind)
+            LOG.warning(
+                "a conversation has parts of type %.60r: they are named in the text, and not read", kind
+            )
 
     async def prepare(self, work: Awaitable[T]) -> T:
         """Await what templates, tokenisers or grammars make of a request. Raises ApiError for what they refuse."""

@@ -28,8 +28,10 @@ class Client:
     """Of an agent: puts its settings into a home folder, given where it is installed, and that folder."""
     command: tuple[str, ...] = ()
     """Of an agent: what runs it once, with a task, in the folder where it is to work."""
+    again: tuple[str, ...] = ()
+    """Of an agent that can go on with its last session: what does so, with another task."""
     has_tools: bool = True
-    """Whether the agent runs tools, and has a second turn."""
+    """Whether the agent runs tools."""
     environment: dict[str, str] = field(default_factory=dict)
     driver: str = ""
     """Of a library: the file that drives it."""
@@ -84,6 +86,7 @@ def _put(name: str, *path: str) -> Callable[[Path, Path], None]:
 
 
 TASK = "Run the command."
+NEXT_TASK = "Say it again."
 
 CLIENTS = {
     # Of npm's libraries the newest major versions that run on Node 20.
@@ -100,23 +103,29 @@ CLIENTS = {
         _put("codex.toml", ".codex", "config.toml"),
         ("node_modules/.bin/codex", "exec", "--skip-git-repo-check",
          "--dangerously-bypass-approvals-and-sandbox", TASK),
+        ("node_modules/.bin/codex", "exec", "resume", "--last", "--skip-git-repo-check",
+         "--dangerously-bypass-approvals-and-sandbox", NEXT_TASK),
         environment={"OPENAI_API_KEY": "any"},
     ),
     "claude": Client(
         ("@anthropic-ai/claude-code@latest",),  # it brings its own runtime: which Node there is does not matter
         lambda folder, home: _link("claude", folder.glob("node_modules/@anthropic-ai/claude-code-*/claude"), home),
         ("bash", str(SETTINGS / "claude-code.sh"), "--print", "--dangerously-skip-permissions", TASK),
+        ("bash", str(SETTINGS / "claude-code.sh"), "--continue", "--print",
+         "--dangerously-skip-permissions", NEXT_TASK),
         environment={"IS_SANDBOX": "1"},
     ),
     "pi": Client(
         ("@mariozechner/pi-coding-agent",),
         _put("pi.json", ".pi", "agent", "models.json"),
         ("node_modules/.bin/pi", "--provider", "mlx-paged", "--model", "qwen3", "--print", TASK),
+        ("node_modules/.bin/pi", "--provider", "mlx-paged", "--model", "qwen3", "--continue", "--print", NEXT_TASK),
     ),
     "opencode": Client(
         ("opencode-ai",),
         _put("opencode.json", ".config", "opencode", "opencode.json"),
         ("node_modules/opencode-linux-x64/bin/opencode", "run", TASK),
+        ("node_modules/opencode-linux-x64/bin/opencode", "run", "--continue", NEXT_TASK),
     ),
     "cline": Client(
         ("cline",),
@@ -126,6 +135,8 @@ CLIENTS = {
     "continue": Client(
         ("@continuedev/cli",),
         command=("node_modules/.bin/cn", "--print", "--auto", "--config", str(SETTINGS / "continue.yaml"), TASK),
+        again=("node_modules/.bin/cn", "--print", "--auto", "--resume",
+               "--config", str(SETTINGS / "continue.yaml"), NEXT_TASK),
         environment={"CONTINUE_TELEMETRY_ENABLED": "0"},
     ),
     "aider": Client(

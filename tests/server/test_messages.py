@@ -150,7 +150,7 @@ def test_a_conversation_is_written_as_the_template_has_it(llm: AsyncLLM, url: st
     )
 
 
-def test_images_and_documents_of_a_tools_result_are_named_in_their_place(
+def test_what_the_user_has_not_chosen_and_is_no_text_is_named_in_its_place(
     llm: AsyncLLM, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
@@ -164,6 +164,10 @@ def test_images_and_documents_of_a_tools_result_are_named_in_their_place(
     omitted = "[image omitted: only text can be read]"
     assert f"<|im_start|>tool\nSeen:\n\n{omitted}\n\n{omitted}<|im_end|>" in written
     assert "<|im_start|>user\n[document omitted: only text can be read]<|im_end|>" in written
+    search = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}
+    turns = [{"role": "assistant", "content": [text("C"), search]}, *USER]
+    written = counted_prompt(llm, url, messages=[*USER, *turns])
+    assert "assistant\nC[server_tool_use omitted: only text can be read]<|im_end|>" in written
     assert [caplog.text.count(f"of type '{kind}'") for kind in ("image", "document")] == [1, 1]
 
 

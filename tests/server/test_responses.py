@@ -200,6 +200,18 @@ def test_an_image_that_a_tool_returns_is_named_in_its_place(llm: AsyncLLM, url: 
     assert "<|im_start|>tool\nSeen: [image omitted: only text can be read]<|im_end|>" in written
 
 
+def test_what_another_model_has_written_in_earlier_turns_is_no_error(llm: AsyncLLM, url: str) -> None:
+    said = {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    call = {"type": "custom_tool_call", "call_id": "1", "name": "apply_patch", "input": "*** Begin"}
+    result = {"type": "custom_tool_call_output", "call_id": "1", "output": "Done"}
+    items = [{"role": "user", "content": "A"}, said, call, result]
+    written, _ = prompt_of(llm, lambda: post(url + URL, {"input": items}))
+    assert (
+        "assistant\n[refusal omitted: only text can be read]"
+        '<tool_call>apply_patch {"input": "*** Begin"}</tool_call><|im_end|>\n<|im_start|>tool\nDone<|im_end|>'
+    ) in written
+
+
 def test_calls_of_a_namespace_have_the_name_that_clients_know() -> None:
     from mlx_paged.server.responses_fields import ResponseRequest
 
