@@ -16,7 +16,6 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
     "server-scripted-linux-cpu.json": ("server", "A server, of a model that is hardly more than its answers", ()),
-    "server-smollm2-linux-cpu.json": ("server", "A server, of SmolLM2 135M", ()),
     "attention-linux-cpu.json": ("attention", "Attention on a CPU", ()),
     "kernel-traffic.json": ("kernel_traffic", "What Metal kernels ask of memory, counted by the simulator", ()),
     "cuda-registers.json": ("cuda_registers", "Registers of CUDA kernels, as NVIDIA's compiler allots them", ()),
@@ -25,8 +24,8 @@ HEAD = """# Results
 
 The tables of the files in this folder, written by `python benchmarks/results_page.py`.
 [docs/benchmarks.md](../../docs/benchmarks.md) says what is claimed of them. Nothing was measured on a Mac or on an
-NVIDIA card. What was timed was timed with the engine of commit 3b85ee2 or an earlier one, which had more tricks for
-MLX's CPU build than today's.
+NVIDIA card. What was timed, but for the server, was timed with the engine of commit 3b85ee2 or an earlier one, which had
+more tricks for MLX's CPU build than today's.
 """
 
 

@@ -198,7 +198,8 @@ def test_a_client_that_is_told_to_come_back_does_and_is_answered(
     before, body = num_refused(), asking(CHAT, "hi", "endless", most=20_000, stream=True)
     with ThreadPoolExecutor() as pool:
         with httpx.stream("POST", url + CHAT, json=body) as running:
-            next(running.iter_lines())
+            lines = running.iter_lines()  # which must be kept: without it the connection is closed
+            next(lines)
             messages: Any = [{"role": "user", "content": "hi"}]
             patient = client.with_options(max_retries=5).chat.completions
             answer = pool.submit(patient.create, model="scripted", messages=messages)
