@@ -59,8 +59,7 @@ class StepBudget:
         """Count the tokens of a prompt from `start` on for which there is time: of the first one at least a block."""
         if self._left_s == math.inf:
             return sys.maxsize
-        num_blocks = int(self._left_s / self._cost(start) / self._block_size)
-        return max(self._least, num_blocks * self._block_size)
+        return max(self._least, int(self._left_s / self._cost(start)))
 
     def take(self, chunk: Chunk) -> None:
         """Take the time of a chunk. What does not suffice for another block is no time."""

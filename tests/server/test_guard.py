@@ -156,6 +156,7 @@ def test_health_models_and_metrics_tell_what_there_is(url: str, llm: AsyncLLM) -
     text = httpx.get(f"{url}/metrics").text
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_hits_total"):
         assert f'vllm:{name}{{model_name="scripted"}}' in text, text
+    assert metric(url, "mlx_paged:max_step_seconds") >= 0.05
 
 
 def metric(url: str, name: str) -> float:
