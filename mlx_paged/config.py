@@ -103,8 +103,8 @@ class EngineConfig(Settings):
     """Most tokens computed per step, so also the largest chunk of a prompt."""
     max_step_ms: float | None = None
     """What a step may take, in milliseconds, while requests stream their tokens: prompts that come meanwhile are
-    computed in smaller chunks, of a block at least. 0: any time. None: as long as five steps without prompts, but 50
-    to 500 milliseconds, and longer only where two such steps are."""
+    computed in smaller chunks, of a block at least. 0: any time. None: as long as five steps without prompts, or as 64
+    tokens of a prompt if that is more, within 50 and 500 ms; longer only where two steps without prompts are."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None: the model's own limit."""
     prefix_caching: bool = True

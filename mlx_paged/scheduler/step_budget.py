@@ -11,15 +11,15 @@ was held up makes one small chunk. Knows no mlx, and no clock.
 import math
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from statistics import median
 
 from mlx_paged.scheduler.schedule import Chunk, Schedule
 
 _NUM_RECENT = 5  # measurements that count
 _NUM_DECODES = 5  # a step takes as long as so many of decodes alone: four fifths of the time are the prompts'
+_GOOD_CHUNK = 64  # tokens; or as long as so many take: fewer cost more each, since each chunk reads all keys before it
 _LEAST_S, _MOST_S = 0.05, 0.5  # but not less than this, nor more; nor less than two of decodes
-_FIRST_CHUNK = 64  # tokens, while nothing is known
 _LOW_POSITIONS = 1024  # cost the same
 
 
@@ -36,18 +36,16 @@ class StepBudget:
         self._decodes: deque[float] = deque(maxlen=_NUM_RECENT)  # seconds of steps
         self._costs: dict[int, deque[float]] = {}  # of a token, by `_place`
         self._left_s = math.inf
+        self._position = 0  # where the last cost was measured
 
     @property
     def max_step_s(self) -> float:
-        """What a step may take while somebody reads a stream, in seconds."""
-        if self._given_s is not None:
-            return self._given_s
-        decodes_s = median(self._decodes) if self._decodes else _MOST_S / _NUM_DECODES
-        return max(_LEAST_S, 2 * decodes_s, min(_MOST_S, _NUM_DECODES * decodes_s))
+        """What a step may take while somebody reads a stream, in seconds, at the position that was computed last."""
+        return self._limit_s(self._position)
 
     def begin(self, is_read: bool) -> None:
         """Begin a step. is_read: whether it decodes for a stream."""
-        self._left_s = self.max_step_s if is_read else math.inf
+        self._left_s = self.max_step_s if is_read else math.inf  # until the first prompt's position is known
         self._least = self._block_size
 
     @property
@@ -59,6 +57,8 @@ class StepBudget:
         """Count the tokens of a prompt from `start` on for which there is time: of the first one at least a block."""
         if self._left_s == math.inf:
             return sys.maxsize
+        if self._least:
+            self._left_s = self._limit_s(start)
         return max(self._least, int(self._left_s / self._cost(start)))
 
     def take(self, chunk: Chunk) -> None:
@@ -88,19 +88,29 @@ class StepBudget:
         elif self._tells(schedule.chunks):
             num_tokens = sum(chunk.num_tokens for chunk in schedule.chunks)
             largest = max(schedule.chunks, key=lambda chunk: chunk.num_tokens)
-            middle = largest.start + largest.num_tokens // 2
+            self._position = middle = largest.start + largest.num_tokens // 2
             self._costs.setdefault(_place(middle), deque(maxlen=_NUM_RECENT)).append(max(seconds / num_tokens, 1e-9))
             self.s_per_token = self._cost(middle)
 
-    def _tells(self, chunks: Iterable[Chunk]) -> bool:
+    def _tells(self, chunks: Sequence[Chunk]) -> bool:
         """Say whether chunks take enough time to tell what a token costs: half of what a step may take."""
+        if not chunks or not self._costs:
+            return bool(chunks)
         expected_s = sum(chunk.num_tokens * self._cost(chunk.start) for chunk in chunks)
-        return expected_s > min(self.max_step_s, _MOST_S) / 2 or (expected_s > 0 and not self._costs)
+        return expected_s > min(self._limit_s(chunks[0].start), _MOST_S) / 2
+
+    def _limit_s(self, position: int) -> float:
+        """Return what a step may take that computes a prompt from a position on, in seconds."""
+        if self._given_s is not None:
+            return self._given_s
+        decodes_s = median(self._decodes) if self._decodes else _MOST_S / _NUM_DECODES
+        useful_s = max(_NUM_DECODES * decodes_s, _GOOD_CHUNK * self._cost(position))
+        return max(_LEAST_S, 2 * decodes_s, min(_MOST_S, useful_s))
 
     def _cost(self, position: int) -> float:
         """Estimate the seconds of a prompt's token at a position."""
         if not self._costs:
-            return min(self.max_step_s, _MOST_S) / _FIRST_CHUNK
+            return _MOST_S / _GOOD_CHUNK
         place = _place(position)
         known = max((each for each in self._costs if each <= place), default=min(self._costs))
         recent = self._costs[known]

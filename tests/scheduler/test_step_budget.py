@@ -91,7 +91,7 @@ def test_costs_that_have_risen_are_believed_at_once() -> None:
 
 def test_a_step_computes_a_block_even_if_there_is_time_for_less() -> None:
     budget = StepBudget(16, max_step_ms=1)
-    assert [num_tokens for num_tokens, _ in prompt(budget, lambda _: 1.0, end=160)][1:] == [16] * 6
+    assert [num_tokens for num_tokens, _ in prompt(budget, lambda _: 1.0, end=160)] == [16] * 10
     budget.begin(is_read=True)
     budget.take(Chunk(SEQUENCE, 0, 16))
     assert not budget.has_time and budget.room(0) == 0
@@ -122,7 +122,21 @@ def test_by_default_a_step_may_take_as_long_as_five_of_decodes_within_bounds(dec
     budget = StepBudget(16)
     assert budget.max_step_s == 0.5, "the most, while nothing is known"
     decodes(budget, decode_s, 30 * decode_s, decode_s)
+    budget.add(Schedule(chunks=[Chunk(SEQUENCE, 0, 100)]), None, True, 0.03)
     assert budget.max_step_s == pytest.approx(limit_s), "of which the median counts"
+
+
+def test_by_default_a_step_may_take_as_long_as_a_chunk_that_pays_but_not_longer_than_the_most() -> None:
+    def cost(position: int) -> float:
+        return 1e-3 * (1 + position / 1024)
+
+    budget = StepBudget(16)
+    decodes(budget, 0.01)
+    steps = prompt(budget, cost)
+    small = [num_tokens for num_tokens, seconds in steps[:-1] if num_tokens < 60 and seconds < 0.4]
+    assert len(small) <= 5, "one each time the position doubles"
+    assert max(seconds for _, seconds in steps) <= 0.55
+    assert 0.05 <= step(budget, 0, cost)[1] <= 0.12, "at its beginning a prompt takes less time again"
 
 
 def test_times_that_are_of_two_kinds_of_steps_are_not_learnt_from() -> None:
