@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parent / "results"
 FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "workloads-linux-cpu.json": ("workloads", "Against mlx-lm", ()),
     "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
+    "fair-steps-linux-cpu.json": ("fair_steps", "A stream beside a long prompt", ()),
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
     "attention-linux-cpu.json": ("attention", "Attention on a CPU", ()),
