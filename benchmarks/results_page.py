@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parent / "results"
 FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "workloads-linux-cpu.json": ("workloads", "Against mlx-lm", ()),
     "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
+    "fair-steps-linux-cpu.json": ("fair_steps", "A stream beside a long prompt", ()),
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
     "server-scripted-linux-cpu.json": ("server", "A server, of a model that is hardly more than its answers", ()),
@@ -24,8 +25,8 @@ HEAD = """# Results
 
 The tables of the files in this folder, written by `python benchmarks/results_page.py`.
 [docs/benchmarks.md](../../docs/benchmarks.md) says what is claimed of them. Nothing was measured on a Mac or on an
-NVIDIA card. What was timed, but for the server, was timed with the engine of commit 3b85ee2 or an earlier one, which had
-more tricks for MLX's CPU build than today's.
+NVIDIA card. What was timed, but for the server, was timed with the engine of commit 3b85ee2 or an earlier one, which
+had more tricks for MLX's CPU build than today's.
 """
 
 

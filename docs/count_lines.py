@@ -73,6 +73,7 @@ OPTIONAL = {
     "mlx_paged/sampling/token_counts.py": "penalties",
     "mlx_paged/sampling_params.py:BeamSearchParams": "beams",
     "mlx_paged/scheduler/kept_prompts.py": "more samples than can run at once",
+    "mlx_paged/scheduler/step_budget.py": "streams beside long prompts",
     "models/aliases.py": "names of models",
     "models/byte_order_marks.py": "files as some editors write them",
     "models/generation_config.py": "what a model's makers recommend",

@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Self
 
@@ -100,6 +101,10 @@ class EngineConfig(Settings):
     """Sequences that run at once."""
     max_num_batched_tokens: int = 2048
     """Most tokens computed per step, so also the largest chunk of a prompt."""
+    max_step_ms: float | None = None
+    """What a step may take, in milliseconds, while requests stream their tokens: prompts that come meanwhile are
+    computed in smaller chunks, of a block at least. 0: any time. None: as long as five steps without prompts, or as 64
+    tokens of a prompt if that is more, within 50 and 500 ms; longer only where two steps without prompts are."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None: the model's own limit."""
     prefix_caching: bool = True
@@ -135,6 +140,11 @@ class EngineConfig(Settings):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        limit = self.max_step_ms
+        if limit is not None and (
+            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < inf
+        ):
+            raise ValueError(f"max_step_ms must be a number of milliseconds, or 0 for no limit, got {limit!r}")
         if self.num_kv_blocks is not None and self.kv_cache_memory is not None:
             raise ValueError("give num_kv_blocks or kv_cache_memory, not both: each of them sets the pool's size")
         if self.kv_cache_memory is not None:

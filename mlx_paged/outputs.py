@@ -176,6 +176,8 @@ class EngineStats:
     """The most blocks that sequences held at once."""
     block_size: int
     """Tokens per block."""
+    max_step_ms: float
+    """What a step with prompts may take now while it decodes for streams, in milliseconds; inf: any time."""
     kv_bytes: int
     """Bytes of all pools."""
     kv_tokens: int

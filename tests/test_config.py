@@ -116,6 +116,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("max_staging", "none"),
     ("max_staging", "30%"),
     ("max_staging", 0),
+    *(("max_step_ms", value) for value in (-1, float("nan"), float("inf"), "100", True)),
 ]
 
 

@@ -74,7 +74,7 @@ class Engine:
             max_blocks = min(max_blocks, -(-max_model_len // config.block_size))
         num_seqs = config.max_num_seqs
         self._batch = RunningBatch(num_seqs, len(runner.plan.windows), max_blocks, config.block_size)
-        self._scheduler = Scheduler(self.cache_groups, self._batch, num_seqs, config.max_num_batched_tokens)
+        self._scheduler = Scheduler(self.cache_groups, self._batch, config)
         self._block_mover = BlockMover(self.cache_groups, runner.kv_cache, stores)
         self.input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
         self._input_builder = InputBuilder(self._batch)
@@ -98,7 +98,6 @@ class Engine:
         self._num_steps = 0
         self._peak_used_blocks = 0
         self._host_time_s = 0.0
-        self._prefill_s_per_token: float | None = None  # of steps with prompts, a moving average
 
     @property
     def block_manager(self) -> BlockManager:
@@ -176,13 +175,15 @@ class Engine:
             started, model_time_s = time.perf_counter(), self._steps.model_time_s
             try:
                 self._admit_arrivals()
+                before = self._in_flight.schedule if self._in_flight is not None else None
                 step = self._launch(self._schedule())
                 self._receive(self._in_flight, launched=step)
                 self._in_flight = self._sampling.draw(step)  # forks, grammar masks, draw: tokens stay on the device
                 if step is not None:
-                    if self._must_finish(step):
+                    if is_over := self._must_finish(step):
                         self._receive(self._in_flight)
-                    self._count(step, time.perf_counter() - started - self._block_mover.last_run_s)
+                    seconds = time.perf_counter() - started - self._block_mover.last_run_s
+                    self._count(step.schedule, before, is_over, seconds)
                 if self.config.check_invariants:
                     self._scheduler.sync_blocks()
                     self.cache_groups.check()
@@ -250,19 +251,16 @@ class Engine:
 
     def _must_finish(self, step: StepInFlight) -> bool:
         """Say whether a step's tokens have to be known before the next one is scheduled."""
-        return self.config.pipelining == "off" or bool(step.beams) or step.schedule.is_short_of_blocks
+        must = self.config.pipelining == "off" or bool(step.beams) or step.schedule.is_short_of_blocks
+        return must or self._scheduler.step_budget.must_time(step.schedule)
 
-    def _count(self, step: StepInFlight, seconds: float) -> None:
-        """Count a step, and decide whether storing blocks of preempted sequences pays: is faster than computing.
-
-        seconds: how long it took beside moving blocks.
-        """
+    def _count(self, schedule: Schedule, before: Schedule | None, is_over: bool, seconds: float) -> None:
+        """Count a step, which `StepBudget.add` is told of, and decide whether storing blocks beats computing them."""
         self._num_steps += 1
-        if step.schedule.chunks:
-            latest, before = seconds / step.schedule.num_tokens, self._prefill_s_per_token
-            self._prefill_s_per_token = latest if before is None else 0.8 * before + 0.2 * latest
-            if (round_trip_s := self._block_mover.round_trip_s) is not None:
-                self._scheduler.storing_pays = round_trip_s < self._prefill_s_per_token * self.config.block_size
+        self._scheduler.step_budget.add(schedule, before, is_over, seconds)
+        s_per_token, round_trip_s = self._scheduler.step_budget.s_per_token, self._block_mover.round_trip_s
+        if s_per_token is not None and round_trip_s is not None:
+            self._scheduler.storing_pays = round_trip_s < s_per_token * self.config.block_size
 
     def _admit_arrivals(self) -> None:
         """Let requests that have arrived wait, and end those that were aborted in the middle of a step."""

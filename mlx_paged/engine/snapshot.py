@@ -43,6 +43,7 @@ class EngineView:
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             block_size=manager.block_size,
+            max_step_ms=1000 * scheduler.step_budget.max_step_s,
             kv_tokens=manager.num_kv_tokens(),
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,

@@ -44,6 +44,8 @@ class RunningBatch:
     """Tokens that were known when it joined are still to be computed."""
     tail_is_shared: np.ndarray
     """Its last block may belong to others too."""
+    is_streamed: np.ndarray
+    """Somebody reads its tokens as they come."""
     is_beam: np.ndarray
     will_fork: np.ndarray
     """Other samples will be forked from it once its prompt is computed."""
@@ -59,8 +61,9 @@ class RunningBatch:
         self.version = 0
         self.seq_id = np.zeros(num_rows, np.int64)
         self.cumulative_logprob = np.zeros(num_rows)
-        self._flags = np.zeros((5, num_rows), bool)
-        self.has_rules, self.is_beam, self.will_fork, self.is_prefilling, self.tail_is_shared = self._flags
+        self._flags = np.zeros((6, num_rows), bool)
+        self.has_rules, self.is_beam, self.will_fork, self.is_streamed, *others = self._flags
+        self.is_prefilling, self.tail_is_shared = others
         self._special = self._flags[:3]
         self._stop_ids: list[np.ndarray] = []  # the first one of each row, the second one, ...; -1: it has fewer
         self._free_rows = list(range(num_rows))[::-1]
@@ -81,6 +84,7 @@ class RunningBatch:
         self.cumulative_logprob[row] = sequence.cumulative_logprob
         self._bump_version(row)
         self.is_beam[row] = request.search is not None
+        self.is_streamed[row] = request.stream
         self.is_prefilling[row] = num_computed < sequence.num_target_tokens
         self.will_fork[row] = not request.is_forked
         self.has_rules[row] = isinstance(request.params, SamplingParams) and request.params.has_rules

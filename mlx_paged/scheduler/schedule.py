@@ -21,15 +21,22 @@ class Chunk(NamedTuple):
     num_tokens: int
 
     @property
+    def end(self) -> int:
+        """The position after them."""
+        return self.start + self.num_tokens
+
+    @property
     def needs_logits(self) -> bool:
         """Whether the sequence's last token is among them, so that the next one can be chosen."""
-        return self.start + self.num_tokens == len(self.sequence.token_ids)
+        return self.end == len(self.sequence.token_ids)
 
 
 @dataclass
 class Schedule:
     """What one step computes: the next tokens of the rows that decode, then chunks of prompts."""
 
+    max_num_tokens: int = 0
+    """Most tokens that it may have."""
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """The rows of the running batch that decode, in the order in which they are served."""
     query_lens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -45,13 +52,13 @@ class Schedule:
     made_at: float = field(default_factory=time.monotonic)
     """The moment, by `time.monotonic`."""
 
-    def room_for(self, sequence: Sequence, max_num_batched_tokens: int) -> int:
-        """Count the tokens that a prompt may still add; at least one of a step with room for it."""
-        room = max_num_batched_tokens - self.num_tokens
-        if sequence.request.prompt_logprobs is None:
-            return room
-        others = sum(c.num_tokens for c in self.chunks if c.sequence.request.prompt_logprobs is not None)
-        return min(room, max(1, MAX_PROMPT_LOGITS - others))
+    def next_chunk(self, sequence: Sequence, start: int, most: int) -> Chunk:
+        """Return the tokens of a prompt, from `start` on, for which there is room, `most` at most: it may be none."""
+        room = min(sequence.num_target_tokens - start, self.max_num_tokens - self.num_tokens, most)
+        if sequence.request.prompt_logprobs is not None:
+            others = sum(c.num_tokens for c in self.chunks if c.sequence.request.prompt_logprobs is not None)
+            room = min(room, max(1, MAX_PROMPT_LOGITS - others))
+        return Chunk(sequence, start, room)
 
     def drop(self, sequences: list[Sequence], rows_left: np.ndarray) -> None:
         """Take preempted sequences out. rows_left: of `rows`, bool, those that still run."""

@@ -3,9 +3,8 @@
 Sequences are served by priority, and in the order of their requests' arrival. When blocks run out the last one is
 preempted: its blocks are freed and its tokens computed again later, which finds in the prefix tree, or in the block
 store, what is still there. The first sequence can always take the blocks of all others, and a request that would not
-fit the pool alone is refused when it arrives, so something always moves on. Knows no mlx.
-
-Decodes are handled as arrays: only a sequence that needs a block costs work of its own.
+fit the pool alone is refused when it arrives, so something always moves on. Decodes are handled as arrays: only a
+sequence that needs a block costs work of its own. Knows no mlx.
 """
 
 from bisect import insort
@@ -14,11 +13,13 @@ from collections.abc import Iterable
 import numpy as np
 
 from mlx_paged.blocks.cache_groups import CacheGroups
+from mlx_paged.config import EngineConfig
 from mlx_paged.errors import OutOfBlocks
 from mlx_paged.request import Sequence, common_prefix_len
 from mlx_paged.scheduler.kept_prompts import KeptPrompts
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.schedule import Chunk, Schedule
+from mlx_paged.scheduler.step_budget import StepBudget
 
 
 def _order(sequence: Sequence) -> tuple[int, int, int]:
@@ -28,22 +29,18 @@ def _order(sequence: Sequence) -> tuple[int, int, int]:
 class Scheduler:
     """Holds waiting and running sequences, both in the order in which they are served."""
 
-    storing_pays: bool
+    storing_pays: bool = True
     """Whether blocks of preempted sequences are worth keeping in the block store."""
 
-    def __init__(
-        self, groups: CacheGroups, batch: RunningBatch, max_num_seqs: int, max_num_batched_tokens: int
-    ) -> None:
-        self.groups = groups
-        self.batch = batch
+    def __init__(self, groups: CacheGroups, batch: RunningBatch, config: EngineConfig) -> None:
+        self.groups, self.batch = groups, batch
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.storing_pays = True
         self.num_preemptions = self.num_prompt_tokens = self.prefix_query_tokens = self.prefix_hit_tokens = 0
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_seqs, self._max_num_tokens = config.max_num_seqs, config.max_num_batched_tokens
+        self.step_budget = StepBudget(config.block_size, config.max_step_ms)
         self._rows: np.ndarray | None = np.zeros(0, np.int64)  # of `running`, in order; None: not up to date
-        self._query_lens = np.ones(max_num_seqs, np.int32)
+        self._query_lens = np.ones(config.max_num_seqs, np.int32)
         self._all_decode_version = -1  # of the batch: as long as it stays, all rows decode
         self._num_all_decode_steps = 0  # for so many steps
         self._num_reserved_rows = 0  # for sequences that are still to be forked
@@ -110,7 +107,7 @@ class Scheduler:
         can_preempt: whether sequences may lose their blocks for it. If not, what would need that is put off: returns
         None if these are decodes, sets `is_short_of_blocks` for prompts.
         """
-        batch, schedule = self.batch, Schedule()
+        batch, schedule = self.batch, Schedule(self._max_num_tokens)
         running = self._running_rows()
         rows, is_prefilling = self._rows_to_decode(running)
         query_lens = self._query_lens[: len(rows)]
@@ -121,6 +118,8 @@ class Scheduler:
             if not can_preempt:
                 return None
             self._allocate_slots_one_by_one(schedule)
+        if is_prefilling or self.waiting:
+            self.step_budget.begin(is_read=bool(batch.is_streamed[rows].any()))
         for row in running[batch.is_prefilling[running]].tolist() if is_prefilling else ():
             sequence = batch.sequences[row]
             if sequence is not None:  # it may have been preempted for one before it
@@ -132,16 +131,17 @@ class Scheduler:
     def complete(self, schedule: Schedule) -> None:
         """Count the schedule's tokens as computed: their K/V is in place for whatever is computed from now on."""
         self.batch.num_computed[schedule.rows] += schedule.query_lens
-        for sequence, start, num_tokens in schedule.chunks:
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
             if sequence.request.metrics.first_scheduled_time is None:
                 sequence.request.metrics.first_scheduled_time = schedule.made_at
-                sequence.request.num_cached_tokens = start
+                sequence.request.num_cached_tokens = chunk.start
                 self.prefix_query_tokens += sequence.num_target_tokens
-                self.prefix_hit_tokens += start
-            self.num_prompt_tokens += num_tokens
-            self.batch.num_computed[sequence.row] = start + num_tokens
-            self.groups.mark_computed(sequence.seq_id, start + num_tokens)
-            if start + num_tokens == sequence.num_target_tokens:
+                self.prefix_hit_tokens += chunk.start
+            self.num_prompt_tokens += chunk.num_tokens
+            self.batch.num_computed[sequence.row] = chunk.end
+            self.groups.mark_computed(sequence.seq_id, chunk.end)
+            if chunk.end == sequence.num_target_tokens:
                 self.batch.is_prefilling[sequence.row] = False
                 if sequence.num_shared_tokens is not None:
                     self._split(sequence)
@@ -164,7 +164,7 @@ class Scheduler:
 
     def _rows_to_decode(self, running: np.ndarray) -> tuple[np.ndarray, bool]:
         """Return the rows that decode, as many as fit a step, and whether any row still computes its prompt."""
-        batch, most = self.batch, self._max_num_batched_tokens
+        batch, most = self.batch, self._max_num_tokens
         self._num_all_decode_steps -= 1
         if batch.version == self._all_decode_version and self._num_all_decode_steps >= 0:
             return running, False  # the same array as before, which says that nothing has changed
@@ -206,11 +206,11 @@ class Scheduler:
     def _schedule_chunk(self, sequence: Sequence, schedule: Schedule, can_preempt: bool) -> None:
         """Compute the next tokens of a running prompt."""
         start = int(self.batch.num_computed[sequence.row])
-        num_tokens = min(sequence.num_target_tokens - start, schedule.room_for(sequence, self._max_num_batched_tokens))
-        while num_tokens > 0 and sequence.row >= 0:
+        chunk = schedule.next_chunk(sequence, start, self.step_budget.room(start))
+        while chunk.num_tokens > 0 and sequence.row >= 0:
             try:
-                self._reserve(sequence, start + num_tokens)
-                self._add_chunk(sequence, start, num_tokens, schedule)
+                self._reserve(sequence, start + chunk.num_tokens)
+                self._add_chunk(chunk, schedule)
                 return
             except OutOfBlocks:
                 if not can_preempt:
@@ -218,15 +218,16 @@ class Scheduler:
                     return
                 self._preempt_last(schedule)
 
-    def _add_chunk(self, sequence: Sequence, start: int, num_tokens: int, schedule: Schedule) -> None:
-        schedule.chunks.append(Chunk(sequence, start, num_tokens))
-        schedule.num_tokens += num_tokens
-        if num_tokens > 1:
-            schedule.published[sequence] = self.groups.publish(sequence.seq_id, start + num_tokens)
+    def _add_chunk(self, chunk: Chunk, schedule: Schedule) -> None:
+        schedule.chunks.append(chunk)
+        schedule.num_tokens += chunk.num_tokens
+        self.step_budget.take(chunk)
+        if chunk.num_tokens > 1:
+            schedule.published[chunk.sequence] = self.groups.publish(chunk.sequence.seq_id, chunk.end)
 
     def _admit(self, schedule: Schedule) -> None:
-        """Start waiting sequences while there are tokens, rows and blocks for them."""
-        while self.waiting and schedule.num_tokens < self._max_num_batched_tokens:
+        """Start waiting sequences while there are tokens, time, rows and blocks for them."""
+        while self.waiting and schedule.num_tokens < self._max_num_tokens and self.step_budget.has_time:
             sequence = self.waiting[0]
             if sequence.num_rows_needed > self._num_free_rows():
                 break
@@ -234,39 +235,38 @@ class Scheduler:
                 break
             if self.groups.compaction_helps(sequence.num_target_tokens):
                 self.compact()
-            budget = schedule.room_for(sequence, self._max_num_batched_tokens)
-            num_cached = self._allocate(sequence, budget)
-            if num_cached is None:
+            chunk = self._allocate(sequence, schedule)
+            if chunk is None:
                 if not self.running and self.kept_prompts.give_up_last():
                     continue
                 self._blocked_head = {sequence: self.groups.num_free_blocks}
                 break
             self._blocked_head = {}
             self.waiting.pop(0)
-            self._start(sequence, num_cached)
+            self._start(sequence, chunk.start)
             self.kept_prompts.done(sequence)
             self._num_reserved_rows += sequence.num_pending_forks
-            self._add_chunk(sequence, num_cached, min(sequence.num_target_tokens - num_cached, budget), schedule)
+            self._add_chunk(chunk, schedule)
 
-    def _allocate(self, sequence: Sequence, budget: int) -> int | None:
+    def _allocate(self, sequence: Sequence, schedule: Schedule) -> Chunk | None:
         """Take blocks for a waiting sequence and its first chunk in every group.
 
-        Returns how many of its tokens are cached, None if there are too few blocks.
+        Returns that chunk, which begins after what is cached; None if there are too few blocks.
         """
-        request, num_tokens = sequence.request, sequence.num_target_tokens
-        has_run = request.metrics.first_scheduled_time is not None
+        has_run = sequence.request.metrics.first_scheduled_time is not None
         if has_run and self.running and not self.kept_prompts.may_return(sequence, len(self.running)):
             return None
         try:
-            num_cached = self.kept_prompts.attach(sequence)
+            start = self.kept_prompts.attach(sequence)
         except OutOfBlocks:
             return None
+        chunk = schedule.next_chunk(sequence, start, max(1, self.step_budget.room(start)))
         try:
-            self.groups.reserve(sequence.seq_id, min(num_tokens, num_cached + budget))
+            self.groups.reserve(sequence.seq_id, chunk.end)
         except OutOfBlocks:
             self.groups.free(sequence.seq_id)
             return None
-        return num_cached
+        return chunk
 
     def _split(self, sequence: Sequence) -> None:
         """Let preempted beams, or samples, whose shared tokens are computed, all go on from there."""

@@ -90,6 +90,7 @@ class _EngineCollector(Collector):
         for key, text, value in (
             ("vllm:num_requests_running", "Sequences that run.", stats.num_running),
             ("vllm:num_requests_waiting", "Sequences that wait.", stats.num_waiting),
+            ("mlx_paged:max_step_seconds", "What a step may take while requests stream.", stats.max_step_ms / 1000),
             ("vllm:kv_cache_usage_perc", "Share of the blocks that sequences hold, from 0 to 1.", used),
         ):
             yield self._metric(GaugeMetricFamily, key, text, value)

@@ -109,9 +109,7 @@ class Service:
         """Log that conversations have parts that are not read, each kind once."""
         if kind not in self.seen_omitted and len(self.seen_omitted) < 100:
             self.seen_omitted.add(kind)
-            LOG.warning(
-                "a conversation has parts of type %.60r: they are named in the text, and not read", kind
-            )
+            LOG.warning("a conversation has parts of type %.60r: they are named in the text, and not read", kind)
 
     async def prepare(self, work: Awaitable[T]) -> T:
         """Await what templates, tokenisers or grammars make of a request. Raises ApiError for what they refuse."""

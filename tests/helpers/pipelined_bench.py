@@ -16,6 +16,7 @@ from mlx_paged.blocks.prefix_tree import PrefixNode
 from mlx_paged.blocks.transfers import BlockCopy
 from mlx_paged.request import Request, Sequence
 from mlx_paged.scheduler.running_batch import RunningBatch
+from mlx_paged.scheduler.schedule import Schedule
 from mlx_paged.scheduler.scheduler import Scheduler
 
 STOP = 7
@@ -56,11 +57,12 @@ class PipelinedBench(Bench):
             )
             self.groups = CacheGroups([self.manager, windowed])
             self.batch = RunningBatch(self.max_num_seqs, 2, self.num_blocks, self.block_size)
-            self.scheduler = Scheduler(self.groups, self.batch, self.max_num_seqs, self.budget)
+            self.scheduler = Scheduler(self.groups, self.batch, self.config)
         self.random = random.Random(self.seed)
         self.in_flight: InFlight | None = None
         self.contents: dict[tuple[int, int], list[Any]] = defaultdict(lambda: [None] * self.block_size)
         self.num_steps = 0
+        self.before: Schedule | None = None
         self.was_idle = False
 
     def token_of(self, sequence: Sequence, position: int) -> int:
@@ -75,6 +77,7 @@ class PipelinedBench(Bench):
     def step(self) -> Planned:
         """As `Engine.step`."""
         self.num_steps += 1
+        before, self.before = self.before, None
         schedule = self.scheduler.schedule(can_preempt=self.in_flight is None)
         if schedule is None:
             self.receive()
@@ -101,8 +104,12 @@ class PipelinedBench(Bench):
         self.receive()
         alive = [sequence for sequence, row, row_version in drawing if self.batch.row_version[row] == row_version]
         self.draw(alive)
-        if not self.overlap or schedule.is_short_of_blocks or (self.in_flight is not None and self.in_flight.beams):
+        must_end = schedule.is_short_of_blocks or self.scheduler.step_budget.must_time(schedule)
+        is_over = not self.overlap or must_end or (self.in_flight is not None and bool(self.in_flight.beams))
+        if is_over:
             self.receive()
+        self.scheduler.step_budget.add(schedule, before, is_over, self.takes(schedule))
+        self.before = None if is_over else schedule
         self.account()
         return plan
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mlx_paged import BeamSearchParams, SamplingParams
 from mlx_paged.blocks.cache_groups import CacheGroups
+from mlx_paged.config import EngineConfig
 from mlx_paged.outputs import RequestMetrics
 from mlx_paged.request import Request, Sequence
 from mlx_paged.sampling.beam_search import BeamSearch
@@ -33,6 +35,9 @@ class Bench:
     allocator: str = "lru"
     prefix_caching: bool = True
     has_store: bool = False
+    max_step_ms: float | None = None
+    takes: Callable[[Schedule], float] = lambda _: 0.0
+    """The seconds of a step."""
     requests: list[Request] = field(default_factory=list)
     next_seq_id: int = 0
     needed_logits: list[bool] = field(default_factory=list)
@@ -48,8 +53,17 @@ class Bench:
         )
         (self.manager,) = self.groups.managers
         self.batch = RunningBatch(self.max_num_seqs, 1, self.num_blocks, self.block_size)
-        self.scheduler = Scheduler(self.groups, self.batch, self.max_num_seqs, self.budget)
+        self.scheduler = Scheduler(self.groups, self.batch, self.config)
         self.copies: list[tuple[int, ...]] = []
+
+    @property
+    def config(self) -> EngineConfig:
+        return EngineConfig(
+            block_size=self.block_size,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.budget,
+            max_step_ms=self.max_step_ms,
+        )
 
     def add(
         self,
@@ -60,6 +74,7 @@ class Bench:
         priority: int = 0,
         beam_width: int = 0,
         prompt: list[int] | None = None,
+        stream: bool = False,
     ) -> Request:
         """Queue a request whose prompt, if none is given, differs from all others from its first token on."""
         request_id = len(self.requests)
@@ -70,7 +85,7 @@ class Bench:
         if beam_width:
             params = BeamSearchParams(beam_width, max_tokens, priority=priority)
             search = BeamSearch(params, max_tokens, ())
-        request = Request(request_id, None, prompt, params, 0, max_tokens, False, RequestMetrics(0.0), search)
+        request = Request(request_id, None, prompt, params, 0, max_tokens, stream, RequestMetrics(0.0), search)
         self.requests.append(request)
         self.scheduler.add(self.new_sequence(request))
         return request
@@ -111,6 +126,7 @@ class Bench:
         self.groups.transfers.clear()
         self.needed_logits += [item.needs_logits for item in plan.sequences]
         self.scheduler.complete(schedule)
+        self.scheduler.step_budget.add(schedule, None, True, self.takes(schedule))
         for item in plan.sequences:
             request = item.sequence.request
             if not item.needs_logits:

@@ -63,6 +63,7 @@ def arrivals(draw: st.DrawFn) -> list[dict[str, int | bool]]:
             "priority": st.sampled_from([0, 0, 1, -1]),
             "stops": st.integers(1, 12),
             "aborted_after": st.sampled_from([99, 99, 99, 0, 1, 5]),
+            "stream": st.booleans(),
         }
     )
     return draw(st.lists(kinds, min_size=1, max_size=7))
@@ -79,6 +80,8 @@ def arrivals(draw: st.DrawFn) -> list[dict[str, int | bool]]:
     overlap=st.booleans(),
     window=st.sampled_from([None, None, 1, 3, 7]),
     fails=st.frozensets(st.integers(1, 40), max_size=2),
+    max_step_ms=st.sampled_from([None, 0, 7]),
+    takes=st.sampled_from([(0.0,), (0.001,), (1e-5, 0.001, 0.1)]),
     seed=st.integers(0, 10**6),
     arriving=arrivals(),
 )
@@ -92,13 +95,16 @@ def test_beams_and_late_tokens_and_priorities_and_failures_end_with_every_token_
     overlap: bool,
     window: int | None,
     fails: frozenset[int],
+    max_step_ms: float | None,
+    takes: tuple[float, ...],
     seed: int,
     arriving: list[dict[str, Any]],
 ) -> None:
     stops = {i: each["stops"] for i, each in enumerate(arriving) if not each["is_beam"]}
     bench = PipelinedBench(
         num_blocks, block_size, max_num_seqs, budget, allocator, prefix_caching,
-        overlap=overlap, window=window, fails=fails, stops=stops, seed=seed,
+        overlap=overlap, window=window, fails=fails, stops=stops, seed=seed, max_step_ms=max_step_ms,
+        takes=lambda schedule: bench.random.choice(takes) * schedule.num_tokens,
     )  # fmt: skip
     slots = num_blocks * block_size
     doomed = []
@@ -120,9 +126,10 @@ def test_beams_and_late_tokens_and_priorities_and_failures_end_with_every_token_
             first_token=1 if each["common"] else None,
             priority=each["priority"],
             beam_width=width if each["is_beam"] else 0,
+            stream=each["stream"] and not each["is_beam"],
         )
         # Even one after another, and preempted at every token, this is what they take.
-        bound += 3 * each["n"] * max_tokens * (4 + each["n"] * (prompt_len + max_tokens) // budget)
+        bound += 3 * each["n"] * max_tokens * (4 + each["n"] * (prompt_len + max_tokens) // min(budget, block_size))
         doomed.append((bench.num_steps + each["aborted_after"], request))
     for when, request in sorted(doomed, key=lambda pair: pair[0]):
         while bench.num_steps < when < 90 and not all(each.finished for each in bench.requests):

@@ -71,7 +71,7 @@ class WindowBench(Bench):
         self.groups = (CacheGroups if self.tight else WindowsSuffice)([self.manager, *windowed])
         self.contents = Contents(self.groups)
         self.batch = RunningBatch(self.max_num_seqs, len(self.groups.managers), self.num_blocks, self.block_size)
-        self.scheduler = Scheduler(self.groups, self.batch, self.max_num_seqs, self.budget)
+        self.scheduler = Scheduler(self.groups, self.batch, self.config)
 
     def check(self, plan: Planned) -> None:
         """Compute the step: copies, writes, and what every query then sees."""

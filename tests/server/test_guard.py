@@ -168,7 +168,7 @@ def test_health_models_and_metrics_tell_what_there_is(url: str, llm: AsyncLLM) -
 
 METRICS = {
     "gauge": {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
-              "mlx_paged:http_clients"},
+              "mlx_paged:http_clients", "mlx_paged:max_step_seconds"},
     "counter": {"vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total",
                 "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total",
                 "mlx_paged:cow_copies_total", "mlx_paged:swapped_blocks_total", "mlx_paged:steps_total",
@@ -189,6 +189,7 @@ def test_metrics_have_the_names_that_monitors_of_vllm_know(url: str) -> None:
         for name in names - {"mlx_paged:rejected_total"}:  # which may have nothing to tell
             sample = f"{name}_bucket" if kind == "histogram" else name
             assert re.search(rf'^{sample}\{{.*model_name="scripted".*\}} ', text, re.MULTILINE), name
+    assert metric(url, "mlx_paged:max_step_seconds") >= 0.05
 
 
 def test_each_step_is_counted_by_its_tokens(llm: AsyncLLM, url: str) -> None:

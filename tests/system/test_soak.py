@@ -49,6 +49,7 @@ def random_config(chance: random.Random, requests: list[Asked], folder: Path) ->
         "prefix_cache_dir": folder / "prompts" if prefix_caching and chance.random() < 0.15 else None,
         "pipelining": chance.choice(("off", "build", "submit")),
         "check_invariants": chance.random() < 0.3,
+        "max_step_ms": chance.choice((None, 0, 0.001)),
     }
 
 
