@@ -232,7 +232,7 @@ PARSER.add_argument("--prompt", type=int, default=7500, metavar="N", help="token
 PARSER.add_argument("--repetitions", type=int, default=REPETITIONS, metavar="N", help=f"default: {REPETITIONS}")
 OPTIONS = PARSER.parse_known_args([])[0]
 PARTS = [
-    Part(random_weights, "A stream beside a long prompt, random weights in the demo model's form", COLUMNS),
+    Part(random_weights, "A stream beside a long prompt, two small layers of random weights", COLUMNS),
     Part(given_model, "A stream beside a long prompt, the model of `--model`", COLUMNS),
 ]
 
