@@ -43,8 +43,9 @@ from mlx_paged.tools.report import Columns
 
 REPETITIONS, LONG_PROMPT, QUICK_PROMPT = 3, 32_000, 600
 NUM_BEFORE = 30  # tokens of the stream before the prompt comes
-# A small model, since attention to 32,000 tokens takes a CPU long; otherwise as the demo model.
-SHAPE = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 128}
+# A small model, since attention to 32,000 tokens takes a CPU long; otherwise as the demo model. Not of one layer, which
+# mlx-lm would not run: keys and values are all that it needs of a prompt.
+SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64}
 SHAPE |= {"max_position_embeddings": 65536}
 WORDS = ("the", "a", "red", "box", "key", "man", "dog", "house", "saw", "went", "home", "and", "then", "in", "on")
 PAGED = [sys.executable, "-m", "mlx_paged", "serve", "--log-level", "error"]
@@ -104,20 +105,13 @@ def serving(command: Sequence[str], model: Path) -> Iterator[str]:
 
 
 class Case:
-    """A model that is asked the same of each server."""
+    """What is asked of each server."""
 
-    def __init__(self, model: Path, num_prompt: int, paged_url: str) -> None:
-        """paged_url: of a server that counts tokens."""
+    def __init__(self, num_prompt: int, paged_url: str) -> None:
+        """paged_url: of a server that tells tokens."""
         self.random = random.Random(0)
-        settings: dict[str, Any] = {}
-        for name in ("config.json", "generation_config.json"):
-            if (model / name).exists():
-                settings |= json.loads((model / name).read_text())
-        ends = settings.get("eos_token_id") or []
-        self.never_ends = {str(each): -100 for each in (ends if isinstance(ends, list) else [ends])}
-        counted = self.words(400)
-        count = httpx.post(f"{paged_url}/tokenize", json={"prompt": counted}, timeout=60).json()["count"]
-        self.num_words = math.ceil(num_prompt * 400 / count)
+        self.num_words = math.ceil(num_prompt * 400 / len(tokens_of(self.words(400), paged_url)))
+        self.only = {str(tokens_of("the red", paged_url)[-1]): 100}  # each token has text, and none is the last
 
     def words(self, count: int) -> str:
         """Write random words, which differ from all before."""
@@ -126,7 +120,7 @@ class Case:
     def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
         """Write a request for a stream that does not end by itself."""
         asked = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-        return asked | {"logit_bias": self.never_ends}
+        return asked | {"logit_bias": self.only}
 
     async def run(self, url: str, served_as: str) -> dict[str, float]:
         """Ask one server. Returns what was measured, in seconds."""
@@ -171,6 +165,12 @@ class Case:
         }
 
 
+def tokens_of(text: str, url: str) -> list[int]:
+    """Ask a server of this project for the tokens of a text."""
+    tokens: list[int] = httpx.post(f"{url}/tokenize", json={"prompt": text}, timeout=60).json()["tokens"]
+    return tokens
+
+
 async def texts(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> AsyncIterator[float]:
     """Stream a completion. Yields the moments at which text comes."""
     async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
@@ -185,18 +185,16 @@ def measure(model: Path, num_prompt: int, repetitions: int) -> list[Row]:
     """Ask all servers of a model in turns."""
     with ExitStack() as stack:
         urls = {name: stack.enter_context(serving(command, model)) for name, command in SYSTEMS.items()}
-        case = Case(model, num_prompt, urls["mlx-paged"])
+        case, short = Case(num_prompt, urls["mlx-paged"]), Case(64, urls["mlx-paged"])
         names = {name: "default_model" if name == "mlx_lm.server" else model.name for name in SYSTEMS}
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in SYSTEMS}
-        short = Case(model, 64, urls["mlx-paged"])
         for name, url in urls.items():
             asyncio.run(short.run(url, names[name]))  # what is done once is done
         for _ in range(repetitions):
             for name, url in urls.items():
                 runs[name].append(asyncio.run(case.run(url, names[name])))
                 print(f"{name}: {runs[name][-1]}", file=sys.stderr)
-        counted = {"prompt": case.words(case.num_words)}
-        num_prompt = httpx.post(f"{urls['mlx-paged']}/tokenize", json=counted, timeout=60).json()["count"]
+        num_prompt = len(tokens_of(case.words(case.num_words), urls["mlx-paged"]))
     return [row(name, num_prompt, each) for name, each in runs.items()]
 
 
@@ -234,7 +232,7 @@ PARSER.add_argument("--prompt", type=int, default=7500, metavar="N", help="token
 PARSER.add_argument("--repetitions", type=int, default=REPETITIONS, metavar="N", help=f"default: {REPETITIONS}")
 OPTIONS = PARSER.parse_known_args([])[0]
 PARTS = [
-    Part(random_weights, "A stream beside a long prompt, random weights in the demo model's form", COLUMNS),
+    Part(random_weights, "A stream beside a long prompt, two small layers of random weights", COLUMNS),
     Part(given_model, "A stream beside a long prompt, the model of `--model`", COLUMNS),
 ]
 

@@ -35,6 +35,5 @@ def test_with_the_default_the_longest_gap_is_the_shortest_in_the_committed_resul
     check(content)
     assert "--quick" not in content["machine"]["command"]
     assert content["results"]["random_weights"][0]["prompt_tokens"] > 30_000
-    assert content["results"]["given_model"][0]["prompt_tokens"] > 7000
     for limited, *others in content["results"].values():
         assert all(limited["longest_gap_ms"] < row["longest_gap_ms"] for row in others)

@@ -252,8 +252,8 @@ def test_text_is_told_with_log_prompts_alone(log_prompts: bool, llm: AsyncLLM) -
 
 def test_with_several_keys_nobody_is_told_of_anothers_prompts_or_ends_them(llm: AsyncLLM) -> None:
     secret = "what one key asks is nobody else's business " * 6
-    one, two = {"x-api-key": "k1"}, {"x-api-key": "k2"}
-    with serving(llm, Access(keys=(b"k1", b"k2")), log_prompts=True) as url:
+    one, two = {"x-api-key": "first"}, {"x-api-key": "second"}
+    with serving(llm, Access(keys=(b"first", b"second")), log_prompts=True) as url:
         for headers in (one, two):
             httpx.get(f"{url}/debug/prefix", headers=headers)
         post(url + CHAT, ask(secret), headers=one | {"x-request-id": "mine"})
