@@ -87,6 +87,12 @@ def _put(name: str, *path: str) -> Callable[[Path, Path], None]:
 
 TASK = "Run the command."
 NEXT_TASK = "Say it again."
+_EXEC_COMMAND = """
+import subprocess
+
+def exec_command(cmd: str) -> str:
+    return subprocess.run(cmd, shell=True, capture_output=True, text=True).stdout
+"""
 
 CLIENTS = {
     # Of npm's libraries the newest major versions that run on Node 20.
@@ -138,6 +144,11 @@ CLIENTS = {
         again=("node_modules/.bin/cn", "--print", "--auto", "--resume",
                "--config", str(SETTINGS / "continue.yaml"), NEXT_TASK),
         environment={"CONTINUE_TELEMETRY_ENABLED": "0"},
+    ),
+    "llm": Client(
+        ("llm", "pip"),
+        _put("llm.yaml", ".config", "io.datasette.llm", "extra-openai-models.yaml"),
+        ("venv/bin/llm", "prompt", "--model", "qwen3", "--key", "any", "--functions", _EXEC_COMMAND, TASK),
     ),
     "aider": Client(
         ("aider-chat", "pip"),

@@ -2,13 +2,14 @@
 
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from wire import BASE_URL, MODEL, script
 
 
 class Answer(BaseModel):
     """A yes or no."""
 
+    model_config = ConfigDict(extra="forbid")  # or a model that follows nothing but the form may never end
     is_so: bool
 
 
