@@ -74,6 +74,12 @@ CHAINS = {
     "not_a_tool": ["Write a < b, then <to", "ols> and <think", "ing>, never a call", " <tool_cal"],
     "unknown_tool": ["<tool_call>\n{", '"name": "no_such_tool", "arguments": {}}\n</tool_call>'],
     "emoji": ["\u00f0\u0178"],  # replaced below by the byte tokens of an emoji, split over four tokens
+    "hostile": [
+        "<img src=x onerror=\"document.title='taken'\">",
+        "<script>document.title='taken'</script>\n",
+        "```html\n<b>bold</b>\n```\n",
+        "<a href='javascript:0'>link</a>",
+    ],
     "endless": ["tick ", "tack "],
 }
 TEMPLATE = """
