@@ -5,7 +5,7 @@ by (parent, tokens). Tokens are compared, not only their hashes, and the parent 
 collision can serve another prompt's block.
 """
 
-from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Hashable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from weakref import WeakValueDictionary
 
@@ -58,6 +58,11 @@ class PrefixTree:
 
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._node_of_block
+
+    @property
+    def nodes(self) -> Collection[PrefixNode]:
+        """All prefixes but the empty ones, each after the shorter ones that it goes on from."""
+        return self._nodes.values()
 
     def cached_blocks(self, block_ids: Iterable[int]) -> list[int]:
         """Return those of the blocks that can be found."""
