@@ -17,12 +17,18 @@ import httpx
 from helpers.servers import wait_for
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key under which the protocol hands out elements
-ENTER, SHIFT_ENTER, ARROW_RIGHT = "\ue007", "\ue008\ue007\ue008", "\ue014"
+ENTER, SHIFT_ENTER = "\ue007", "\ue008\ue007\ue008"
+ARROW_UP, ARROW_RIGHT, ARROW_DOWN = "\ue013", "\ue014", "\ue015"
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1440,900")
 
 
 #: Browsers that chromedriver finds by itself.
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
 
 
 def is_missing() -> bool:
@@ -115,17 +121,23 @@ class Browser:
 
     def addresses(self) -> list[str]:
         """The addresses that were asked for since this was asked last."""
-        entries = [json.loads(entry["message"])["message"] for entry in self._ask("POST", "/se/log", {"type": "performance"})]
+        entries = [
+            json.loads(entry["message"])["message"] for entry in self._ask("POST", "/se/log", {"type": "performance"})
+        ]
         return [each["params"]["request"]["url"] for each in entries if each["method"] == "Network.requestWillBeSent"]
 
 
 @contextlib.contextmanager
 def browsing(*flags: str) -> Iterator[Browser]:
     """Start a browser. flags: of Chromium, beside those that it needs here."""
-    process = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert process.stdout is not None
     try:
-        port = next(found[1] for line in process.stdout if (found := re.search(r"started successfully on port (\d+)", line)))
+        port = next(
+            found[1] for line in process.stdout if (found := re.search(r"started successfully on port (\d+)", line))
+        )
         threading.Thread(target=process.stdout.read, daemon=True).start()
         browser = Browser(f"http://127.0.0.1:{port}", *flags)
         try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from helpers.browser import ARROW_RIGHT, ENTER, SHIFT_ENTER, Browser, browsing, is_missing
+from helpers.browser import ARROW_DOWN, ARROW_RIGHT, ARROW_UP, ENTER, SHIFT_ENTER, Browser, browsing, is_missing
 from helpers.servers import serving, wait_for
 
 from mlx_paged.async_llm import AsyncLLM
@@ -113,7 +113,7 @@ def test_messages_are_answered_one_after_another_and_what_an_answer_took_is_said
 @in_a_browser
 def test_stop_ends_an_answer_and_its_blocks_are_free(page: Browser, llm: AsyncLLM) -> None:
     ask(page, "go on", "endless")
-    page.wait_for_text(answer(".text"), "tick tack tick")
+    page.wait_for_text(answer("div > .text"), "tick tack tick")
     page.wait_for_text("#requests", "running")
     page.wait_for_text("#status", "1 running")
     page.click("#stop")
@@ -130,11 +130,11 @@ def test_a_reload_keeps_the_conversation_and_ends_what_is_being_written(page: Br
     ask(page, "first")
     page.wait_for_text(answer(".note"), "complete")
     ask(page, "second", "endless")
-    page.wait_for_text(answer(".text"), "tick tack")
+    page.wait_for_text(answer("div > .text"), "tick tack")
     page.reload()
     assert_nothing_runs(llm)
     assert page.count("article") == 4 and "All done" in page.text("#turns")
-    assert "tick tack" in page.text(answer(".text")) and page.text(answer(".note")) == "cut by a reload"
+    assert "tick tack" in page.text(answer("div > .text")) and page.text(answer(".note")) == "cut by a reload"
     assert page.run("return document.getElementById('system').value") == "SCRIPT:endless"
     page.click("#new")
     assert page.text("#turns") == "Nothing has been said yet."
@@ -148,7 +148,7 @@ def test_thinking_is_folded_until_it_is_opened(page: Browser) -> None:
     page.wait_for_text(answer(".note"), "complete")
     assert "I should run it." not in page.text(answer("")) and "echo marker-7" in page.text(answer(""))
     page.click(answer("summary"))
-    assert page.text("details .text") == "I should run it."
+    assert page.text(answer("details .text")) == "I should run it."
 
 
 @in_a_browser
@@ -202,7 +202,7 @@ def test_requests_of_others_are_listed_and_can_be_aborted(page: Browser, url: st
     body = {"messages": [{"role": "system", "content": "SCRIPT:endless"}], "stream": True}
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as response:
         page.wait_for_text("#requests", "running")
-        page.wait_for_text("#groups", "1 of 2,000 blocks held")
+        assert re.search(r"^[1-9]\d* of 2,000 blocks held", page.text("#groups"), re.MULTILINE)
         page.wait_for_text("#prefixes", "held by 1")
         page.click("#requests button")
         *_, last = filter(None, response.iter_lines())
@@ -213,16 +213,20 @@ def test_requests_of_others_are_listed_and_can_be_aborted(page: Browser, url: st
 
 
 @in_a_browser
-def test_each_block_says_whose_it_is_to_a_pointer_and_to_keys(page: Browser, llm: AsyncLLM) -> None:
+def test_each_block_says_whose_it_is_to_a_pointer_and_to_keys(page: Browser, url: str, llm: AsyncLLM) -> None:
     ask(page, "go on", "endless")
     page.wait_for_text("#requests", "running")
     request = page.text("#requests td")
-    page.type("canvas", ARROW_RIGHT)
-    said = [page.text("#block")]
-    for _ in range(3):
-        page.type("canvas", ARROW_RIGHT)
-        said.append(page.text("#block"))
-    assert any(f"held by request {request}, tokens 0 to 15 of its context" in text for text in said), said
+    (pool,) = httpx.get(f"{url}/debug/blocks").json()["pools"]
+    block = pool["cells"].index([1, 0, int(request), 1, 0])
+    page.click("canvas")  # in its middle
+    assert re.match(r"Block 1,?\d\d\d: ", page.text("#block"))
+    page.click("#turns")
+    assert page.text("#block").startswith("Point at a block")
+    page.type("canvas", ARROW_RIGHT + ARROW_DOWN)
+    columns = int(page.text("#block").split(":")[0].removeprefix("Block "))
+    page.type("canvas", ARROW_UP + ARROW_DOWN * (block // columns) + ARROW_RIGHT * (block % columns))
+    assert page.text("#block") == f"Block {block:,}: held by request {request}, tokens 0 to 15 of its context"
     page.click("#stop")
     assert_nothing_runs(llm)
 
@@ -237,17 +241,20 @@ def test_everything_that_takes_keys_has_a_name(page: Browser) -> None:
         if any(each["name"] == "focusable" and each["value"]["value"] for each in node.get("properties", ())):
             named[node["role"]["value"], node.get("name", {}).get("value", "")] = node
     assert not [role for role, name in named if not name and role != "RootWebArea"]
-    assert {"Message", "Temperature", "Most tokens", "System prompt", "Send", "Conversation"} <= {name for _, name in named}
+    assert {"Message", "Temperature", "Most tokens", "System prompt", "Send", "Conversation"} <= {
+        name for _, name in named
+    }
 
 
 @in_a_browser
-def test_the_page_fits_a_phone(page: Browser) -> None:
-    ask(page, "word" * 300)
+def test_on_a_phone_chat_and_pool_are_two_sights_that_fit(page: Browser) -> None:
+    ask(page, "word" * 60)
     page.wait_for_text(answer(".note"), "complete")
     page.resize(390, 844)
-    for part in ("#chat", "#pool"):
-        page.run("location.hash = arguments[0]", part)
-        wait_for(lambda: page.run("return document.querySelector(arguments[0]).offsetWidth", part) == 390)  # noqa: B023
-        width = page.run("const wide = (e) => Math.max(e.scrollWidth, e === document.body ? 0 : 0);"
-                         "return Math.max(wide(document.body), wide(document.querySelector(arguments[0])))", part)
-        assert width == 390
+    for name in ("Pool", "Chat"):
+        page.click(f"nav a[href='#{name.lower()}']")
+        widths = (
+            "return ['body', `[aria-label=${arguments[0]}]`].map((part) => document.querySelector(part).scrollWidth)"
+        )
+        wait_for(lambda: page.run(widths, name) == [390, 390])  # noqa: B023
+        assert page.run("return [...document.querySelectorAll('section')].filter((e) => e.offsetWidth).length") == 1
