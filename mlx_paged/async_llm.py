@@ -173,7 +173,9 @@ class AsyncLLM:
 
     async def look(self) -> Snapshot:
         """Describe the engine as it is between two steps: counters, pools, requests, prefixes."""
-        return await self._ask(lambda llm: llm.engine.snapshot())
+        snapshot = await self._ask(lambda llm: llm.engine.snapshot())
+        snapshot.stats.blas = self.snapshot.blas
+        return snapshot
 
     async def match_prefix(self, token_ids: list[int], salt: str | None = None) -> PrefixMatch:
         """Say how much of a prompt is cached, and where it differs from the cached prefix that is nearest to it."""

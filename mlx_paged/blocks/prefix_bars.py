@@ -8,56 +8,54 @@ from itertools import islice
 from mlx_paged.blocks.prefix_tree import PrefixNode, PrefixTree
 from mlx_paged.outputs import PrefixBar
 
-MAX_NODES = 50_000  # that a look takes in, the oldest ones: so many take some hundredths of a second
+# Of a larger tree a look takes in only so many blocks, so that no step waits long for it.
+MAX_NODES = 10_000  # those that were cached first, which are what most prompts begin with
+MAX_SIBLINGS = 50_000  # those that were cached last, among which the blocks after a prefix are looked for
 _FIRST_TOKENS = 200
-
-Children = dict[PrefixNode, list[PrefixNode]]
 
 
 def prefix_bars(tree: PrefixTree, ref_counts: Sequence[int], block_size: int, most: int) -> tuple[list[PrefixBar], int]:
-    """Return the bars with most blocks in and behind them, at most `most`, in depth-first order, and how many are left.
+    """Return the bars with most blocks in and behind them, at most `most`, in depth-first order; and how many are left.
 
-    Of a tree that is too large for a look, blocks that were not looked at count as one bar each.
+    Of a tree that is too large for a look, each block that was not looked at counts as a bar.
     """
-    nodes = list(islice(tree.nodes, MAX_NODES))
-    children: Children = defaultdict(list)
-    weights = dict.fromkeys(nodes, 0)  # blocks of a prefix and of all that go on from it
-    heads = []
+    nodes = list(islice(tree.nodes(), MAX_NODES))
+    weights = [0] * len(nodes)  # blocks of a prefix and of all that go on from it
+    places = {node: place for place, node in enumerate(nodes)}
+    children: dict[PrefixNode, list[PrefixNode]] = defaultdict(list)
+    heads: list[PrefixNode] = []  # the first blocks
     for node in nodes:
         assert node.parent is not None
-        if node.parent.parent is None:
-            heads.append(node)
-        else:
-            children[node.parent].append(node)
-    for node in reversed(nodes):
-        weights[node] += node.block_id is not None
-        if node.parent in weights:
-            weights[node.parent] += weights[node]
-    num_bars = len(heads) + sum(len(below) for below in children.values() if len(below) > 1)
-    kept: dict[int | None, list[int]] = defaultdict(list)  # bars, by the one that they go on from
-    runs: list[list[PrefixNode]] = []
-    ahead: list[tuple[int, int, PrefixNode, int | None]] = []
-    numbered = {node: number for number, node in enumerate(nodes)}
-    below, parent = heads, None
-    while True:
+        (children[node.parent] if node.parent in places else heads).append(node)
+    for place in range(len(nodes) - 1, -1, -1):
+        weights[place] += nodes[place].block_id is not None
+        above = places.get(nodes[place].parent)  # type: ignore[arg-type]
+        if above is not None:
+            weights[above] += weights[place]
+
+    runs: list[list[PrefixNode]] = []  # heaviest first
+    behind: dict[int, list[int]] = defaultdict(list)  # the runs that go on from each, -1: from nothing
+    ahead = [(-weights[places[node]], places[node], -1) for node in heads]
+    heapq.heapify(ahead)
+    while ahead and len(runs) < most:
+        _, place, above = heapq.heappop(ahead)
+        run = [nodes[place]]
+        while len(below := children.get(run[-1], ())) == 1:
+            run += below
         for node in below:
-            heapq.heappush(ahead, (-weights[node], numbered[node], node, parent))
-        if not ahead or len(runs) == most:
-            break
-        _, _, node, above = heapq.heappop(ahead)
-        run, below, parent = [node], children[node], len(runs)
-        while len(below) == 1:
-            run.append(below[0])
-            below = children[below[0]]
-        kept[above].append(parent)
+            heapq.heappush(ahead, (-weights[places[node]], places[node], len(runs)))
+        behind[above].append(len(runs))
         runs.append(run)
-    bars = []
-    to_write = [(0, bar, i == 0) for i, bar in enumerate(kept[None][::-1])][::1]
+
+    bars: list[PrefixBar] = []
+    to_write = [(number, 0, number == behind[-1][-1]) for number in reversed(behind[-1])]
     while to_write:
-        depth, number, last = to_write.pop()
+        number, depth, last = to_write.pop()
         bars.append(_bar(runs[number], ref_counts, block_size, depth, last))
-        to_write += [(depth + 1, bar, i == 0) for i, bar in enumerate(kept[number][::-1])]
-    return bars, num_bars - len(bars) + len(tree.nodes) - len(nodes)
+        below_it = behind.get(number, [])
+        to_write += [(each, depth + 1, each == below_it[-1]) for each in reversed(below_it)]
+    num_bars = len(heads) + sum(len(below) for below in children.values() if len(below) > 1)
+    return bars, num_bars - len(bars) + tree.num_nodes - len(nodes)
 
 
 def _bar(run: list[PrefixNode], ref_counts: Sequence[int], block_size: int, depth: int, last: bool) -> PrefixBar:
@@ -86,11 +84,10 @@ def nearest_prefix(
             num_in_blocks += block_size
         node = child
         num_alike += block_size
-    if not node.num_children:
-        return num_in_blocks, num_alike, ()
     rest = token_ids[num_alike : num_alike + block_size]
-    siblings = (other.tokens for other in tree.nodes if other.parent is node)
-    num_more, tokens = max((_num_alike(rest, tokens), tokens) for tokens in siblings)
+    latest = islice(tree.nodes(latest_first=True), MAX_SIBLINGS if node.num_children else 0)
+    siblings = islice((other.tokens for other in latest if other.parent is node), node.num_children)
+    num_more, tokens = max(((_num_alike(rest, tokens), tokens) for tokens in siblings), default=(0, ()))
     return num_in_blocks, num_alike + num_more, tokens[num_more:]
 
 

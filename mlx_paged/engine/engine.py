@@ -326,7 +326,7 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """Return all that a page shows of the engine at this moment."""
         with self._exclusive():
-            return self._view.snapshot(self.stats())
+            return self._view.snapshot(self.stats)
 
     def match_prefix(self, token_ids: list[int], salt: Hashable, limit: int | None = None) -> PrefixMatch:
         """Compare a prompt with what is cached under its salt. limit: the most of its tokens that may be found."""

@@ -5,7 +5,7 @@ requests and prefixes no more are described than a page can show.
 """
 
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from itertools import islice
 from typing import Any
 
@@ -53,9 +53,10 @@ class EngineView:
             **of_engine,
         )
 
-    def snapshot(self, stats: EngineStats) -> Snapshot:
-        """Describe the engine as it is now."""
+    def snapshot(self, count: Callable[[], EngineStats]) -> Snapshot:
+        """Describe the engine as it is now. count: makes its counters."""
         started = time.perf_counter()
+        stats = count()
         requests = self._outputs.requests
         owners = {sequence.seq_id: r.request_id for r in requests.values() for sequence in r.sequences}
         owners |= {-1 - request_id: request_id for request_id in requests}  # of prompts that are kept
@@ -98,6 +99,8 @@ class EngineView:
         _, _, tree = manager.parts
         in_blocks, num_alike, goes_on = nearest_prefix(tree, salt, token_ids, manager.block_size)
         num_cached = self._groups.num_cached_tokens(token_ids, salt=salt, limit=limit)
+        if num_cached > num_alike:  # saved, and in no block any more: what went on there is not known
+            num_alike, goes_on = num_cached, ()
         differs = bool(goes_on) and 0 < num_alike < len(token_ids)
         start = max(0, num_alike - _NUM_AROUND)
         before = token_ids[start:num_alike]
@@ -134,10 +137,12 @@ class EngineView:
         )
         if match.tokens:
             where = f"it differs from the nearest cached prefix at token {num_alike}"
-            return f"{where}, and whole blocks of {size} are shared{saved}"
+            return f"{where}, and only whole blocks of {size} tokens are shared{saved}"
         num_full = (match.num_tokens - 1) // size * size
+        if not num_full:
+            return f"it has no whole block of {size} tokens before its last token"
         if found >= num_full:
-            return f"all that can be is found: whole blocks of {size}, without the last token{saved}"
+            return f"all is found that can be: whole blocks of {size} tokens, without the last token{saved}"
         if num_alike > found:
             return f"the blocks from token {found} on have been overwritten since"
         if not found:
@@ -146,25 +151,28 @@ class EngineView:
 
 
 def _pool(manager: BlockManager, owners: dict[Any, int]) -> PoolSnapshot:
-    """Sum up the blocks of a pool, cell by cell."""
-    sequences, allocator, tree = manager.parts
+    """Sum up the blocks of a pool, cell by cell. owners: the requests of sequences."""
+    sequences, _, tree = manager.parts
     num_blocks = manager.num_blocks
     per_cell = -(-num_blocks // MAX_CELLS)
     shape = (-(-num_blocks // per_cell), per_cell)
-    refs, owner, position = np.zeros(shape, np.int32), np.full(shape, -1), np.full(shape, -1)
+    refs, holder, position = np.zeros(shape, np.int32), np.zeros(shape, np.int64), np.full(shape, -1, np.int32)
     is_cached = np.zeros(shape, bool)
-    refs.ravel()[:num_blocks] = allocator.ref_counts  # a view
-    is_cached.ravel()[tree.cached_blocks(range(num_blocks))] = True
+    is_cached.reshape(-1)[np.fromiter(tree.block_ids, np.int64, len(tree.block_ids))] = True
+    request_ids = [-1, *sorted({owners[seq_id] for seq_id in sequences})]
+    number_of = {request_id: number for number, request_id in enumerate(request_ids)}
     # A shared block is that of the oldest request, which writes last.
-    for seq_id, blocks in sorted(sequences.items(), key=lambda item: -owners.get(item[0], -1)):
+    for seq_id, blocks in sorted(sequences.items(), key=lambda item: -owners[item[0]]):
         held = np.array(blocks.held_blocks, np.int64)
-        owner.ravel()[held] = owners.get(seq_id, -1)
-        position.ravel()[held] = np.arange(blocks.num_released, len(blocks.table))
-    most, first = _most_frequent(owner)
+        refs.reshape(-1)[held] += 1
+        holder.reshape(-1)[held] = number_of[owners[seq_id]]
+        position.reshape(-1)[held] = np.arange(blocks.num_released, len(blocks.table))
+    most = _most_frequent(holder, len(request_ids))
+    first = (holder == most[:, None]).argmax(axis=1)
     columns = (
         np.count_nonzero(refs, axis=1),
         np.count_nonzero(is_cached & (refs == 0), axis=1),
-        most,
+        np.array(request_ids)[most],
         refs.max(axis=1),
         np.take_along_axis(position, first[:, None], axis=1)[:, 0],
     )
@@ -177,15 +185,11 @@ def _pool(manager: BlockManager, owners: dict[Any, int]) -> PoolSnapshot:
     )
 
 
-def _most_frequent(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the value that most of each row are, and where it stands first; -1 counts only where all are -1."""
-    if values.shape[1] == 1:
-        return values[:, 0], np.zeros(len(values), np.int64)
-    known, codes = np.unique(values, return_inverse=True)
-    codes = codes.reshape(values.shape)
-    shifted = codes + np.arange(len(values))[:, None] * len(known)
-    counts = np.bincount(shifted.ravel(), minlength=len(values) * len(known)).reshape(len(values), len(known))
-    if known[0] == -1:
-        counts[:, 0] = 0
-    best = counts.argmax(axis=1)
-    return known[best], (codes == best[:, None]).argmax(axis=1)
+def _most_frequent(numbers: np.ndarray, num_numbers: int) -> np.ndarray:
+    """Return the number, below `num_numbers`, that most of each row are; 0 where there is no other."""
+    if numbers.shape[1] == 1:
+        return numbers[:, 0]
+    keys = numbers + np.arange(len(numbers))[:, None] * num_numbers
+    counts = np.bincount(keys.ravel(), minlength=len(numbers) * num_numbers).reshape(len(numbers), num_numbers)
+    counts[:, 0] = 0
+    return counts.argmax(axis=1)

@@ -37,7 +37,9 @@ class Matches:
         if match is None:
             return
         request.prefix_match = None
-        match.num_cached_tokens = num_cached_tokens
+        if num_cached_tokens != match.num_cached_tokens:
+            match.num_cached_tokens = num_cached_tokens
+            match.reason = f"the cache changed while it waited; when it came, {match.reason}"
         self._last.appendleft((request.client_id, request.params.cache_salt, match))
         if self._log:
             LOG.info("id=%s %s", request.client_id, in_words(match, decode))

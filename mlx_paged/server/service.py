@@ -215,8 +215,8 @@ class Service:
                         if sample.finish_reason == "error":
                             LOG.error("request %d ended by an error: %s", output.request_id, sample.stop_reason)
                             raise ApiError(500, "the engine could not complete this request")
-                        if request in self._aborted:
-                            raise ApiError(410, "this request was aborted", code="aborted")  # which nobody sends again
+                        if sample.finish_reason == "abort" and request in self._aborted:
+                            raise ApiError(410, "this request was aborted", code="aborted")  # clients don't try again
                         if sample.finish_reason == "abort":
                             raise ApiError(503, "the server is shutting down", retry_after=10)
                     yield output
