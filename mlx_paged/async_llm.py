@@ -126,9 +126,10 @@ class AsyncLLM:
             return work()
         return await working
 
-    async def run(self, request: Request) -> AsyncGenerator[Any, None]:
+    async def run(self, request: Request, *, match_prefix: bool = False) -> AsyncGenerator[Any, None]:
         """Run a request that `make_request` made. Yields its outputs; closing the iterator frees its blocks.
 
+        match_prefix: set `request.prefix_match` to what the cache has of its prompt as it comes.
         Raises QueueFull if too many requests wait, RuntimeError if the engine is closed or broke.
         """
         self.require_room()
@@ -136,7 +137,7 @@ class AsyncLLM:
         self._running.add(inbox)
         finished = False
         try:
-            self._thread.submit(inbox, request)
+            self._thread.submit(inbox, request, match_prefix=match_prefix)
             while not finished:
                 output = await inbox.take()
                 finished = output.finished

@@ -126,11 +126,11 @@ class EngineThread:
         if self._ended:
             raise self._refusal()
 
-    def submit(self, inbox: Inbox, request: Request) -> None:
-        """Have a request run. Its outputs come into the inbox."""
+    def submit(self, inbox: Inbox, request: Request, *, match_prefix: bool = False) -> None:
+        """Have a request run. Its outputs come into the inbox. match_prefix: compare its prompt with the cache."""
 
         def begin(llm: LLM) -> None:
-            if request.wants_prefix_match:  # while its own blocks are not in the tree
+            if match_prefix:
                 salt, limit = request.params.cache_salt, request.max_cached_tokens
                 request.prefix_match = llm.engine.match_prefix(request.prompt_token_ids, salt, limit)
             inbox.request_id = llm.engine.submit(request)

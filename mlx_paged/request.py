@@ -104,9 +104,8 @@ class Request:
     error: str | None = None
     client_id: str | None = None
     """What its client calls it."""
-    wants_prefix_match: bool = False
     prefix_match: Any = None
-    """A PrefixMatch as of its arrival, if it is wanted."""
+    """A PrefixMatch as of its arrival, if that was asked for."""
 
     @property
     def max_num_sequences(self) -> int:

@@ -27,9 +27,10 @@ class Matches:
         self._wanted_until = math.inf if log else -math.inf
         self._last: deque[tuple[str | None, str | None, PrefixMatch]] = deque(maxlen=_MOST)
 
-    def ask(self, request: Request) -> None:
-        """Have a request that is about to be run compared with the cache, if that is wanted."""
-        request.wants_prefix_match = time.monotonic() < self._wanted_until
+    @property
+    def wanted(self) -> bool:
+        """Whether requests are to be compared with the cache as they come."""
+        return time.monotonic() < self._wanted_until
 
     def note(self, request: Request, num_cached_tokens: int, decode: Callable[[Sequence[int]], str] | None) -> None:
         """Remember the match of a request that runs, if it has one. decode: where prompts may be logged."""

@@ -202,10 +202,9 @@ class Service:
     async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run a request. Yields its outputs. Raises ApiError if it is refused, or ends by an error."""
         num_tokens = 0
-        self.matches.ask(request)
         self._running.add(request)
         try:
-            async with aclosing(self.llm.run(request)) as outputs:
+            async with aclosing(self.llm.run(request, match_prefix=self.matches.wanted)) as outputs:
                 async for output in outputs:
                     self.matches.note(request, output.num_cached_tokens, self.tell_text)
                     num_tokens += output.num_output_tokens
