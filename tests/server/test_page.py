@@ -101,7 +101,7 @@ def test_messages_are_answered_one_after_another_and_what_an_answer_took_is_said
     assert page.text(answer("div > .text")) == "All done: the tool said so."
     number = r"[\d.,]+"
     assert re.fullmatch(
-        rf"({number} tokens/s · )?first token after {number} s · prompt of \d+ tokens, 0 cached · answer of 6 · complete",
+        rf"({number} tokens/s · )?first token {number} s · prompt \d+ tokens, 0 cached · answer 6 · complete",
         page.text(answer(".note")),
     )
     ask(page, "three")
@@ -259,3 +259,23 @@ def test_on_a_phone_chat_and_pool_are_two_sights_that_fit(page: Browser) -> None
         )
         wait_for(lambda: page.run(widths, name) == [390, 390])  # noqa: B023
         assert page.run("return [...document.querySelectorAll('section')].filter((e) => e.offsetWidth).length") == 1
+
+
+@in_a_browser
+def test_the_pool_is_watched_while_the_page_is_in_sight(window: Browser, llm: AsyncLLM) -> None:
+    def show(is_hidden: bool) -> None:
+        window.run("Object.defineProperty(document, 'hidden', { value: arguments[0], configurable: true });"
+                   "document.dispatchEvent(new Event('visibilitychange'))", is_hidden)  # fmt: skip
+
+    with serving(llm, names=["a model"]) as url:
+        window.open(url)
+        window.wait_for_text("#status", "0 running")
+        assert window.addresses().count(f"{url}/debug/blocks?stream=1") == 1
+        show(is_hidden=True)
+        ask(window, "hello")
+        window.wait_for_text(answer(".note"), "complete")
+        show(is_hidden=False)
+        wait_for(lambda: window.addresses().count(f"{url}/debug/blocks?stream=1") == 1)
+        assert window.text("#model") == "a model"
+    window.wait_for_text("#status", "trying again")
+    window.console()
