@@ -198,10 +198,12 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(window: Browser, llm: AsyncLLM) 
     window.console(), window.addresses()
 
 
+ENDLESS = {"messages": [{"role": "system", "content": "SCRIPT:endless"}], "stream": True}
+
+
 @in_a_browser
 def test_requests_of_others_are_listed_and_can_be_aborted(page: Browser, url: str, llm: AsyncLLM) -> None:
-    body = {"messages": [{"role": "system", "content": "SCRIPT:endless"}], "stream": True}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as response:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=ENDLESS, timeout=30) as response:
         page.wait_for_text("#requests", "running")
         assert re.search(r"^[1-9]\d* of 2,000 blocks held", page.text("#groups"), re.MULTILINE)
         page.wait_for_text("#prefixes", "held by 1")
@@ -211,6 +213,23 @@ def test_requests_of_others_are_listed_and_can_be_aborted(page: Browser, url: st
     assert_nothing_runs(llm)
     page.wait_for_text("#requests", "")
     page.wait_for_text("#num_requests", "none")
+
+
+@in_a_browser
+def test_a_request_of_another_key_is_not_ended_and_that_is_said(window: Browser, llm: AsyncLLM) -> None:
+    with (
+        serving(llm, Access(keys=(b"k1", b"k2"))) as url,
+        httpx.stream("POST", f"{url}/v1/chat/completions", json=ENDLESS, timeout=30, headers={"x-api-key": "k2"}),
+    ):
+        window.open(url)
+        wait_for(lambda: window.count("dialog[open]"))
+        window.type("#key_text", "k1" + ENTER)
+        window.wait_for_text("#requests", "running")
+        window.click("#requests button")
+        window.wait_for_text("#requests", "another key's")
+        assert llm.num_requests == 1
+    assert_nothing_runs(llm)
+    window.console(), window.addresses()
 
 
 @in_a_browser
