@@ -61,7 +61,7 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_sources_kernels_and_the_demo_model_without_its_training(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"mlx_paged/{probe}" for probe in PROBES} <= names
+    assert {f"mlx_paged/{probe}" for probe in PROBES} | {"mlx_paged/server/page.html"} <= names
     for folder in ("mlx_paged", "models"):
         expected = {path.name for path in (REPOSITORY / folder).glob("*.py")}
         assert expected <= {Path(name).name for name in names}

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -22,6 +22,7 @@ from mlx_paged.server.errors import ApiError
 from mlx_paged.server.event_stream import unless_gone
 from mlx_paged.server.guard import Access, Guard
 from mlx_paged.server.messages import count_tokens, messages
+from mlx_paged.server.page import Page
 from mlx_paged.server.responses import responses
 from mlx_paged.server.service import Service
 from mlx_paged.server.tokens import detokenize, tokenize
@@ -79,13 +80,11 @@ def refuse(error: Exception, scope: Scope) -> Response:
 def make_app(service: Service, access: Access) -> Guard:
     """Make the ASGI application that serves a model."""
     options = service.options
+    page = Page(f"mlx-paged serves {options.names[0]} at /v1\n")
 
     def health(request: Request) -> Response:
         status = "draining" if service.is_draining else "ok" if service.failure is None else "engine ended"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
-
-    def index(request: Request) -> Response:
-        return PlainTextResponse(f"mlx-paged serves {options.names[0]} at /v1\n")
 
     def model_card(name: str) -> dict[str, Any]:
         most = service.llm.max_model_len
@@ -133,7 +132,7 @@ def make_app(service: Service, access: Access) -> Guard:
     }
     routes = [Route(path, Post(service, answer), methods=["POST"]) for path, answer in posts.items()]
     routes += [
-        Route("/", index),
+        Route("/", page.respond),
         Route("/health", health),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),

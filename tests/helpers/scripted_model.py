@@ -91,6 +91,12 @@ CHAINS = {
     "is_so": ['{"is_so": ', "true}"],
     "whole_file": ["\nmark", "er.txt\n```\nmarker", "-7\n``", "`\n"],
     "emoji": ["\u00f0\u0178"],  # replaced below by the byte tokens of an emoji, split over four tokens
+    "hostile": [
+        "<img src=x onerror=\"document.title='taken'\">",
+        "<script>document.title='taken'</script>\n",
+        "```html\n<b>bold</b>\n```\n",
+        "<a href='javascript:0'>link</a>",
+    ],
     "endless": ["tick ", "tack "],
 }
 TEMPLATE = """
