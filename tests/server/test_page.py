@@ -198,7 +198,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(window: Browser, llm: AsyncLLM) 
     window.console(), window.addresses()
 
 
-ENDLESS = {"messages": [{"role": "system", "content": "SCRIPT:endless"}], "stream": True}
+ENDLESS = {"messages": [{"role": "system", "content": "SCRIPT:endless"}], "stream": True, "max_tokens": 5000}
 
 
 @in_a_browser
@@ -237,8 +237,10 @@ def test_each_block_says_whose_it_is_to_a_pointer_and_to_keys(page: Browser, url
     ask(page, "go on", "endless")
     page.wait_for_text("#requests", "running")
     request = page.text("#requests td")
-    (pool,) = httpx.get(f"{url}/debug/blocks").json()["pools"]
-    block = pool["cells"].index([1, 0, int(request), 1, 0])
+    second = [1, 0, int(request), 1, 1]  # of its blocks
+    cells_now = lambda: httpx.get(f"{url}/debug/blocks").json()["pools"][0]["cells"]  # noqa: E731
+    wait_for(lambda: second in cells_now())
+    block = cells_now().index(second)
     page.click("canvas")  # in its middle
     assert re.match(r"Block [\d,]+: ", page.text("#block"))
     page.click("#turns")
@@ -246,7 +248,7 @@ def test_each_block_says_whose_it_is_to_a_pointer_and_to_keys(page: Browser, url
     page.type("canvas", ARROW_RIGHT + ARROW_DOWN)
     columns = int(page.text("#block").split(":")[0].removeprefix("Block "))
     page.type("canvas", ARROW_UP + ARROW_DOWN * (block // columns) + ARROW_RIGHT * (block % columns))
-    assert page.text("#block") == f"Block {block:,}: held by request {request}, tokens 0 to 15 of its context"
+    page.wait_for_text("#block", f"Block {block:,}: held by request {request}, tokens 16 to 31 of its context")
     page.click("#stop")
     assert_nothing_runs(llm)
 
