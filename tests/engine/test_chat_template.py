@@ -147,6 +147,8 @@ def test_tools_documents_and_other_variables_reach_the_template(make: MakeTempla
         ("{{ messages[0].content + 5 }}", "str"),
         ("{{ messages[7].content.strip() }}", "7"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages.__class__.__base__.__subclasses__() }}", "unsafe"),
+        ("{{ messages.append(messages) }}", "unsafe"),
         ("{{ messages[0]['content'].nothing() }}", "nothing"),
         ("{% for x in 5 %}{% endfor %}", "int"),
         ("{{ unclosed", "end of"),
