@@ -111,9 +111,10 @@ class Guard:
             scope["state"]["cache_salt"] = hashlib.sha256(found[0]).hexdigest()
 
     def _allows_origin(self, origin: bytes, headers: dict[bytes, bytes]) -> bool:
-        """Whether a page may ask: the server's own pages may."""
-        own = b"http://" + headers.get(b"host", b"")
-        return origin == own or "*" in self._access.origins or origin.decode("latin-1") in self._access.origins
+        """Whether a page may ask: the server's own may, behind a proxy that encrypts as well."""
+        scheme, _, host = origin.partition(b"://")
+        is_own = scheme in (b"http", b"https") and host == headers.get(b"host")
+        return is_own or "*" in self._access.origins or origin.decode("latin-1") in self._access.origins
 
 
 def _name(host: bytes) -> str:

@@ -46,6 +46,7 @@ def test_foreign_pages_are_refused_and_allowed_ones_are_named(llm: AsyncLLM, url
         )
         assert response.status_code == 403 and "access-control-allow-origin" not in response.headers
     assert_answers(url, headers={"Origin": url})
+    assert_answers(url, headers={"Origin": url.replace("http:", "https:")})  # behind a proxy that encrypts
     assert "access-control-allow-origin" not in httpx.get(f"{url}/health").headers
     with serving(llm, Access(origins=("https://good.example",))) as open_url:
         headers = {"Origin": "https://good.example"}
