@@ -104,7 +104,7 @@ class EngineConfig(Settings):
     max_step_ms: float | None = None
     """What a step may take, in milliseconds, while requests stream their tokens: prompts that come meanwhile are
     computed in smaller chunks, of a block at least. 0: any time. None: as long as five steps without prompts, or as 64
-    tokens of a prompt if that is more, within 50 and 500 ms; longer only where two steps without prompts are."""
+    tokens of a prompt, 500 ms at most, if that is more; 50 ms at least."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None: the model's own limit."""
     prefix_caching: bool = True

@@ -184,7 +184,7 @@ engine_options: Option = options(
     int_option("--max-num-seqs", help="Sequences that run at once. Default: 64."),
     int_option("--max-num-batched-tokens", help="Tokens computed per step. Default: 2048."),
     float_option("--max-step-ms", help="What a step may take while answers stream: it sets the chunks of "
-                 "prompts. 0: any time. Default: measured, within 50 and 500."),
+                 "prompts. 0: any time. Default: five steps without."),
     int_option("--max-model-len", help="Longest prompt plus output. Default: the model's limit."),
     dtype_option,
     flag("--no-prefix-caching", help="Don't reuse the blocks of equal prefixes."),

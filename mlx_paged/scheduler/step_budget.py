@@ -19,7 +19,8 @@ from mlx_paged.scheduler.schedule import Chunk, Schedule
 _NUM_RECENT = 5  # measurements that count
 _NUM_DECODES = 5  # a step takes as long as so many of decodes alone: four fifths of the time are the prompts'
 _GOOD_CHUNK = 64  # tokens; or as long as so many take: fewer cost more each, since each chunk reads all keys before it
-_LEAST_S, _MOST_S = 0.05, 0.5  # but not less than this, nor more; nor less than two of decodes
+_MOST_S = 0.5  # but not longer than this for their sake
+_LEAST_S = 0.05
 _LOW_POSITIONS = 1024  # cost the same
 
 
@@ -104,8 +105,7 @@ class StepBudget:
         if self._given_s is not None:
             return self._given_s
         decodes_s = median(self._decodes) if self._decodes else _MOST_S / _NUM_DECODES
-        useful_s = max(_NUM_DECODES * decodes_s, _GOOD_CHUNK * self._cost(position))
-        return max(_LEAST_S, 2 * decodes_s, min(_MOST_S, useful_s))
+        return max(_LEAST_S, _NUM_DECODES * decodes_s, min(_MOST_S, _GOOD_CHUNK * self._cost(position)))
 
     def _cost(self, position: int) -> float:
         """Estimate the seconds of a prompt's token at a position."""

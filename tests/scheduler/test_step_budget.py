@@ -116,11 +116,13 @@ def test_without_readers_and_without_a_limit_there_is_room_for_any_prompt() -> N
 
 
 @pytest.mark.parametrize(
-    ("decode_s", "limit_s"), [(0.002, 0.05), (0.03, 0.15), (0.08, 0.4), (0.2, 0.5), (0.4, 0.8)], ids=str
+    ("decode_s", "limit_s"), [(0.002, 0.05), (0.03, 0.15), (0.08, 0.4), (0.2, 1.0), (0.4, 2.0)], ids=str
 )
-def test_by_default_a_step_may_take_as_long_as_five_of_decodes_within_bounds(decode_s: float, limit_s: float) -> None:
+def test_by_default_a_step_may_take_as_long_as_five_of_decodes_and_50_ms_at_least(
+    decode_s: float, limit_s: float
+) -> None:
     budget = StepBudget(16)
-    assert budget.max_step_s == 0.5, "the most, while nothing is known"
+    assert budget.max_step_s == 0.5, "while nothing is known"
     decodes(budget, decode_s, 30 * decode_s, decode_s)
     budget.add(Schedule(chunks=[Chunk(SEQUENCE, 0, 100)]), None, True, 0.03)
     assert budget.max_step_s == pytest.approx(limit_s), "of which the median counts"
