@@ -20,10 +20,17 @@ def select_logits(cls: Any) -> None:
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = original(self, *args, **kwargs)
-        last_caches = (each[-1] for each in (*args, *kwargs.values()) if isinstance(each, list) and each)
+        last_caches = (_last(each) for each in (*args, *kwargs.values()) if isinstance(each, list))
         cache = next((cache for cache in last_caches if isinstance(cache, PagedLayerCache)), None)
         indices = None if cache is None else cache.inputs.logits_indices
         return hidden if indices is None else hidden[indices]
 
     call.selects_logits = True  # type: ignore[attr-defined]
     cls.__call__ = call
+
+
+def _last(caches: Any) -> Any:
+    """The last cache, also of the last list in a list."""
+    while isinstance(caches, list):
+        caches = caches[-1] if caches else None
+    return caches

@@ -106,6 +106,7 @@ def analyse(
                 "num_kv_heads": group.shape.num_kv_heads,
                 "key_dim": group.shape.key_dim,
                 "value_dim": group.shape.value_dim,
+                "value_in_key": group.shape.value_in_key,
                 "element_bytes": group.shape.dtype.size,
                 "window": group.window,
                 "bytes_per_token": group.bytes_per_token,
@@ -137,10 +138,11 @@ def _as_text(report: dict[str, Any]) -> str:
     lines = [f"{report['model']}: {report['family']}, K and V in {report['dtype']}", ""]
     for layers in report["layers"]:
         heads = f"{layers['num_kv_heads']} KV head" + "s" * (layers["num_kv_heads"] > 1)
+        numbers = f"{layers['key_dim']} K" + (", V in it" if layers["value_in_key"] else f" + {layers['value_dim']} V")
         window = "" if layers["window"] is None else f" with a window of {layers['window']:,} tokens"
         lines += [
             f"one token   {layers['num_layers']} layers{window} x {heads} x "
-            f"({layers['key_dim']} K + {layers['value_dim']} V) x {layers['element_bytes']} bytes = "
+            f"({numbers}) x {layers['element_bytes']} bytes = "
             f"{layers['bytes_per_token']:,} bytes",
             f"one block   {report['block_size']} tokens x {layers['bytes_per_token']:,} bytes = "
             f"{layers['bytes_per_block']:,} bytes",

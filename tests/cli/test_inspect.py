@@ -57,6 +57,17 @@ def report(*args: object) -> dict[str, Any]:
     return found
 
 
+def test_latent_attention_stores_one_row_of_deepseek_v3s_published_size(folder: Path) -> None:
+    shape = {
+        "model_type": "deepseek_v3", "num_hidden_layers": 2, "kv_lora_rank": 512, "q_lora_rank": 24, "rope_theta": 1e4,
+        "qk_rope_head_dim": 64, "v_head_dim": 16, "qk_nope_head_dim": 16, "moe_intermediate_size": 32,
+        "n_routed_experts": 2, "first_k_dense_replace": 2, "topk_group": 1, "num_experts_per_tok": 1,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(CONFIG | shape))
+    result = run(folder, "--dtype", "bfloat16")
+    assert "2 layers x 1 KV head x (576 K, V in it) x 2 bytes = 2,304 bytes" in result.output
+
+
 # -- numbers ------------------------------------------------------------------------------------------------------
 
 
@@ -77,6 +88,7 @@ def test_json_has_every_number_of_a_hand_computed_case(folder: Path) -> None:
                 "num_kv_heads": 2,
                 "key_dim": 16,
                 "value_dim": 16,
+                "value_in_key": False,
                 "element_bytes": 2,
                 "window": None,
                 "bytes_per_token": PER_TOKEN,
