@@ -9,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_paged.models.layer_cache import PagedLayerCache
+from mlx_paged.models.recurrent import StateLayerCache
 
 
 def select_logits(cls: Any) -> None:
@@ -21,7 +22,7 @@ def select_logits(cls: Any) -> None:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = original(self, *args, **kwargs)
         last_caches = (_last(each) for each in (*args, *kwargs.values()) if isinstance(each, list))
-        cache = next((cache for cache in last_caches if isinstance(cache, PagedLayerCache)), None)
+        cache = next((cache for cache in last_caches if isinstance(cache, PagedLayerCache | StateLayerCache)), None)
         indices = None if cache is None else cache.inputs.logits_indices
         return hidden if indices is None else hidden[indices]
 

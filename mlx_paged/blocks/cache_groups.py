@@ -14,6 +14,14 @@ from mlx_paged.blocks.transfers import BlockCopy, BlockSave, GroupStoreIndex, Tr
 from mlx_paged.errors import OutOfBlocks
 
 
+class StateKeeper(Protocol):
+    """What holds the states of a model's recurrent layers, by sequence; `States` says what each method means."""
+
+    def fork(self, seq_id: Any, new_seq_id: Any) -> None: ...
+    def free(self, seq_id: Any) -> None: ...
+    def clear(self) -> None: ...
+
+
 class GroupManager(Protocol):
     """What a cache group's memory has to be able to do; `BlockManager` says what each method means.
 
@@ -69,6 +77,8 @@ class CacheGroups:
         self.transfers: list[Transfer] = [] if transfers is None else transfers
         """What has to be moved before the next step, in order."""
         self.num_cow_copies = 0
+        self.states: StateKeeper | None = None
+        """Those of a model's recurrent layers, if it has any."""
         self._stores = list(stores)
         self._full_context = managers[0]
         self._windowed = list(managers[1:])
@@ -175,10 +185,14 @@ class CacheGroups:
     def fork(self, seq_id: Hashable, new_seq_id: Hashable, token_ids: list[int] | None = None) -> None:
         for manager in self.managers:
             manager.fork(seq_id, new_seq_id, token_ids)
+        if self.states is not None:
+            self.states.fork(seq_id, new_seq_id)
 
     def free(self, seq_id: Hashable, *, will_return: bool = False) -> None:
         for manager in self.managers:
             manager.free(seq_id, will_return=will_return)
+        if self.states is not None:
+            self.states.free(seq_id)
 
     def cached_prefixes(self, seq_id: Hashable) -> list[BlockSave]:
         """Return the blocks of a sequence that a request of another run could use, by their keys."""
@@ -197,6 +211,8 @@ class CacheGroups:
         """Do as `BlockManager.clear`; what was to be moved is not moved any more."""
         for manager in self.managers:
             manager.clear()
+        if self.states is not None:
+            self.states.clear()
         self.transfers.clear()
         self.transfers_done()
 

@@ -76,7 +76,8 @@ class Engine:
         self._scheduler = Scheduler(self.cache_groups, self._batch, num_seqs, config.max_num_batched_tokens)
         self._block_mover = BlockMover(self.cache_groups, runner.kv_cache, stores)
         self.input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
-        self._input_builder = InputBuilder(self._batch)
+        self.cache_groups.states = runner.states
+        self._input_builder = InputBuilder(self._batch, runner.states is not None)
         self._steps = StepRunner(runner, self.profile)
         detokenizer, eos_token_ids = self.input_processor.detokenizer, self.input_processor.eos_token_ids
         self._outputs = OutputProcessor(detokenizer, eos_token_ids, self._batch, self._scheduler, self.profile)
@@ -280,7 +281,7 @@ class Engine:
         failed = {s.request: None for step in steps for s in self._sequences_of(step)} if is_of_steps else {}
         traceback.clear_frames(error.__traceback__)  # they hold what was being computed, and with it the pools
         self._steps.reset()
-        self._input_builder = InputBuilder(self._batch)
+        self._input_builder = InputBuilder(self._batch, self._runner.states is not None)
         self._sampling.reset()
         requests = self._outputs.requests.values()
         self._scheduler.restart([s for request in requests for s in request.sequences if not s.finished])

@@ -289,7 +289,9 @@ def test_a_listed_family_gives_its_unpaged_results(family: str) -> None:
     references = [unpaged_greedy(model, prompt, 4) for prompt in prompts]
     assert len({round(logprob, 3) for reference in references for logprob in reference.logprobs}) > 6
 
-    llm = LLM.from_model(model, block_size=8, num_kv_blocks=16, max_num_batched_tokens=16, check_invariants=True)
+    llm = LLM.from_model(
+        model, block_size=8, num_kv_blocks=16, max_num_batched_tokens=16, check_invariants=True, prefix_caching=False
+    )
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=4, logprobs=0))
     for reference, output in zip(references, outputs, strict=True):
         found = output.outputs[0]
