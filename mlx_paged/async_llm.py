@@ -8,14 +8,14 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack, cast
 
 from mlx_paged.engine.chat_template import Message, TemplateOptions
 from mlx_paged.engine.detokenizer import DecodeStream
 from mlx_paged.engine_thread import EngineThread, Inbox
 from mlx_paged.errors import QueueFull
 from mlx_paged.llm import LLM, Prompt
-from mlx_paged.outputs import BeamSearchOutput, EngineStats, RequestOutput
+from mlx_paged.outputs import BeamSearchOutput, EngineStats, PrefixMatch, RequestOutput, Snapshot
 from mlx_paged.request import Request
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
@@ -175,9 +175,29 @@ class AsyncLLM:
 
     async def stats(self) -> EngineStats:
         """Read the engine's counters and the state of its block pool, after all that was asked of it before."""
+        return await self._ask(lambda llm: llm.stats())
+
+    async def look(self) -> Snapshot:
+        """Describe the engine as it is between two steps: counters, pools, requests, prefixes."""
+        snapshot = await self._ask(lambda llm: llm.engine.snapshot())
+        snapshot.stats.blas = self.snapshot.blas
+        return snapshot
+
+    async def match_prefix(self, token_ids: list[int], salt: str | None = None) -> PrefixMatch:
+        """Say how much of a prompt is cached, and where it differs from the cached prefix that is nearest to it."""
+        return await self._ask(lambda llm: llm.engine.match_prefix(token_ids, salt))
+
+    async def abort(self, request_id: int) -> bool:
+        """End a request, whose iterator gets a last output with finish_reason "abort". Returns whether it ran."""
         inbox = Inbox()
-        self._thread.send(inbox, lambda llm: inbox.put(llm.stats()))
-        return await inbox.take()
+        self._thread.abort_with_output(inbox, request_id)
+        return bool(await inbox.take())
+
+    async def _ask(self, question: Callable[[LLM], T]) -> T:
+        """Return what the engine's thread answers between two steps, after all that was asked of it before."""
+        inbox = Inbox()
+        self._thread.send(inbox, lambda llm: inbox.put(question(llm)))
+        return cast(T, await inbox.take())
 
     def close(self) -> None:
         """End the engine and release the model. Returns when that is done, after at most one step.

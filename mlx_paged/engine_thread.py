@@ -130,10 +130,24 @@ class EngineThread:
         """Have a request run. Its outputs come into the inbox."""
 
         def begin(llm: LLM) -> None:
+            if request.wants_prefix_match:  # while its own blocks are not in the tree
+                salt, limit = request.params.cache_salt, request.max_cached_tokens
+                request.prefix_match = llm.engine.match_prefix(request.prompt_token_ids, salt, limit)
             inbox.request_id = llm.engine.submit(request)
             self._inboxes[inbox.request_id] = inbox
 
         self.send(inbox, begin)
+
+    def abort_with_output(self, inbox: Inbox, request_id: int) -> None:
+        """End a request. Its own inbox gets its last output, and `inbox` whether it ran."""
+
+        def end(llm: LLM) -> None:
+            runs = request_id in self._inboxes
+            if runs and (output := llm.engine.abort(request_id)) is not None:
+                self._hand_out(llm, [output])
+            inbox.put(runs)
+
+        self.send(inbox, end)
 
     def abort(self, inbox: Inbox) -> None:
         """End the inbox's request, if it runs."""

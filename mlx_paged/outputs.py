@@ -171,6 +171,10 @@ class EngineStats:
     """Shared blocks that were copied before a write."""
     num_swapped_blocks: int
     """Blocks that went to a block store, in host memory or on disk."""
+    num_prompt_tokens: int
+    """Tokens that were computed in chunks: of prompts, and of what was preempted."""
+    num_output_tokens: int
+    """Tokens that were put out, those of beams that were given up too."""
     num_steps: int
     """Steps that computed something."""
     host_time_s: float
@@ -185,3 +189,101 @@ class EngineStats:
         """The share of the slots of used blocks that holds no token, from 0 to 1; 0 while no block is used."""
         num_used = self.num_blocks - self.num_free_blocks
         return 1 - self.kv_tokens / (num_used * self.block_size) if num_used else 0.0
+
+
+@dataclass
+class PoolSnapshot:
+    """The blocks of a cache group, in cells of one or more that follow each other."""
+
+    window: int | None
+    """How many tokens its layers see; None: the whole context."""
+    num_blocks: int
+    block_size: int
+    blocks_per_cell: int
+    cells: list[list[int]]
+    """Of each cell: blocks that sequences hold; blocks that nobody holds and that cache a prefix; the request that
+    holds most of it, or -1; the most sequences that hold one of its blocks; the place of its first block in that
+    request's block table, or -1. A shared block counts as its oldest request's."""
+
+
+@dataclass
+class RequestSnapshot:
+    """What has come of a request that has not ended."""
+
+    id: int
+    """Its number in the engine, which `abort` takes."""
+    client_id: str | None
+    """What its client calls it."""
+    state: str
+    """"running" or "waiting"."""
+    kind: str
+    """"sample" or "beam"."""
+    num_sequences: int
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    """Of its sequence that has come farthest."""
+    num_cached_tokens: int
+    """Prompt tokens whose K and V came from the prefix cache."""
+    num_output_tokens: int
+    """Tokens of all its sequences."""
+    num_blocks: int
+    """Blocks of the first cache group that it holds, shared ones counted once."""
+    age_s: float
+    """Seconds since it arrived."""
+    first_tokens: list[int]
+    """The beginning of its prompt."""
+
+
+@dataclass
+class PrefixBar:
+    """A part of the prefix tree in which it does not branch."""
+
+    depth: int
+    """How many bars it stands below."""
+    num_blocks: int
+    """Blocks that cache it."""
+    num_tokens: int
+    """The tokens in these."""
+    num_holders: int
+    """The most sequences that hold one of its blocks."""
+    last: bool
+    """Whether it is the last one below the bar that it goes on from."""
+    first_tokens: list[int]
+    """The beginning of its tokens."""
+
+
+@dataclass
+class Snapshot:
+    """An engine at one moment: its counters, its pools, who holds what, what is cached."""
+
+    stats: EngineStats
+    pools: list[PoolSnapshot]
+    """One per cache group; the first one's layers see the whole context."""
+    requests: list[RequestSnapshot]
+    """The oldest ones, oldest first."""
+    num_more_requests: int
+    prefixes: list[PrefixBar]
+    """The prefix tree in depth-first order: the bars with most behind them."""
+    num_more_prefixes: int
+    """Bars that are left out; of blocks that were too many to look at, each counts as one."""
+    took_s: float
+    """Seconds that it took to make this."""
+
+
+@dataclass
+class PrefixMatch:
+    """What the cache has of a prompt, and where the prompt leaves it."""
+
+    num_tokens: int
+    num_cached_tokens: int
+    """Tokens that would be found."""
+    num_matching_tokens: int
+    """Tokens that it has in common with the cached prefix that is nearest to it."""
+    tokens: list[int]
+    """Where it differs from that prefix: its tokens from some before the first that differs; none: it does not."""
+    cached_tokens: list[int]
+    """Those of the prefix from the same place on."""
+    num_tokens_before: int
+    """How many of these are alike."""
+    reason: str
+    """Why no more is found, in one sentence."""

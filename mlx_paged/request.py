@@ -102,6 +102,11 @@ class Request:
     num_unshared_blocks: int = 0
     """What that would have been without sharing."""
     error: str | None = None
+    client_id: str | None = None
+    """What its client calls it."""
+    wants_prefix_match: bool = False
+    prefix_match: Any = None
+    """A PrefixMatch as of its arrival, if it is wanted."""
 
     @property
     def max_num_sequences(self) -> int:

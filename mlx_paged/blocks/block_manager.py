@@ -5,7 +5,7 @@ for any arrays that follow its answers, and imports no mlx. A sequence's token a
 `block_table[p // block_size] * block_size + p % block_size`.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from mlx_paged.blocks import compaction, inspection
 from mlx_paged.blocks.allocator import BlockAllocator
@@ -62,6 +62,11 @@ class BlockManager:
     @property
     def seq_ids(self) -> list[Hashable]:
         return list(self._sequences)
+
+    @property
+    def parts(self) -> tuple[Mapping[Hashable, SequenceBlocks], BlockAllocator, PrefixTree]:
+        """Its sequences, allocator and tree, for whoever looks at the whole pool; nobody else may change them."""
+        return self._sequences, self._allocator, self._tree
 
     def block_table(self, seq_id: Hashable, start: int = 0) -> list[int]:
         """Return the block ids of a sequence in order, from the `start`-th on."""
@@ -180,10 +185,7 @@ class BlockManager:
         return copies
 
     def reserve(self, seq_id: Hashable, num_tokens: int) -> list[tuple[int, int]]:
-        """Give a sequence slots for its first `num_tokens` tokens, known or not yet.
-
-        Returns and raises what `append` does.
-        """
+        """Give a sequence slots for its first `num_tokens` tokens, known or not yet. Returns and raises as `append`."""
         sequence = self._get(seq_id)
         if num_tokens <= sequence.num_tokens:
             return []

@@ -116,6 +116,15 @@ class CacheGroups:
         """Count the tokens that the blocks of a sequence can hold, in the first group."""
         return self._full_context.num_slots(seq_id)
 
+    def num_cached_tokens(self, token_ids: Sequence[int], *, salt: Hashable = None, limit: int | None = None) -> int:
+        """Do as `BlockManager.num_cached_tokens`, of tokens that every group can start from."""
+        num_cached, before = self._full_context.num_cached_tokens(token_ids, salt=salt, limit=limit), -1
+        while num_cached != before:  # until all agree
+            before = num_cached
+            for manager in self._windowed:
+                num_cached = manager.num_cached_tokens(token_ids, salt=salt, limit=num_cached)
+        return num_cached
+
     def attach(
         self,
         seq_id: Hashable,
@@ -126,12 +135,7 @@ class CacheGroups:
         limit: int | None = None,
     ) -> int:
         """Do as `BlockManager.attach`. Cached are at most `limit` leading tokens that every group can start from."""
-        tokens = token_ids[:num_tokens]
-        num_cached, before = self._full_context.num_cached_tokens(tokens, salt=salt, limit=limit), -1
-        while num_cached != before:  # until all agree
-            before = num_cached
-            for manager in self._windowed:
-                num_cached = manager.num_cached_tokens(tokens, salt=salt, limit=num_cached)
+        num_cached = self.num_cached_tokens(token_ids[:num_tokens], salt=salt, limit=limit)
         attached: list[BlockManager] = []
         try:
             for manager in self.managers:

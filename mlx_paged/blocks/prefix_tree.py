@@ -5,7 +5,7 @@ by (parent, tokens). Tokens are compared, not only their hashes, and the parent 
 collision can serve another prompt's block.
 """
 
-from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, KeysView, Sequence
 from hashlib import sha256
 from weakref import WeakValueDictionary
 
@@ -58,6 +58,21 @@ class PrefixTree:
 
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._node_of_block
+
+    @property
+    def num_nodes(self) -> int:
+        """How many prefixes it knows, but for the empty ones."""
+        return len(self._nodes)
+
+    def nodes(self, *, latest_first: bool = False) -> Iterator[PrefixNode]:
+        """All of these, each after the shorter ones that it goes on from; or the other way round."""
+        nodes = self._nodes.values()
+        return reversed(nodes) if latest_first else iter(nodes)
+
+    @property
+    def block_ids(self) -> KeysView[int]:
+        """All blocks that can be found."""
+        return self._node_of_block.keys()
 
     def cached_blocks(self, block_ids: Iterable[int]) -> list[int]:
         """Return those of the blocks that can be found."""

@@ -233,9 +233,10 @@ bench_options: Option = options(
          help="Write the JSON there too."),
 )  # fmt: skip
 report_options: Option = options(
-    flag("-v", "--verbose", help="Timing and memory on stderr, tracebacks of failures."),
+    flag("-v", "--verbose", help="Timing and memory on stderr, tracebacks of failures; of serve, why prompts were not "
+         "cached."),
     flag("-q", "--quiet", help="Nothing on stderr but failures."),
-)
+)  # fmt: skip
 profile_option: Option = text(
     "--profile", metavar="FILE", type=click.Path(path_type=Path),
     help="Where each step's time goes: a table on stderr, and a trace for Chrome or Perfetto in this file.",

@@ -133,6 +133,7 @@ def serve_model(
         drain_timeout_s=drain_timeout,
         idle_unload_s=idle_unload,
         log_prompts=log_prompts,
+        log_matches=terminal.verbose,
     )
     access = Access((*LOOPBACK, host, *hosts), tuple(origins), keys)
     with closing(_listen(host, port)) as listener:

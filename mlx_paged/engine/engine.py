@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Container, Hashable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +27,8 @@ from mlx_paged.engine.output_processor import FinishReason, OutputProcessor
 from mlx_paged.engine.own_process import OwnProcess
 from mlx_paged.engine.profile import Profile
 from mlx_paged.engine.sampling_step import SamplingStep
-from mlx_paged.outputs import EngineStats, Output
+from mlx_paged.engine.snapshot import EngineView
+from mlx_paged.outputs import EngineStats, Output, PrefixMatch, Snapshot
 from mlx_paged.request import Request, Sequence
 from mlx_paged.runner.in_flight import StepInFlight, StepRunner
 from mlx_paged.runner.input_builder import InputBuilder
@@ -85,6 +86,7 @@ class Engine:
         self._sampling = SamplingStep(
             self._batch, runner.vocab_size, self._forking, self._outputs, self._steps, self.profile
         )
+        self._view = EngineView(self.cache_groups, self._scheduler, self._outputs)
         self._arrivals: deque[Request] = deque()
         self._pending_aborts: deque[int] = deque()
         self._in_flight: StepInFlight | None = None
@@ -260,8 +262,7 @@ class Engine:
         if step.schedule.chunks:
             latest, before = seconds / step.schedule.num_tokens, self._prefill_s_per_token
             self._prefill_s_per_token = latest if before is None else 0.8 * before + 0.2 * latest
-            round_trip_s = self._block_mover.round_trip_s
-            if round_trip_s is not None:
+            if (round_trip_s := self._block_mover.round_trip_s) is not None:
                 self._scheduler.storing_pays = round_trip_s < self._prefill_s_per_token * self.config.block_size
 
     def _admit_arrivals(self) -> None:
@@ -283,8 +284,7 @@ class Engine:
         self._steps.reset()
         self._input_builder = InputBuilder(self._batch, self._runner.states is not None)
         self._sampling.reset()
-        requests = self._outputs.requests.values()
-        self._scheduler.restart([s for request in requests for s in request.sequences if not s.finished])
+        self._scheduler.restart([s for r in self._outputs.requests.values() for s in r.sequences if not s.finished])
         reason = " ".join(f"the step failed: {type(error).__name__}: {error}".split())
         _LOG.debug(reason, exc_info=error)
         for request in failed:
@@ -313,26 +313,27 @@ class Engine:
         """Return the engine's counters and the pool's state at this moment."""
         with self._exclusive():
             self._require_whole()
+            self._admit_arrivals()
             self._scheduler.sync_blocks()
-            manager = self.block_manager
-            return EngineStats(
-                num_blocks=manager.num_blocks,
-                num_free_blocks=manager.num_free_blocks,
-                num_running=len(self._scheduler.running),
-                num_waiting=len(self._scheduler.waiting) + len(self._arrivals),
+            return self._view.stats(
                 peak_used_blocks=self._peak_used_blocks,
-                block_size=manager.block_size,
                 kv_bytes=self._runner.kv_bytes,
-                kv_tokens=manager.num_kv_tokens(),
-                prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
-                prefix_query_tokens=self._scheduler.prefix_query_tokens,
-                num_preemptions=self._scheduler.num_preemptions,
-                num_cow_copies=self.cache_groups.num_cow_copies,
                 num_swapped_blocks=self._block_mover.num_swapped_blocks,
                 num_steps=self._num_steps,
                 host_time_s=self._host_time_s,
                 model_time_s=self._steps.model_time_s,
             )
+
+    def snapshot(self) -> Snapshot:
+        """Return all that a page shows of the engine at this moment."""
+        with self._exclusive():
+            return self._view.snapshot(self.stats)
+
+    def match_prefix(self, token_ids: list[int], salt: Hashable, limit: int | None = None) -> PrefixMatch:
+        """Compare a prompt with what is cached under its salt. limit: the most of its tokens that may be found."""
+        with self._exclusive():
+            self._require_whole()
+            return self._view.match(token_ids, salt, limit)
 
     @contextmanager
     def _exclusive(self) -> Iterator[bool]:

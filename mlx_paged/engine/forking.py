@@ -128,6 +128,7 @@ class Forking:
                 request.sequences.append(before[parent])
         for beam, sequence in zip(search.beams, request.sequences, strict=True):
             self._batch.append_token(sequence, beam.token_ids[-1])
+        self._outputs.num_tokens += len(parents)
 
     def _count_blocks(self, request: Request) -> None:
         """Note what a beam search holds, and what it would hold if its beams shared nothing."""

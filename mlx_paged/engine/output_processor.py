@@ -32,6 +32,8 @@ class OutputProcessor:
     """All that have begun and not ended, by id."""
     outputs: list[Output]
     """What waits to be handed out."""
+    num_tokens: int
+    """Tokens that were put out."""
 
     def __init__(
         self,
@@ -43,6 +45,7 @@ class OutputProcessor:
     ) -> None:
         self.requests = {}
         self.outputs = []
+        self.num_tokens = 0
         self._detokenizer = detokenizer
         self._eos_token_ids = eos_token_ids
         self._batch = batch
@@ -104,6 +107,7 @@ class OutputProcessor:
         if batch.version != version:  # some may have been aborted meanwhile
             current = np.nonzero(batch.row_version[rows] <= version)[0]
             rows, results = rows[current], [array[current] for array in results]
+        self.num_tokens += len(rows)
         token_ids, logprobs, *top = results
         for i in np.nonzero(batch.append_tokens(rows, token_ids, logprobs))[0].tolist():
             sequence = batch.sequences[rows[i]]

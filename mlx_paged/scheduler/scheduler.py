@@ -39,7 +39,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.storing_pays = True
-        self.num_preemptions = self.prefix_query_tokens = self.prefix_hit_tokens = 0
+        self.num_preemptions = self.num_prompt_tokens = self.prefix_query_tokens = self.prefix_hit_tokens = 0
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._rows: np.ndarray | None = np.zeros(0, np.int64)  # of `running`, in order; None: not up to date
@@ -138,6 +138,7 @@ class Scheduler:
                 sequence.request.num_cached_tokens = start
                 self.prefix_query_tokens += sequence.num_target_tokens
                 self.prefix_hit_tokens += start
+            self.num_prompt_tokens += num_tokens
             self.batch.num_computed[sequence.row] = start + num_tokens
             self.groups.mark_computed(sequence.seq_id, start + num_tokens)
             if start + num_tokens == sequence.num_target_tokens:
@@ -316,11 +317,10 @@ class Scheduler:
 
     def _copy_block_table(self, sequence: Sequence, start: int, end: int | None = None) -> None:
         """Copy the entries `start` .. `end` - 1 of a sequence's block tables to its row."""
-        row = sequence.row
         for tables, manager in zip(self.batch.tables, self.groups.managers, strict=True):
             block_ids = manager.block_table(sequence.seq_id, start)
-            tables.rewrite(row, start, block_ids if end is None else block_ids[: end - start])
-        self.batch.num_slots[row] = self.groups.num_slots(sequence.seq_id)
+            tables.rewrite(sequence.row, start, block_ids if end is None else block_ids[: end - start])
+        self.batch.num_slots[sequence.row] = self.groups.num_slots(sequence.seq_id)
 
     def _preempt_last(self, schedule: Schedule) -> None:
         if self.kept_prompts.give_up_last():

@@ -206,6 +206,7 @@ async def respond(
 ) -> ASGIApp:
     """Make the response to what is asked, in the dialect of the answer that `make` returns. Raises ApiError."""
     request = await _prepare(service, asked)
+    request.client_id = state["request_id"]
     state["notes"]["prompt_tokens"] = len(request.prompt_token_ids)
     answer = make(service, asked, request, state["request_id"])
     if asked.stream:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mlx_paged.server.body import ClientDisconnected, read_object
 from mlx_paged.server.chat import chat_completions
 from mlx_paged.server.completions import completions
+from mlx_paged.server.debug import Debug
 from mlx_paged.server.errors import ApiError
 from mlx_paged.server.event_stream import unless_gone
 from mlx_paged.server.guard import Access, Guard
@@ -109,6 +110,10 @@ def make_app(service: Service, access: Access) -> Guard:
     def wrong_method(request: Request, error: Exception) -> Response:
         return refuse(ApiError(405, f"{request.url.path} does not take {request.method}"), request.scope)
 
+    def failed(request: Request, error: Exception) -> Response:
+        return refuse(error, request.scope)
+
+    debug = Debug(service)
     posts: dict[str, Answer] = {
         "/v1/chat/completions": chat_completions,
         "/v1/completions": completions,
@@ -117,6 +122,8 @@ def make_app(service: Service, access: Access) -> Guard:
         "/v1/messages/count_tokens": count_tokens,
         "/tokenize": tokenize,
         "/detokenize": detokenize,
+        "/debug/abort": debug.abort,
+        "/debug/prefix": debug.match,
     }
     routes = [Route(path, Post(service, answer), methods=["POST"]) for path, answer in posts.items()]
     routes += [
@@ -125,8 +132,10 @@ def make_app(service: Service, access: Access) -> Guard:
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/metrics", metrics),
+        Route("/debug/blocks", debug.blocks),
+        Route("/debug/prefix", debug.matches, methods=["GET"]),
     ]
 
-    app = Starlette(routes=routes, exception_handlers={404: not_found, 405: wrong_method})
+    app = Starlette(routes=routes, exception_handlers={404: not_found, 405: wrong_method, ApiError: failed})
     app.router.redirect_slashes = False
     return Guard(app, access)

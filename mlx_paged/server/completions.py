@@ -254,6 +254,8 @@ async def completions(service: Service, body: dict[str, Any], state: dict[str, A
     asked = CompletionRequest.read(service, body, state.get("cache_salt"))
 
     requests = [await service.make_request(prompt, asked.params, stream=asked.stream) for prompt in asked.prompts]
+    for request in requests:
+        request.client_id = state["request_id"]
     state["notes"]["prompt_tokens"] = sum(len(request.prompt_token_ids) for request in requests)
     answer = CompletionAnswer(service, asked, requests)
     if asked.stream:

@@ -63,11 +63,15 @@ def read_sampling(fields: Fields, salt: str | None, max_samples: int = MAX_SAMPL
     settings["bad_words"] = fields.take_with("bad_words", _read_bad_words) or None
     if (settings["top_k"] or 0) < 0:  # vLLM's way to say: all
         settings["top_k"] = 0
-    if salt is not None:
-        settings["cache_salt"] = f"{salt}:{settings['cache_salt'] or ''}"
+    settings["cache_salt"] = salt_of(settings["cache_salt"], salt)
     if settings["seed"] == -1:  # and to say: any
         settings["seed"] = None
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def salt_of(asked: str | None, of_key: str | None) -> str | None:
+    """Return the part of the prefix cache that a request uses. asked: by itself. of_key: by its key, if it has one."""
+    return asked if of_key is None else f"{of_key}:{asked or ''}"
 
 
 def read_stop(value: Any) -> list[str]:

@@ -18,6 +18,7 @@ from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.server.conversation import Messages, variants
 from mlx_paged.server.errors import ApiError, PromptRefused, bad_request
 from mlx_paged.server.event_stream import KEEPALIVE, EventStream
+from mlx_paged.server.matches import Matches, is_of_key
 from mlx_paged.server.metrics import Metrics
 from mlx_paged.server.sampling_fields import refusal
 
@@ -48,6 +49,8 @@ class ServerOptions:
     """Seconds without a request after which the model is unloaded; None: never."""
     log_prompts: bool = False
     """Whether what clients write may be logged."""
+    log_matches: bool = False
+    """Whether to log of each request what the cache had of its prompt."""
 
 
 @dataclass
@@ -70,12 +73,20 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics(lambda: self.llm.snapshot, self.options.names[0])
         self._last_used = time.monotonic()
+        self.matches = Matches(log=self.options.log_matches)
         self._loading: asyncio.Task[None] | None = None
+        self._running: set[Request] = set()
+        self._aborted: set[Request] = set()
 
     @property
     def tokenizer(self) -> Any:
         """mlx-lm's TokenizerWrapper, as `AsyncLLM.tokenizer`."""
         return self.llm.tokenizer
+
+    @property
+    def tell_text(self) -> Callable[[Sequence[int]], str] | None:
+        """Turns tokens of prompts into text for the log and whoever looks; None where that may not be told."""
+        return self.tokenizer.decode if self.options.log_prompts else None
 
     def require_model(self, name: str | None) -> str:
         """Return the name that an answer bears. Raises ApiError for a model that is not served."""
@@ -189,9 +200,12 @@ class Service:
     async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run a request. Yields its outputs. Raises ApiError if it is refused, or ends by an error."""
         num_tokens = 0
+        self.matches.ask(request)
+        self._running.add(request)
         try:
             async with aclosing(self.llm.run(request)) as outputs:
                 async for output in outputs:
+                    self.matches.note(request, output.num_cached_tokens, self.tell_text)
                     num_tokens += output.num_output_tokens
                     if output.finished:
                         self.metrics.finished(output, num_tokens)
@@ -199,6 +213,8 @@ class Service:
                         if sample.finish_reason == "error":
                             LOG.error("request %d ended by an error: %s", output.request_id, sample.stop_reason)
                             raise ApiError(500, "the engine could not complete this request")
+                        if sample.finish_reason == "abort" and request in self._aborted:
+                            raise ApiError(410, "this request was aborted", code="aborted")  # clients don't try again
                         if sample.finish_reason == "abort":
                             raise ApiError(503, "the server is shutting down", retry_after=10)
                     yield output
@@ -207,6 +223,17 @@ class Service:
         except RuntimeError as error:
             LOG.error("the engine refuses: %s", error)
             raise ApiError(503, "the engine has ended", retry_after=30) from None
+        finally:
+            self._running.discard(request)
+            self._aborted.discard(request)
+
+    async def abort(self, number: int, salt: str | None) -> bool:
+        """End a request by its number in the engine. Returns whether it ran. salt: its key's, if there are several."""
+        asked = {request.request_id: request for request in self._running}.get(number)
+        if asked is None or number < 0 or not is_of_key(asked.params.cache_salt, salt):
+            return False
+        self._aborted.add(asked)
+        return await self.prepare(self.llm.abort(number))
 
     async def drain(self) -> None:
         """Take no new requests, and wait until the running ones have ended, or time is up."""

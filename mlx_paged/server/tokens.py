@@ -15,18 +15,21 @@ from mlx_paged.server.errors import bad_request
 from mlx_paged.server.service import Service
 
 
-async def tokenize(service: Service, body: dict[str, Any], state: dict[str, Any]) -> ASGIApp:
-    """Answer POST /tokenize: the tokens of a prompt, or of a conversation with its tools. Raises ApiError."""
-    fields = Fields(body)
+async def read_prompt(service: Service, fields: Fields) -> list[int]:
+    """Return the tokens of a prompt, or of a conversation with its tools. Raises ApiError."""
     service.require_model(fields.take("model", str))
     if ("prompt" in fields) == ("messages" in fields):
         raise bad_request("give either prompt or messages", param="prompt")
     if "prompt" in fields:
         params = SamplingParams(max_tokens=1)
-        token_ids = (await service.make_request(fields.take("prompt", str, ""), params, stream=False)).prompt_token_ids
-    else:
-        messages = read_messages(fields.take("messages", list, []))
-        token_ids = await service.encode_chat(messages, read_tools(fields), read_template(fields))
+        return (await service.make_request(fields.take_any("prompt"), params, stream=False)).prompt_token_ids
+    messages = read_messages(fields.take("messages", list, []))
+    return await service.encode_chat(messages, read_tools(fields), read_template(fields))
+
+
+async def tokenize(service: Service, body: dict[str, Any], state: dict[str, Any]) -> ASGIApp:
+    """Answer POST /tokenize. Raises ApiError."""
+    token_ids = await read_prompt(service, Fields(body))
     return JSONResponse({"tokens": token_ids, "count": len(token_ids), "max_model_len": service.llm.max_model_len})
 
 

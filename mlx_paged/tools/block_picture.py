@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
 
-from mlx_paged.blocks.block_manager import NO_BLOCK, BlockManager
+from mlx_paged.blocks.block_manager import BlockManager
 
 _CELL = 4  # columns of a block, the gap after it not counted
 _SVG_COLUMNS = 90
@@ -64,19 +64,18 @@ class BlockPicture:
         self.sequences: list[_Sequence] = []
         self._holders: dict[int, list[_Sequence]] = {}
         self._filled: dict[int, int] = {}
-        for number, seq_id in enumerate(manager.seq_ids):
-            table, num_tokens = manager.block_table(seq_id), manager.num_tokens(seq_id)
-            held = [block_id for block_id in table if block_id != NO_BLOCK]
+        sequences, _, tree = manager.parts
+        for number, (seq_id, blocks) in enumerate(sequences.items()):
+            held, num_tokens = blocks.held_blocks, blocks.num_tokens
             name = str((names or {}).get(seq_id, seq_id))
             color = _COLORS[number % len(_COLORS)]
-            sequence = _Sequence(_letter(number), name, color, num_tokens, len(table) - len(held), held)
+            sequence = _Sequence(_letter(number), name, color, num_tokens, blocks.num_released, held)
             self.sequences.append(sequence)
             for index, block_id in enumerate(held, start=sequence.num_released):
                 filled = min(self.block_size, num_tokens - index * self.block_size)
                 self._holders.setdefault(block_id, []).append(sequence)
                 self._filled[block_id] = max(filled, self._filled.get(block_id, 0))
-        unused = set(range(self.num_blocks)) - set(self._holders)
-        self._cached = {block_id for block_id in unused if manager.is_cached(block_id)}
+        self._cached = set(tree.cached_blocks(set(range(self.num_blocks)) - set(self._holders)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"Block pool: {self.num_blocks} blocks of {self.block_size} tokens", Style(bold=True))
