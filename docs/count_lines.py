@@ -23,6 +23,7 @@ LAYOUT = {
 OPTIONAL = {
     "mlx_paged/attention/cpu.py": "a backend for CPUs",
     "mlx_paged/attention/cuda.py": "a backend for NVIDIA's cards",
+    "mlx_paged/blocks/checkpoints.py": "recurrent layers",
     "mlx_paged/blocks/free_lists.py:BuddyFreeBlocks": "another allocator",
     "mlx_paged/blocks/compaction.py": "on request, and with the buddy allocator",
     "mlx_paged/blocks/inspection.py": "stats and check",
@@ -33,6 +34,7 @@ OPTIONAL = {
     "mlx_paged/blocks/prefix_tree.py:num_nodes": "who looks inside",
     "mlx_paged/cache/block_files.py": "swap and saved prompts",
     "mlx_paged/cache/block_store.py": "swap and saved prompts",
+    "mlx_paged/cache/states.py": "recurrent layers",
     "mlx_paged/cpu": "for CPUs",
     "mlx_paged/engine/chat_template.py": "conversations",
     "mlx_paged/engine/detokenizer.py:DecodeStream": "streams and stop strings",
@@ -62,7 +64,10 @@ OPTIONAL = {
     "mlx_paged/outputs.py:Snapshot": "who looks inside",
     "mlx_paged/progress.py": "a bar on a terminal",
     "mlx_paged/runner/memory_plan.py:blocks_for_requests": "memory by need",
+    "mlx_paged/runner/memory_plan.py:count_states": "recurrent layers",
+    "mlx_paged/runner/memory_plan.py:fit_to_states": "recurrent layers",
     "mlx_paged/runner/prompt_logprobs.py": "log-probabilities of prompts",
+    "mlx_paged/runner/stretches.py": "recurrent layers",
     "mlx_paged/sampling/bad_words.py": "strings that must not appear",
     "mlx_paged/sampling/beam_search.py": "beams",
     "mlx_paged/sampling/grammar.py": "structured output",
@@ -78,6 +83,7 @@ OPTIONAL = {
     "models/latent_attention.py": "latent attention",
     "models/patch.py:_TracedValues": "latent attention",
     "models/patch.py:use_latents": "latent attention",
+    "models/recurrent.py": "recurrent layers",
     "models/registry.py": "what is known of families",
 }
 

@@ -5,50 +5,16 @@ windowed group only ever holds what its window can see, taken chunk by chunk as 
 `blocks_for_window` blocks always suffice for it. With fewer it may run out, as the first group may. Knows no mlx.
 """
 
-from collections.abc import Container, Hashable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Container, Hashable, Sequence
+from typing import Any
 
 from mlx_paged.blocks.block_manager import BlockManager
+from mlx_paged.blocks.checkpoints import Checkpoints
 from mlx_paged.blocks.prefix_tree import PrefixNode
 from mlx_paged.blocks.transfers import BlockCopy, BlockSave, GroupStoreIndex, Transfer
 from mlx_paged.errors import OutOfBlocks
 
-
-class StateKeeper(Protocol):
-    """What holds the states of a model's recurrent layers, by sequence; `States` says what each method means."""
-
-    def fork(self, seq_id: Any, new_seq_id: Any) -> None: ...
-    def free(self, seq_id: Any) -> None: ...
-    def clear(self) -> None: ...
-
-
-class GroupManager(Protocol):
-    """What a cache group's memory has to be able to do; `BlockManager` says what each method means.
-
-    State that is not kept in blocks can be a group too, if it is shared, forked and freed by these calls.
-    """
-
-    window: int | None
-
-    @property
-    def num_free_blocks(self) -> int: ...
-    def num_cached_tokens(self, token_ids: Sequence[int], *, salt: Hashable, limit: int | None) -> int: ...
-    def attach(
-        self, seq_id: Hashable, token_ids: list[int], num_tokens: int, *, salt: Hashable, max_cached: int | None
-    ) -> int: ...
-    def reserve(self, seq_id: Hashable, num_tokens: int) -> list[tuple[int, int]]: ...
-    def append_blocks(self, seq_ids: Sequence[Hashable]) -> list[int]: ...
-    def sync(self, seq_id: Hashable, num_tokens: int) -> None: ...
-    def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None: ...
-    def publish(self, seq_id: Hashable, num_tokens: int) -> list[PrefixNode]: ...
-    def unpublish(self, nodes: Iterable[PrefixNode]) -> None: ...
-    def fork(self, seq_id: Hashable, new_seq_id: Hashable, token_ids: list[int] | None) -> None: ...
-    def free(self, seq_id: Hashable, *, will_return: bool) -> None: ...
-    def compact(self) -> list[tuple[int, int]]: ...
-    def check(self) -> None: ...
-
-
-Published = list[tuple[GroupManager, list[PrefixNode]]]
+Published = list[tuple[BlockManager | Checkpoints, list[PrefixNode]]]
 """The prefixes that a call of `CacheGroups.publish` let be hit, by group."""
 
 
@@ -77,8 +43,8 @@ class CacheGroups:
         self.transfers: list[Transfer] = [] if transfers is None else transfers
         """What has to be moved before the next step, in order."""
         self.num_cow_copies = 0
-        self.states: StateKeeper | None = None
-        """Those of a model's recurrent layers, if it has any."""
+        self.checkpoints: Checkpoints | None = None
+        """Those of the states of recurrent layers, if the model has any."""
         self._stores = list(stores)
         self._full_context = managers[0]
         self._windowed = list(managers[1:])
@@ -121,6 +87,8 @@ class CacheGroups:
         num_cached, before = self._full_context.num_cached_tokens(token_ids, salt=salt, limit=limit), -1
         while num_cached != before:  # until all agree
             before = num_cached
+            if self.checkpoints is not None:
+                num_cached = self.checkpoints.num_cached_tokens(token_ids, salt=salt, limit=num_cached)
             for manager in self._windowed:
                 num_cached = manager.num_cached_tokens(token_ids, salt=salt, limit=num_cached)
         return num_cached
@@ -146,6 +114,8 @@ class CacheGroups:
             for manager in attached:
                 manager.free(seq_id)
             raise
+        if self.checkpoints is not None:
+            self.checkpoints.attach(seq_id, token_ids[:num_tokens], salt=salt, num_cached=num_cached)
         return num_cached
 
     def reserve(self, seq_id: Hashable, num_tokens: int) -> None:
@@ -175,7 +145,10 @@ class CacheGroups:
             manager.sync(seq_id, num_tokens)
 
     def publish(self, seq_id: Hashable, num_tokens: int) -> Published:
-        return [(manager, manager.publish(seq_id, num_tokens)) for manager in self.managers]
+        published: Published = [(manager, manager.publish(seq_id, num_tokens)) for manager in self.managers]
+        if self.checkpoints is not None:
+            published.append((self.checkpoints, self.checkpoints.publish(seq_id, num_tokens)))
+        return published
 
     def unpublish(self, published: Published) -> None:
         """Do as `BlockManager.unpublish`, of what `publish` returned."""
@@ -189,14 +162,14 @@ class CacheGroups:
     def fork(self, seq_id: Hashable, new_seq_id: Hashable, token_ids: list[int] | None = None) -> None:
         for manager in self.managers:
             manager.fork(seq_id, new_seq_id, token_ids)
-        if self.states is not None:
-            self.states.fork(seq_id, new_seq_id)
+        if self.checkpoints is not None:
+            self.checkpoints.fork(seq_id, new_seq_id)
 
     def free(self, seq_id: Hashable, *, will_return: bool = False) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.free(seq_id)
         for manager in self.managers:
             manager.free(seq_id, will_return=will_return)
-        if self.states is not None:
-            self.states.free(seq_id)
 
     def cached_prefixes(self, seq_id: Hashable) -> list[BlockSave]:
         """Return the blocks of a sequence that a request of another run could use, by their keys."""
@@ -215,8 +188,8 @@ class CacheGroups:
         """Do as `BlockManager.clear`; what was to be moved is not moved any more."""
         for manager in self.managers:
             manager.clear()
-        if self.states is not None:
-            self.states.clear()
+        if self.checkpoints is not None:
+            self.checkpoints.clear()
         self.transfers.clear()
         self.transfers_done()
 

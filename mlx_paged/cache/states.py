@@ -6,7 +6,8 @@ gathers from and scatters to would be copied by MLX at every step.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
@@ -21,6 +22,12 @@ class Stretch(NamedTuple):
     seq_ids: list[int]
     is_first: bool = False
     """Whether they are the first of their sequence, whose state starts from nothing."""
+    load: Any = None
+    """The checkpoint that it starts from, by its name; None: from where the sequence is."""
+    keep: Any = None
+    """The name of the checkpoint that it becomes, if any."""
+    latest: Sequence[tuple[int, int]] = ()
+    """Of decodes, the places whose state is kept as the latest one of an answer, and the tokens that it comes after."""
 
 
 class _Batch:
@@ -45,11 +52,24 @@ class _Batch:
             parts.append(part if places is None else part[mx.array(places)])
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
+    def part(self, place: int) -> "_Batch":
+        """The states of one sequence apart, which do not keep the others."""
+        part = _Batch(1, [len(entries) for entries in self.layers], [])
+        part.layers = [
+            [None if array is None else mx.contiguous(array[place : place + 1]) for array in entries]
+            for entries in self.layers
+        ]
+        return part
+
     def close(self) -> list[mx.array]:
         """Take over what was not written, and let go of the sources. Returns all arrays."""
         for layer, entries in enumerate(self.layers):
             entries[:] = [self.get(layer, entry) for entry in range(len(entries))]
         self._sources = []
+        return self.arrays
+
+    @property
+    def arrays(self) -> list[mx.array]:
         return [array for entries in self.layers for array in entries if array is not None]
 
 
@@ -66,6 +86,8 @@ class States:
     def clear(self) -> None:
         """Forget all."""
         self._places: dict[int, tuple[_Batch, int]] = {}
+        self._latest: dict[int, tuple[int, _Batch]] = {}
+        self._checkpoints: WeakKeyDictionary[Any, _Batch] = WeakKeyDictionary()
         self._made: list[_Batch] = []
         self.to_compute: list[mx.array] = []
         """What the last step makes: to be computed with it, since its logits do not need all of that."""
@@ -76,22 +98,38 @@ class States:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is held."""
-        batches = {batch for batch, _ in self._places.values()}
-        arrays = [array for batch in batches for entries in batch.layers for array in entries]
-        return sum(array.nbytes for array in arrays if array is not None)
+        batches = {*(batch for batch, _ in self._places.values()), *(batch for _, batch in self._latest.values())}
+        return sum(array.nbytes for batch in batches.union(self._checkpoints.values()) for array in batch.arrays)
 
     def fork(self, seq_id: int, new_seq_id: int) -> None:
         """Let a new sequence go on from where another one is."""
         if seq_id in self._places:
             self._places[new_seq_id] = self._places[seq_id]
+        if seq_id in self._latest:
+            self._latest[new_seq_id] = self._latest[seq_id]
 
     def free(self, seq_id: int) -> None:
         """Forget a sequence."""
         self._places.pop(seq_id, None)
+        self._latest.pop(seq_id, None)
+
+    def latest_position(self, seq_id: int) -> int:
+        """After how many tokens a state of a sequence's answer was kept last; 0: none was."""
+        return self._latest[seq_id][0] if seq_id in self._latest else 0
+
+    def keep_latest(self, seq_id: int, name: Any) -> None:
+        """Make a checkpoint of that state. It is forgotten with `drop`, or when nobody else refers to its name."""
+        self._checkpoints[name] = self._latest[seq_id][1]
+
+    def drop(self, name: Any) -> None:
+        """Forget a checkpoint."""
+        self._checkpoints.pop(name, None)
 
     def begin(self, stretches: Sequence[Stretch]) -> None:
         """Find where the states of a step's stretches come from."""
         for stretch in stretches:
+            if stretch.load is not None:
+                self._places[stretch.seq_ids[0]] = self._checkpoints[stretch.load], 0
             sources: list[tuple[_Batch, list[int]]] = []
             for seq_id in () if stretch.is_first else stretch.seq_ids:
                 batch, place = self._places[seq_id]
@@ -106,6 +144,9 @@ class States:
             made = _Batch(len(stretch.seq_ids), self._num_entries, whole)
             self._made.append(made)
             self._places |= {seq_id: (made, place) for place, seq_id in enumerate(stretch.seq_ids)}
+            if stretch.keep is not None:
+                self._checkpoints[stretch.keep] = made
+        self._stretches = stretches
 
     def take(self, number: int, layer: int) -> Arrays:
         """What a layer is given for a stretch, by its number."""
@@ -121,9 +162,13 @@ class States:
     def end(self) -> None:
         """Say that the step's graph is built."""
         self.to_compute = [array for made in self._made for array in made.close()]
+        for stretch, made in zip(self._stretches, self._made, strict=True):
+            for place, num_tokens in stretch.latest:
+                part = made.part(place)
+                self._latest[stretch.seq_ids[place]] = num_tokens, part
+                self.to_compute += part.arrays
         self._made = []
 
     def shapes(self, seq_id: int) -> list[tuple[tuple[int, ...], mx.Dtype]]:
         """What the state of one sequence consists of."""
-        layers = self._places[seq_id][0].layers
-        return [(array.shape[1:], array.dtype) for entries in layers for array in entries if array is not None]
+        return [(array.shape[1:], array.dtype) for array in self._places[seq_id][0].arrays]

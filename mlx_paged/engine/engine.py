@@ -17,6 +17,7 @@ from typing import Any
 
 from mlx_paged.blocks.block_manager import BlockManager
 from mlx_paged.blocks.cache_groups import CacheGroups
+from mlx_paged.blocks.checkpoints import Checkpoints
 from mlx_paged.cache.block_mover import BlockMover
 from mlx_paged.cache.block_store import open_stores
 from mlx_paged.config import EngineConfig
@@ -77,8 +78,10 @@ class Engine:
         self._scheduler = Scheduler(self.cache_groups, self._batch, num_seqs, config.max_num_batched_tokens)
         self._block_mover = BlockMover(self.cache_groups, runner.kv_cache, stores)
         self.input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
-        self.cache_groups.states = runner.states
-        self._input_builder = InputBuilder(self._batch, runner.states is not None)
+        if runner.states is not None:
+            num_checkpoints = runner.plan.num_state_slots - num_seqs
+            self.cache_groups.checkpoints = Checkpoints(runner.states, self.block_manager, num_checkpoints)
+        self._input_builder = InputBuilder(self._batch, self.cache_groups.checkpoints)
         self._steps = StepRunner(runner, self.profile)
         detokenizer, eos_token_ids = self.input_processor.detokenizer, self.input_processor.eos_token_ids
         self._outputs = OutputProcessor(detokenizer, eos_token_ids, self._batch, self._scheduler, self.profile)
@@ -282,7 +285,7 @@ class Engine:
         failed = {s.request: None for step in steps for s in self._sequences_of(step)} if is_of_steps else {}
         traceback.clear_frames(error.__traceback__)  # they hold what was being computed, and with it the pools
         self._steps.reset()
-        self._input_builder = InputBuilder(self._batch, self._runner.states is not None)
+        self._input_builder = InputBuilder(self._batch, self.cache_groups.checkpoints)
         self._sampling.reset()
         self._scheduler.restart([s for r in self._outputs.requests.values() for s in r.sequences if not s.finished])
         reason = " ".join(f"the step failed: {type(error).__name__}: {error}".split())

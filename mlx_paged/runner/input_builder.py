@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
 from mlx_paged.attention.shared_prefix import SharedPrefix, find_shared_prefixes
-from mlx_paged.cache.states import Stretch
+from mlx_paged.blocks.checkpoints import Checkpoints
 from mlx_paged.runner.in_flight import StepInFlight
+from mlx_paged.runner.stretches import make_stretches
 from mlx_paged.scheduler.block_tables import BlockTables
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.schedule import Schedule
@@ -22,10 +21,10 @@ class InputBuilder:
     Block tables are kept on the device, a row per running sequence: a step sends the entries that have changed.
     """
 
-    def __init__(self, batch: RunningBatch, has_states: bool = False) -> None:
-        """has_states: whether the model has recurrent layers."""
+    def __init__(self, batch: RunningBatch, checkpoints: Checkpoints | None = None) -> None:
+        """checkpoints: of a model that has recurrent layers."""
         self._batch = batch
-        self._has_states = has_states
+        self._checkpoints = checkpoints
         self._tables = [_DeviceTables(tables) for tables in batch.tables]
         self._shared_prefixes = _SharedPrefixes(batch, batch.tables[0])  # of the layers that keep the whole context
         self._last_rows = np.zeros(0, np.int64)
@@ -76,7 +75,7 @@ class InputBuilder:
             find = find_shared if tables is self._tables[0] else None
             slots = mx.array(block_ids), slot_offsets
             groups.append(AttentionMetadata(used, context_lens, cu_seqlens_q, find, *slots))
-        stretches = list(self._stretches(schedule)) if self._has_states else ()
+        stretches = () if self._checkpoints is None else make_stretches(schedule, batch, self._checkpoints)
         inputs = ModelInputs(self._token_ids(schedule, in_flight), mx.array(positions), None, groups, stretches)
         if not chunks:
             return inputs, rows
@@ -85,15 +84,6 @@ class InputBuilder:
         if len(seqs) == 0:
             seqs = np.array([len(rows) - 1])  # a step needs a result that can be waited for
         return inputs._replace(logits_indices=mx.array(cu_seqlens_q[1:][seqs] - 1)), logits_rows
-
-    def _stretches(self, schedule: Schedule) -> Iterator[Stretch]:
-        """How recurrent layers take the tokens: all decodes at once, then each chunk."""
-        end = len(schedule.rows)
-        if end:
-            yield Stretch(slice(0, end), self._batch.seq_id[schedule.rows].tolist())
-        for sequence, start, num_tokens in schedule.chunks:
-            yield Stretch(slice(end, end + num_tokens), [sequence.seq_id], is_first=start == 0)
-            end += num_tokens
 
     def _token_ids(self, schedule: Schedule, in_flight: StepInFlight | None) -> mx.array:
         """Return int32 [num_tokens]: from the host what is known there, the rest from what is being drawn."""

@@ -13,7 +13,7 @@ from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.cache.states import States
 from mlx_paged.config import EngineConfig, parse_memory
 from mlx_paged.models.patch import PatchedModel
-from mlx_paged.runner.memory_plan import plan_memory
+from mlx_paged.runner.memory_plan import fit_to_states, plan_memory
 from mlx_paged.runner.warmup import overlap_is_safe
 
 _CHECKSUM_PIECE = 1 << 24  # words
@@ -29,6 +29,8 @@ class ModelRunner:
         self._model = model
         self.backends = {backend.name for backend in model.backends(config.block_size) if backend is not None}
         self.plan = plan_memory(model, config, max_model_len, num_needed)
+        self.config = config if self.plan.state_bytes == 0 else fit_to_states(config, self.plan.num_state_slots)
+        """With no more sequences at once than there is room for."""
         layers = [layer for layer, _ in model.stored_layers]
         groups = [group for _, group in model.stored_layers]
         num_blocks = [self.plan.num_blocks[group] for group in groups]

@@ -75,7 +75,10 @@ MATCHING: dict[str, dict[str, Any]] = {
     "Klear": {},
     "afmoe": {},
     "apertus": {},
+    "bailing_hybrid": {"layer_group_size": 3, "group_norm_size": 2},
     "bailing_moe": {"partial_rotary_factor": 1.0},
+    "bailing_moe_linear": {"layer_group_size": 3, "group_norm_size": 2},
+    "bailing_moe_v3": {"layer_group_size": 3},
     "cohere": {},
     "cohere2": {"head_dim": 16},
     "dbrx": {
@@ -91,6 +94,8 @@ MATCHING: dict[str, dict[str, Any]] = {
     "exaone": {"head_dim": 16},
     "exaone4": {"sliding_window_pattern": "LG"},
     "exaone_moe": {"is_moe_layer": [False, True, True]},
+    "falcon_h1": {},
+    "gear": {"layer_types": ["conv_mixer", "full_attention", "sliding_attention"]},
     "gemma": {},
     "gemma2": {},
     "gemma3": {"text_config": "gemma3_text"},
@@ -121,16 +126,36 @@ MATCHING: dict[str, dict[str, Any]] = {
     "internlm2": {},
     "internlm3": {},
     "iquestloopcoder": {},
+    "jamba": {
+        "attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2,
+        **_MAMBA,
+    },
     "kimi_k25": {"text_config": "deepseek_v3"},
+    "kimi_k3": {"text_config": "kimi_linear"},
+    "kimi_linear": {
+        "linear_attn_config": {
+            "kda_layers": [1, 3], "full_attn_layers": [2], "num_heads": 4, "head_dim": 16,
+            "short_conv_kernel_size": 4,
+        },
+    },
     "kimi_vl": {"text_config": "deepseek_v3"},
     "laguna": {
         "num_attention_heads_per_layer": [4, 4, 4], "mlp_layer_types": ["dense", "sparse", "sparse"],
         "partial_rotary_factor": None, "rope_parameters": _ROPE_PER_TYPE,
     },
+    "lfm2": _CONV
+    | {"block_dim": 64, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False},
+    "lfm2-vl": {"text_config": "lfm2"},
+    "lfm2_moe": _CONV | {"use_expert_bias": True, "num_dense_layers": 1},
     "lille-130m": {},
     "llama": {},
     "llama4_text": {"intermediate_size_mlp": 96, "no_rope_layers": [1, 1, 0]},
     "longcat_flash": _LONGCAT,
+    "mamba": {"time_step_rank": 4} | _MAMBA,
+    "mamba2": {
+        "num_heads": 8, "head_dim": 16, "intermediate_size": 128, "time_step_limit": (0.0, 100.0),
+        **({"time_step_rank": 4} | _MAMBA),
+    },
     "mellum": {"rope_parameters": _ROPE_PER_TYPE},
     "mimo": {},
     "mimo_v2_flash": {
@@ -162,8 +187,10 @@ MATCHING: dict[str, dict[str, Any]] = {
             for heads in (2, None, 4)
         ]
     },
+    "nemotron_h": {"layer_types": None, "hybrid_override_pattern": "M*-"} | _MAMBA,
     "olmo2": {},
     "olmo3": {},
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]} | _LINEAR,
     "olmoe": {},
     "openelm": {
         "ffn_dim_divisor": 16, "num_query_heads": [4, 4, 8], "num_kv_heads": [1, 2, 2],
@@ -179,9 +206,16 @@ MATCHING: dict[str, dict[str, Any]] = {
     "qwen2_moe": {},
     "qwen2_vl": {"text_config": "qwen2"},
     "qwen3": {},
+    "qwen3_5": {"text_config": "qwen3_next"},
+    "qwen3_5_moe": {"text_config": "qwen3_next"},
     "qwen3_moe": {},
+    "qwen3_next": _LINEAR,
     "qwen3_vl": {"text_config": "qwen3"},
     "qwen3_vl_moe": {"text_config": "qwen3_moe"},
+    "recurrent_gemma": {
+        "conv1d_width": 4, "logits_soft_cap": 30.0, "block_types": ["recurrent", "recurrent", "attention"],
+    },
+    "rwkv7": dict.fromkeys(["a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim"], 8),
     "seed_oss": {},
     "smollm3": {},
     "solar_open": {},
@@ -200,52 +234,18 @@ MATCHING: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "afm7": {"num_kv_reuse_layers": 1},
     "baichuan_m1": {"sliding_window_layers": [0, 2], "conv_window": 2},
-    "bailing_hybrid": {"layer_group_size": 3, "group_norm_size": 2},
-    "bailing_moe_linear": {"layer_group_size": 3, "group_norm_size": 2},
-    "bailing_moe_v3": {"layer_group_size": 3},
     "deepseek_v32": {"num_key_value_heads": 4} | _INDEX,
     "deepseek_v41": {},
-    "falcon_h1": {},
-    "gear": {"layer_types": ["conv_mixer", "full_attention", "sliding_attention"]},
     "glm_moe_dsa": {"num_key_value_heads": 4, "rope_parameters": _ROPE} | _INDEX,
     "gpt_bigcode": {},
-    "jamba": {
-        "attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2,
-        **_MAMBA,
-    },
-    "kimi_k3": {"text_config": "kimi_linear"},
-    "kimi_linear": {
-        "linear_attn_config": {
-            "kda_layers": [1, 3], "full_attn_layers": [2], "num_heads": 4, "head_dim": 16,
-            "short_conv_kernel_size": 4,
-        },
-    },
-    "lfm2": _CONV
-    | {"block_dim": 64, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False},
-    "lfm2-vl": {"text_config": "lfm2"},
-    "lfm2_moe": _CONV | {"use_expert_bias": True, "num_dense_layers": 1},
     "llama4": {"text_config": "llama4_chunked"},
     "longcat_flash_ngram": _LONGCAT,
-    "mamba": {"time_step_rank": 4} | _MAMBA,
-    "mamba2": {
-        "num_heads": 8, "head_dim": 16, "intermediate_size": 128, "time_step_limit": (0.0, 100.0),
-        **({"time_step_rank": 4} | _MAMBA),
-    },
-    "nemotron_h": {"layer_types": None, "hybrid_override_pattern": "M*-"} | _MAMBA,
-    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]} | _LINEAR,
     "phi3small": {
         "dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "blocksparse_block_size": 32,
     },
     "plamo": {"n_shared_head": 2},
     "plamo2": {"hidden_size_per_head": 16} | _MAMBA,
     "plamo3": {},
-    "qwen3_5": {"text_config": "qwen3_next"},
-    "qwen3_5_moe": {"text_config": "qwen3_next"},
-    "qwen3_next": _LINEAR,
-    "recurrent_gemma": {
-        "conv1d_width": 4, "logits_soft_cap": 30.0, "block_types": ["recurrent", "recurrent", "attention"],
-    },
-    "rwkv7": dict.fromkeys(["a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim"], 8),
 }
 NOT_BUILT = {"olmo": "needs another package", "prism_hadamard_qwen35": "has a fixed size; its layers are qwen3_5's"}
 
