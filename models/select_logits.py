@@ -9,7 +9,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_paged.models.layer_cache import PagedLayerCache
-from mlx_paged.models.recurrent import StateLayerCache
+from mlx_paged.models.recurrent import StateLayerCache, leaves
 
 
 def select_logits(cls: Any) -> None:
@@ -21,17 +21,10 @@ def select_logits(cls: Any) -> None:
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = original(self, *args, **kwargs)
-        last_caches = (_last(each) for each in (*args, *kwargs.values()) if isinstance(each, list))
-        cache = next((cache for cache in last_caches if isinstance(cache, PagedLayerCache | StateLayerCache)), None)
+        caches = (cache for each in (*args, *kwargs.values()) if isinstance(each, list) for cache in leaves(each))
+        cache = next((cache for cache in caches if isinstance(cache, PagedLayerCache | StateLayerCache)), None)
         indices = None if cache is None else cache.inputs.logits_indices
         return hidden if indices is None else hidden[indices]
 
     call.selects_logits = True  # type: ignore[attr-defined]
     cls.__call__ = call
-
-
-def _last(caches: Any) -> Any:
-    """The last cache, also of the last list in a list."""
-    while isinstance(caches, list):
-        caches = caches[-1] if caches else None
-    return caches

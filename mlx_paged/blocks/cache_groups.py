@@ -9,7 +9,7 @@ from collections.abc import Container, Hashable, Sequence
 from typing import Any
 
 from mlx_paged.blocks.block_manager import BlockManager
-from mlx_paged.blocks.checkpoints import Checkpoints
+from mlx_paged.blocks.checkpoints import Checkpoints, StateStore
 from mlx_paged.blocks.prefix_tree import PrefixNode
 from mlx_paged.blocks.transfers import BlockCopy, BlockSave, GroupStoreIndex, Transfer
 from mlx_paged.errors import OutOfBlocks
@@ -35,7 +35,9 @@ class CacheGroups:
         managers: Sequence[BlockManager],
         stores: Sequence[GroupStoreIndex] = (),
         transfers: list[Transfer] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
+        """checkpoints: those of the states of recurrent layers, if the model has any."""
         if managers[0].window is not None or any(manager.window is None for manager in managers[1:]):
             raise ValueError("the first group, and only that, must have no window")
         self.managers = list(managers)
@@ -43,11 +45,10 @@ class CacheGroups:
         self.transfers: list[Transfer] = [] if transfers is None else transfers
         """What has to be moved before the next step, in order."""
         self.num_cow_copies = 0
-        self.checkpoints: Checkpoints | None = None
-        """Those of the states of recurrent layers, if the model has any."""
+        self.checkpoints = checkpoints
         self._stores = list(stores)
         self._full_context = managers[0]
-        self._windowed = list(managers[1:])
+        self._all = [*managers, *([] if checkpoints is None else [checkpoints])]
 
     @classmethod
     def make(
@@ -57,11 +58,14 @@ class CacheGroups:
         block_size: int,
         *,
         stored_keys: Container[str] | None = None,
+        states: StateStore | None = None,
+        num_checkpoints: int = 0,
         **options: Any,
     ) -> "CacheGroups":
         """Make one manager per group.
 
-        stored_keys: the keys in the block store, if there is one. options: those of `BlockManager`.
+        stored_keys: the keys in the block store, if there is one. states: of recurrent layers, if there are any, of
+        which at most `num_checkpoints` are kept. options: those of `BlockManager`.
         """
         transfers: list[Transfer] = []
         stores = []
@@ -71,7 +75,8 @@ class CacheGroups:
             BlockManager(count, block_size, window=window, store=stores[group] if stores else None, **options)
             for group, (count, window) in enumerate(zip(num_blocks, windows, strict=True))
         ]
-        return cls(managers, stores, transfers)
+        checkpoints = None if states is None else Checkpoints(states, managers[0], num_checkpoints)
+        return cls(managers, stores, transfers, checkpoints)
 
     @property
     def num_free_blocks(self) -> int:
@@ -87,10 +92,8 @@ class CacheGroups:
         num_cached, before = self._full_context.num_cached_tokens(token_ids, salt=salt, limit=limit), -1
         while num_cached != before:  # until all agree
             before = num_cached
-            if self.checkpoints is not None:
-                num_cached = self.checkpoints.num_cached_tokens(token_ids, salt=salt, limit=num_cached)
-            for manager in self._windowed:
-                num_cached = manager.num_cached_tokens(token_ids, salt=salt, limit=num_cached)
+            for each in self._all[1:]:
+                num_cached = each.num_cached_tokens(token_ids, salt=salt, limit=num_cached)
         return num_cached
 
     def attach(
@@ -104,18 +107,16 @@ class CacheGroups:
     ) -> int:
         """Do as `BlockManager.attach`. Cached are at most `limit` leading tokens that every group can start from."""
         num_cached = self.num_cached_tokens(token_ids[:num_tokens], salt=salt, limit=limit)
-        attached: list[BlockManager] = []
+        attached: list[BlockManager | Checkpoints] = []
         try:
-            for manager in self.managers:
-                count = num_tokens if manager.window is None else num_cached + 1
-                manager.attach(seq_id, token_ids, count, salt=salt, max_cached=num_cached)
-                attached.append(manager)
+            for each in self._all:
+                count = num_tokens if each.window is None else num_cached + 1
+                each.attach(seq_id, token_ids, count, salt=salt, max_cached=num_cached)
+                attached.append(each)
         except OutOfBlocks:
-            for manager in attached:
-                manager.free(seq_id)
+            for each in attached:
+                each.free(seq_id)
             raise
-        if self.checkpoints is not None:
-            self.checkpoints.attach(seq_id, token_ids[:num_tokens], salt=salt, num_cached=num_cached)
         return num_cached
 
     def reserve(self, seq_id: Hashable, num_tokens: int) -> None:
@@ -145,31 +146,24 @@ class CacheGroups:
             manager.sync(seq_id, num_tokens)
 
     def publish(self, seq_id: Hashable, num_tokens: int) -> Published:
-        published: Published = [(manager, manager.publish(seq_id, num_tokens)) for manager in self.managers]
-        if self.checkpoints is not None:
-            published.append((self.checkpoints, self.checkpoints.publish(seq_id, num_tokens)))
-        return published
+        return [(each, each.publish(seq_id, num_tokens)) for each in self._all]
 
     def unpublish(self, published: Published) -> None:
         """Do as `BlockManager.unpublish`, of what `publish` returned."""
-        for manager, nodes in published:
-            manager.unpublish(nodes)
+        for each, nodes in published:
+            each.unpublish(nodes)
 
     def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None:
         for manager in self.managers:
             manager.mark_computed(seq_id, num_tokens)
 
     def fork(self, seq_id: Hashable, new_seq_id: Hashable, token_ids: list[int] | None = None) -> None:
-        for manager in self.managers:
-            manager.fork(seq_id, new_seq_id, token_ids)
-        if self.checkpoints is not None:
-            self.checkpoints.fork(seq_id, new_seq_id)
+        for each in self._all:
+            each.fork(seq_id, new_seq_id, token_ids)
 
     def free(self, seq_id: Hashable, *, will_return: bool = False) -> None:
-        if self.checkpoints is not None:
-            self.checkpoints.free(seq_id)
-        for manager in self.managers:
-            manager.free(seq_id, will_return=will_return)
+        for each in reversed(self._all):  # checkpoints while there are blocks
+            each.free(seq_id, will_return=will_return)
 
     def cached_prefixes(self, seq_id: Hashable) -> list[BlockSave]:
         """Return the blocks of a sequence that a request of another run could use, by their keys."""
@@ -186,10 +180,8 @@ class CacheGroups:
 
     def clear(self) -> None:
         """Do as `BlockManager.clear`; what was to be moved is not moved any more."""
-        for manager in self.managers:
-            manager.clear()
-        if self.checkpoints is not None:
-            self.checkpoints.clear()
+        for each in self._all:
+            each.clear()
         self.transfers.clear()
         self.transfers_done()
 

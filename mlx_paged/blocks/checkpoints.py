@@ -41,7 +41,9 @@ class _Plan:
 
 
 class Checkpoints:
-    """The states of sequences and prefixes. Where a model has recurrent layers, what is shared is shared through it."""
+    """The states of sequences and prefixes, with the methods of a `BlockManager` by which those are shared."""
+
+    window = None
 
     def __init__(self, states: StateStore, manager: BlockManager, capacity: int) -> None:
         """manager: that of the layers that keep the whole context. capacity: the most checkpoints."""
@@ -62,20 +64,22 @@ class Checkpoints:
         self._in_use: set[PrefixNode] = set()  # by the step that is being scheduled
         self._states.clear()
 
-    def num_cached_tokens(self, token_ids: Sequence[int], *, salt: Hashable, limit: int) -> int:
+    def num_cached_tokens(self, token_ids: Sequence[int], *, salt: Hashable = None, limit: int) -> int:
         """Count the leading tokens, at most `limit`, that a new sequence can go on from."""
         return max(self._path(token_ids, salt, limit), default=0)
 
-    def attach(self, seq_id: Hashable, token_ids: Sequence[int], *, salt: Hashable, num_cached: int) -> None:
-        """Let a new sequence, which has its blocks, start after `num_cached` tokens."""
+    def attach(
+        self, seq_id: Hashable, token_ids: Sequence[int], num_tokens: int, *, salt: Hashable, max_cached: int
+    ) -> None:
+        """Let a new sequence, which has blocks for `num_tokens`, start after `max_cached` of them, a checkpoint."""
         size, plan = self._manager.block_size, _Plan(None, set())
         if self._manager.prefix_caching:
-            num_shared = self._manager.num_cached_tokens(token_ids, salt=salt)
-            ends = {num_shared, *((len(token_ids) - end) // size * size for end in (1, _TEMPLATE_END))}
-            plan.positions = {position for position in ends if position > num_cached}
-        if num_cached:
-            path = self._path(token_ids, salt, num_cached)
-            plan.start = path[num_cached]
+            num_shared = self._manager.num_cached_tokens(token_ids[:num_tokens], salt=salt)
+            ends = {num_shared, *((num_tokens - end) // size * size for end in (1, _TEMPLATE_END))}
+            plan.positions = {position for position in ends if position > max_cached}
+        if max_cached:
+            path = self._path(token_ids, salt, max_cached)
+            plan.start = path[max_cached]
             for node in reversed(path.values()):  # the first ones last: what many conversations begin with survives
                 self._touch(node)
             self._in_use.add(plan.start)
@@ -86,8 +90,8 @@ class Checkpoints:
 
         Returns them, for `unpublish` if it does not.
         """
-        plan, promised = self._plans[seq_id], []
-        for position in sorted(plan.positions):
+        plan, promised = self._plans.get(seq_id), []
+        for position in sorted(plan.positions) if plan is not None else ():
             if position <= num_tokens:
                 plan.positions.remove(position)
                 node = self._node(seq_id, position)
@@ -121,11 +125,11 @@ class Checkpoints:
         """Say that the step is built that was scheduled: all that it starts from is taken."""
         self._in_use.clear()
 
-    def fork(self, seq_id: Hashable, new_seq_id: Hashable) -> None:
+    def fork(self, seq_id: Hashable, new_seq_id: Hashable, token_ids: Sequence[int] | None = None) -> None:
         """Let a new sequence go on from where another one is."""
         self._states.fork(seq_id, new_seq_id)
 
-    def free(self, seq_id: Hashable) -> None:
+    def free(self, seq_id: Hashable, *, will_return: bool = False) -> None:
         """Forget a sequence that still has its blocks. The newest checkpoint of its answer is kept."""
         self._plans.pop(seq_id, None)
         position = self._states.latest_position(seq_id)
@@ -170,9 +174,7 @@ class Checkpoints:
     def _add(self, node: PrefixNode) -> None:
         """Add a checkpoint, in the place of the one that was used least recently, if there are too many."""
         self._touch(node)
-        if len(self._last_used) > self._capacity:
-            free = [each for each in self._last_used if each not in self._in_use and each is not node]
-            if free:
-                oldest = min(free, key=self._last_used.__getitem__)
-                del self._last_used[oldest]
-                self._states.drop(oldest)
+        others = sorted({*self._last_used} - self._in_use - {node}, key=self._last_used.__getitem__)
+        for oldest in others[: max(0, len(self._last_used) - self._capacity)]:
+            del self._last_used[oldest]
+            self._states.drop(oldest)

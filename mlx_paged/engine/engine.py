@@ -17,7 +17,6 @@ from typing import Any
 
 from mlx_paged.blocks.block_manager import BlockManager
 from mlx_paged.blocks.cache_groups import CacheGroups
-from mlx_paged.blocks.checkpoints import Checkpoints
 from mlx_paged.cache.block_mover import BlockMover
 from mlx_paged.cache.block_store import open_stores
 from mlx_paged.config import EngineConfig
@@ -67,6 +66,8 @@ class Engine:
             runner.plan.windows,
             config.block_size,
             stored_keys=stores,
+            states=runner.states,
+            num_checkpoints=runner.plan.num_state_slots - config.max_num_seqs,
             allocator=config.allocator,
             prefix_caching=config.prefix_caching,
         )
@@ -78,9 +79,6 @@ class Engine:
         self._scheduler = Scheduler(self.cache_groups, self._batch, num_seqs, config.max_num_batched_tokens)
         self._block_mover = BlockMover(self.cache_groups, runner.kv_cache, stores)
         self.input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
-        if runner.states is not None:
-            num_checkpoints = runner.plan.num_state_slots - num_seqs
-            self.cache_groups.checkpoints = Checkpoints(runner.states, self.block_manager, num_checkpoints)
         self._input_builder = InputBuilder(self._batch, self.cache_groups.checkpoints)
         self._steps = StepRunner(runner, self.profile)
         detokenizer, eos_token_ids = self.input_processor.detokenizer, self.input_processor.eos_token_ids
@@ -89,18 +87,15 @@ class Engine:
         self._sampling = SamplingStep(
             self._batch, runner.vocab_size, self._forking, self._outputs, self._steps, self.profile
         )
-        self._view = EngineView(self.cache_groups, self._scheduler, self._outputs)
+        self._view = EngineView(self.cache_groups, self._scheduler, self._outputs, runner)
         self._arrivals: deque[Request] = deque()
         self._pending_aborts: deque[int] = deque()
         self._in_flight: StepInFlight | None = None
         self._process = OwnProcess()
         self._lock = threading.RLock()
         self._arrival_lock = threading.Lock()
-        self._is_busy = False
-        self._is_torn = False
-        self._next_request_id = 0
-        self._num_steps = 0
-        self._peak_used_blocks = 0
+        self._is_busy = self._is_torn = False
+        self._next_request_id = self._num_steps = self._peak_used_blocks = 0
         self._host_time_s = 0.0
         self._prefill_s_per_token: float | None = None  # of steps with prompts, a moving average
 
@@ -320,7 +315,6 @@ class Engine:
             self._scheduler.sync_blocks()
             return self._view.stats(
                 peak_used_blocks=self._peak_used_blocks,
-                kv_bytes=self._runner.kv_bytes,
                 num_swapped_blocks=self._block_mover.num_swapped_blocks,
                 num_steps=self._num_steps,
                 host_time_s=self._host_time_s,

@@ -221,8 +221,7 @@ class Scheduler:
     def _add_chunk(self, sequence: Sequence, start: int, num_tokens: int, schedule: Schedule) -> None:
         schedule.chunks.append(Chunk(sequence, start, num_tokens))
         schedule.num_tokens += num_tokens
-        if num_tokens > 1:
-            schedule.published[sequence] = self.groups.publish(sequence.seq_id, start + num_tokens)
+        schedule.published[sequence] = self.groups.publish(sequence.seq_id, start + num_tokens)
 
     def _admit(self, schedule: Schedule) -> None:
         """Start waiting sequences while there are tokens, rows and blocks for them."""
