@@ -91,15 +91,14 @@ class Checkpoints:
         Returns them, for `unpublish` if it does not.
         """
         plan, promised = self._plans.get(seq_id), []
-        for position in sorted(plan.positions) if plan is not None else ():
+        for position in sorted(plan.positions, reverse=True) if plan is not None else ():
             if position <= num_tokens:
                 plan.positions.remove(position)
                 node = self._node(seq_id, position)
-                if node is not None and node not in self._last_used:
+                if node is not None and self._add(node):
                     plan.promised[position] = node
                     promised.append(node)
                     self._in_use.add(node)
-                    self._add(node)
         return promised
 
     def unpublish(self, nodes: Sequence[PrefixNode]) -> None:
@@ -134,9 +133,8 @@ class Checkpoints:
         self._plans.pop(seq_id, None)
         position = self._states.latest_position(seq_id)
         node = self._node(seq_id, position) if position else None
-        if node is not None and node not in self._last_used:
+        if node is not None and self._add(node):
             self._states.keep_latest(seq_id, node)
-            self._add(node)
         self._states.free(seq_id)
 
     def _path(self, token_ids: Sequence[int], salt: Hashable, limit: int) -> dict[int, PrefixNode]:
@@ -171,10 +169,19 @@ class Checkpoints:
         self._clock += 1
         self._last_used[node] = self._clock
 
-    def _add(self, node: PrefixNode) -> None:
-        """Add a checkpoint, in the place of the one that was used least recently, if there are too many."""
-        self._touch(node)
-        others = sorted({*self._last_used} - self._in_use - {node}, key=self._last_used.__getitem__)
-        for oldest in others[: max(0, len(self._last_used) - self._capacity)]:
+    def _add(self, node: PrefixNode) -> bool:
+        """Add a checkpoint, if need be in the place of the one used least recently. Returns whether there is one more.
+
+        There is not if it is there, or if the step that is being scheduled uses all others.
+        """
+        if node in self._last_used:
+            return False
+        if len(self._last_used) >= self._capacity:
+            others = [each for each in self._last_used if each not in self._in_use]
+            if not others:
+                return False
+            oldest = min(others, key=self._last_used.__getitem__)
             del self._last_used[oldest]
             self._states.drop(oldest)
+        self._touch(node)
+        return True

@@ -20,6 +20,7 @@ from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 _GPU_SHARE = 0.75  # of what the device recommends, for weights, activations and cache together
 _CPU_SHARE = 0.10  # of RAM, for the cache
 _STATE_SHARE = 0.4  # of the cache's memory, for states at most
+_MIN_CHECKPOINTS = 32  # that are of use, however few sequences run at once
 _NEED_STEP = 1024  # tokens, to multiples of which a need is rounded up
 _MAX_BLOCKS = 1 << 20  # of a group that stores nothing, for a model that does not say how long its context is
 
@@ -108,7 +109,8 @@ def plan_memory(
                 f"states of one sequence take {format_memory(model.state_bytes)}, and {format_memory(max(room, 0))} "
                 "are left for them, where two are needed: give kv_cache_memory more, or num_kv_blocks less"
             )
-        return int(min(2 * config.max_num_seqs, room // model.state_bytes))
+        num_checkpoints = max(config.max_num_seqs, _MIN_CHECKPOINTS) if config.prefix_caching else 1
+        return int(min(config.max_num_seqs + num_checkpoints, room // model.state_bytes))
 
     max_useful_blocks = _MAX_BLOCKS
     if max_model_len is not None:
@@ -131,8 +133,8 @@ def plan_memory(
         share = int(_CPU_SHARE * device_bytes) if on_cpu else int(_GPU_SHARE * device_bytes) - weights - step_bytes
         budget = min(share, bytes_available)
         num_states = count_states(_STATE_SHARE * budget)
-        budget -= num_states * model.state_bytes
-        num_blocks = max(1, _most_that_fit(num_bytes, budget, max_useful_blocks))
+        room = budget - num_states * model.state_bytes
+        num_blocks = max(1, _most_that_fit(num_bytes, room, max_useful_blocks))
     bytes_available -= num_states * model.state_bytes
     if num_bytes(num_blocks) > bytes_available:
         raise ValueError(

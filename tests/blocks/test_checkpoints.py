@@ -182,15 +182,16 @@ def test_the_one_used_least_recently_goes_and_the_earliest_of_a_prompt_is_used_l
     assert steps.states.dropped
 
 
-def test_none_goes_that_the_step_starts_from_or_makes() -> None:
-    steps = Steps(capacity=1)
+def test_none_goes_that_the_step_starts_from_or_makes_and_rather_one_is_not_made() -> None:
+    steps = Steps(capacity=2)
     steps.serve("a", tokens_from(0, 30))
+    assert steps.start("b", tokens_from(0, 50)) == 28
     assert len(steps.checkpoints) == 2
-    assert steps.start("b", tokens_from(0, 40)) == 28
-    assert steps.start("c", tokens_from(0, 39)) == 36
-    assert steps.run() == {"b": [(32, True, True), (36, False, True), (40, False, False)], "c": [(39, True, False)]}
-    steps.serve("d", tokens_from(500, 6))
-    assert len(steps.checkpoints) == 1
+    assert steps.start("c", tokens_from(500, 30)) == 0
+    assert steps.run() == {"b": [(48, True, True), (50, False, False)], "c": [(30, False, False)]}
+    assert steps.serve("d", tokens_from(500, 30)) == 0
+    assert steps.serve("e", tokens_from(500, 30)) == 28
+    assert len(steps.checkpoints) == 2
 
 
 def test_a_checkpoint_goes_with_the_blocks_of_its_prefix() -> None:

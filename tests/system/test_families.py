@@ -116,7 +116,7 @@ MATCHING: dict[str, dict[str, Any]] = {
     "gptj": {},
     "granite": {},
     "granitemoe": {},
-    "granitemoehybrid": {"layer_types": ["attention"] * 3, "num_local_experts": None},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"], "num_local_experts": None} | _MAMBA,
     "helium": {},
     "hunyuan": {
         "num_hidden_layers": 4, "use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2,
@@ -231,6 +231,10 @@ MATCHING: dict[str, dict[str, Any]] = {
     "youtu_llm": {"num_key_value_heads": 4},
 }
 
+OTHER_FORMS: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"layer_types": ["attention"] * 3},
+}
+
 REFUSED: dict[str, dict[str, Any]] = {
     "afm7": {"num_kv_reuse_layers": 1},
     "baichuan_m1": {"sliding_window_layers": [0, 2], "conv_window": 2},
@@ -280,9 +284,9 @@ def _unless_zero(weight: mx.array) -> mx.array:
     return weight if weight.ndim < 2 or weight.any() else mx.random.normal(weight.shape)
 
 
-@pytest.mark.parametrize("family", MATCHING)
-def test_a_listed_family_gives_its_unpaged_results(family: str) -> None:
-    model = make_model(family, **config_of(family))
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in MATCHING), *OTHER_FORMS.items()])
+def test_a_listed_family_gives_its_unpaged_results(family: str, changes: dict[str, Any]) -> None:
+    model = make_model(family, **(config_of(family) | changes))
     model.update(tree_map(_unless_zero, model.parameters()))
     random.seed(1)
     prompts = [[random.randrange(VOCAB_SIZE) for _ in range(length)] for length in (1, 17, 41)]

@@ -97,7 +97,7 @@ class HashMachine(RuleBasedStateMachine):
         if hasattr(self, "states"):
             assert self.states is not None
             assert {*self.checkpoints._last_used} == {*self.states._checkpoints}
-            assert len(self.checkpoints) <= self.checkpoints._capacity + self.engine.config.max_num_seqs
+            assert len(self.checkpoints) <= self.checkpoints._capacity
 
     def take(self, output: Output) -> None:
         assert output.finished
