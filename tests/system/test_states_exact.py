@@ -27,7 +27,7 @@ class HashMachine(RuleBasedStateMachine):
 
     @initialize(
         block_size=st.integers(1, 4),
-        num_tokens=st.integers(24, 160),
+        num_tokens=st.integers(40, 200),
         batch=st.sampled_from([2, 3, 7, 16, 64]),
         num_seqs=st.integers(2, 6),
         num_checkpoints=st.sampled_from([1, 2, 5, 40]),
@@ -49,17 +49,21 @@ class HashMachine(RuleBasedStateMachine):
         assert self.engine.cache_groups.checkpoints is not None
         self.checkpoints = self.engine.cache_groups.checkpoints
         self.checkpoints._capacity = num_checkpoints
-        self.most_tokens = num_tokens // 4
+        self.most_tokens = num_tokens * 2 // 3
         self.histories: list[list[int]] = [[0]]
         self.asked: dict[int, tuple[list[int], SamplingParams | BeamSearchParams]] = {}
 
     @rule(
-        pick=PICK, keep=st.integers(0, 40), more=st.lists(st.integers(0, 2), min_size=1, max_size=14),
-        num_outputs=st.integers(1, 12), n=st.sampled_from([1, 1, 1, 2, 4]),
+        latest=st.integers(1, 5), left_out=st.sampled_from([0, 0, 1, 3, 8]), num_outputs=st.integers(1, 20),
+        more=st.lists(st.integers(0, 2), min_size=1, max_size=9), n=st.sampled_from([1, 1, 2, 4]),
         kind=st.sampled_from(["greedy", "greedy", "sampled", "beams"]), salt=st.sampled_from([None, None, None, "a"]),
     )  # fmt: skip
-    def ask(self, pick: int, keep: int, more: list[int], num_outputs: int, n: int, kind: str, salt: str | None) -> None:
-        prompt = (self.histories[pick % len(self.histories)][:keep] + more)[-self.most_tokens :]
+    def ask(
+        self, latest: int, left_out: int, num_outputs: int, more: list[int], n: int, kind: str, salt: str | None
+    ) -> None:
+        """Go on from one of the latest prompts with their answers, perhaps without its last tokens."""
+        before = self.histories[-min(latest, len(self.histories))]
+        prompt = before[: max(0, min(len(before) - left_out, self.most_tokens - len(more)))] + more
         params: SamplingParams | BeamSearchParams
         if kind == "beams":
             width = min(n, self.engine.config.max_num_seqs, 2)
@@ -76,7 +80,7 @@ class HashMachine(RuleBasedStateMachine):
         self.histories.append(prompt)
 
     @precondition(lambda self: self.engine.has_unfinished())
-    @rule(num_steps=st.integers(1, 12))
+    @rule(num_steps=st.integers(1, 25))
     def go_on(self, num_steps: int) -> None:
         for _ in range(num_steps):
             for output in self.engine.step():
@@ -129,5 +133,5 @@ class HashMachine(RuleBasedStateMachine):
         self.patch.stop()
 
 
-HashMachine.TestCase.settings = settings(max_examples=budget(25, 5000), stateful_step_count=30, deadline=None)
+HashMachine.TestCase.settings = settings(max_examples=budget(15, 5000), stateful_step_count=30, deadline=None)
 test_every_token_is_chosen_by_the_state_after_all_tokens_before_it = HashMachine.TestCase
