@@ -22,7 +22,7 @@ _CPU_SHARE = 0.10  # of RAM, for the cache
 _STATE_SHARE = 0.4  # of the cache's memory, for states at most
 _MIN_CHECKPOINTS = 32  # that are of use, however few sequences run at once
 _NEED_STEP = 1024  # tokens, to multiples of which a need is rounded up
-_MAX_BLOCKS = 1 << 20  # of a group that stores nothing, for a model that does not say how long its context is
+_MAX_BLOCKS = 1 << 16  # of a group that stores nothing, for a model that does not say how long its context is
 
 
 class MemoryPlan(NamedTuple):
@@ -156,7 +156,7 @@ def fit_to_states(config: EngineConfig, num_slots: int) -> EngineConfig:
     """
     for name in ("swap_space", "prefix_cache_dir"):
         if getattr(config, name) is not None:
-            raise ValueError(f"{name} keeps keys and values, and this model's layers have states beside: not with it")
+            raise ValueError(f"{name} stores keys and values, and this model's layers keep states too: leave it out")
     most = min(config.max_num_seqs, num_slots - 1)
     if most < config.max_num_seqs:
         warnings.warn(

@@ -15,8 +15,6 @@ from mlx_paged.outputs import CompletionOutput
 _FACTORS = (1664525, 22695477)
 _SPREAD = np.array([(2 * i + 1) * 0x9E3779B1 % 2**32 for i in range(VOCAB_SIZE)], np.uint32)
 NUM_TOP = 3
-HASH_BYTES = 8
-"""Of the state of one sequence."""
 
 
 class _Hash(nn.Module):

@@ -91,10 +91,24 @@ class HashMachine(RuleBasedStateMachine):
     def abort(self, pick: int) -> None:
         request_id = sorted(self.asked)[pick % len(self.asked)]
         output = self.engine.abort(request_id)
-        if output is None or isinstance(output, BeamSearchOutput):
-            self.asked.pop(request_id)
-        else:
+        if output is not None:
             self.take(output)
+        else:
+            del self.asked[request_id]
+
+    @rule(after=st.booleans(), one_of_six=st.integers(0, 5))
+    def let_the_next_step_fail(self, after: bool, one_of_six: int) -> None:
+        if one_of_six:
+            return
+        run, inner = self.engine._runner.run, type(self.engine._runner).run.__get__(self.engine._runner)
+
+        def fail(inputs: Any) -> None:
+            self.engine._runner.run = inner  # type: ignore[method-assign]
+            if after:
+                run(inputs)
+            raise RuntimeError("the device is gone")
+
+        self.engine._runner.run = fail  # type: ignore[method-assign,assignment]
 
     @invariant()
     def every_checkpoint_has_its_state(self) -> None:
@@ -108,6 +122,9 @@ class HashMachine(RuleBasedStateMachine):
         prompt, params = self.asked.pop(output.request_id)
         if isinstance(output, BeamSearchOutput):
             assert isinstance(params, BeamSearchParams)
+            if output.error is not None or output.aborted:
+                assert output.aborted or "the device is gone" in str(output.error)
+                return
             oracle = dense_beam_search(
                 lambda outputs: np.stack([expected_logprobs([*prompt, *each]) for each in outputs]), params, END_TOKENS
             )
@@ -116,7 +133,8 @@ class HashMachine(RuleBasedStateMachine):
             return
         assert isinstance(params, SamplingParams)
         for sample in output.outputs:
-            assert sample.finish_reason in ("stop", "length", "abort"), sample.stop_reason
+            failed = sample.finish_reason == "error" and "the device is gone" in str(sample.stop_reason)
+            assert failed or sample.finish_reason in ("stop", "length", "abort"), sample.stop_reason
             expect_right_states(prompt, sample, is_greedy=params.temperature == 0)
             self.histories.append(prompt + sample.token_ids)
 
