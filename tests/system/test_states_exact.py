@@ -151,5 +151,5 @@ class HashMachine(RuleBasedStateMachine):
         self.patch.stop()
 
 
-HashMachine.TestCase.settings = settings(max_examples=budget(15, 5000), stateful_step_count=30, deadline=None)
+HashMachine.TestCase.settings = settings(max_examples=budget(30, 5000), stateful_step_count=30, deadline=None)
 test_every_token_is_chosen_by_the_state_after_all_tokens_before_it = HashMachine.TestCase
