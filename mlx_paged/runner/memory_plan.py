@@ -120,21 +120,17 @@ def plan_memory(
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
         num_states = count_states(bytes_available - num_bytes(num_blocks))
-    elif config.kv_cache_memory is not None:
-        budget = parse_memory(config.kv_cache_memory, device_bytes)
+    else:
+        share = int(_CPU_SHARE * device_bytes) if on_cpu else int(_GPU_SHARE * device_bytes) - weights - step_bytes
+        budget, least, most = min(share, bytes_available), 1, max_useful_blocks
+        if config.kv_cache_memory is not None:
+            budget, least = parse_memory(config.kv_cache_memory, device_bytes), 0
+            most = budget // block_bytes[0] if block_bytes[0] else most
         num_states = count_states(_STATE_SHARE * budget)
-        budget -= num_states * model.state_bytes
-        most = budget // block_bytes[0] if block_bytes[0] else max_useful_blocks
-        num_blocks = _most_that_fit(num_bytes, budget, most)
+        num_blocks = max(least, _most_that_fit(num_bytes, budget - num_states * model.state_bytes, most))
         if num_blocks < 1:
             one = format_memory(num_bytes(1))
             raise ValueError(f"kv_cache_memory={config.kv_cache_memory!r} holds no block: one takes {one}")
-    else:
-        share = int(_CPU_SHARE * device_bytes) if on_cpu else int(_GPU_SHARE * device_bytes) - weights - step_bytes
-        budget = min(share, bytes_available)
-        num_states = count_states(_STATE_SHARE * budget)
-        room = budget - num_states * model.state_bytes
-        num_blocks = max(1, _most_that_fit(num_bytes, room, max_useful_blocks))
     bytes_available -= num_states * model.state_bytes
     if num_bytes(num_blocks) > bytes_available:
         raise ValueError(
@@ -161,7 +157,7 @@ def fit_to_states(config: EngineConfig, num_slots: int) -> EngineConfig:
     if most < config.max_num_seqs:
         warnings.warn(
             f"max_num_seqs is {most} instead of {config.max_num_seqs}: there is room for the states of {num_slots} "
-            "sequences, checkpoints included; more with a larger kv_cache_memory",
+            "sequences, checkpoints included; more with a larger kv_cache_memory, or a smaller num_kv_blocks",
             EngineWarning,
             stacklevel=4,
         )
