@@ -89,6 +89,7 @@ class States:
         self._latest: dict[int, tuple[int, _Batch]] = {}
         self._checkpoints: WeakKeyDictionary[Any, _Batch] = WeakKeyDictionary()
         self._made: list[_Batch] = []
+        self._stretches: Sequence[Stretch] = ()
         self.to_compute: list[mx.array] = []
         """What the last step makes: to be computed with it, since its logits do not need all of that."""
 
@@ -167,7 +168,7 @@ class States:
                 part = made.part(place)
                 self._latest[stretch.seq_ids[place]] = num_tokens, part
                 self.to_compute += part.arrays
-        self._made = []
+        self._made, self._stretches = [], ()
 
     def shapes(self, seq_id: int) -> list[tuple[tuple[int, ...], mx.Dtype]]:
         """What the state of one sequence consists of."""
