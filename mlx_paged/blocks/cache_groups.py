@@ -48,7 +48,7 @@ class CacheGroups:
         self.checkpoints = checkpoints
         self._stores = list(stores)
         self._full_context = managers[0]
-        self._all = [*managers, *([] if checkpoints is None else [checkpoints])]
+        self._all: list[BlockManager | Checkpoints] = [*managers, *([] if checkpoints is None else [checkpoints])]
 
     @classmethod
     def make(

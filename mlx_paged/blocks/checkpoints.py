@@ -90,8 +90,8 @@ class Checkpoints:
 
         Returns them, for `unpublish` if it does not.
         """
-        plan, promised = self._plans.get(seq_id), []
-        for position in sorted(plan.positions, reverse=True) if plan is not None else ():
+        plan, promised = self._plans.get(seq_id) or _Plan(None, set()), []
+        for position in sorted(plan.positions, reverse=True):
             if position <= num_tokens:
                 plan.positions.remove(position)
                 node = self._node(seq_id, position)

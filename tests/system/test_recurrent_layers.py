@@ -27,7 +27,7 @@ def greedy(max_tokens: int, **values: Any) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, **values)
 
 
-def prompt_of(length: int, seed: int = 0) -> list[int]:
+def prompt_of(length: int, seed: float = 0) -> list[int]:
     return random.Random(seed).choices(range(VOCAB_SIZE), k=length)
 
 
