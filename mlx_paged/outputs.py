@@ -180,6 +180,13 @@ class EngineStats:
     """What a step with prompts may take now while it decodes for streams, in milliseconds; inf: any time."""
     kv_bytes: int
     """Bytes of all pools."""
+    num_state_slots: int
+    """Room for the states of recurrent layers, of so many sequences, in one number for those that run and checkpoints;
+    0: the model has none."""
+    state_bytes: int
+    """Bytes of all states that are held."""
+    num_checkpoints: int
+    """Prefixes whose states are kept, at which prompts can go on."""
     kv_tokens: int
     """Tokens in blocks that sequences hold, shared ones counted once."""
     prefix_hit_tokens: int

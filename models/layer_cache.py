@@ -14,7 +14,7 @@ from mlx_paged.cache.kv_cache import LayerPool
 class PagedMask(NamedTuple):
     """What a model passes from `make_mask` to its attention: causal, over at most `window` keys."""
 
-    window: int | None
+    window: int
 
 
 class PagedKV:
@@ -31,6 +31,9 @@ class PagedKV:
 
 class PagedLayerCache:
     """One layer of a paged KV cache during one step, with the interface of an mlx-lm cache."""
+
+    adds_scores = False
+    """Whether a model's mask may be scores that it has computed itself."""
 
     def __init__(
         self, pool: LayerPool | None, backend: Backend | None, inputs: ModelInputs, group: int, window: int | None
@@ -53,15 +56,15 @@ class PagedLayerCache:
         dtype = self._pool.keys.dtype
         return PagedKV(self, dtype), PagedKV(self, dtype)
 
-    def make_mask(self, N: int, *, return_array: bool = False, window_size: int | None = None) -> PagedMask:
-        return PagedMask(window_size or self._window)
+    def make_mask(self, N: int, *, return_array: bool = False, window_size: int | None = None) -> PagedMask | None:
+        """What hides from a query more than what comes after it; None, as of one token without a window, if nothing."""
+        window = window_size or self._window
+        return None if window is None else PagedMask(window)
 
-    def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
+    def attend(self, queries: mx.array, scale: float, mask: Any, sinks: Any, softcap: float | None = None) -> mx.array:
         """Attention of queries [num_tokens, num_heads, 1, head_dim]. Returns [num_tokens, num_heads, 1, value_dim]."""
-        window = self._window
-        if mask is not None and mask.window is not None:
-            window = mask.window if window is None else min(window, mask.window)
-        options = AttentionOptions(scale, window, None, sinks)
+        window = min(filter(None, (self._window, mask and mask.window)), default=None)
+        options = AttentionOptions(scale, window, softcap, sinks)
         q = queries.squeeze(2).astype(self._pool.keys.dtype)
         out = self._backend.attend(q, self._pool, self._metadata, options)
         return mx.expand_dims(out, 2).astype(queries.dtype)

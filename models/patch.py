@@ -8,6 +8,7 @@ fails at load, in `_trace`, instead of computing something wrong.
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,15 +17,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_paged.attention.backend import Backend
 from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.attention.paged_attention import choose_backend
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.cache.layer_spec import LayerSpec
+from mlx_paged.cache.states import States
 from mlx_paged.errors import ModelError, one_line
+from mlx_paged.models.latent_attention import LatentLayerCache, RotaryKeys, join_queries, latent_spec
 from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache, PagedMask
+from mlx_paged.models.recurrent import TRACED_STRETCHES, kind_of, leaves, run, trace
 from mlx_paged.models.select_logits import select_logits
 
 SEAM: dict[Callable[..., Any], list[str]] = {
@@ -32,10 +36,12 @@ SEAM: dict[Callable[..., Any], list[str]] = {
     base.create_attention_mask: ["h", "cache", "window_size", "return_array"],
     KVCache.update_and_fetch: ["self", "keys", "values"],
     RotatingKVCache.make_mask: ["self", "N", "window_size", "return_array"],
+    ArraysCache.__init__: ["self", "size", "left_padding"],
+    base.create_ssm_mask: ["h", "cache"],
 }
 _ATTENTION = "scaled_dot_product_attention"
 _INNER_NAMES = ("model", "transformer", "backbone", "decoder")
-_NUM_TRACED_TOKENS = 11  # unlike any number of heads, so that code which mixes up axes can't pass by chance
+_NUM_TRACED_TOKENS = TRACED_STRETCHES[-1].tokens.stop
 _TRACED_ROWS = [4, 8, 10]  # those that need logits; several, so that they are not broadcast by chance
 
 
@@ -58,13 +64,20 @@ class ShapeRecorder(PagedLayerCache):
     def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
         if self.shape is None:
             raise ValueError("a layer asks for what is stored before anything was")
-        return PagedKV(self, self.shape.dtype), PagedKV(self, self.shape.dtype)
+        return PagedKV(self, self.shape.dtype), _TracedValues(self, self.shape.dtype, self.shape.value_dim)
 
-    def attend(self, queries: mx.array, scale: float, mask: PagedMask | None, sinks: mx.array | None) -> mx.array:
+    def use_latents(self) -> None:
+        """Learn that this is latent attention: its values are transposed."""
+        if self.shape is not None and not self.shape.value_in_key:
+            self.shape, self.adds_scores = latent_spec(self.shape), True
+
+    def attend(self, queries: mx.array, scale: float, mask: Any, sinks: Any, softcap: float | None = None) -> mx.array:
         assert self.shape is not None
+        if self.shape.value_in_key:
+            queries, mask = join_queries(queries, scale, mask), None
         self.num_heads = max(self.num_heads, queries.shape[1])
         _expect_shape(queries, (self._num_tokens, queries.shape[1], 1, self.shape.key_dim))
-        if mask and mask.window and self._window and mask.window > self._window:
+        if mask and self._window and mask.window > self._window:
             raise ValueError(f"a layer attends to {mask.window} tokens and its cache keeps {self._window}")
         return mx.zeros((*queries.shape[:3], self.shape.value_dim), queries.dtype)
 
@@ -73,13 +86,21 @@ class ShapeRecorder(PagedLayerCache):
         return self.inputs.token_ids.shape[0]
 
 
+class _TracedValues(RotaryKeys):
+    """Stands for V, of which it is not known yet whether a model takes it for the rotated part of its keys."""
+
+    def swapaxes(self, first: int, second: int) -> mx.array:
+        self.layer_cache.use_latents()
+        return super().swapaxes(first, second)
+
+
 @dataclass(eq=False)
 class PatchedModel:
     """A model that can run on a paged cache, and what is known about it."""
 
     model: nn.Module
     layers: list[LayerSpec | None]
-    """One per cache that the model makes, None where nothing is stored."""
+    """One per cache that the model makes, those in a list apart, None where nothing is stored."""
     windows: list[int | None]
     """Likewise: the most keys that a cache keeps, None for all."""
     num_heads: list[int]
@@ -87,7 +108,21 @@ class PatchedModel:
     vocab_size: int
     selects_logits: bool
     """Whether the model itself returns only the rows of `logits_indices`."""
+    kinds: list[Any]
+    """The caches that it makes for its layers: see `kind_of`."""
+    state_shapes: list[tuple[tuple[int, ...], mx.Dtype]]
+    """What the state of one sequence consists of."""
     _backends: dict[int, list[Backend | None]] = field(default_factory=dict)
+
+    @property
+    def num_entries(self) -> list[int]:
+        """The entries of the state of each recurrent layer."""
+        return [kind for kind in leaves(self.kinds) if kind]
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the states of one sequence."""
+        return sum(math.prod(shape) * dtype.size for shape, dtype in self.state_shapes)
 
     @property
     def groups(self) -> list[int | None]:
@@ -112,15 +147,16 @@ class PatchedModel:
             ]
         return self._backends[block_size]
 
-    def __call__(self, kv_cache: PagedKVCache, inputs: ModelInputs) -> mx.array:
-        """The logits of the tokens of `logits_indices`, [num_rows, vocab_size]."""
+    def __call__(self, kv_cache: PagedKVCache, inputs: ModelInputs, states: States | None = None) -> mx.array:
+        """The logits of the tokens of `logits_indices`, [num_rows, vocab_size]. states: None if all start here."""
         caches: list[Any] = []
         pools = iter(kv_cache.pools)  # of the layers that store anything
         groups = {window: group for group, window in enumerate(self.groups)}
         for backend, window in zip(self.backends(kv_cache.block_size), self.windows, strict=True):
             pool = None if backend is None else next(pools)
-            caches.append(PagedLayerCache(pool, backend, inputs, groups[window], window))
-        logits = self.model(inputs.token_ids[:, None], cache=caches)
+            kind = LatentLayerCache if pool is not None and pool.latent_dim else PagedLayerCache
+            caches.append(kind(pool, backend, inputs, groups[window], window))
+        logits = run(self.model, inputs, self.kinds, caches, states or States(self.num_entries))
         if not self.selects_logits and inputs.logits_indices is not None:
             logits = logits[inputs.logits_indices]
         return logits[:, 0]
@@ -133,14 +169,20 @@ def patch_model(model: nn.Module) -> PatchedModel:
     """
     check_seam()
     name = getattr(model, "model_type", type(model).__name__)
-    windows = [_window_of(cache, name) for cache in make_prompt_cache(model)]
+    made = make_prompt_cache(model)
+    kinds = list(map(kind_of, made))
+    windows = [_window_of(cache, name) for cache in leaves(made) if kind_of(cache) is None]
     for source in {sys.modules[type(module).__module__] for module in model.modules()}:
         if getattr(source, _ATTENTION, None) is base.scaled_dot_product_attention:
             setattr(source, _ATTENTION, _dispatch)
+    if name == "gemma2":
+        from mlx_paged.models.gemma2 import cap_scores
+
+        cap_scores()
     inner = _inner_model(model)
     if inner is not None:
         select_logits(type(inner))
-    return _trace(model, name, windows)
+    return _trace(model, name, windows, kinds)
 
 
 def check_seam() -> None:
@@ -162,7 +204,7 @@ def _window_of(cache: Any, model_name: str) -> int | None:
         return cache.max_size
     raise ModelError(
         f"model family {model_name!r} keeps state in {type(cache).__name__}, which can't be paged: "
-        "only plain and sliding-window attention caches can"
+        "caches of plain, sliding-window and latent attention can, and arrays of a recurrence's state"
     )
 
 
@@ -173,7 +215,7 @@ def _dispatch(
     # Everything but paged K and V is computed as before.
     if not isinstance(keys, PagedKV):
         return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
-    if not (mask is None or isinstance(mask, PagedMask)):
+    if not (mask is None or isinstance(mask, PagedMask) or keys.layer_cache.adds_scores):
         raise TypeError(f"the model passes a mask of its own, {type(mask).__name__}")
     return keys.layer_cache.attend(queries, scale, mask, sinks)
 
@@ -186,22 +228,22 @@ def _inner_model(model: nn.Module) -> nn.Module | None:
     return next((inner for inner in found if isinstance(inner, nn.Module)), None)
 
 
-def _trace(model: nn.Module, name: str, windows: list[int | None]) -> PatchedModel:
+def _trace(model: nn.Module, name: str, windows: list[int | None], kinds: list[Any]) -> PatchedModel:
     """Build the graph of a step, without running it, to see what each layer stores and what the model returns.
 
     Raises ModelError if the model's code does not take what it is given for what it is.
     """
     tokens, rows = mx.arange(_NUM_TRACED_TOKENS, dtype=mx.int32), mx.array(_TRACED_ROWS, mx.int32)
-    caches = [ShapeRecorder(ModelInputs(tokens, tokens, rows, []), window) for window in windows]
+    inputs = ModelInputs(tokens, tokens, rows, [], TRACED_STRETCHES)
     try:
-        logits = model(tokens[:, None], cache=caches)
+        caches, logits, states = trace(model, lambda: [ShapeRecorder(inputs, each) for each in windows], inputs, kinds)
         selects_logits = logits.shape[0] == len(_TRACED_ROWS)
         _expect_shape(logits, (len(_TRACED_ROWS) if selects_logits else _NUM_TRACED_TOKENS, 1, logits.shape[-1]))
     except Exception as error:  # whatever a model's code does to an opaque object
-        what = "its code handles keys, values, masks or positions itself"
+        what = "its code handles keys, values, masks, positions or states itself"
         raise ModelError(f"model family {name!r} can't be paged: {what} ({one_line(error)})") from error
     shapes, num_heads = [cache.shape for cache in caches], [cache.num_heads for cache in caches]
-    return PatchedModel(model, shapes, windows, num_heads, logits.shape[-1], selects_logits)
+    return PatchedModel(model, shapes, windows, num_heads, logits.shape[-1], selects_logits, kinds, states)
 
 
 def _expect_shape(array: mx.array, expected: tuple[int, ...]) -> None:

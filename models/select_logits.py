@@ -9,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_paged.models.layer_cache import PagedLayerCache
+from mlx_paged.models.recurrent import StateLayerCache, leaves
 
 
 def select_logits(cls: Any) -> None:
@@ -20,8 +21,8 @@ def select_logits(cls: Any) -> None:
     @functools.wraps(original)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = original(self, *args, **kwargs)
-        last_caches = (each[-1] for each in (*args, *kwargs.values()) if isinstance(each, list) and each)
-        cache = next((cache for cache in last_caches if isinstance(cache, PagedLayerCache)), None)
+        caches = (cache for each in (*args, *kwargs.values()) if isinstance(each, list) for cache in leaves(each))
+        cache = next((cache for cache in caches if isinstance(cache, PagedLayerCache | StateLayerCache)), None)
         indices = None if cache is None else cache.inputs.logits_indices
         return hidden if indices is None else hidden[indices]
 

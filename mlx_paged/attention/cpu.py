@@ -100,7 +100,7 @@ class CpuBackend(ReferenceBackend):
 
         means, totals = map(list, zip(*(compute(tile, options) for tile in tiles), strict=True))
         num_tokens, num_heads = q.shape[:2]
-        out = in_order(means, token_order, num_tokens, (num_heads, pool.values.shape[3]), mx.float32)
+        out = in_order(means, token_order, num_tokens, (num_heads, pool.value_dim), mx.float32)
         log_total = in_order(totals, token_order, num_tokens, (num_heads, 1), mx.float32)
         for tile in shared:
             more, log_more = compute(tile, options._replace(sinks=None))  # a sink is one of a sequence's own keys
@@ -115,7 +115,7 @@ class CpuBackend(ReferenceBackend):
     ) -> tuple[tuple[list[Tile], mx.array | None], list[Tile]]:
         """As `plan`, without the prefixes' keys, and tiles of one sequence with those and all members' queries."""
         _, _, num_kv_heads, key_dim = pool.keys.shape
-        bytes_per_key = 4 * num_kv_heads * (key_dim + pool.values.shape[3])
+        bytes_per_key = 4 * num_kv_heads * (key_dim + pool.value_dim)
         first_keys, shared = np.zeros_like(metadata.context_lens), []
         for members, num_tokens in prefixes:
             first_keys[members] = num_tokens

@@ -1,6 +1,6 @@
 """What a model is told of a step: tokens, positions, slots, and where each sequence's context lies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention.shared_prefix import SharedPrefix
+from mlx_paged.cache.states import Stretch
 
 FindSharedPrefixes = Callable[[np.ndarray], list[SharedPrefix]]
 
@@ -62,6 +63,8 @@ class ModelInputs(NamedTuple):
     """int32 [num_rows]: the tokens after which a next one is chosen. None: all of them."""
     groups: list[AttentionMetadata]
     """One per cache group."""
+    stretches: Sequence[Stretch] = ()
+    """How recurrent layers take the tokens; in a model that has some, all of them."""
 
 
 def index_rows(rows: np.ndarray) -> slice | mx.array:

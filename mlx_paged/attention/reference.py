@@ -53,7 +53,7 @@ class ReferenceBackend(Backend):
         for tile in tiles:
             out = by_token(self.average(*self.scores(q, pool, tile, options)), tile)
             outputs.append(out.astype(q.dtype))
-        return in_order(outputs, token_order, q.shape[0], (q.shape[1], pool.values.shape[3]), q.dtype)
+        return in_order(outputs, token_order, q.shape[0], (q.shape[1], pool.value_dim), q.dtype)
 
     def scores(
         self, q: mx.array, pool: LayerPool, tile: Tile, options: AttentionOptions
@@ -73,7 +73,7 @@ class ReferenceBackend(Backend):
         if sinks is not None:
             sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, num_kv_heads, -1, 1, 1), (*by_head[:4], 1))
             sinks = sinks.reshape(*scores.shape[:3], 1)
-        return scores, _gather(pool.values, tile), sinks
+        return scores, _gather(pool.values, tile)[..., : pool.value_dim], sinks
 
     def products(self, queries: mx.array, keys: mx.array, tile: Tile) -> mx.array:
         """Of queries [num_seqs, num_kv_heads, num_rows, dim] with a tile's keys."""
@@ -95,7 +95,7 @@ class ReferenceBackend(Backend):
 
     def plan_key(self, q: mx.array, pool: LayerPool) -> tuple[Any, ...]:
         """What a plan depends on, beside the step's metadata and the window."""
-        return self.name, q.shape[1], *pool.keys.shape[1:], pool.values.shape[3]
+        return self.name, q.shape[1], *pool.keys.shape[1:], pool.value_dim
 
     def plan(
         self,
@@ -113,7 +113,7 @@ class ReferenceBackend(Backend):
         contexts, query_lens = metadata.context_lens, metadata.query_lens
         window = _NO_WINDOW if window is None else min(window, _NO_WINDOW)
         first_keys = np.zeros_like(contexts) if first_keys is None else first_keys
-        max_keys = MAX_BYTES // (4 * num_kv_heads * (key_dim + pool.values.shape[3]))
+        max_keys = MAX_BYTES // (4 * num_kv_heads * (key_dim + pool.value_dim))
         tiles: list[Tile] = []
         tokens: list[np.ndarray] = []
         for num_queries in np.unique(query_lens[query_lens > 0]).tolist():

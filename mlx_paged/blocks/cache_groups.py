@@ -5,42 +5,16 @@ windowed group only ever holds what its window can see, taken chunk by chunk as 
 `blocks_for_window` blocks always suffice for it. With fewer it may run out, as the first group may. Knows no mlx.
 """
 
-from collections.abc import Container, Hashable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Container, Hashable, Sequence
+from typing import Any
 
 from mlx_paged.blocks.block_manager import BlockManager
+from mlx_paged.blocks.checkpoints import Checkpoints, StateStore
 from mlx_paged.blocks.prefix_tree import PrefixNode
 from mlx_paged.blocks.transfers import BlockCopy, BlockSave, GroupStoreIndex, Transfer
 from mlx_paged.errors import OutOfBlocks
 
-
-class GroupManager(Protocol):
-    """What a cache group's memory has to be able to do; `BlockManager` says what each method means.
-
-    State that is not kept in blocks can be a group too, if it is shared, forked and freed by these calls.
-    """
-
-    window: int | None
-
-    @property
-    def num_free_blocks(self) -> int: ...
-    def num_cached_tokens(self, token_ids: Sequence[int], *, salt: Hashable, limit: int | None) -> int: ...
-    def attach(
-        self, seq_id: Hashable, token_ids: list[int], num_tokens: int, *, salt: Hashable, max_cached: int | None
-    ) -> int: ...
-    def reserve(self, seq_id: Hashable, num_tokens: int) -> list[tuple[int, int]]: ...
-    def append_blocks(self, seq_ids: Sequence[Hashable]) -> list[int]: ...
-    def sync(self, seq_id: Hashable, num_tokens: int) -> None: ...
-    def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None: ...
-    def publish(self, seq_id: Hashable, num_tokens: int) -> list[PrefixNode]: ...
-    def unpublish(self, nodes: Iterable[PrefixNode]) -> None: ...
-    def fork(self, seq_id: Hashable, new_seq_id: Hashable, token_ids: list[int] | None) -> None: ...
-    def free(self, seq_id: Hashable, *, will_return: bool) -> None: ...
-    def compact(self) -> list[tuple[int, int]]: ...
-    def check(self) -> None: ...
-
-
-Published = list[tuple[GroupManager, list[PrefixNode]]]
+Published = list[tuple[BlockManager | Checkpoints, list[PrefixNode]]]
 """The prefixes that a call of `CacheGroups.publish` let be hit, by group."""
 
 
@@ -61,7 +35,9 @@ class CacheGroups:
         managers: Sequence[BlockManager],
         stores: Sequence[GroupStoreIndex] = (),
         transfers: list[Transfer] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
+        """checkpoints: those of the states of recurrent layers, if the model has any."""
         if managers[0].window is not None or any(manager.window is None for manager in managers[1:]):
             raise ValueError("the first group, and only that, must have no window")
         self.managers = list(managers)
@@ -69,9 +45,10 @@ class CacheGroups:
         self.transfers: list[Transfer] = [] if transfers is None else transfers
         """What has to be moved before the next step, in order."""
         self.num_cow_copies = 0
+        self.checkpoints = checkpoints
         self._stores = list(stores)
         self._full_context = managers[0]
-        self._windowed = list(managers[1:])
+        self._all: list[BlockManager | Checkpoints] = [*managers, *([] if checkpoints is None else [checkpoints])]
 
     @classmethod
     def make(
@@ -81,11 +58,14 @@ class CacheGroups:
         block_size: int,
         *,
         stored_keys: Container[str] | None = None,
+        states: StateStore | None = None,
+        num_checkpoints: int = 0,
         **options: Any,
     ) -> "CacheGroups":
         """Make one manager per group.
 
-        stored_keys: the keys in the block store, if there is one. options: those of `BlockManager`.
+        stored_keys: the keys in the block store, if there is one. states: of recurrent layers, if there are any, of
+        which at most `num_checkpoints` are kept. options: those of `BlockManager`.
         """
         transfers: list[Transfer] = []
         stores = []
@@ -95,7 +75,8 @@ class CacheGroups:
             BlockManager(count, block_size, window=window, store=stores[group] if stores else None, **options)
             for group, (count, window) in enumerate(zip(num_blocks, windows, strict=True))
         ]
-        return cls(managers, stores, transfers)
+        checkpoints = None if states is None else Checkpoints(states, managers[0], num_checkpoints)
+        return cls(managers, stores, transfers, checkpoints)
 
     @property
     def num_free_blocks(self) -> int:
@@ -111,8 +92,8 @@ class CacheGroups:
         num_cached, before = self._full_context.num_cached_tokens(token_ids, salt=salt, limit=limit), -1
         while num_cached != before:  # until all agree
             before = num_cached
-            for manager in self._windowed:
-                num_cached = manager.num_cached_tokens(token_ids, salt=salt, limit=num_cached)
+            for each in self._all[1:]:
+                num_cached = each.num_cached_tokens(token_ids, salt=salt, limit=num_cached)
         return num_cached
 
     def attach(
@@ -126,15 +107,15 @@ class CacheGroups:
     ) -> int:
         """Do as `BlockManager.attach`. Cached are at most `limit` leading tokens that every group can start from."""
         num_cached = self.num_cached_tokens(token_ids[:num_tokens], salt=salt, limit=limit)
-        attached: list[BlockManager] = []
+        attached: list[BlockManager | Checkpoints] = []
         try:
-            for manager in self.managers:
-                count = num_tokens if manager.window is None else num_cached + 1
-                manager.attach(seq_id, token_ids, count, salt=salt, max_cached=num_cached)
-                attached.append(manager)
+            for each in self._all:
+                count = num_tokens if each.window is None else num_cached + 1
+                each.attach(seq_id, token_ids, count, salt=salt, max_cached=num_cached)
+                attached.append(each)
         except OutOfBlocks:
-            for manager in attached:
-                manager.free(seq_id)
+            for each in attached:
+                each.free(seq_id)
             raise
         return num_cached
 
@@ -165,24 +146,24 @@ class CacheGroups:
             manager.sync(seq_id, num_tokens)
 
     def publish(self, seq_id: Hashable, num_tokens: int) -> Published:
-        return [(manager, manager.publish(seq_id, num_tokens)) for manager in self.managers]
+        return [(each, each.publish(seq_id, num_tokens)) for each in self._all]
 
     def unpublish(self, published: Published) -> None:
         """Do as `BlockManager.unpublish`, of what `publish` returned."""
-        for manager, nodes in published:
-            manager.unpublish(nodes)
+        for each, nodes in published:
+            each.unpublish(nodes)
 
     def mark_computed(self, seq_id: Hashable, num_tokens: int) -> None:
         for manager in self.managers:
             manager.mark_computed(seq_id, num_tokens)
 
     def fork(self, seq_id: Hashable, new_seq_id: Hashable, token_ids: list[int] | None = None) -> None:
-        for manager in self.managers:
-            manager.fork(seq_id, new_seq_id, token_ids)
+        for each in self._all:
+            each.fork(seq_id, new_seq_id, token_ids)
 
     def free(self, seq_id: Hashable, *, will_return: bool = False) -> None:
-        for manager in self.managers:
-            manager.free(seq_id, will_return=will_return)
+        for each in reversed(self._all):  # checkpoints while there are blocks
+            each.free(seq_id, will_return=will_return)
 
     def cached_prefixes(self, seq_id: Hashable) -> list[BlockSave]:
         """Return the blocks of a sequence that a request of another run could use, by their keys."""
@@ -199,8 +180,8 @@ class CacheGroups:
 
     def clear(self) -> None:
         """Do as `BlockManager.clear`; what was to be moved is not moved any more."""
-        for manager in self.managers:
-            manager.clear()
+        for each in self._all:
+            each.clear()
         self.transfers.clear()
         self.transfers_done()
 

@@ -22,13 +22,17 @@ class LayerPool:
 
     arrays: dict[str, mx.array]
     """Whatever a block consists of, by name, [num_blocks, block_size, ...]: copies, stores and sizes loop over it."""
+    latent_dim: int | None = None
+    """How many of the first numbers of K are V, where that is not stored."""
     write_done: mx.array | None = None
     """What is there once the last `Backend.write` is over, where MLX does not know of it by itself."""
 
     @classmethod
     def zeros(cls, spec: LayerSpec, num_blocks: int, block_size: int) -> "LayerPool":
         rows = (num_blocks, block_size, spec.num_kv_heads)
-        return cls({name: mx.zeros((*rows, dim), spec.dtype) for name, dim in zip("kv", spec[1:3], strict=True)})
+        dims = zip("k" if spec.value_in_key else "kv", spec[1:3], strict=False)
+        arrays = {name: mx.zeros((*rows, dim), spec.dtype) for name, dim in dims}
+        return cls(arrays, latent_dim=spec.value_dim if spec.value_in_key else None)
 
     @property
     def keys(self) -> mx.array:
@@ -37,8 +41,12 @@ class LayerPool:
 
     @property
     def values(self) -> mx.array:
-        """[num_blocks, block_size, num_kv_heads, value_dim]."""
-        return self.arrays["v"]
+        """[num_blocks, block_size, num_kv_heads, at least value_dim]."""
+        return self.arrays.get("v", self.keys)
+
+    @property
+    def value_dim(self) -> int:
+        return self.latent_dim or self.values.shape[3]
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,9 @@ class LayerSpec(NamedTuple):
     key_dim: int
     value_dim: int
     dtype: mx.Dtype
+    value_in_key: bool = False
+    """V is not stored: it is the first `value_dim` numbers of K."""
 
     @property
     def bytes_per_token(self) -> int:
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.size
+        return self.num_kv_heads * (self.key_dim + (0 if self.value_in_key else self.value_dim)) * self.dtype.size

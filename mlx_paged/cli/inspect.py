@@ -92,7 +92,8 @@ def analyse(
         except ValueError as error:
             raise click.UsageError(f"--memory: {error}") from None
     room = limit - size.weight_bytes
-    ways = cache_cost.compare(size.groups, requests, context, block_size)
+    ways = cache_cost.compare(size.groups, requests, context, block_size, size.state_bytes)
+    per_token = sum(group.bytes_per_token for group in size.groups)
     report = {
         "model": model or "the demo model",
         "family": size.family,
@@ -106,6 +107,7 @@ def analyse(
                 "num_kv_heads": group.shape.num_kv_heads,
                 "key_dim": group.shape.key_dim,
                 "value_dim": group.shape.value_dim,
+                "value_in_key": group.shape.value_in_key,
                 "element_bytes": group.shape.dtype.size,
                 "window": group.window,
                 "bytes_per_token": group.bytes_per_token,
@@ -113,7 +115,9 @@ def analyse(
             }
             for group in size.groups
         ],
-        "bytes_per_token": sum(group.bytes_per_token for group in size.groups),
+        "bytes_per_token": per_token,
+        "state_bytes": size.state_bytes,
+        "state_tokens": size.state_bytes / per_token if per_token else None,
         "device": device,
         "memory_bytes": limit,
         "weight_bytes": size.weight_bytes,
@@ -134,17 +138,22 @@ def _as_text(report: dict[str, Any]) -> str:
 
     from mlx_paged.tools.report import as_text
 
-    lines = [f"{report['model']}: {report['family']}, K and V in {report['dtype']}", ""]
+    kept = f"K and V in {report['dtype']}" if report["layers"] else "no K and V"
+    lines = [f"{report['model']}: {report['family']}, {kept}", ""]
     for layers in report["layers"]:
         heads = f"{layers['num_kv_heads']} KV head" + "s" * (layers["num_kv_heads"] > 1)
+        numbers = f"{layers['key_dim']} K" + (", V in it" if layers["value_in_key"] else f" + {layers['value_dim']} V")
         window = "" if layers["window"] is None else f" with a window of {layers['window']:,} tokens"
         lines += [
             f"one token   {layers['num_layers']} layers{window} x {heads} x "
-            f"({layers['key_dim']} K + {layers['value_dim']} V) x {layers['element_bytes']} bytes = "
+            f"({numbers}) x {layers['element_bytes']} bytes = "
             f"{layers['bytes_per_token']:,} bytes",
             f"one block   {report['block_size']} tokens x {layers['bytes_per_token']:,} bytes = "
             f"{layers['bytes_per_block']:,} bytes",
         ]
+    if report["state_bytes"]:
+        worth = f", as much as {report['state_tokens']:,.0f} tokens" if report["layers"] else ""
+        lines.append(f"one state   {report['state_bytes']:,} bytes for a sequence of any length{worth}")
     room = report["memory_bytes"] - report["weight_bytes"]
     lines += [
         f"room        {report['device']} {format_memory(report['memory_bytes'])} - weights {_weights(report)} = "

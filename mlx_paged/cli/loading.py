@@ -37,7 +37,7 @@ def loading(terminal: Terminal) -> Iterator[None]:
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("always", EngineWarning)
-    warnings.showwarning = lambda message, *_: None if terminal.quiet else terminal.to_stderr(f"mlx-paged: {message}")
+    warnings.showwarning = lambda message, *_: terminal.warn_of_engine(str(message))
     if not terminal.shows_notes:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     terminal.progress("loading ...")

@@ -74,6 +74,11 @@ class Terminal:
         if not self.quiet:
             self.to_stderr(f"mlx-paged: {one_line(text)}")
 
+    def warn_of_engine(self, text: str) -> None:
+        """Say what an EngineWarning does, to the same people. Settings that it names become options."""
+        if not self.quiet:
+            self.to_stderr(f"mlx-paged: {in_options(text, self.option_names)}")
+
     def failure(self, text: str) -> None:
         """Say in one line what went wrong, whoever reads. Settings that it names become options."""
         self.to_stderr(f"mlx-paged: {in_options(one_line(text), self.option_names)}")

@@ -66,6 +66,8 @@ class Engine:
             runner.plan.windows,
             config.block_size,
             stored_keys=stores,
+            states=runner.states,
+            num_checkpoints=runner.plan.num_state_slots - config.max_num_seqs,
             allocator=config.allocator,
             prefix_caching=config.prefix_caching,
         )
@@ -77,7 +79,7 @@ class Engine:
         self._scheduler = Scheduler(self.cache_groups, self._batch, config)
         self._block_mover = BlockMover(self.cache_groups, runner.kv_cache, stores)
         self.input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
-        self._input_builder = InputBuilder(self._batch)
+        self._input_builder = InputBuilder(self._batch, self.cache_groups.checkpoints)
         self._steps = StepRunner(runner, self.profile)
         detokenizer, eos_token_ids = self.input_processor.detokenizer, self.input_processor.eos_token_ids
         self._outputs = OutputProcessor(detokenizer, eos_token_ids, self._batch, self._scheduler, self.profile)
@@ -85,18 +87,15 @@ class Engine:
         self._sampling = SamplingStep(
             self._batch, runner.vocab_size, self._forking, self._outputs, self._steps, self.profile
         )
-        self._view = EngineView(self.cache_groups, self._scheduler, self._outputs)
+        self._view = EngineView(self.cache_groups, self._scheduler, self._outputs, runner)
         self._arrivals: deque[Request] = deque()
         self._pending_aborts: deque[int] = deque()
         self._in_flight: StepInFlight | None = None
         self._process = OwnProcess()
         self._lock = threading.RLock()
         self._arrival_lock = threading.Lock()
-        self._is_busy = False
-        self._is_torn = False
-        self._next_request_id = 0
-        self._num_steps = 0
-        self._peak_used_blocks = 0
+        self._is_busy = self._is_torn = False
+        self._next_request_id = self._num_steps = self._peak_used_blocks = 0
         self._host_time_s = 0.0
 
     @property
@@ -279,7 +278,7 @@ class Engine:
         failed = {s.request: None for step in steps for s in self._sequences_of(step)} if is_of_steps else {}
         traceback.clear_frames(error.__traceback__)  # they hold what was being computed, and with it the pools
         self._steps.reset()
-        self._input_builder = InputBuilder(self._batch)
+        self._input_builder = InputBuilder(self._batch, self.cache_groups.checkpoints)
         self._sampling.reset()
         self._scheduler.restart([s for r in self._outputs.requests.values() for s in r.sequences if not s.finished])
         reason = " ".join(f"the step failed: {type(error).__name__}: {error}".split())
@@ -314,7 +313,6 @@ class Engine:
             self._scheduler.sync_blocks()
             return self._view.stats(
                 peak_used_blocks=self._peak_used_blocks,
-                kv_bytes=self._runner.kv_bytes,
                 num_swapped_blocks=self._block_mover.num_swapped_blocks,
                 num_steps=self._num_steps,
                 step_sizes=self._steps.sizes.copy(),

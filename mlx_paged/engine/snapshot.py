@@ -17,6 +17,7 @@ from mlx_paged.blocks.prefix_bars import nearest_prefix, prefix_bars
 from mlx_paged.engine.output_processor import OutputProcessor
 from mlx_paged.outputs import EngineStats, PoolSnapshot, PrefixMatch, RequestSnapshot, Snapshot
 from mlx_paged.request import Request
+from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.scheduler.scheduler import Scheduler
 
 MAX_CELLS = 4096
@@ -29,14 +30,18 @@ _NUM_AROUND = 16  # tokens before the first that differs
 class EngineView:
     """Looks at the parts of an engine."""
 
-    def __init__(self, groups: CacheGroups, scheduler: Scheduler, outputs: OutputProcessor) -> None:
+    def __init__(
+        self, groups: CacheGroups, scheduler: Scheduler, outputs: OutputProcessor, runner: ModelRunner
+    ) -> None:
         self._groups = groups
         self._scheduler = scheduler
         self._outputs = outputs
+        self._runner = runner
 
     def stats(self, **of_engine: Any) -> EngineStats:
         """Count. of_engine: the counters that the engine itself keeps."""
-        scheduler, manager = self._scheduler, self._groups.managers[0]
+        scheduler, manager, runner = self._scheduler, self._groups.managers[0], self._runner
+        checkpoints = self._groups.checkpoints
         return EngineStats(
             num_blocks=manager.num_blocks,
             num_free_blocks=manager.num_free_blocks,
@@ -44,6 +49,10 @@ class EngineView:
             num_waiting=len(scheduler.waiting),
             block_size=manager.block_size,
             max_step_ms=1000 * scheduler.step_budget.max_step_s,
+            kv_bytes=runner.kv_bytes,
+            num_state_slots=runner.plan.num_state_slots,
+            state_bytes=0 if runner.states is None else runner.states.nbytes,
+            num_checkpoints=0 if checkpoints is None else len(checkpoints),
             kv_tokens=manager.num_kv_tokens(),
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,

@@ -33,6 +33,8 @@ class StepInFlight:
     version: int
     """Of the running batch when these were chosen: a row that changes later is another sequence's."""
     logits: mx.array | None = None
+    launched: list[mx.array] = field(default_factory=list)
+    """The logits, and the states that recurrent layers come to."""
     sampled_rows: np.ndarray | None = None
     """The rows whose next tokens are drawn."""
     sampled_version: int = 0
@@ -72,14 +74,14 @@ class StepRunner:
         asked = step.prompt_logprobs = PromptLogprobs.of(step.schedule) if step.schedule.chunks else None
         step.logits = self._runner.run(inputs) if asked is None else asked.run(self._runner, inputs)
         self.model_time_s += time.perf_counter() - started
+        step.launched = [step.logits, *(() if self._runner.states is None else self._runner.states.to_compute)]
         if self._runner.overlap_is_safe:
-            self._submit([step.logits])
+            self._submit(step.launched)
 
     def submit(self, step: StepInFlight) -> None:
         """Submit a launched step, if `launch` did not, now that the step before it is over."""
         if not self._runner.overlap_is_safe:
-            assert step.logits is not None
-            self._submit([step.logits])
+            self._submit(step.launched)
 
     def submit_results(self, step: StepInFlight) -> None:
         """Submit what is drawn from a step's logits."""

@@ -7,7 +7,9 @@ import numpy as np
 
 from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
 from mlx_paged.attention.shared_prefix import SharedPrefix, find_shared_prefixes
+from mlx_paged.blocks.checkpoints import Checkpoints
 from mlx_paged.runner.in_flight import StepInFlight
+from mlx_paged.runner.stretches import make_stretches
 from mlx_paged.scheduler.block_tables import BlockTables
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.schedule import Schedule
@@ -19,8 +21,10 @@ class InputBuilder:
     Block tables are kept on the device, a row per running sequence: a step sends the entries that have changed.
     """
 
-    def __init__(self, batch: RunningBatch) -> None:
+    def __init__(self, batch: RunningBatch, checkpoints: Checkpoints | None = None) -> None:
+        """checkpoints: of a model that has recurrent layers."""
         self._batch = batch
+        self._checkpoints = checkpoints
         self._tables = [_DeviceTables(tables) for tables in batch.tables]
         self._shared_prefixes = _SharedPrefixes(batch, batch.tables[0])  # of the layers that keep the whole context
         self._last_rows = np.zeros(0, np.int64)
@@ -71,7 +75,8 @@ class InputBuilder:
             find = find_shared if tables is self._tables[0] else None
             slots = mx.array(block_ids), slot_offsets
             groups.append(AttentionMetadata(used, context_lens, cu_seqlens_q, find, *slots))
-        inputs = ModelInputs(self._token_ids(schedule, in_flight), mx.array(positions), None, groups)
+        stretches = () if self._checkpoints is None else make_stretches(schedule, batch, self._checkpoints)
+        inputs = ModelInputs(self._token_ids(schedule, in_flight), mx.array(positions), None, groups, stretches)
         if not chunks:
             return inputs, rows
         seqs = np.flatnonzero([*[True] * len(schedule.rows), *[chunk.needs_logits for chunk in chunks]])

@@ -1,6 +1,8 @@
 """How many blocks of KV cache there is room for, and what the rest of the device's memory is for."""
 
+import dataclasses
 import os
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -9,6 +11,7 @@ import mlx.core as mx
 
 from mlx_paged.blocks.cache_groups import blocks_for_window
 from mlx_paged.config import EngineConfig, format_memory, parse_memory
+from mlx_paged.errors import EngineWarning
 from mlx_paged.models.loading import weight_bytes
 from mlx_paged.models.patch import PatchedModel
 from mlx_paged.runner.warmup import measure_step_bytes
@@ -16,8 +19,10 @@ from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 _GPU_SHARE = 0.75  # of what the device recommends, for weights, activations and cache together
 _CPU_SHARE = 0.10  # of RAM, for the cache
+_STATE_SHARE = 0.4  # of the cache's memory, for states at most
+_MIN_CHECKPOINTS = 32  # that are of use, however few sequences run at once
 _NEED_STEP = 1024  # tokens, to multiples of which a need is rounded up
-_MAX_BLOCKS = 1 << 20  # of a group that stores nothing, for a model that does not say how long its context is
+_MAX_BLOCKS = 1 << 16  # of a group that stores nothing, for a model that does not say how long its context is
 
 
 class MemoryPlan(NamedTuple):
@@ -34,6 +39,10 @@ class MemoryPlan(NamedTuple):
     """What the device recommends as the most to use."""
     device: str
     """What that number is."""
+    state_bytes: int = 0
+    """Of the states of recurrent layers, of one sequence; 0: there are none."""
+    num_state_slots: int = 0
+    """How many such states there is room for: one per running sequence, and checkpoints."""
 
     @property
     def kv_bytes(self) -> int:
@@ -47,10 +56,13 @@ class MemoryPlan(NamedTuple):
             if size
         ]
         per_token = format_memory(sum(self.block_bytes) / self.block_size)
+        cache = (
+            f"{' and '.join(pools)} of {self.block_size} tokens, {format_memory(self.kv_bytes)} ({per_token} per token)"
+        )
+        states = f"; {self.num_state_slots} states of {format_memory(self.state_bytes)}" if self.state_bytes else ""
         return (
-            f"KV cache: {' and '.join(pools)} of {self.block_size} tokens, {format_memory(self.kv_bytes)} ({per_token} "
-            f"per token); weights {format_memory(self.weight_bytes)}, reserve {format_memory(self.step_bytes)}; "
-            f"{self.device} {format_memory(self.device_bytes)}"
+            f"KV cache: {cache if pools else 'none'}{states}; weights {format_memory(self.weight_bytes)}, "
+            f"reserve {format_memory(self.step_bytes)}; {self.device} {format_memory(self.device_bytes)}"
         )
 
 
@@ -88,6 +100,18 @@ def plan_memory(
     def num_bytes(num_blocks: int) -> int:
         return sum(count * size for count, size in zip(group_blocks(num_blocks), block_bytes, strict=True))
 
+    def count_states(room: float) -> int:
+        """How many states `room` bytes hold, as many as are of use. Raises ValueError if that is less than two."""
+        if not model.state_bytes:
+            return 0
+        if room < 2 * model.state_bytes:
+            raise ValueError(
+                f"states of one sequence take {format_memory(model.state_bytes)}, and {format_memory(max(room, 0))} "
+                "are left for them, where two are needed: give kv_cache_memory more, or num_kv_blocks less"
+            )
+        num_checkpoints = max(config.max_num_seqs, _MIN_CHECKPOINTS) if config.prefix_caching else 1
+        return int(min(config.max_num_seqs + num_checkpoints, room // model.state_bytes))
+
     max_useful_blocks = _MAX_BLOCKS
     if max_model_len is not None:
         max_useful_blocks = config.max_num_seqs * -(-max_model_len // config.block_size)
@@ -95,16 +119,19 @@ def plan_memory(
         max_useful_blocks = min(max_useful_blocks, num_needed)
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
-    elif config.kv_cache_memory is not None:
-        budget = parse_memory(config.kv_cache_memory, device_bytes)
-        most = budget // block_bytes[0] if block_bytes[0] else max_useful_blocks
-        num_blocks = _most_that_fit(num_bytes, budget, most)
+        num_states = count_states(bytes_available - num_bytes(num_blocks))
+    else:
+        share = int(_CPU_SHARE * device_bytes) if on_cpu else int(_GPU_SHARE * device_bytes) - weights - step_bytes
+        budget, least, most = min(share, bytes_available), 1, max_useful_blocks
+        if config.kv_cache_memory is not None:
+            budget, least = parse_memory(config.kv_cache_memory, device_bytes), 0
+            most = budget // block_bytes[0] if block_bytes[0] else most
+        num_states = count_states(_STATE_SHARE * budget)
+        num_blocks = max(least, _most_that_fit(num_bytes, budget - num_states * model.state_bytes, most))
         if num_blocks < 1:
             one = format_memory(num_bytes(1))
             raise ValueError(f"kv_cache_memory={config.kv_cache_memory!r} holds no block: one takes {one}")
-    else:
-        share = int(_CPU_SHARE * device_bytes) if on_cpu else int(_GPU_SHARE * device_bytes) - weights - step_bytes
-        num_blocks = max(1, _most_that_fit(num_bytes, min(share, bytes_available), max_useful_blocks))
+    bytes_available -= num_states * model.state_bytes
     if num_bytes(num_blocks) > bytes_available:
         raise ValueError(
             f"a KV cache of {num_blocks} blocks of {config.block_size} tokens = {format_memory(num_bytes(num_blocks))} "
@@ -113,8 +140,28 @@ def plan_memory(
             "kv_cache_memory, or max_num_batched_tokens, which sets the reserve"
         )
     return MemoryPlan(
-        group_blocks(num_blocks), block_bytes, windows, config.block_size, weights, step_bytes, device_bytes, device
-    )
+        group_blocks(num_blocks), block_bytes, windows, config.block_size, weights, step_bytes, device_bytes, device,
+        model.state_bytes, num_states,
+    )  # fmt: skip
+
+
+def fit_to_states(config: EngineConfig, num_slots: int) -> EngineConfig:
+    """Let no more sequences run than there are states for, and one for a checkpoint. Says so in a warning.
+
+    Raises ValueError for stores, which keep K and V and no states.
+    """
+    for name in ("swap_space", "prefix_cache_dir"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name} stores keys and values, and this model's layers keep states too: leave it out")
+    most = min(config.max_num_seqs, num_slots - 1)
+    if most < config.max_num_seqs:
+        warnings.warn(
+            f"max_num_seqs is {most} instead of {config.max_num_seqs}: there is room for the states of {num_slots} "
+            "sequences, checkpoints included; more with a larger kv_cache_memory, or a smaller num_kv_blocks",
+            EngineWarning,
+            stacklevel=4,
+        )
+    return dataclasses.replace(config, max_num_seqs=most)
 
 
 def blocks_for_requests(

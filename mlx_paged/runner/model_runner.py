@@ -10,9 +10,10 @@ from mlx.utils import tree_flatten
 
 from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.cache.states import States
 from mlx_paged.config import EngineConfig, parse_memory
 from mlx_paged.models.patch import PatchedModel
-from mlx_paged.runner.memory_plan import plan_memory
+from mlx_paged.runner.memory_plan import fit_to_states, plan_memory
 from mlx_paged.runner.warmup import overlap_is_safe
 
 _CHECKSUM_PIECE = 1 << 24  # words
@@ -28,10 +29,14 @@ class ModelRunner:
         self._model = model
         self.backends = {backend.name for backend in model.backends(config.block_size) if backend is not None}
         self.plan = plan_memory(model, config, max_model_len, num_needed)
+        self.config = config if self.plan.state_bytes == 0 else fit_to_states(config, self.plan.num_state_slots)
+        """With no more sequences at once than there is room for."""
         layers = [layer for layer, _ in model.stored_layers]
         groups = [group for _, group in model.stored_layers]
         num_blocks = [self.plan.num_blocks[group] for group in groups]
         self.overlap_is_safe = overlap_is_safe(model, config, self.plan.num_blocks[0])
+        self.states = States(model.num_entries) if model.num_entries else None
+        """Those of recurrent layers, if there are any."""
         self.kv_cache = PagedKVCache(layers, num_blocks, config.block_size, parse_memory(config.max_staging), groups)
 
     @property
@@ -44,7 +49,7 @@ class ModelRunner:
 
     def run(self, inputs: ModelInputs) -> mx.array:
         """Build the graph of a step, K and V written with it. Returns its logits, [num_rows, vocab_size]."""
-        return self._model(self.kv_cache, inputs)
+        return self._model(self.kv_cache, inputs, self.states)
 
     def reset(self) -> None:
         """Make new pools after an error, of which the old ones may be part."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
 from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.cache.states import Stretch
 from mlx_paged.config import EngineConfig
 from mlx_paged.models.patch import PatchedModel
 
@@ -91,7 +92,9 @@ def _one_sequence(
         slot_offsets=mx.array(positions % config.block_size),
     )
     token_ids, logits_indices = mx.zeros(num_tokens, mx.int32), mx.array(positions[num_tokens - num_rows :])
-    return kv_cache, ModelInputs(token_ids, mx.array(positions), logits_indices, [metadata] * len(model.groups))
+    stretches = [Stretch(slice(0, num_tokens), [0], is_first=True)]
+    groups = [metadata] * len(model.groups)
+    return kv_cache, ModelInputs(token_ids, mx.array(positions), logits_indices, groups, stretches)
 
 
 def _peak_bytes(run: Callable[[], None]) -> int:

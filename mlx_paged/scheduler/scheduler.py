@@ -222,8 +222,7 @@ class Scheduler:
         schedule.chunks.append(chunk)
         schedule.num_tokens += chunk.num_tokens
         self.step_budget.take(chunk)
-        if chunk.num_tokens > 1:
-            schedule.published[chunk.sequence] = self.groups.publish(chunk.sequence.seq_id, chunk.end)
+        schedule.published[chunk.sequence] = self.groups.publish(chunk.sequence.seq_id, chunk.end)
 
     def _admit(self, schedule: Schedule) -> None:
         """Start waiting sequences while there are tokens, time, rows and blocks for them."""

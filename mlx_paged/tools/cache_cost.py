@@ -52,8 +52,10 @@ class ModelSize(NamedTuple):
 
     family: str
     dtype: str
-    """Of K and V."""
+    """Of K and V, or of the weights if there are none."""
     groups: list[LayerGroup]
+    state_bytes: int
+    """Of the states of recurrent layers, of one sequence."""
     weights: dict[str, int]
     """Their bytes by type, most first."""
     is_measured: bool
@@ -88,12 +90,14 @@ class Reservation(NamedTuple):
         return max(0, room) * self.num_requests // self.taken
 
 
-def compare(groups: Sequence[LayerGroup], lengths: Sequence[int], context: int, block_size: int) -> list[Reservation]:
+def compare(
+    groups: Sequence[LayerGroup], lengths: Sequence[int], context: int, block_size: int, state_bytes: int = 0
+) -> list[Reservation]:
     """Compare three ways to hold requests of `lengths` tokens, prompt and output: reserved, padded, in blocks.
 
     Reserved: room for `context` tokens each. Padded: mlx-lm's batch, every row as long as the longest, which grows by
     256 tokens at a time; the second copy that it makes while growing is not counted. In blocks: every block that
-    holds a visible token.
+    holds a visible token. However they are held, each has a state of `state_bytes`.
     """
     padded = -(-max(lengths) // _GROWTH) * _GROWTH
 
@@ -102,7 +106,7 @@ def compare(groups: Sequence[LayerGroup], lengths: Sequence[int], context: int, 
         return ((num_tokens - 1) // block_size - first_visible // block_size + 1) * block_size
 
     def total(tokens: Iterable[tuple[LayerGroup, int]]) -> int:
-        return sum(group.bytes_per_token * num_tokens for group, num_tokens in tokens)
+        return len(lengths) * state_bytes + sum(group.bytes_per_token * num_tokens for group, num_tokens in tokens)
 
     pairs = [(group, length) for group in groups for length in lengths]
     needed = total((group, group.visible(length)) for group, length in pairs)
@@ -152,14 +156,16 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
     layers = sorted(zip(patched.layers, patched.windows, strict=True), key=lambda layer: layer[1] or 0)
     counts = Counter((shape, window) for shape, window in layers if shape is not None)
     groups = [LayerGroup(count, shape, window) for (shape, window), count in counts.items()]
-    weights: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
     for array in dict(tree_flatten(model.parameters())).values():
-        weights[_name(array.dtype)] += array.nbytes
+        counted[_name(array.dtype)] += array.nbytes
+    weights = dict(counted.most_common())
     return ModelSize(
         family=str(config["model_type"]),
-        dtype=_name(groups[0].shape.dtype),
+        dtype=_name(groups[0].shape.dtype) if groups else next(iter(weights)),
         groups=groups,
-        weights=dict(weights.most_common()),
+        state_bytes=patched.state_bytes,
+        weights=weights,
         is_measured=is_measured,
         unknown_quantization=None
         if is_measured or not stored or config.get("quantization")

@@ -77,6 +77,7 @@ def test_json_has_every_number_of_a_hand_computed_case(folder: Path) -> None:
                 "num_kv_heads": 2,
                 "key_dim": 16,
                 "value_dim": 16,
+                "value_in_key": False,
                 "element_bytes": 2,
                 "window": None,
                 "bytes_per_token": PER_TOKEN,
@@ -84,6 +85,8 @@ def test_json_has_every_number_of_a_hand_computed_case(folder: Path) -> None:
             }
         ],
         "bytes_per_token": PER_TOKEN,
+        "state_bytes": 0,
+        "state_tokens": 0,
         "device": "given",
         "memory_bytes": 10**9,
         "weight_bytes": WEIGHTS,

@@ -1,8 +1,17 @@
-"""What a model's makers recommend for sampling, and what the command line gives instead."""
+"""What a model's makers recommend for sampling, and what loading says of a model whose layers keep states."""
 
 from __future__ import annotations
 
-from helpers.stub_llm import Run
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.families import family_model
+from helpers.stub_llm import Run, assert_one_line, invoke
+from mlx_lm.utils import save_config, save_model
 
 from mlx_paged.sampling_params import SamplingParams
 
@@ -42,3 +51,38 @@ def test_a_beam_search_takes_nothing_of_it(run: Run) -> None:
     run.stub.output = lambda self, request, text, finished: None  # type: ignore[method-assign,assignment,return-value]
     run("beam-search", "Hi")
     assert not hasattr(run.params, "temperature")
+
+
+@pytest.fixture
+def hybrid_folder(tmp_path: Path, demo_folder: Path) -> Iterator[str]:
+    """A tiny random Granite 4 with the demo model's tokenizer."""
+    vocab_size = json.loads((demo_folder / "config.json").read_text())["vocab_size"]
+    model = family_model("granitemoehybrid", vocab_size=vocab_size)
+    save_model(tmp_path, model)
+    save_config(
+        {name: value for name, value in vars(model.args).items() if value is not None}, tmp_path / "config.json"
+    )
+    for file in demo_folder.glob("*token*"):
+        shutil.copy(file, tmp_path)
+    with warnings.catch_warnings():  # which a command shows in its own way
+        yield str(tmp_path)
+
+
+def test_that_fewer_sequences_run_for_want_of_memory_is_said_once_in_words_of_options(hybrid_folder: str) -> None:
+    command = ("generate", "--raw", "--model", hybrid_folder, "--max-tokens", "2", "Once")
+    result = invoke(*command, "--kv-cache-memory", "1MB", "--block-size", "4")
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stderr.splitlines() if "instead of" in line]
+    assert line.startswith("mlx-paged: --max-num-seqs is ") and "more with a larger --kv-cache-memory" in line
+    assert " states of " in result.stderr and "max_num_seqs" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--swap-space", "--prefix-cache-dir"])
+def test_a_store_that_would_have_no_states_is_refused_in_one_line(option: str, hybrid_folder: str) -> None:
+    result = invoke("generate", "--raw", "-q", "--model", hybrid_folder, option, "./store", "Once")
+    assert_one_line(result, 1, f"{option} stores keys and values", "leave it out")
+
+
+def test_too_little_memory_for_the_states_of_one_sequence_is_one_line(hybrid_folder: str) -> None:
+    result = invoke("generate", "--raw", "-q", "--model", hybrid_folder, "--kv-cache-memory", "20KB", "Once")
+    assert_one_line(result, 1, "states of one sequence take", "give --kv-cache-memory more")

@@ -16,6 +16,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import base
 from mlx_lm.models.cache import (
     ArraysCache,
+    CacheList,
     ChunkedKVCache,
     KVCache,
     QuantizedKVCache,
@@ -125,11 +126,21 @@ def test_mlx_lms_quantised_cache_still_works_in_a_patched_model() -> None:
     assert mx.array_equal(before, after)
 
 
-@pytest.mark.parametrize("cache", [ArraysCache(2), ChunkedKVCache(24)], ids=lambda cache: type(cache).__name__)
-def test_a_kind_of_cache_that_can_not_be_paged_is_refused_by_name(cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cache", "reason"),
+    [
+        (ChunkedKVCache(24), "'llama' keeps state in ChunkedKVCache, which can't be paged"),
+        (CacheList(KVCache(), ChunkedKVCache(24)), "'llama' keeps state in ChunkedKVCache, which can't be paged"),
+        (ArraysCache(2), "'llama' can't be paged: .*'StateSeeker'"),
+        (ArraysCache(2, left_padding=[0]), "'llama' can't be paged: .*'StateSeeker'"),
+    ],
+    ids=["chunks", "list", "state", "padding"],
+)
+def test_a_cache_that_a_layer_can_not_have_here_is_refused_by_name(
+    cache: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model("llama")
     monkeypatch.setattr(type(model), "make_cache", lambda self: [KVCache(), cache, KVCache()])
-    reason = f"'llama' keeps state in {type(cache).__name__}, which can't be paged"
     with pytest.raises(ModelError, match=reason):
         LLM.from_model(model, num_kv_blocks=4)
 

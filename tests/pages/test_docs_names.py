@@ -15,7 +15,16 @@ from helpers.pages import PAGES, ROOT, prose_of
 RESULTS = ROOT / "benchmarks" / "results" / "README.md"
 README = ROOT / "README.md"
 DESIGN, NAMES = ROOT / "docs" / "design.md", ROOT / "docs" / "names.md"
-OF_OTHERS = {"BatchGenerator", "Klear", "PageBlock", "PageAllocator", "PageTable", "PagedBatchManager", *vars(builtins)}
+OF_OTHERS = {
+    "ArraysCache",
+    "BatchGenerator",
+    "Klear",
+    "PageBlock",
+    "PageAllocator",
+    "PageTable",
+    "PagedBatchManager",
+    *vars(builtins),
+}
 
 
 def test_links_lead_to_files_and_headings_that_exist() -> None:

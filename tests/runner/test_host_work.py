@@ -28,6 +28,7 @@ class StubRunner:
     """In place of a ModelRunner: the same logits for every row, and a note of what it was given."""
 
     overlap_is_safe = True
+    states = None
     kv_bytes = 0
     kv_cache = SimpleNamespace(move_blocks=lambda moves, group: None)
     vocab_size = VOCAB_SIZE

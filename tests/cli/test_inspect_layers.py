@@ -1,0 +1,59 @@
+"""`mlx-paged inspect` of models whose layers store something else than keys and values per head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.stub_llm import invoke
+
+CONFIG = {
+    "hidden_size": 64, "num_hidden_layers": 5, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 97, "max_position_embeddings": 2048,
+    "tie_word_embeddings": True, "attention_bias": False,
+}  # fmt: skip
+
+
+def inspect(folder: Path, config: dict[str, Any], *options: str) -> tuple[dict[str, Any], str]:
+    """What it says of a folder with this configuration and no weights: as JSON, and as text."""
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    command = ("inspect", str(folder), "--dtype", "bfloat16", *options)
+    report, text = invoke(*command, "--json"), invoke(*command)
+    assert (report.exit_code, text.exit_code) == (0, 0), report.output + text.output
+    return json.loads(report.stdout), text.output
+
+
+def test_latent_attention_stores_one_row_of_deepseek_v3s_published_size(tmp_path: Path) -> None:
+    shape = {
+        "model_type": "deepseek_v3", "num_hidden_layers": 2, "kv_lora_rank": 512, "q_lora_rank": 24, "rope_theta": 1e4,
+        "qk_rope_head_dim": 64, "v_head_dim": 16, "qk_nope_head_dim": 16, "moe_intermediate_size": 32,
+        "n_routed_experts": 2, "first_k_dense_replace": 2, "topk_group": 1, "num_experts_per_tok": 1,
+    }  # fmt: skip
+    _, text = inspect(tmp_path, shape)
+    assert "2 layers x 1 KV head x (576 K, V in it) x 2 bytes = 2,304 bytes" in text
+
+
+MAMBA = {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_proj_bias": False, "mamba_d_state": 16, "mamba_d_conv": 4,
+    "mamba_n_groups": 1, "mamba_conv_bias": True, "embedding_multiplier": 1, "attention_multiplier": 1,
+    "logits_scaling": 1, "residual_multiplier": 1,
+}  # fmt: skip
+STATE = 4 * 8 * 16 * 16 + 2 * 3 * (8 * 16 + 2 * 16)  # a sum in float32, and three tokens of a convolution in bfloat16
+
+
+@pytest.mark.parametrize("num_attentions", [2, 0])
+def test_a_hybrids_state_is_said_beside_its_blocks_and_counted_for_every_request(
+    num_attentions: int, tmp_path: Path
+) -> None:
+    kinds = ["mamba"] * (5 - num_attentions) + ["attention"] * num_attentions
+    config = MAMBA | {"model_type": "granitemoehybrid", "layer_types": kinds}
+    found, text = inspect(tmp_path, config, "--lengths", "17,33", "--context", "64")
+    per_token, state = num_attentions * 2 * 2 * 16 * 2, (5 - num_attentions) * STATE
+    assert (found["state_bytes"], found["bytes_per_token"]) == (state, per_token)
+    assert found["ways"]["blocks"]["bytes"] == 2 * state + (32 + 48) * per_token
+    assert found["needed_bytes"] == 2 * state + 50 * per_token
+    worth = f", as much as {state / per_token:,.0f} tokens" if num_attentions else ""
+    assert f"one state   {state:,} bytes for a sequence of any length{worth}\n" in text
+    assert ("no K and V" in text) == (num_attentions == 0)

@@ -1,0 +1,155 @@
+"""States of recurrent layers in whole engines, exactly: a hash of all tokens in the place of the recurrence."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from helpers.beam_lab import EndTokens
+from helpers.beam_oracle import dense_beam_search
+from helpers.budget import budget
+from helpers.hash_model import NUM_TOP, HashModel, expect_right_states, expected_logprobs
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mlx_paged import LLM, BeamSearchParams, SamplingParams
+from mlx_paged.outputs import BeamSearchOutput, Output
+
+PICK = st.integers(0, 1 << 16)
+END_TOKENS = [5, 11, 50, 70]
+INTERVAL = "mlx_paged.runner.stretches.DECODE_INTERVAL"
+
+
+class HashMachine(RuleBasedStateMachine):
+    """Random requests in random steps, of an engine with few blocks, few checkpoints and few tokens a step."""
+
+    @initialize(
+        block_size=st.integers(1, 4),
+        num_tokens=st.integers(40, 200),
+        batch=st.sampled_from([2, 3, 7, 16, 64]),
+        num_seqs=st.integers(2, 6),
+        num_checkpoints=st.sampled_from([1, 2, 5, 40]),
+        interval=st.integers(3, 9),
+        pipelining=st.sampled_from(["submit", "build", "off"]),
+        stores_keys=st.booleans(),
+    )
+    def start(
+        self, block_size: int, num_tokens: int, batch: int, num_seqs: int, num_checkpoints: int, interval: int,
+        pipelining: str, stores_keys: bool,
+    ) -> None:  # fmt: skip
+        self.patch = patch(INTERVAL, interval)
+        self.patch.start()
+        model = HashModel(stores_keys=stores_keys)
+        options: dict[str, Any] = {"block_size": block_size, "max_num_seqs": num_seqs, "pipelining": pipelining}
+        options |= {"num_kv_blocks": -(-num_tokens // block_size), "max_num_batched_tokens": batch}
+        llm = LLM.from_model(model, EndTokens(END_TOKENS), check_invariants=True, **options)
+        self.engine, self.states = llm.engine, llm._runner.states
+        assert self.engine.cache_groups.checkpoints is not None
+        self.checkpoints = self.engine.cache_groups.checkpoints
+        self.checkpoints._capacity = num_checkpoints
+        self.most_tokens = num_tokens * 2 // 3
+        self.histories: list[list[int]] = [[0]]
+        self.asked: dict[int, tuple[list[int], SamplingParams | BeamSearchParams]] = {}
+
+    @rule(
+        latest=st.integers(1, 5), left_out=st.sampled_from([0, 0, 1, 3, 8]), num_outputs=st.integers(1, 20),
+        more=st.lists(st.integers(0, 2), min_size=1, max_size=9), n=st.sampled_from([1, 1, 2, 4]),
+        kind=st.sampled_from(["greedy", "greedy", "sampled", "beams"]), salt=st.sampled_from([None, None, None, "a"]),
+    )  # fmt: skip
+    def ask(
+        self, latest: int, left_out: int, num_outputs: int, more: list[int], n: int, kind: str, salt: str | None
+    ) -> None:
+        """Go on from one of the latest prompts with their answers, perhaps without its last tokens."""
+        before = self.histories[-min(latest, len(self.histories))]
+        prompt = before[: max(0, min(len(before) - left_out, self.most_tokens - len(more)))] + more
+        params: SamplingParams | BeamSearchParams
+        if kind == "beams":
+            width = min(n, self.engine.config.max_num_seqs, 2)
+            params = BeamSearchParams(beam_width=width, max_tokens=num_outputs, cache_salt=salt)
+        else:
+            temperature = 1.0 if kind == "sampled" else 0.0
+            params = SamplingParams(
+                temperature=temperature, n=n, max_tokens=num_outputs, logprobs=NUM_TOP, cache_salt=salt
+            )
+        try:
+            self.asked[self.engine.add_request(prompt, params)] = prompt, params
+        except ValueError:  # more than the pool has room for
+            return
+        self.histories.append(prompt)
+
+    @precondition(lambda self: self.engine.has_unfinished())
+    @rule(num_steps=st.integers(1, 25))
+    def go_on(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            for output in self.engine.step():
+                self.take(output)
+
+    @precondition(lambda self: self.asked)
+    @rule(pick=PICK)
+    def abort(self, pick: int) -> None:
+        request_id = sorted(self.asked)[pick % len(self.asked)]
+        output = self.engine.abort(request_id)
+        if output is not None:
+            self.take(output)
+        else:
+            del self.asked[request_id]
+
+    @rule(after=st.booleans(), one_of_six=st.integers(0, 5))
+    def let_the_next_step_fail(self, after: bool, one_of_six: int) -> None:
+        if one_of_six:
+            return
+        run, inner = self.engine._runner.run, type(self.engine._runner).run.__get__(self.engine._runner)
+
+        def fail(inputs: Any) -> None:
+            self.engine._runner.run = inner  # type: ignore[method-assign]
+            if after:
+                run(inputs)
+            raise RuntimeError("the device is gone")
+
+        self.engine._runner.run = fail  # type: ignore[method-assign,assignment]
+
+    @invariant()
+    def every_checkpoint_has_its_state(self) -> None:
+        if hasattr(self, "states"):
+            assert self.states is not None
+            assert {*self.checkpoints._last_used} == {*self.states._checkpoints}
+            assert len(self.checkpoints) <= self.checkpoints._capacity
+
+    def take(self, output: Output) -> None:
+        assert output.finished
+        prompt, params = self.asked.pop(output.request_id)
+        if isinstance(output, BeamSearchOutput):
+            assert isinstance(params, BeamSearchParams)
+            if output.error is not None or output.aborted:
+                assert output.aborted or "the device is gone" in str(output.error)
+                return
+            oracle = dense_beam_search(
+                lambda outputs: np.stack([expected_logprobs([*prompt, *each]) for each in outputs]), params, END_TOKENS
+            )
+            if oracle.margin > 1e-3:
+                assert [each.token_ids for each in output.sequences] == [each[0] for each in oracle.sequences]
+            return
+        assert isinstance(params, SamplingParams)
+        for sample in output.outputs:
+            failed = sample.finish_reason == "error" and "the device is gone" in str(sample.stop_reason)
+            assert failed or sample.finish_reason in ("stop", "length", "abort"), sample.stop_reason
+            expect_right_states(prompt, sample, is_greedy=params.temperature == 0)
+            self.histories.append(prompt + sample.token_ids)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(3000):
+            if not self.engine.has_unfinished():
+                break
+            self.go_on(1)
+        assert not self.asked
+        assert self.states is not None and not self.states._places and not self.states._latest
+        assert not self.checkpoints._plans
+        self.patch.stop()
+
+
+HashMachine.TestCase.settings = settings(max_examples=budget(30, 5000), stateful_step_count=30, deadline=None)
+test_every_token_is_chosen_by_the_state_after_all_tokens_before_it = HashMachine.TestCase
