@@ -181,12 +181,11 @@ class EngineStats:
     kv_bytes: int
     """Bytes of all pools."""
     num_state_slots: int
-    """Room for the states of recurrent layers, of so many sequences, in one number for those that run and checkpoints;
-    0: the model has none."""
+    """How many states of recurrent layers there is room for, of running sequences and checkpoints."""
     state_bytes: int
     """Bytes of all states that are held."""
     num_checkpoints: int
-    """Prefixes whose states are kept, at which prompts can go on."""
+    """Of these, prefixes that a prompt can go on from."""
     kv_tokens: int
     """Tokens in blocks that sequences hold, shared ones counted once."""
     prefix_hit_tokens: int

@@ -88,11 +88,8 @@ def plan_memory(
     block_bytes = [0] * len(windows)
     for layer, group in model.stored_layers:
         block_bytes[group] += config.block_size * layer.bytes_per_token
-    window_caps = [
-        blocks_for_window(window, config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
-        for window in windows[1:]
-        if window is not None
-    ]
+    sizes = config.block_size, config.max_num_seqs, config.max_num_batched_tokens
+    window_caps = [blocks_for_window(window, *sizes) for window in windows if window is not None]
 
     def group_blocks(num_blocks: int) -> list[int]:
         return [num_blocks, *(min(num_blocks, cap) for cap in window_caps)]
@@ -112,25 +109,23 @@ def plan_memory(
         num_checkpoints = max(config.max_num_seqs, _MIN_CHECKPOINTS) if config.prefix_caching else 1
         return int(min(config.max_num_seqs + num_checkpoints, room // model.state_bytes))
 
-    max_useful_blocks = _MAX_BLOCKS
-    if max_model_len is not None:
-        max_useful_blocks = config.max_num_seqs * -(-max_model_len // config.block_size)
-    if num_needed is not None:
-        max_useful_blocks = min(max_useful_blocks, num_needed)
+    most = _MAX_BLOCKS if max_model_len is None else config.max_num_seqs * -(-max_model_len // config.block_size)
+    most = most if num_needed is None else min(most, num_needed)  # those of use
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
         num_states = count_states(bytes_available - num_bytes(num_blocks))
     else:
         share = int(_CPU_SHARE * device_bytes) if on_cpu else int(_GPU_SHARE * device_bytes) - weights - step_bytes
-        budget, least, most = min(share, bytes_available), 1, max_useful_blocks
+        budget, least = min(share, bytes_available), 1
         if config.kv_cache_memory is not None:
             budget, least = parse_memory(config.kv_cache_memory, device_bytes), 0
             most = budget // block_bytes[0] if block_bytes[0] else most
         num_states = count_states(_STATE_SHARE * budget)
         num_blocks = max(least, _most_that_fit(num_bytes, budget - num_states * model.state_bytes, most))
         if num_blocks < 1:
-            one = format_memory(num_bytes(1))
-            raise ValueError(f"kv_cache_memory={config.kv_cache_memory!r} holds no block: one takes {one}")
+            raise ValueError(
+                f"kv_cache_memory={config.kv_cache_memory!r} holds no block of {format_memory(num_bytes(1))}"
+            )
     bytes_available -= num_states * model.state_bytes
     if num_bytes(num_blocks) > bytes_available:
         raise ValueError(

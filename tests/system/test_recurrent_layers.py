@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from helpers.budget import budget
+from helpers.budget import LONG, budget
 from helpers.families import family_model
 from helpers.hash_model import NUM_TOP, HashModel, expect_right_states
 from helpers.near_ties import tolerance
@@ -50,7 +50,7 @@ def test_prompts_of_unequal_lengths_give_in_one_batch_what_each_gives_alone(fami
 
 
 @pytest.mark.parametrize("seed", range(budget(1, 40)))
-@pytest.mark.parametrize("family", FUZZED if budget(1, 0) else RECURRENT)
+@pytest.mark.parametrize("family", RECURRENT if LONG else FUZZED)
 def test_random_requests_that_share_prefixes_give_the_unpaged_tokens(
     family: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
