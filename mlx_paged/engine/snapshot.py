@@ -49,7 +49,7 @@ class EngineView:
             num_waiting=len(scheduler.waiting),
             block_size=manager.block_size,
             max_step_ms=1000 * scheduler.step_budget.max_step_s,
-            kv_bytes=runner.kv_bytes,
+            kv_bytes=runner.kv_cache.nbytes,
             num_state_slots=runner.plan.num_state_slots,
             state_bytes=0 if runner.states is None else runner.states.nbytes,
             num_checkpoints=0 if checkpoints is None else len(checkpoints),

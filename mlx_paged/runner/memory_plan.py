@@ -123,9 +123,8 @@ def plan_memory(
         num_states = count_states(_STATE_SHARE * budget)
         num_blocks = max(least, _most_that_fit(num_bytes, budget - num_states * model.state_bytes, most))
         if num_blocks < 1:
-            raise ValueError(
-                f"kv_cache_memory={config.kv_cache_memory!r} holds no block of {format_memory(num_bytes(1))}"
-            )
+            one = format_memory(num_bytes(1))
+            raise ValueError(f"kv_cache_memory={config.kv_cache_memory!r} holds no block: one takes {one}")
     bytes_available -= num_states * model.state_bytes
     if num_bytes(num_blocks) > bytes_available:
         raise ValueError(

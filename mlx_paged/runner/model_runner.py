@@ -43,10 +43,6 @@ class ModelRunner:
     def vocab_size(self) -> int:
         return self._model.vocab_size
 
-    @property
-    def kv_bytes(self) -> int:
-        return self.kv_cache.nbytes
-
     def run(self, inputs: ModelInputs) -> mx.array:
         """Build the graph of a step, K and V written with it. Returns its logits, [num_rows, vocab_size]."""
         return self._model(self.kv_cache, inputs, self.states)

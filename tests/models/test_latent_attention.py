@@ -42,7 +42,7 @@ def test_a_token_takes_one_row_of_latent_and_rotated_key_in_each_layer(model: nn
     assert spec is not None and spec.value_in_key and windows == [None] * 3
     assert (spec.num_kv_heads, spec.key_dim, spec.value_dim) == (1, LATENT + ROTARY, LATENT)
     llm = LLM.from_model(model, num_kv_blocks=10, block_size=8)
-    assert llm._runner.kv_bytes == 10 * 8 * 3 * (LATENT + ROTARY) * 4
+    assert llm._runner.kv_cache.nbytes == 10 * 8 * 3 * (LATENT + ROTARY) * 4
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
