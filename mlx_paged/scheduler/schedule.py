@@ -35,8 +35,6 @@ class Chunk(NamedTuple):
 class Schedule:
     """What one step computes: the next tokens of the rows that decode, then chunks of prompts."""
 
-    max_num_tokens: int = 0
-    """Most tokens that it may have."""
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """The rows of the running batch that decode, in the order in which they are served."""
     query_lens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -51,6 +49,8 @@ class Schedule:
     """A prompt could not go on for lack of blocks."""
     made_at: float = field(default_factory=time.monotonic)
     """The moment, by `time.monotonic`."""
+    max_num_tokens: int = 0
+    """Most tokens that it may have."""
 
     def next_chunk(self, sequence: Sequence, start: int, most: int) -> Chunk:
         """Return the tokens of a prompt, from `start` on, for which there is room, `most` at most: it may be none."""

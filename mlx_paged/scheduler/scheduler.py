@@ -107,7 +107,7 @@ class Scheduler:
         can_preempt: whether sequences may lose their blocks for it. If not, what would need that is put off: returns
         None if these are decodes, sets `is_short_of_blocks` for prompts.
         """
-        batch, schedule = self.batch, Schedule(self._max_num_tokens)
+        batch, schedule = self.batch, Schedule(max_num_tokens=self._max_num_tokens)
         running = self._running_rows()
         rows, is_prefilling = self._rows_to_decode(running)
         query_lens = self._query_lens[: len(rows)]

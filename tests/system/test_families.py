@@ -63,6 +63,7 @@ def test_the_registry_names_families_as_mlx_lm_does() -> None:
 def test_a_family_is_found_by_the_names_it_goes_by() -> None:
     assert registry.family_of("mistral") == registry.Family("llama", "verified")
     assert not registry.is_untested("gemma4_unified")
+    assert registry.family_of("falcon_mamba") == registry.Family("mamba", "tested")
     assert registry.is_untested("deepseek_v41_text")
     assert registry.family_of("a-family-of-tomorrow") is None
     assert registry.is_untested("a-family-of-tomorrow")

@@ -137,8 +137,8 @@ def test_memory_stays_what_it_is_over_hundreds_of_requests() -> None:
     rng, known, levels = random.Random(0), [prompt_of(20)], []
     for _ in range(budget(3, 20)):
         for _ in range(10):
-            prompts = [rng.choice(known[-4:])[: rng.randrange(9, 40)] + prompt_of(3, rng.random()) for _ in range(10)]
-            params = [greedy(rng.randrange(1, 12), n=rng.choice([1, 1, 2])) for _ in prompts]
+            prompts = [rng.choice(known[-4:])[: rng.randrange(9, 24)] + prompt_of(3, rng.random()) for _ in range(10)]
+            params = [greedy(rng.randrange(1, 5), n=rng.choice([1, 1, 2])) for _ in prompts]
             known += [p + o.outputs[0].token_ids for p, o in zip(prompts, llm.generate(prompts, params), strict=True)]
         levels.append(active_bytes())
         stats = llm.stats()
