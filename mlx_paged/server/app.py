@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable, Coroutine
@@ -60,6 +61,10 @@ class Post:
         except ClientDisconnected:
             state["notes"]["closed"] = True
             return
+        except asyncio.CancelledError:
+            if not self._service.is_draining:
+                raise
+            return  # its body did not come before the end
         except Exception as error:
             response = refuse(error, scope)
             self._service.metrics.refused(response.status_code)

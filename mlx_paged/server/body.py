@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar, cast, overload
 
@@ -14,6 +16,10 @@ from mlx_paged.server.errors import ApiError, bad_request
 T = TypeVar("T")
 
 _MAX_SHOWN = 100  # characters of a value in a message
+_MAX_PARSED_AT_ONCE = 1 << 16  # bytes, beside which others need not wait
+_MAX_VALUES = 2_000_000  # no thread does anything while so many are parsed, which takes a second
+_SEPARATORS = (b",", b"[", b"{")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _NAMES = {
     bool: "true or false",
     int: "a whole number",
@@ -37,6 +43,8 @@ async def read_object(scope: Scope, receive: Receive, max_bytes: int, timeout: f
     kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if kind != b"application/json" and not kind.endswith(b"+json"):
         raise ApiError(415, "Content-Type must be application/json")
+    if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+        raise ApiError(415, "Content-Encoding is not supported: send the body as it is")
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)
@@ -45,7 +53,9 @@ async def read_object(scope: Scope, receive: Receive, max_bytes: int, timeout: f
             content = await _read(receive, max_bytes)
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {timeout:g} seconds") from None
-    return parse_object(content)
+    if len(content) < _MAX_PARSED_AT_ONCE:
+        return parse_object(content)
+    return await asyncio.to_thread(parse_object, content)
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:
@@ -67,9 +77,14 @@ def _too_large(max_bytes: int) -> ApiError:
 
 def parse_object(content: bytes) -> dict[str, Any]:
     """Parse JSON as its standard has it: UTF-8, no NaN, no key twice. Raises ApiError."""
+    if not content.strip():
+        raise bad_request("the body is empty, and must be a JSON object")
+    if sum(map(content.count, _SEPARATORS)) > _MAX_VALUES:
+        raise bad_request(f"the body is too large for JSON: it has more than {_MAX_VALUES:,} commas and brackets")
     try:
         value = json.loads(content.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        if _SURROGATE.search(content):
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except RecursionError:
         raise bad_request("the JSON is nested too deep") from None
     except UnicodeEncodeError:
@@ -77,7 +92,8 @@ def parse_object(content: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise bad_request("the body is not UTF-8") from None
     except ValueError as error:
-        raise bad_request(f"the body is not JSON: {error}") from None
+        reason = "a number has too many digits" if "int_max_str_digits" in str(error) else error
+        raise bad_request(f"the body is not JSON: {reason}") from None
     if not isinstance(value, dict):
         raise bad_request("the body must be a JSON object")
     return value
@@ -86,8 +102,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {show(twice)} stands twice in one object")
     return found
 

@@ -17,6 +17,9 @@ _ANTHROPIC_TYPES = {
 }
 
 
+_MAX_MESSAGE = 2000  # characters, of what a client has sent not all
+
+
 class ApiError(Exception):
     """A request that is refused, or that ends without its answer."""
 
@@ -26,7 +29,7 @@ class ApiError(Exception):
         """retry_after: seconds until the same request may do better; 0: it would fare the same."""
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = message if len(message) <= _MAX_MESSAGE else f"{message[: _MAX_MESSAGE - 3]}..."
         self.param = param
         self.code = code
         self.retry_after = retry_after

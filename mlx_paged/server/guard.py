@@ -24,6 +24,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _OPEN = ("/", "/health")  # need no key: they tell nothing of anybody
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _CLIENT_CLOSED = 499
+_MAX_PATH = 200  # characters that the log has
 _MAX_HEADERS = 100
 _MAX_HEADER_BYTES = 64 << 10
 
@@ -89,7 +90,8 @@ class Guard:
             shown = _CLIENT_CLOSED if scope["state"]["notes"].pop("closed", False) else status
             notes = "".join(f" {name}={value}" for name, value in scope["state"]["notes"].items())
             seconds = time.monotonic() - started
-            LOG.info("%s %s %d %.3fs id=%s%s", scope["method"], scope["path"], shown, seconds, request_id, notes)
+            path = scope["path"][:_MAX_PATH].encode("unicode_escape").decode()  # a line of the log stays one
+            LOG.info("%s %s %d %.3fs id=%s%s", scope["method"], path, shown, seconds, request_id, notes)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         num_bytes = sum(len(name) + len(value) for name, value in scope["headers"])

@@ -89,6 +89,7 @@ def configure(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         lifespan="off",
+        ws="none",
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_graceful_shutdown=2,
     )

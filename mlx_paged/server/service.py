@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 from mlx_paged.async_llm import AsyncLLM
@@ -100,7 +101,7 @@ class Service:
 
     def note_unknown(self, names: set[str]) -> None:
         """Log fields that are not read, each name once."""
-        for name in sorted(names - self.seen_unknown)[:10]:
+        for name in sorted(islice(names - self.seen_unknown, 10)):
             if len(self.seen_unknown) < 1000:
                 self.seen_unknown.add(name)
                 LOG.info("the field %.60r of a request is not known here, and is not read", name)

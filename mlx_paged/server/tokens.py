@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -37,7 +38,9 @@ async def detokenize(service: Service, body: dict[str, Any], state: dict[str, An
     """Answer POST /detokenize: the text of tokens. Raises ApiError."""
     fields = Fields(body)
     service.require_model(fields.take("model", str))
-    tokens = fields.take("tokens", list, [])
+    tokens, most = fields.take("tokens", list, []), service.llm.max_model_len
+    if len(tokens) > most:
+        raise bad_request(f"tokens are {len(tokens)}, and the context has {most}", param="tokens")
     if not all(type(token) is int and 0 <= token < service.llm.vocab_size for token in tokens):
         raise bad_request("tokens must be token ids of the model's vocabulary", param="tokens")
-    return JSONResponse({"prompt": service.tokenizer.decode(tokens)})
+    return JSONResponse({"prompt": await asyncio.to_thread(service.tokenizer.decode, tokens)})
