@@ -1,4 +1,4 @@
-"""A conversation with a model whose layers keep states: the tokens of each prompt that are computed, and not found.
+"""A conversation with a model whose layers keep states: how many tokens of each prompt are computed, and not found.
 
     python benchmarks/hybrid_chat.py [--quick] [--json FILE]     count, print the table, write the raw numbers
     python benchmarks/hybrid_chat.py --markdown FILE             the table of such a file
@@ -22,11 +22,8 @@ from mlx_paged.runner import stretches
 
 VOCAB_SIZE = 16384
 NEVER = 1 << 30
-WAYS = {  # how prefixes are found -> whether at all, and how many tokens of an answer lie between its checkpoints
-    "no_cache": (False, NEVER),
-    "prompts": (True, NEVER),
-    "answers": (True, stretches.DECODE_INTERVAL),
-}
+INTERVALS = {"prompts": NEVER, "answers": stretches.DECODE_INTERVAL}
+"""Which checkpoints there are -> how many tokens of an answer lie between its own."""
 
 
 def make_model(quick: bool) -> nn.Module:
@@ -52,9 +49,9 @@ def chat(quick: bool) -> list[Row]:
     num_turns, num_system, num_question, num_answer = (3, 40, 12, 8) if quick else (10, 400, 60, 300)
     model, rows = make_model(quick), [{"turn": turn} for turn in range(1, num_turns + 1)]
     params = SamplingParams(temperature=0, max_tokens=num_answer, ignore_eos=True)
-    for way, (prefix_caching, interval) in WAYS.items():
+    for way, interval in INTERVALS.items():
         rng = random.Random(0)
-        llm = LLM.from_model(model, num_kv_blocks=512, max_num_seqs=2, prefix_caching=prefix_caching)
+        llm = LLM.from_model(model, num_kv_blocks=512, max_num_seqs=2)
         prompt = rng.choices(range(VOCAB_SIZE), k=num_system)
         with patch.object(stretches, "DECODE_INTERVAL", interval):
             for row in rows:
@@ -71,8 +68,7 @@ PARTS = [
         "Tokens of each prompt that are computed in a conversation of ten turns",
         {
             "turn": ("turn", "d"),
-            "prompt": ("prompt", ",d"),
-            "no_cache": ("no prefix cache", ",d"),
+            "prompt": ("prompt, all of it without checkpoints", ",d"),
             "prompts": ("checkpoints of prompts", ",d"),
             "answers": ("of prompts and answers", ",d"),
         },

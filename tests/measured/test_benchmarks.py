@@ -150,8 +150,7 @@ def check_hybrid_chat(content: dict[str, Any]) -> None:
     """Fails unless each prompt has all before it, and of checkpoints each kind finds more of it."""
     rows = content["results"]["chat"]
     for before, row in pairwise(rows):
-        assert row["prompt"] == row["no_cache"] > before["prompt"]
-        assert row["answers"] <= row["prompts"] < row["no_cache"]
+        assert row["answers"] <= row["prompts"] < row["prompt"] > before["prompt"]
 
 
 # -- each benchmark ------------------------------------------------------------------------------------------------
