@@ -18,7 +18,6 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
     "server-scripted-linux-cpu.json": ("server", "A server, of a model that is hardly more than its answers", ()),
     "attention-linux-cpu.json": ("attention", "Attention on a CPU", ()),
-    "hybrid-chat.json": ("hybrid_chat", "A conversation with a model whose layers keep states", ()),
     "kernel-traffic.json": ("kernel_traffic", "What Metal kernels ask of memory, counted by the simulator", ()),
     "cuda-registers.json": ("cuda_registers", "Registers of CUDA kernels, as NVIDIA's compiler allots them", ()),
 }

@@ -181,7 +181,7 @@ class EngineStats:
     kv_bytes: int
     """Bytes of all pools."""
     num_state_slots: int
-    """How many states of recurrent layers there is room for, of running sequences and checkpoints."""
+    """How many states of recurrent layers there is room for, running sequences and checkpoints; 0: there are none."""
     state_bytes: int
     """Bytes of all states that are held."""
     num_checkpoints: int

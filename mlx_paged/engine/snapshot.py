@@ -137,10 +137,12 @@ class EngineView:
             return "log-probabilities of the prompt are asked for, so all of it is computed"
         whole = manager.num_cached_tokens(token_ids, salt=salt, limit=limit)
         if found < whole:
-            others = " and ".join(str(each.window) for each in self._groups.managers[1:])
+            windows = " and ".join(str(each.window) for each in self._groups.managers[1:])
+            others = [f"those with a window of {windows}"] if windows else []
+            others += [] if self._groups.checkpoints is None else ["recurrent ones"]
             return (
-                f"{whole} tokens are cached for the layers that see the whole context, but those with a window of "
-                f"{others} can start from token {found} at most"
+                f"{whole} tokens are cached for the layers that see the whole context, but {' and '.join(others)} "
+                f"can start from token {found} at most"
             )
         saved = (
             f"; tokens {in_blocks} to {found - 1} are read back from where they were saved" if found > in_blocks else ""

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from helpers import workload
 from helpers.engines import GREEDY, MakeEngine, complete, run
+from helpers.hash_model import HashModel
 
-from mlx_paged import BeamSearchParams, SamplingParams
+from mlx_paged import LLM, BeamSearchParams, SamplingParams
 from mlx_paged.blocks.block_manager import NO_BLOCK
 from mlx_paged.engine import snapshot as module
 from mlx_paged.engine.engine import Engine
@@ -226,4 +227,15 @@ def test_a_window_that_has_lost_what_it_needs_is_named() -> None:
     assert (num_cached, num_matching) == (32, 40)
     assert (
         reason.startswith("36 tokens are cached for the layers that see the whole context") and "window of 7" in reason
+    )
+
+
+def test_a_prefix_that_reaches_beyond_its_checkpoint_is_said_to() -> None:
+    engine = LLM.from_model(HashModel(stores_keys=True), block_size=4, num_kv_blocks=60).engine
+    complete(engine, [1] * 31, SamplingParams(temperature=0, max_tokens=1))
+    num_cached, num_matching, reason = asked(engine, [1] * 26 + [2] * 8)
+    assert (num_cached, num_matching) == (20, 26)
+    assert reason == (
+        "24 tokens are cached for the layers that see the whole context, but recurrent ones can start from token 20 "
+        "at most"
     )

@@ -20,7 +20,13 @@ from mlx_paged.models.patch import patch_model
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
 
 
-@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in MATCHING), *OTHER_FORMS.items()])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *(pytest.param(family, {}, id=family) for family in MATCHING),
+        *(pytest.param(family, changes, id=f"{family}-other") for family, changes in OTHER_FORMS.items()),
+    ],
+)
 def test_a_listed_family_gives_its_unpaged_results(family: str, changes: dict[str, Any]) -> None:
     model = family_model(family, **changes)
     random.seed(1)
