@@ -1,5 +1,6 @@
 """From a model's name to an mlx-lm model and tokenizer in memory."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 from mlx_paged.config import excerpt
 from mlx_paged.errors import EngineWarning, ModelError, one_line
 from mlx_paged.models import hub, registry
+from mlx_paged.models.adapters import add_adapter, check_adapter
 from mlx_paged.models.byte_order_marks import without_marks
 from mlx_paged.models.generation_config import sampling_defaults
 from mlx_paged.sampling_params import as_int
@@ -31,12 +33,13 @@ class LoadedModel(NamedTuple):
     """SamplingParams that its makers recommend, by name."""
 
 
-def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
+def load(name: str | Path | None, dtype: str | None, adapter_path: str | os.PathLike[str] | None = None) -> LoadedModel:
     """Load an alias, a Hugging Face repository, a folder, or None for the bundled demo model.
 
-    dtype is that of the weights; None keeps them as stored, except that a CPU gets float32. Raises ModelError. Warns of
-    a family that was not tested.
+    dtype is that of the weights; None keeps them as stored, except that a CPU gets float32. adapter_path: a folder with
+    what is put onto them. Raises ModelError. Warns of a family that was not tested.
     """
+    adapter = check_adapter(adapter_path)
     # What is known to fail is refused before gigabytes of weights are fetched in vain.
     kind = str(hub.read_json(hub.resolve(name, config_only=True) / "config.json").get("model_type"))
     family = registry.family_of(kind)
@@ -62,6 +65,7 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
         warnings.warn(message, EngineWarning, stacklevel=2)
     if registry.is_untested(kind):
         warnings.warn(f"model family {kind!r} is not among those that were tested", EngineWarning, stacklevel=2)
+    add_adapter(model, adapter)
     set_dtype(model, dtype)
     return LoadedModel(model, tokenizer, context_of(config), defaults)
 

@@ -176,6 +176,8 @@ def _decode(content: bytes, source: str) -> str:
 
 
 engine_options: Option = options(
+    text("--adapter-path", metavar="FOLDER", help="LoRA or DoRA that mlx-lm trained, put onto the model.",
+         type=click.Path(exists=True, file_okay=False), shell_complete=completing(kind="dir")),
     int_option("--block-size", help="Tokens per block of the KV cache. Default: 16."),
     int_option("--num-kv-blocks", help="Size of the KV cache in blocks."),
     text("--kv-cache-memory", metavar="SIZE",
