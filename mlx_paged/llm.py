@@ -15,7 +15,7 @@ from mlx_paged.cpu.blas import blas_name
 from mlx_paged.engine.chat_template import ChatTemplate, Message, TemplateOptions
 from mlx_paged.engine.engine import Engine
 from mlx_paged.engine.profile import Profile
-from mlx_paged.models import adapters, loading
+from mlx_paged.models import adapters, hub, loading
 from mlx_paged.models.patch import patch_model
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.progress import ProgressBar
@@ -57,7 +57,7 @@ class LLM:
         if engine_config.dtype is not None:
             loading.set_dtype(model, engine_config.dtype)
         args = getattr(model, "args", None)
-        context = loading.context_of({} if args is None else vars(args))
+        context = hub.context_of({} if args is None else vars(args))
         llm = cls.__new__(cls)
         llm._start(loading.LoadedModel(model, tokenizer, context, {}), engine_config)
         return llm
