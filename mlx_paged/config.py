@@ -121,6 +121,8 @@ class EngineConfig(Settings):
     the disk's free space, this folder's included; None: 10%. The blocks used least recently go first."""
     dtype: str | None = None
     """Of weights and cache: "float32", "float16" or "bfloat16"; None: as stored, and float32 on a CPU."""
+    adapter_path: str | os.PathLike[str] | None = None
+    """A folder with an adapter for the model: LoRA or DoRA, as mlx-lm trains and loads them."""
     seed: int = 0
     """Decides the random numbers of requests that have no seed of their own."""
     check_invariants: bool = False

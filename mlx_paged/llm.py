@@ -15,7 +15,7 @@ from mlx_paged.cpu.blas import blas_name
 from mlx_paged.engine.chat_template import ChatTemplate, Message, TemplateOptions
 from mlx_paged.engine.engine import Engine
 from mlx_paged.engine.profile import Profile
-from mlx_paged.models import loading
+from mlx_paged.models import adapters, hub, loading
 from mlx_paged.models.patch import patch_model
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.progress import ProgressBar
@@ -43,20 +43,21 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, **config: Any) -> None:
         engine_config = EngineConfig(**config)
-        self._start(loading.load(model, engine_config.dtype), engine_config)
+        self._start(loading.load(model, engine_config.dtype, engine_config.adapter_path), engine_config)
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer: Any = None, **config: Any) -> "LLM":
         """Make an engine for an mlx-lm model that is already loaded, and which goes on working in mlx-lm.
 
         tokenizer: mlx-lm's TokenizerWrapper; without one prompts are token ids and no text comes out. The weights
-        are converted only if `dtype` is given.
+        are converted only if `dtype` is given; an adapter of `adapter_path` stays on the model.
         """
         engine_config = EngineConfig(**config)
+        adapters.add_adapter(model, adapters.check_adapter(engine_config.adapter_path))
         if engine_config.dtype is not None:
             loading.set_dtype(model, engine_config.dtype)
         args = getattr(model, "args", None)
-        context = loading.context_of({} if args is None else vars(args))
+        context = hub.context_of({} if args is None else vars(args))
         llm = cls.__new__(cls)
         llm._start(loading.LoadedModel(model, tokenizer, context, {}), engine_config)
         return llm
@@ -70,7 +71,7 @@ class LLM:
         """
         engine_config = EngineConfig(**config)
         llm = cls.__new__(cls)
-        llm._start(loading.load(model, engine_config.dtype), engine_config, requests)
+        llm._start(loading.load(model, engine_config.dtype, engine_config.adapter_path), engine_config, requests)
         return llm
 
     def _start(self, loaded: loading.LoadedModel, config: EngineConfig, requests: KnownRequests | None = None) -> None:

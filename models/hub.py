@@ -8,7 +8,10 @@ import errno
 import json
 import os
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mlx_paged.errors import ModelError, one_line
 from mlx_paged.models.aliases import ALIASES
@@ -34,7 +37,8 @@ _OTHER_WEIGHTS = {
     ".gguf": "that is for llama.cpp. Take the repository that it was made from, or a conversion for mlx-lm",
     ".npz": "a format that mlx-lm has given up. Take a newer conversion of the model",
 }
-_ANY_MODEL = "an alias (mlx-paged generate --help lists them), a Hugging Face repository (org/name) or a folder"
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+_ANY_MODEL = "an alias (mlx-paged models lists them), a Hugging Face repository (org/name) or a folder"
 
 
 def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None, config_only: bool = False) -> Path:
@@ -144,6 +148,16 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
+def context_of(config: dict[str, Any]) -> int | None:
+    """Find the longest context, in tokens, that a model's configuration names. Returns None if it names none."""
+    text_config = config.get("text_config") or {}
+    for section in (config, text_config if isinstance(text_config, dict) else vars(text_config)):
+        for name in _CONTEXT_NAMES:
+            if isinstance(section.get(name), int):
+                return int(section[name])
+    return None
+
+
 def _download(repo: str, revision: str | None, config_only: bool) -> Path:
     """Download what is missing of a repository; huggingface-hub draws its progress on stderr.
 
@@ -162,6 +176,76 @@ def _download(repo: str, revision: str | None, config_only: bool) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{repo} has no config.json: it is not a model that mlx-lm can read")
     return folder
+
+
+class CachedModel(NamedTuple):
+    """A repository in huggingface-hub's cache that has the configuration of a model."""
+
+    folder: Path
+    """That of its newest snapshot."""
+    num_bytes: int
+    """What it takes on the disk."""
+    is_whole: bool
+    """Whether all is there that a model needs."""
+    config: dict[str, object]
+
+
+def cached_models() -> dict[str, CachedModel]:
+    """Look up which models are in huggingface-hub's cache, by repository. Nothing is downloaded."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    found = {}
+    with suppress(CacheNotFound):
+        for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos:
+            # The one that a name means, or else the last one that came.
+            newest = max(repo.revisions, key=lambda each: ("main" in each.refs, each.last_modified), default=None)
+            if repo.repo_type != "model" or newest is None or not (newest.snapshot_path / "config.json").is_file():
+                continue
+            folder, config, is_whole = newest.snapshot_path, dict[str, object](), True
+            try:
+                config = read_json(folder / "config.json")
+                check_files(folder)
+            except ModelError:
+                is_whole = False
+            if isinstance(config.get("model_type"), str):
+                found[repo.repo_id] = CachedModel(folder, repo.size_on_disk, is_whole, config)
+    return found
+
+
+class DownloadSize(NamedTuple):
+    """What a repository's files take, those that a model needs."""
+
+    total: int
+    """Bytes."""
+    missing: int
+    """Bytes of the files that are not in the cache yet; what has arrived of one that broke off counts as missing."""
+    free: int
+    """Bytes that are free on the cache's disk."""
+
+
+def download_size(model: str) -> DownloadSize | None:
+    """Ask the hub what downloading `model` will take. Returns None for a folder, and if the hub can't be asked now."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    repo = ALIASES.get(model, model)
+    if model not in ALIASES and Path(model).expanduser().is_dir():
+        return None
+    try:
+        files = snapshot_download(repo, allow_patterns=DOWNLOAD_PATTERNS, dry_run=True)
+    except DryRunError:
+        return None
+    except Exception as error:
+        reason = _explain(error, repo, None)
+        if reason is None:
+            raise
+        raise ModelError(reason) from error
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    sizes = [(file.file_size or 0, file.will_download) for file in files]
+    missing = sum(size for size, will_download in sizes if will_download)
+    return DownloadSize(sum(size for size, _ in sizes), missing, shutil.disk_usage(cache).free)
 
 
 def _explain(error: Exception, repo: str, revision: str | None) -> str | None:

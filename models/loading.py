@@ -1,5 +1,6 @@
 """From a model's name to an mlx-lm model and tokenizer in memory."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +13,10 @@ from mlx_lm.utils import load_model, load_tokenizer
 from mlx_paged.config import excerpt
 from mlx_paged.errors import EngineWarning, ModelError, one_line
 from mlx_paged.models import hub, registry
+from mlx_paged.models.adapters import add_adapter, check_adapter
 from mlx_paged.models.byte_order_marks import without_marks
 from mlx_paged.models.generation_config import sampling_defaults
 from mlx_paged.sampling_params import as_int
-
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
 
 class LoadedModel(NamedTuple):
@@ -31,17 +31,16 @@ class LoadedModel(NamedTuple):
     """SamplingParams that its makers recommend, by name."""
 
 
-def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
+def load(name: str | Path | None, dtype: str | None, adapter_path: str | os.PathLike[str] | None = None) -> LoadedModel:
     """Load an alias, a Hugging Face repository, a folder, or None for the bundled demo model.
 
-    dtype is that of the weights; None keeps them as stored, except that a CPU gets float32. Raises ModelError. Warns of
-    a family that was not tested.
+    dtype is that of the weights; None keeps them as stored, except that a CPU gets float32. adapter_path: a folder with
+    what is put onto them. Raises ModelError. Warns of a family that was not tested.
     """
+    adapter = check_adapter(adapter_path)
     # What is known to fail is refused before gigabytes of weights are fetched in vain.
     kind = str(hub.read_json(hub.resolve(name, config_only=True) / "config.json").get("model_type"))
-    family = registry.family_of(kind)
-    if family is not None and family.status == "refused":
-        raise ModelError(f"model family {kind!r} can't be paged: {family.note}")
+    registry.require_paged(kind)
     folder = hub.resolve(name)
     hub.check_files(folder)
     defaults = sampling_defaults(folder)
@@ -62,8 +61,9 @@ def load(name: str | Path | None, dtype: str | None) -> LoadedModel:
         warnings.warn(message, EngineWarning, stacklevel=2)
     if registry.is_untested(kind):
         warnings.warn(f"model family {kind!r} is not among those that were tested", EngineWarning, stacklevel=2)
+    add_adapter(model, adapter)
     set_dtype(model, dtype)
-    return LoadedModel(model, tokenizer, context_of(config), defaults)
+    return LoadedModel(model, tokenizer, hub.context_of(config), defaults)
 
 
 def _end_tokens(folder: Path, value: Any) -> list[int] | None:
@@ -88,13 +88,3 @@ def set_dtype(model: nn.Module, dtype: str | None) -> None:
 def weight_bytes(model: nn.Module) -> int:
     """Sum the bytes of a model's weights, by their shapes: nothing is evaluated."""
     return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
-
-
-def context_of(config: dict[str, Any]) -> int | None:
-    """Find the longest context, in tokens, that a model's configuration names. Returns None if it names none."""
-    text_config = config.get("text_config") or {}
-    for section in (config, text_config if isinstance(text_config, dict) else vars(text_config)):
-        for name in _CONTEXT_NAMES:
-            if isinstance(section.get(name), int):
-                return int(section[name])
-    return None

@@ -7,6 +7,8 @@ not listed may still run: `patch.patch_model` looks at what it does when it is l
 
 from typing import NamedTuple
 
+from mlx_paged.errors import ModelError
+
 
 class Family(NamedTuple):
     """One of mlx-lm's model families."""
@@ -83,6 +85,13 @@ SAME_CODE = {
 def family_of(model_type: str) -> Family | None:
     """Look up the family of a config.json's `model_type`. Returns None if nothing is known of it."""
     return FAMILIES.get(SAME_CODE.get(model_type, model_type))
+
+
+def require_paged(model_type: str) -> None:
+    """Raise ModelError, with the reason, for a family that is known to fail."""
+    family = family_of(model_type)
+    if family is not None and family.status == "refused":
+        raise ModelError(f"model family {model_type!r} can't be paged: {family.note}")
 
 
 def is_untested(model_type: str) -> bool:

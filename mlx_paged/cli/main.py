@@ -8,7 +8,6 @@ once.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 import traceback
@@ -28,6 +27,7 @@ from mlx_paged.cli.chat import FULL, hold_conversation, require_chat_template
 from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.inspect import inspect_cache
 from mlx_paged.cli.loading import check_form, complete_params, ending_signals, load_model, model_loader
+from mlx_paged.cli.models import list_models, pull_model
 from mlx_paged.cli.serve import serve_model, serve_options
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
 from mlx_paged.config import EngineConfig
@@ -160,7 +160,7 @@ def generate(
         raise click.UsageError("--output is for the answers to a --batch; > FILE keeps those to other prompts")
     if batch is not None and settings["sources"]:
         raise click.UsageError("give --batch or prompts, not both")
-    settings["json_schema"] = None if json_schema is None else _read_schema(json_schema)
+    settings["json_schema"] = None if json_schema is None else options.read_schema(json_schema)
     settings["grammar"] = None if grammar is None else options.read_text(grammar)
     if batch is None:
         return _answer(SamplingParams, settings, terminal)
@@ -264,6 +264,31 @@ def inspect(**settings: Any) -> int:
     return inspect_cache(**settings)
 
 
+@cli.command()
+@options.flag("--json", "as_json", help="One JSON list, a repository an object.")
+@options.report_options
+@click.pass_obj
+def models(terminal: Terminal, as_json: bool) -> int:
+    """List aliases, what they stand for, and which models are in the Hugging Face cache.
+
+    Nothing is downloaded: size, context and family are known of what is in the cache.
+    """
+    return list_models(as_json=as_json, terminal=terminal)
+
+
+@cli.command()
+@click.argument("model", shell_complete=options.model_values)
+@options.report_options
+@click.pass_obj
+def pull(terminal: Terminal, model: str) -> int:
+    """Download a model ahead, or go on with a download that broke off.
+
+    MODEL is an alias or a Hugging Face repository. What is missing, and whether its weights fit into this machine's
+    memory, is said first.
+    """
+    return pull_model(model, terminal=terminal)
+
+
 @cli.command(epilog=_ALIASES_EPILOG)
 @options.model_option
 @options.bench_options
@@ -308,17 +333,6 @@ def _as_usage_error() -> Iterator[None]:
     except ValueError as error:
         names = options.option_names(click.get_current_context().command)
         raise click.UsageError(options.in_options(str(error), names)) from None
-
-
-def _read_schema(path: Path) -> dict[str, Any] | bool:
-    """Read the JSON schema in a file. Raises click.UsageError for anything else."""
-    try:
-        schema = json.loads(options.read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"--json-schema: {path} is not JSON: {error}") from None
-    if not isinstance(schema, dict | bool):
-        raise click.UsageError(f"--json-schema: {path} is JSON, but no JSON schema: that is an object")
-    return schema
 
 
 def main() -> NoReturn:

@@ -163,6 +163,17 @@ def read_text(path: Path) -> str:
     return _decode(path.read_bytes(), str(path))
 
 
+def read_schema(path: Path) -> dict[str, Any] | bool:
+    """Read the JSON schema in a file. Raises click.UsageError for anything else."""
+    try:
+        schema = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"--json-schema: {path} is not JSON: {error}") from None
+    if not isinstance(schema, dict | bool):
+        raise click.UsageError(f"--json-schema: {path} is JSON, but no JSON schema: that is an object")
+    return schema
+
+
 def read_stdin() -> str:
     """Read what is piped in."""
     return "" if sys.stdin is None else _decode(sys.stdin.buffer.read(), "standard input")
@@ -176,6 +187,8 @@ def _decode(content: bytes, source: str) -> str:
 
 
 engine_options: Option = options(
+    text("--adapter-path", metavar="FOLDER", help="LoRA or DoRA that mlx-lm trained, put onto the model.",
+         type=click.Path(exists=True, file_okay=False), shell_complete=completing(kind="dir")),
     int_option("--block-size", help="Tokens per block of the KV cache. Default: 16."),
     int_option("--num-kv-blocks", help="Size of the KV cache in blocks."),
     text("--kv-cache-memory", metavar="SIZE",

@@ -170,7 +170,7 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
         unknown_quantization=None
         if is_measured or not stored or config.get("quantization")
         else stored.get("quant_method"),
-        context=loading.context_of(config),
+        context=hub.context_of(config),
     )
 
 

@@ -244,6 +244,8 @@ def test_an_option_that_a_message_names_exists() -> None:
         ("generate --model qw", "plain,qwen3"),
         ("inspect gem", "plain,gemma3"),
         ("chat --model ./", "dir,./"),
+        ("pull qwen3.5", "plain,qwen3.5-4b"),
+        ("generate --adapter-path ./", "dir,./"),
         ("generate --dtype f", "plain,float16"),
         ("generate --allocator ", "plain,buddy"),
         ("generate --swap-space ", "dir,"),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.hub_stub import Hub, serve
+from helpers.hub_stub import Hub, ask_only, serve
 
 from mlx_paged.errors import ModelError
 from mlx_paged.models.aliases import ALIASES
@@ -19,16 +19,8 @@ from mlx_paged.models.hub import DEMO_FOLDER, check_files, resolve
 @pytest.fixture
 def hub(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that offers org/tiny, and an empty cache."""
-    from huggingface_hub import constants
-
     with serve(Hub({"org/tiny": model_folder}, gated={"org/gated"})) as hub:
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        ask_only(hub, tmp_path / "cache", monkeypatch)
         yield hub
 
 
@@ -68,7 +60,7 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name: str | Path,
 
 def test_a_mistyped_alias_gets_the_close_ones_and_where_all_are_listed() -> None:
     text = message("qwen22")
-    assert "did you mean qwen2" in text and "--help" in text
+    assert "did you mean qwen2" in text and "mlx-paged models" in text
 
 
 def test_a_name_like_nothing_gets_the_three_kinds_of_names() -> None:
