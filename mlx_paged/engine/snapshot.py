@@ -132,7 +132,7 @@ class EngineView:
         manager = self._groups.managers[0]
         size, found, num_alike = manager.block_size, match.num_cached_tokens, match.num_matching_tokens
         if not manager.prefix_caching:
-            return "prefix caching is off (--no-prefix-caching)"
+            return "prefix caching is off"
         if limit is not None and limit < size:
             return "log-probabilities of the prompt are asked for, so all of it is computed"
         whole = manager.num_cached_tokens(token_ids, salt=salt, limit=limit)

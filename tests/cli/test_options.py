@@ -182,6 +182,14 @@ def test_engine_options_reach_the_model_and_those_not_given_stay_its_own(run: Ru
     }  # fmt: skip
 
 
+def test_every_command_that_runs_a_model_takes_an_adapter(run: Run, tmp_path: Path) -> None:
+    takes = {name for name, command in cli.commands.items() for each in command.params if "--adapter-path" in each.opts}
+    assert takes == {"generate", "beam-search", "chat", "serve", "bench"}
+    for command in ("generate", "beam-search"):
+        run(command, "--adapter-path", str(tmp_path), "Hi")
+        assert run.made[-1].settings == {"adapter_path": str(tmp_path)}
+
+
 @pytest.mark.parametrize(
     "args",
     [

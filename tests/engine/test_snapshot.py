@@ -203,7 +203,7 @@ def test_each_reason_says_what_is_so(make_engine: MakeEngine) -> None:
     assert asked(engine, [1] * 9, limit=0)[0] == 0 and "log-probabilities" in asked(engine, [1] * 9, limit=0)[2]
     off = make_engine(prefix_caching=False)
     cache(off, [1] * 10)
-    assert asked(off, [1] * 10) == (0, 0, "prefix caching is off (--no-prefix-caching)")
+    assert asked(off, [1] * 10) == (0, 0, "prefix caching is off")
 
 
 def test_what_was_saved_is_said_to_be_read_back(make_engine: MakeEngine, tmp_path: Any) -> None:

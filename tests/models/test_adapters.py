@@ -72,6 +72,15 @@ def test_an_adapter_gives_the_tokens_that_it_gives_in_mlx_lm(
     assert tokens_of(LLM.from_model(make(family), adapter_path=folder, **POOL)) == expected
 
 
+def test_weights_that_were_trained_as_a_whole_take_the_place_of_the_models_own(tmp_path: Path) -> None:
+    trained = make_model("llama", seed=5)
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), dict(tree_flatten(trained.parameters())))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full", "num_layers": -1}))
+    expected = unpaged_greedy(trained, PROMPT, 8).token_ids
+    assert tokens_of(LLM.from_model(make_model("llama"), **POOL)) != expected
+    assert tokens_of(LLM.from_model(make_model("llama"), adapter_path=tmp_path, **POOL)) == expected
+
+
 def test_every_way_to_an_llm_takes_an_adapter(demo_adapter: Path) -> None:
     expected = tokens_of(LLM.from_model(load_adapters(loading.load(None, None).model.eval(), str(demo_adapter)).eval()))
     assert tokens_of(LLM(**POOL)) != expected
