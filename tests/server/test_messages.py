@@ -218,6 +218,10 @@ def test_a_silent_stream_begins_at_once_and_pings(llm: AsyncLLM) -> None:
 
 REFUSED = [
     ({"messages": []}, 400, "messages is empty"),
+    *(
+        ({"system": None, "messages": [{"role": "system", "content": content}]}, 400, "nothing but system messages")
+        for content in ("", [], None, "x-anthropic-billing-header: a")
+    ),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role must be one of"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
