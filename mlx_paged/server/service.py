@@ -215,6 +215,8 @@ class Service:
                     if output.finished:
                         self.metrics.finished(output, num_tokens)
                     for sample in output.outputs:
+                        if sample.finish_reason == "error" and request.has_dead_end:
+                            raise bad_request(str(sample.stop_reason))
                         if sample.finish_reason == "error":
                             LOG.error("request %d ended by an error: %s", output.request_id, sample.stop_reason)
                             raise ApiError(500, "the engine could not complete this request")
