@@ -161,11 +161,19 @@ class AsyncLLM:
             if not finished:
                 self._thread.abort(inbox)
 
-    def require_room(self) -> None:
-        """Raise QueueFull if as many requests wait as may."""
-        most = self._thread.max_num_seqs + (self.max_waiting or 0)
-        if self.max_waiting is not None and len(self._running) >= most:
-            raise QueueFull(f"{len(self._running)} requests run or wait, and no more are taken")
+    def require_room(self, count: int = 1) -> None:
+        """Raise QueueFull if a number of requests are more than may run or wait beside those that do.
+
+        Raises ValueError if they are more than may at any time.
+        """
+        if self.max_waiting is None:
+            return
+        running, most = self._thread.max_num_seqs, self._thread.max_num_seqs + self.max_waiting
+        if count > most:
+            raise ValueError(f"at most {most} can be taken at once, {running} to run and {self.max_waiting} to wait")
+        if len(self._running) + count > most:
+            more = "no" if len(self._running) >= most else f"at most {most - len(self._running)}"
+            raise QueueFull(f"{len(self._running)} requests run or wait, and {more} more are taken")
 
     @property
     def num_requests(self) -> int:

@@ -23,6 +23,10 @@ class QueueFull(RuntimeError):
     """As many requests wait as may; the same one may be taken a little later."""
 
 
+class DeadEnd(ValueError):
+    """What a request asks of its output leaves no token that could come next, or is too much to follow."""
+
+
 class EngineWarning(UserWarning):
     """Something works less well than it was asked to, and the engine goes on."""
 

@@ -102,6 +102,8 @@ class Request:
     num_unshared_blocks: int = 0
     """What that would have been without sharing."""
     error: str | None = None
+    has_dead_end: bool = False
+    """A sequence ended by an error since what the request asks of its output left no token."""
     client_id: str | None = None
     """What its client calls it."""
     prefix_match: Any = None

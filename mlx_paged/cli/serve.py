@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import os
+import re
 import socket
 import tomllib
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("mlx_paged.server")
 
 KEY_VARIABLE = "MLX_PAGED_API_KEY"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+")
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -98,6 +101,7 @@ def serve_model(
     log_level: str,
 ) -> int:
     """Load a model and serve it until a signal ends that. Returns the exit code."""
+    _require_sense(names, origins, idle_unload, drain_timeout)
     keys = _read_keys(api_key_file)
     if not keys and not _is_loopback(host):
         raise click.UsageError(
@@ -150,7 +154,7 @@ def serve_model(
 
         with loading(terminal):
             llm = load()
-        _log_abilities(llm.tokenizer, max_thinking_tokens)
+        _log_abilities(llm, max_thinking_tokens)
 
         def say_ready() -> None:
             if not terminal.quiet:
@@ -164,16 +168,35 @@ def serve_model(
     return {Ending.DRAINED: 0, Ending.CUT: INTERRUPTED, Ending.BROKEN: 1}[ending]
 
 
-def _log_abilities(tokenizer: Any, max_thinking_tokens: int | None) -> None:
+def _require_sense(names: Sequence[str], origins: Sequence[str], *seconds: float | None) -> None:
+    """Raise UsageError for names, origins and times that nothing could match."""
+    if not all(name.strip() for name in names):
+        raise click.UsageError("--served-model-name is empty: give the name that clients call the model by")
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise click.UsageError(
+                f'--cors-origin {origin!r} is neither "*" nor as https://example.org, without a path'
+            )
+    if any(math.isnan(each) for each in seconds if each is not None):
+        raise click.UsageError("--idle-unload and --drain-timeout take seconds, and nan is no number")
+
+
+def _log_abilities(llm: AsyncLLM, max_thinking_tokens: int | None) -> None:
     """Log what clients and options may ask of this model in vain."""
-    if not tokenizer.has_tool_calling:
+    tokenizer = llm.tokenizer
+    if not llm.knows_tools:
+        LOG.info("the chat template knows no tools: the model is not told of them unless tool_choice asks for a call")
+    elif not tokenizer.has_tool_calling:
         LOG.info("how this model calls tools is not known: unless tool_choice asks for a call, its calls are text")
     if max_thinking_tokens is not None and not tokenizer.has_thinking:
         LOG.warning("--max-thinking-tokens changes nothing: this model does not mark its thinking")
 
 
 def _read_keys(path: Path | None) -> tuple[bytes, ...]:
-    lines = [] if path is None else path.read_text("utf-8-sig").splitlines()
+    try:
+        lines = [] if path is None else path.read_text("utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise click.UsageError(f"--api-key-file: {path} can't be read: {error}") from None
     keys = [line.strip() for line in (*lines, os.environ.get(KEY_VARIABLE, "")) if line.strip()]
     if path is not None and not any(line.strip() for line in lines):
         raise click.UsageError(f"--api-key-file: {path} has no key in it")

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged.engine.output_processor import OutputProcessor
+from mlx_paged.errors import DeadEnd
 from mlx_paged.request import Sequence
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
@@ -56,7 +57,7 @@ def apply_rules(
                 continue
         try:
             _forbid(sequence, params, masks[i], outputs)
-        except Exception as error:  # a ValueError where nothing is allowed, else of the grammar's code
+        except Exception as error:  # DeadEnd, or of the grammar's code
             outputs.fail_sequence(sequence, error)
         if not (sequence.matcher is not None or params.bad_words or params.logits_processors):
             batch.has_rules[rows[i]] = sequence.row >= 0 and sequence.num_output_tokens < params.min_tokens
@@ -87,7 +88,7 @@ def _process(sequence: Sequence, row: mx.array, params: SamplingParams) -> mx.ar
 
 
 def _forbid(sequence: Sequence, params: SamplingParams, allowed: np.ndarray, outputs: OutputProcessor) -> None:
-    """Clear the bits of tokens that may not come. Raises ValueError if none is left."""
+    """Clear the bits of tokens that may not come. Raises DeadEnd if none is left."""
     if sequence.matcher is not None:
         allowed[:] = sequence.matcher.mask()
     if sequence.request.bad_words is not None:
@@ -96,4 +97,4 @@ def _forbid(sequence: Sequence, params: SamplingParams, allowed: np.ndarray, out
         for token_id in (*outputs.stop_ids(sequence.request), *(params.stop_token_ids or ())):
             allowed[token_id // 32] &= np.uint32(_ALL ^ 1 << token_id % 32)
     if not allowed.any():
-        raise ValueError("bad_words, min_tokens and the form of this output leave no token that could come here")
+        raise DeadEnd("bad_words, min_tokens and the form of this output leave no token that could come here")

@@ -9,6 +9,7 @@ import numpy as np
 from mlx_paged.engine.detokenizer import Detokenizer
 from mlx_paged.engine.profile import Profile
 from mlx_paged.engine.text_stream import TextStream
+from mlx_paged.errors import DeadEnd
 from mlx_paged.outputs import BeamHypothesis, BeamSearchOutput, CompletionOutput, Output, RequestOutput
 from mlx_paged.request import Request, Sequence
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
@@ -147,7 +148,7 @@ class OutputProcessor:
         try:
             return self._find_stop(sequence, token_id)
         except Exception as error:
-            return _error(error)
+            return _error(sequence.request, error)
 
     def _find_stop(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         params = sequence.request.params
@@ -170,8 +171,7 @@ class OutputProcessor:
 
     def fail_sequence(self, sequence: Sequence, error: Exception) -> None:
         """End a sequence that can't go on, and its request if it was the last one."""
-        own = isinstance(error, ValueError)  # its message says all
-        self._finish_sequence(sequence, FinishReason("error", str(error)) if own else _error(error))
+        self._finish_sequence(sequence, _error(sequence.request, error))
         if sequence.request.finished:
             self._emit_final(sequence.request)
 
@@ -186,7 +186,7 @@ class OutputProcessor:
 
     def fail_request(self, request: Request, error: Exception) -> None:
         """End a request, with all its sequences, by an error that is its own."""
-        self.finish_request(request, _error(error))
+        self.finish_request(request, _error(request, error))
 
     def _finish_sequence(self, sequence: Sequence, stop: FinishReason) -> None:
         """End a sequence, wherever it is, and complete its text."""
@@ -197,7 +197,7 @@ class OutputProcessor:
             try:
                 stop = self._complete_text(sequence, stop)
             except Exception as error:  # of the tokenizer's code
-                stop = _error(error)
+                stop = _error(sequence.request, error)
         sequence.finish_reason, sequence.stop_reason = stop
 
     def _complete_text(self, sequence: Sequence, stop: FinishReason) -> FinishReason:
@@ -279,7 +279,7 @@ class OutputProcessor:
                 BeamHypothesis(list(ids), self._text_of(ids, params), logprob, score) for ids, logprob, score in found
             ]
         except Exception as error:  # of the tokenizer's code
-            request.error = str(_error(error).stop_reason)
+            request.error = str(_error(request, error).stop_reason)
         return BeamSearchOutput(
             request.request_id,
             request.prompt,
@@ -306,5 +306,7 @@ class OutputProcessor:
             return text_stream.text
 
 
-def _error(error: Exception) -> FinishReason:
-    return FinishReason("error", " ".join(f"{type(error).__name__}: {error}".split()))
+def _error(request: Request, error: Exception) -> FinishReason:
+    request.has_dead_end = isinstance(error, DeadEnd)
+    reason = str(error) if request.has_dead_end else f"{type(error).__name__}: {error}"
+    return FinishReason("error", " ".join(reason.split()))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_paged.errors import DeadEnd
 from mlx_paged.sampling.compilations import TIMEOUT_S, Compilations, run_apart
 from mlx_paged.sampling_params import SamplingParams
 
@@ -85,7 +86,7 @@ class GrammarMatcher:
         """Tell which tokens may come next. Returns uint32 [ceil(vocab_size / 32)]: t is bit t % 32 of word t // 32.
 
         End tokens are allowed exactly where the grammar may end, ids that the tokenizer does not know never. Raises
-        ValueError, in one line, where nothing is allowed: the grammar leads nowhere, or is too complex for llguidance.
+        DeadEnd, in one line, where nothing is allowed: the grammar leads nowhere, or is too complex for llguidance.
         """
         self._update()
         return self._allowed.copy()
@@ -103,7 +104,7 @@ class GrammarMatcher:
                 self._matcher = self._after_space
             self._after_space = None
             if not self._matcher.consume_token(token_id):
-                raise ValueError(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
+                raise DeadEnd(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
         self._is_current = False
 
     @property
@@ -146,7 +147,7 @@ class GrammarMatcher:
         if may_end:
             np.bitwise_or(self._allowed, self._vocabulary.end_tokens, out=self._allowed)
         elif not self._can_go_on:
-            raise ValueError(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
+            raise DeadEnd(f"the form of this output can't be completed: {_dead_end(self._matcher)}")
         self._is_current = True
 
     def _compute(self, matcher: "LLMatcher") -> None:

@@ -96,6 +96,8 @@ def read_tools(fields: Fields) -> list[dict[str, Any]]:
         function = Fields(each.take_any("function"), each.path("function"))
         if not function.take("name", str):
             raise function.error("name", "must be text that is not empty")
+        function.take("description", str)
+        function.take("parameters", dict)
         tools.append(dict(tool))
     if (allowed := _read_allowed(fields)) is not None:
         names = [_require_tool(fields, each, tools) for each in allowed.take("tools", list, [])]
@@ -113,7 +115,8 @@ def _read_allowed(fields: Fields) -> Fields | None:
 
 def read_tool_choice(fields: Fields, tools: Sequence[dict[str, Any]]) -> str | None:
     """Read what has to be called, as `Asked.tool_choice` has it. Raises ApiError."""
-    choice = fields.take_any("tool_choice") or "auto"
+    choice = fields.take_any("tool_choice")
+    choice = "auto" if choice is None else choice
     if (allowed := _read_allowed(fields)) is not None:
         choice = allowed.take("mode", str, "auto")
         if choice not in ("auto", "required"):

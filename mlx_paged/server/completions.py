@@ -257,11 +257,12 @@ class CompletionAnswer:
 async def completions(service: Service, body: dict[str, Any], state: dict[str, Any]) -> ASGIApp:
     """Answer POST /v1/completions. Raises ApiError."""
     asked = CompletionRequest.read(service, body, state.get("cache_salt"))
-
+    service.require_room(len(asked.prompts))
     requests = [await service.make_request(prompt, asked.params, stream=asked.stream) for prompt in asked.prompts]
     for request in requests:
         request.client_id = state["request_id"]
     state["notes"]["prompt_tokens"] = sum(len(request.prompt_token_ids) for request in requests)
+    service.require_room(len(requests))  # once it has begun, that comes late
     answer = CompletionAnswer(service, asked, requests)
     if asked.stream:
         return service.stream(answer.chunks(), answer.keepalive)

@@ -56,9 +56,9 @@ class ApiError(Exception):
 class PromptRefused(ApiError):
     """A prompt that is longer than the context, in the words that each dialect's clients look for."""
 
-    def __init__(self, message: str, num_tokens: int | None, most: int | None) -> None:
-        """num_tokens: of the prompt. most: that a prompt may have."""
-        super().__init__(400, message, param="messages", code="context_length_exceeded")
+    def __init__(self, message: str, num_tokens: int | None, most: int | None, param: str | None) -> None:
+        """num_tokens: of the prompt. most: that a prompt may have. param: the field that it came in."""
+        super().__init__(400, message, param=param, code="context_length_exceeded")
         self._numbers = num_tokens, most
 
     def openai(self) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def read_message_request(service: Service, body: dict[str, Any], salt: str | Non
     messages = _read_system(fields.take_any("system"), "system")
     for i, value in enumerate(values):
         messages += _read_message(Fields(value, f"messages[{i}]"), service.note_omitted)
+    if not messages:
+        raise bad_request("messages has nothing but system messages without a text: give it another", param="messages")
     settings = read_sampling(fields, salt, max_samples=1)
     stops = fields.take_with("stop_sequences", read_stop)
     if stops is not None:

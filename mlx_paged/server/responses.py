@@ -18,6 +18,8 @@ from mlx_paged.server.event_stream import event
 from mlx_paged.server.responses_fields import ResponseRequest
 from mlx_paged.server.service import Service
 
+_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}  # with the first, clients don't try again
+
 Event = dict[str, Any]
 
 
@@ -46,7 +48,7 @@ class ResponseAnswer(EventAnswer):
                 async for each in events:
                     yield _write(each)
         except ApiError as error:
-            code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+            code = _CODES.get(error.status) or error.code or "server_error"
             self._status, self._error = "failed", {"code": code, "message": error.message}
             yield _write(self._about_response("failed"))
 

@@ -178,10 +178,16 @@ def make_params(settings: dict[str, Any], names: Sequence[tuple[str, str]] = ())
         raise refusal(error, names) from None
 
 
-def refusal(error: Exception, names: Sequence[tuple[str, str]] = ()) -> ApiError:
-    """What a client is told of a ValueError that names a parameter first."""
+def refusal(error: Exception, names: Sequence[tuple[str, str]] = (), prompt: str | None = None) -> ApiError:
+    """What a client is told of a ValueError that names a parameter, or the prompt, first.
+
+    prompt: the field that the prompt came in.
+    """
     message = str(error)
+    first = re.split("[ =:,]", message, maxsplit=1)[0]
+    param = dict(names).get(first, first) if first in SamplingParams.__dataclass_fields__ else None
+    if re.match(r"(the|a) prompt\b|the conversation\b|the model's chat template\b|messages\b", message):
+        param = prompt
     for ours, theirs in names:
         message = message.replace(ours, theirs)
-    first = re.split("[ =:]", message, maxsplit=1)[0]
-    return bad_request(message, param=first if first.isidentifier() and first.islower() else None)
+    return bad_request(message, param=param)

@@ -112,14 +112,17 @@ class Service:
             self.seen_omitted.add(kind)
             LOG.warning("a conversation has parts of type %.60r: they are named in the text, and not read", kind)
 
-    async def prepare(self, work: Awaitable[T]) -> T:
-        """Await what templates, tokenisers or grammars make of a request. Raises ApiError for what they refuse."""
+    async def prepare(self, work: Awaitable[T], prompt: str | None = None) -> T:
+        """Await what templates, tokenisers or grammars make of a request. Raises ApiError for what they refuse.
+
+        prompt: as for `refusal`.
+        """
         try:
             return await work
         except PromptTooLong as error:
-            raise PromptRefused(str(error), error.num_tokens, error.most) from None
+            raise PromptRefused(str(error), error.num_tokens, error.most, prompt) from None
         except (ValueError, TypeError) as error:
-            raise refusal(error) from None
+            raise refusal(error, prompt=prompt) from None
         except ImportError as error:
             raise bad_request(str(error)) from None
         except RuntimeError as error:
@@ -174,12 +177,14 @@ class Service:
     ) -> Request:
         """Make a conversation's request. template: arguments of the chat template. Raises ApiError."""
         token_ids = await self.encode_chat(messages, tools, template or {})
-        return await self.make_request(token_ids, params, stream=stream)
+        return await self.make_request(token_ids, params, stream=stream, came_in="messages")
 
-    async def make_request(self, prompt: str | list[int], params: SamplingParams, *, stream: bool) -> Request:
-        """Make a prompt's request. Raises ApiError."""
+    async def make_request(
+        self, prompt: str | list[int], params: SamplingParams, *, stream: bool, came_in: str = "prompt"
+    ) -> Request:
+        """Make a prompt's request. came_in: the field that the prompt came in. Raises ApiError."""
         await self.become_ready()
-        return await self.prepare(self.llm.make_request(prompt, params, stream=stream, clamp_max_tokens=True))
+        return await self.prepare(self.llm.make_request(prompt, params, stream=stream, clamp_max_tokens=True), came_in)
 
     async def encode_chat(
         self, messages: Messages, tools: Sequence[dict[str, Any]], template: dict[str, Any]
@@ -190,18 +195,24 @@ class Service:
         for variant in variants(messages):
             encoding = self.llm.encode_chat(variant, tools=tools or None, chat_template_kwargs=template)
             try:
-                return await self.prepare(encoding)
+                return await self.prepare(encoding, "messages")
             except ApiError as error:
                 first_error = first_error or error
         assert first_error is not None
         raise first_error
 
-    def stream(self, events: AsyncGenerator[bytes, None], keepalive: Callable[[], bytes]) -> EventStream:
-        """Make a response of events. Raises ApiError if too many requests wait: once it has begun, that comes late."""
+    def require_room(self, count: int = 1) -> None:
+        """Raise ApiError if the requests of a number of prompts can't be taken now, or ever."""
         try:
-            self.llm.require_room()
+            self.llm.require_room(count)
+        except ValueError as error:
+            raise bad_request(f"prompt has {count} prompts in it: {error}", param="prompt") from None
         except QueueFull as error:
             raise _too_many(error) from None
+
+    def stream(self, events: AsyncGenerator[bytes, None], keepalive: Callable[[], bytes]) -> EventStream:
+        """Make a response of events. Raises ApiError if too many requests wait: once it has begun, that comes late."""
+        self.require_room()
         return EventStream(events, keepalive, self.options.keepalive_s)
 
     async def run(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
@@ -216,6 +227,8 @@ class Service:
                     if output.finished:
                         self.metrics.finished(output, num_tokens)
                     for sample in output.outputs:
+                        if sample.finish_reason == "error" and request.has_dead_end:
+                            raise bad_request(str(sample.stop_reason))
                         if sample.finish_reason == "error":
                             LOG.error("request %d ended by an error: %s", output.request_id, sample.stop_reason)
                             raise ApiError(500, "the engine could not complete this request")

@@ -173,6 +173,11 @@ REFUSED = [
     (["--drain-timeout", "-1"], 2, ["--drain-timeout"]),
     (["--api-key-file", "EMPTY"], 2, ["--api-key-file", "no key"]),
     (["--api-key-file", "nowhere"], 2, ["--api-key-file", "nowhere"]),
+    (["--api-key-file", "NO_TEXT"], 2, ["--api-key-file", "NO_TEXT", "can't be read"]),
+    (["--idle-unload", "nan"], 2, ["--idle-unload", "nan"]),
+    (["--drain-timeout", "nan"], 2, ["--drain-timeout", "nan"]),
+    (["--served-model-name", ""], 2, ["--served-model-name", "empty"]),
+    *((["--cors-origin", origin], 2, ["--cors-origin", origin]) for origin in ("nonsense", "https://a.example/", "")),
     (["--config", "EMPTY", "--block-size", "0"], 2, ["--block-size"]),
     (["--config", "UNKNOWN"], 2, ["--config", "'prot'", "--prot"]),
     (["--config", "BROKEN"], 2, ["--config", "can't be read"]),
@@ -188,7 +193,8 @@ def test_what_can_not_be_served_so_is_one_line(
     files = {"EMPTY": "\n", "UNKNOWN": "prot = 1\n", "BROKEN": "= 1", "WRONG": 'port = "many"\n'}
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    assert_one_line(invoke("serve", *(str(tmp_path / arg) if arg in files else arg for arg in args)), code, *words)
+    (tmp_path / "NO_TEXT").write_bytes(b"\xff\xfe\xfd")
+    assert_one_line(invoke("serve", *(str(tmp_path / arg) if arg.isupper() else arg for arg in args)), code, *words)
 
 
 def test_a_port_that_is_taken_is_one_line_before_anything_is_loaded() -> None:
@@ -220,10 +226,17 @@ def test_a_model_that_writes_in_channels_is_refused_before_its_weights_are_loade
     assert_one_line(result, 1, "harmony", "gpt-oss", "generate")
 
 
+def _llm(*, knows_tools: bool = True, **abilities: bool) -> Any:
+    return SimpleNamespace(tokenizer=SimpleNamespace(**abilities), knows_tools=knows_tools)
+
+
 def test_what_a_model_can_not_do_is_logged_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        _log_abilities(SimpleNamespace(has_tool_calling=True, has_thinking=True), 5)
-        _log_abilities(SimpleNamespace(has_tool_calling=True, has_thinking=False), None)
+        _log_abilities(_llm(has_tool_calling=True, has_thinking=True), 5)
+        _log_abilities(_llm(has_tool_calling=True, has_thinking=False), None)
         assert not caplog.messages
-        _log_abilities(SimpleNamespace(has_tool_calling=False, has_thinking=False), 0)
-    assert "calls are text" in caplog.messages[0] and "--max-thinking-tokens" in caplog.messages[1]
+        _log_abilities(_llm(has_tool_calling=False, has_thinking=False), 0)
+        _log_abilities(_llm(has_tool_calling=False, knows_tools=False), None)
+    calls_are_text, no_thinking, not_told = caplog.messages
+    assert "calls are text" in calls_are_text and "--max-thinking-tokens" in no_thinking
+    assert "not told of them unless tool_choice" in not_told

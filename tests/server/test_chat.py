@@ -264,6 +264,7 @@ def test_an_image_that_a_tool_returns_is_named_in_its_place(url: str) -> None:
     assert "<|im_start|>tool\nSeen: [image omitted: only text can be read]<|im_end|>" in text
 
 
+NO_CHOICES: list[Any] = ["", [], {}, False, 0]
 REFUSED = [
     ({"messages": []}, 400, "messages"),
     ({"messages": "hi"}, 400, "messages"),
@@ -279,6 +280,16 @@ REFUSED = [
     ({"messages": USER, "logit_bias": {str(i): 1 for i in range(200_000)}}, 400, "logit_bias"),
     ({"messages": USER, "logit_bias": {"a": 1}}, 400, "logit_bias"),
     ({"messages": USER, "tools": [{"type": "function"}]}, 400, "tools[0].function"),
+    *(({"messages": USER, "tool_choice": choice}, 400, "tool_choice") for choice in NO_CHOICES),
+    *(
+        (
+            {"messages": USER, "tools": [{"type": "function", "function": {"name": "f", name: 5}}]},
+            400,
+            f"tools[0].function.{name}",
+        )
+        for name in ("description", "parameters")
+    ),
+    ({"messages": [{"role": "user", "content": "x y " * 40_000}]}, 400, "messages"),
     ({"messages": USER, "functions": []}, 400, "functions"),
     ({"messages": USER, "chat_template": "{{ 1 }}"}, 400, "chat_template"),
     ({"messages": USER, "chat_template_kwargs": {"tokenize": False}}, 400, "chat_template_kwargs"),

@@ -208,6 +208,9 @@ def test_fewest_tokens_and_bad_words_are_vllms(url: str) -> None:
         ({}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [["a"]]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": "x y " * 40_000}, "prompt"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "best_of": 3}, "best_of"),
         ({"prompt": "x", "logprobs": 6}, "logprobs"),
@@ -227,3 +230,19 @@ def test_fewest_tokens_and_bad_words_are_vllms(url: str) -> None:
 def test_what_can_not_be_done_is_refused_by_name(body: Any, param: str, url: str) -> None:
     response = post(f"{url}/v1/completions", body)
     assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_prompts_than_can_be_taken_now_wait_and_more_than_ever_can_are_refused(
+    stream: bool, llm: AsyncLLM, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "max_waiting", 2)
+    monkeypatch.setattr(llm._thread, "max_num_seqs", 3)
+    body: dict[str, Any] = {"max_tokens": 2, "stream": stream}
+    assert post(f"{url}/v1/completions", body | {"prompt": ["x"] * 5}).status_code == 200
+    refused = post(f"{url}/v1/completions", body | {"prompt": ["x"] * 6})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt"
+    assert "6 prompts in it: at most 5 can be taken at once, 3 to run and 2 to wait" in refused.text
+    monkeypatch.setattr(llm, "_running", {object()})  # one of another client
+    later = post(f"{url}/v1/completions", body | {"prompt": ["x"] * 5})
+    assert later.status_code == 429 and "at most 4 more are taken" in later.text

@@ -103,7 +103,7 @@ def test_a_stream_shows_a_request_come_and_go_and_one_aborts_it(url: str) -> Non
             {"prompt": "count", "messages": None},
             'data: {"error":{"message":"this request was aborted"',
         ),
-        ("/v1/responses", {"input": "count", "messages": None, "max_output_tokens": 20_000}, "event: response.failed"),
+        ("/v1/responses", {"input": "count", "messages": None, "max_output_tokens": 20_000}, '"code":"aborted"'),
         ("/v1/messages", {}, "event: error"),
     ],
 )

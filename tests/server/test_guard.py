@@ -235,3 +235,4 @@ def test_a_prompt_is_tokenised_and_back(url: str) -> None:
     assert post(f"{url}/detokenize", {"tokens": tokens["tokens"]}).json() == {"prompt": "Hello, caf\u00e9"}
     assert post(f"{url}/detokenize", {"tokens": [10**9]}).status_code == 400
     assert json.loads(post(f"{url}/tokenize", {}).text)["error"]["param"] == "prompt"
+    assert json.loads(post(f"{url}/tokenize", {"prompt": 5}).text)["error"]["param"] == "prompt"

@@ -216,8 +216,13 @@ def test_a_silent_stream_begins_at_once_and_pings(llm: AsyncLLM) -> None:
     assert kinds[:4] == ["message_start", "ping", "ping", "ping"] and kinds[-1] == "message_stop"
 
 
+NO_CONTENTS: list[Any] = ["", [], None, "x-anthropic-billing-header: a"]
 REFUSED = [
     ({"messages": []}, 400, "messages is empty"),
+    *(
+        ({"system": None, "messages": [{"role": "system", "content": content}]}, 400, "nothing but system messages")
+        for content in NO_CONTENTS
+    ),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role must be one of"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},

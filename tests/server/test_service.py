@@ -12,6 +12,7 @@ from helpers.scripted_model import make_scripted_model
 from mlx_paged.async_llm import AsyncLLM
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.server.errors import ApiError
+from mlx_paged.server.sampling_fields import refusal
 from mlx_paged.server.service import ServerOptions, Service
 
 USER: Any = [{"role": "user", "content": "hi"}]
@@ -65,3 +66,21 @@ def test_a_draining_server_lets_requests_end_and_refuses_new_ones(llm: AsyncLLM)
         assert caught.value.status == 503 and caught.value.retry_after > 0
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "message, param",
+    [
+        ("the model's chat template does not take this conversation: no", "messages"),
+        ("the prompt is empty: give it at least one token", "messages"),
+        ("a prompt is text or a list of token ids, got 5", "messages"),
+        ("an output of a given form needs an end token, and the model's tokenizer has none", None),
+        ("bad_words need a tokenizer, and this engine has none", "bad_words"),
+        ("max_tokens must be at least 1", "max_output_tokens"),
+    ],
+)
+def test_a_refusal_names_the_field_that_its_message_begins_with_and_no_other_word(
+    message: str, param: str | None
+) -> None:
+    names = [("max_tokens", "max_output_tokens")]
+    assert refusal(ValueError(message), names, prompt="messages").param == param
