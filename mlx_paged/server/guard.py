@@ -105,7 +105,8 @@ class Guard:
             raise ApiError(403, "this server does not answer pages of that origin; --cors-origin lets it")
         if scope["method"] == "OPTIONS" or not self._access.keys or scope["path"] in _OPEN:
             return
-        given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").partition(b" ")[2].strip()
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        given = headers.get(b"x-api-key") or (token.strip() if scheme.lower() == b"bearer" else b"")
         found = [key for key in self._access.keys if hmac.compare_digest(key, given)]
         if not found:
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")

@@ -57,7 +57,7 @@ def test_foreign_pages_are_refused_and_allowed_ones_are_named(llm: AsyncLLM, url
 
 def test_a_key_is_asked_for_everywhere_but_where_nothing_is_told(llm: AsyncLLM) -> None:
     with serving(llm, Access(keys=(b"k1", "schl\u00fcssel".encode()))) as url:
-        for headers in ({}, {"Authorization": "Bearer no"}, {"x-api-key": b"\xff\xfe"}, {"Authorization": "k1"}):
+        for headers in ({}, {"Authorization": "Bearer no"}, {"x-api-key": b"\xff\xfe"}, {"Authorization": "Basic k1"}):
             response = post(url + CHAT, {"messages": USER}, headers=headers)
             assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
         assert httpx.get(f"{url}/metrics").status_code == httpx.get(f"{url}/v1/models").status_code == 401
