@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from helpers.families import config_of
 from helpers.tiny_models import TINY_CONFIGS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -279,9 +280,5 @@ def test_a_configuration_that_is_none_is_one_line_that_names_the_file(config: An
 
 
 def test_a_family_that_cannot_be_paged_is_refused_by_name(tmp_path: Path) -> None:
-    config = {
-        "model_type": "mamba", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "state_size": 8,
-        "num_hidden_layers": 1, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 2,
-    }  # fmt: skip
-    with pytest.raises(ModelError, match="mamba"):
-        read_model(write_config(tmp_path, config))
+    with pytest.raises(ModelError, match="afm7"):
+        read_model(write_config(tmp_path, config_of("afm7")))
