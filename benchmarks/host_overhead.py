@@ -76,8 +76,8 @@ class StubRunner:
     """In place of a ModelRunner: logits of zeros, which are there already."""
 
     overlap_is_safe = True
-    kv_bytes = 0
-    kv_cache = SimpleNamespace(move_blocks=lambda moves, group: None)
+    states = None
+    kv_cache = SimpleNamespace(move_blocks=lambda moves, group: None, nbytes=0)
 
     def __init__(self, num_blocks: int, block_size: int = BLOCK_SIZE, vocab_size: int = VOCAB_SIZE) -> None:
         self.plan = MemoryPlan([num_blocks], [1], [None], block_size, 0, 0, 0, "")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from helpers.budget import LONG
 from helpers.run_benchmark import RESULTS, ROOT, check_machine, run_benchmark
 
 from mlx_paged.attention.paged_attention import BACKENDS
@@ -208,6 +209,8 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
 def test_a_quick_run_writes_what_it_prints_in_the_form_of_the_committed_results(
     measured: Benchmark, quick_run: QuickRun, tmp_path: Path
 ) -> None:
+    if measured.script == "server.py" and not LONG:
+        pytest.skip("takes long: MLX_PAGED_LONG_TESTS=1 runs it")
     if measured.script == "kernel_traffic.py" and sys.platform != "linux":
         pytest.skip("the simulator runs on Linux")
     printed, content = quick_run(measured.script)
@@ -254,6 +257,7 @@ def test_what_is_simulated_is_the_same_in_every_run(quick_run: QuickRun) -> None
         assert getattr(memory, name)(quick=True) == quick_run("memory.py")[1]["results"][name]
 
 
+@pytest.mark.skipif(not LONG, reason="takes long: MLX_PAGED_LONG_TESTS=1 runs it")
 @pytest.mark.slow
 def test_a_soak_asks_for_all_and_looks_at_memory() -> None:
     printed = run_benchmark("--soak", "0.1", script="server.py")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from comparison.workloads import WORKLOADS
+from helpers.budget import LONG
 from helpers.run_benchmark import RESULTS, ROOT, check_machine, run_benchmark
 
 TEXT = {"workload", "case", "system"}
@@ -79,6 +80,7 @@ def test_what_is_counted_is_what_the_workload_says(quick: tuple[str, dict[str, A
     assert in_order == sorted(in_order)
 
 
+@pytest.mark.skipif(not LONG, reason="takes long: MLX_PAGED_LONG_TESTS=1 runs it")
 @pytest.mark.slow
 def test_workloads_can_be_chosen_and_made_smaller_for_any_model(tmp_path: Path) -> None:
     file = tmp_path / "two.json"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.budget import LONG
 from helpers.run_benchmark import RESULTS, check_machine, run_benchmark
 
 
@@ -23,6 +24,7 @@ def check(content: dict[str, Any]) -> None:
             assert row["longest_gap_ms"] >= row["gap_p95_ms"] and row["first_token_s"] > 0
 
 
+@pytest.mark.skipif(not LONG, reason="takes long: MLX_PAGED_LONG_TESTS=1 runs it")
 @pytest.mark.slow
 def test_a_quick_run_asks_every_server(tmp_path: Path) -> None:
     file = tmp_path / "results.json"

@@ -29,8 +29,7 @@ class StubRunner:
 
     overlap_is_safe = True
     states = None
-    kv_bytes = 0
-    kv_cache = SimpleNamespace(move_blocks=lambda moves, group: None)
+    kv_cache = SimpleNamespace(move_blocks=lambda moves, group: None, nbytes=0)
     vocab_size = VOCAB_SIZE
 
     def __init__(self, num_blocks: int) -> None:
