@@ -16,6 +16,7 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "fair-steps-linux-cpu.json": ("fair_steps", "A stream beside a long prompt", ()),
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
+    "server-smollm2-linux-cpu.json": ("server", "A server of SmolLM2-135M-Instruct", ()),
     "server-scripted-linux-cpu.json": ("server", "A server, of a model that is hardly more than its answers", ()),
     "attention-linux-cpu.json": ("attention", "Attention on a CPU", ()),
     "kernel-traffic.json": ("kernel_traffic", "What Metal kernels ask of memory, counted by the simulator", ()),

@@ -176,6 +176,7 @@ BENCHMARKS = [
     Benchmark("host_overhead.py", "host-overhead-linux-cpu.json", check_host_work),
     Benchmark("attention.py", "attention-linux-cpu.json", check_attention),
     Benchmark("server.py", "server-scripted-linux-cpu.json", check_server),
+    Benchmark("server.py", "server-smollm2-linux-cpu.json", check_server),
     Benchmark("kernel_traffic.py", "kernel-traffic.json", check_traffic),
 ]
 
