@@ -64,8 +64,8 @@ def test_memory_does_not_grow_with_the_number_of_requests(tiny_model: Callable[.
     params = SamplingParams(temperature=0, max_tokens=5)
     few = [[i, i + 1, i + 2] for i in range(8)]
     llm.generate(few, params)
-    growth_of_few = peak_growth(lambda: llm.generate(few, params))
-    assert peak_growth(lambda: llm.generate(few * 10, params)) < 2 * growth_of_few
+    growth_of_few = peak_growth(lambda: llm.generate(few, params))  # may be next to nothing: buffers are held for it
+    assert peak_growth(lambda: llm.generate(few * 10, params)) < 2 * growth_of_few + MEGABYTE / 4
 
 
 def _filled(num_blocks: int, dtype: mx.Dtype, max_staging: int) -> tuple[PagedKVCache, list[np.ndarray]]:
