@@ -18,7 +18,7 @@ from mlx_paged.server.answer_form import with_form
 from mlx_paged.server.answer_parts import AnswerParts, Part, count_thinking, starts_thinking
 from mlx_paged.server.conversation import Messages, with_tools
 from mlx_paged.server.errors import ApiError, bad_request
-from mlx_paged.server.event_stream import keepalive
+from mlx_paged.server.event_stream import event, keepalive
 from mlx_paged.server.service import Service
 from mlx_paged.server.token_logprobs import chat_logprobs
 from mlx_paged.server.tool_grammar import calls_are_plain
@@ -147,7 +147,22 @@ class Answer(ABC):
 
 
 class EventAnswer(Answer):
-    """An answer of one sample, which as a whole is what its events make up."""
+    """An answer of one sample, which as a whole is what its events make up. An event's data has its name for a type."""
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events. The first ones come before anything is computed."""
+        yield _write(self.begin())
+        yield self.keepalive()
+        try:
+            async with aclosing(self.answer()) as events:
+                async for each in events:
+                    yield _write(each)
+        except ApiError as error:
+            yield _write(self.fail(error))
+
+    def keepalive(self) -> bytes:
+        """What is sent when nothing else came for a while, with a field of ours, which clients do not read."""
+        return _write(self.wait() | {"prompt_progress": self.progress or 0.0})
 
     async def whole(self) -> dict[str, Any]:
         """Wait for the whole answer. Raises ApiError."""
@@ -168,6 +183,18 @@ class EventAnswer(Answer):
             yield each
 
     @abstractmethod
+    def begin(self) -> dict[str, Any]:
+        """The first event."""
+
+    @abstractmethod
+    def wait(self) -> dict[str, Any]:
+        """The event that says that the answer is still coming."""
+
+    @abstractmethod
+    def fail(self, error: ApiError) -> dict[str, Any]:
+        """The event with which an answer ends that an error ends."""
+
+    @abstractmethod
     def add(self, part: Part) -> Iterator[dict[str, Any]]:
         """Take the next part. Yields what it means for the client."""
 
@@ -178,6 +205,10 @@ class EventAnswer(Answer):
     @abstractmethod
     def result(self) -> dict[str, Any]:
         """The answer as far as it has come."""
+
+
+def _write(data: dict[str, Any]) -> bytes:
+    return event(data, data["type"])
 
 
 async def _prepare(service: Service, asked: Asked) -> Request:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -15,7 +14,6 @@ from mlx_paged.request import Request
 from mlx_paged.server.answer import Asked, EventAnswer, respond
 from mlx_paged.server.answer_parts import Part
 from mlx_paged.server.errors import ApiError
-from mlx_paged.server.event_stream import event
 from mlx_paged.server.messages_fields import read_message_request
 from mlx_paged.server.service import Service
 
@@ -35,20 +33,17 @@ class MessageAnswer(EventAnswer):
         self._is_open = False
         self._id = f"msg_{uuid.uuid4().hex}"
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The message as server-sent events. The first one comes before anything is computed."""
-        yield _write({"type": "message_start", "message": self.result()})
-        yield self.keepalive()
-        try:
-            async with aclosing(self.answer()) as events:
-                async for each in events:
-                    yield _write(each)
-        except ApiError as error:
-            yield _write(error.anthropic(self.request_id))
+    def begin(self) -> Event:
+        """The message as it begins."""
+        return {"type": "message_start", "message": self.result()}
 
-    def keepalive(self) -> bytes:
-        """What is sent when nothing else came for a while, with a field of ours, which clients do not read."""
-        return _write({"type": "ping", "prompt_progress": self.progress or 0.0})
+    def wait(self) -> Event:
+        """A ping."""
+        return {"type": "ping"}
+
+    def fail(self, error: ApiError) -> Event:
+        """The error."""
+        return error.anthropic(self.request_id)
 
     def end(self) -> Iterator[Event]:
         """Take the end of the message."""
@@ -119,10 +114,6 @@ class MessageAnswer(EventAnswer):
             "output_tokens": self.num_output,
             "output_tokens_details": {"thinking_tokens": self.num_thinking},
         }
-
-
-def _write(each: Event) -> bytes:
-    return event(each, each["type"])
 
 
 async def messages(service: Service, body: dict[str, Any], state: dict[str, Any]) -> ASGIApp:

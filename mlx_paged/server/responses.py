@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -14,7 +13,6 @@ from mlx_paged.request import Request
 from mlx_paged.server.answer import EventAnswer, respond
 from mlx_paged.server.answer_parts import Part
 from mlx_paged.server.errors import ApiError
-from mlx_paged.server.event_stream import event
 from mlx_paged.server.responses_fields import ResponseRequest
 from mlx_paged.server.service import Service
 
@@ -39,25 +37,19 @@ class ResponseAnswer(EventAnswer):
         self._logprobs: list[dict[str, Any]] = []
         self._num_events = 0
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The response as server-sent events. The first ones come before anything is computed."""
-        yield _write(self._about_response("created"))
-        yield self.keepalive()
-        try:
-            async with aclosing(self.answer()) as events:
-                async for each in events:
-                    yield _write(each)
-        except ApiError as error:
-            code = _CODES.get(error.status) or error.code or "server_error"
-            self._status, self._error = "failed", {"code": code, "message": error.message}
-            yield _write(self._about_response("failed"))
+    def begin(self) -> Event:
+        """The response as it begins."""
+        return self._about_response("created")
 
-    def keepalive(self) -> bytes:
-        """What is sent when nothing else came for a while: an event, since there are clients that count no comments.
+    def wait(self) -> Event:
+        """The response so far: an event, since there are clients that count no comments."""
+        return self._about_response("in_progress")
 
-        It has a field of ours, which clients do not read.
-        """
-        return _write(self._about_response("in_progress") | {"prompt_progress": self.progress or 0.0})
+    def fail(self, error: ApiError) -> Event:
+        """The response that has failed."""
+        code = _CODES.get(error.status) or error.code or "server_error"
+        self._status, self._error = "failed", {"code": code, "message": error.message}
+        return self._about_response("failed")
 
     def end(self) -> Iterator[Event]:
         """Take the end of the response."""
@@ -157,10 +149,6 @@ class ResponseAnswer(EventAnswer):
 
 def _item(kind: str, prefix: str, **fields: Any) -> dict[str, Any]:
     return {"type": kind, "id": f"{prefix}_{uuid.uuid4().hex}", "status": "in_progress", **fields}
-
-
-def _write(each: Event) -> bytes:
-    return event(each, each["type"])
 
 
 async def responses(service: Service, body: dict[str, Any], state: dict[str, Any]) -> ASGIApp:
