@@ -48,10 +48,7 @@ class Debug:
     async def blocks(self, request: Request) -> ASGIApp:
         """Answer GET /debug/blocks: one snapshot, or a stream of them. Raises ApiError."""
         service, many_keys = self._service, "cache_salt" in request.scope["state"]
-        if service.is_draining:
-            raise ApiError(503, "the server is shutting down", retry_after=10)
-        if service.failure is not None:
-            raise ApiError(503, "the engine has ended", retry_after=30)
+        service.require_running()
         if request.query_params.get("stream", "").lower() in ("1", "true"):
             return EventStream(self._events(many_keys), lambda: keepalive(1), service.options.keepalive_s)
         await self._renew()

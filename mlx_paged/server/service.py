@@ -127,22 +127,26 @@ class Service:
             raise bad_request(str(error)) from None
         except RuntimeError as error:
             LOG.error("the engine refuses: %s", error)
-            raise ApiError(503, "the engine has ended", retry_after=30) from None
+            raise _engine_ended() from None
 
     @property
     def failure(self) -> str | None:
         """Why the engine has ended; None while it runs, or rests."""
         return None if self.is_unloaded else self.llm.failure
 
-    async def become_ready(self) -> None:
-        """Load the model if it was unloaded. Raises ApiError while no new request is taken."""
+    def require_running(self) -> None:
+        """Raise ApiError while no new request is taken."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", retry_after=10)
+        if self.failure is not None:
+            raise _engine_ended()
+
+    async def become_ready(self) -> None:
+        """Load the model if it was unloaded. Raises ApiError while no new request is taken."""
+        self.require_running()
         if self.is_unloaded:
             self._loading = self._loading or asyncio.ensure_future(self._load())
             await asyncio.shield(self._loading)  # who waits may go; the model is loaded for the next one
-        if self.failure is not None:
-            raise ApiError(503, "the engine has ended", retry_after=30)
 
     async def _load(self) -> None:
         assert self.load is not None
@@ -241,7 +245,7 @@ class Service:
             raise _too_many(error) from None
         except RuntimeError as error:
             LOG.error("the engine refuses: %s", error)
-            raise ApiError(503, "the engine has ended", retry_after=30) from None
+            raise _engine_ended() from None
         finally:
             self._running.discard(request)
             self._aborted.discard(request)
@@ -265,3 +269,7 @@ class Service:
 
 def _too_many(error: QueueFull) -> ApiError:
     return ApiError(429, str(error), code="queue_full", retry_after=1)
+
+
+def _engine_ended() -> ApiError:
+    return ApiError(503, "the engine has ended", retry_after=30)

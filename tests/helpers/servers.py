@@ -16,6 +16,7 @@ import uvicorn
 
 from mlx_paged.async_llm import AsyncLLM
 from mlx_paged.engine_thread import Inbox
+from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.server.app import make_app
 from mlx_paged.server.guard import Access
 from mlx_paged.server.lifetime import configure
@@ -73,6 +74,18 @@ def events_of(url: str, body: Any) -> Iterator[dict[str, Any]]:
             data = json.loads(next(lines).removeprefix("data: "))
             assert next(lines) == "" and data["type"] == line.removeprefix("event: ")
             yield data
+
+
+@contextmanager
+def engine_broken() -> Iterator[None]:
+    """Let every step fail."""
+
+    def broken(self: ModelRunner, *arguments: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelRunner, "run", broken)
+        yield
 
 
 @contextmanager

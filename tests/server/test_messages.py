@@ -9,7 +9,7 @@ from typing import Any
 import anthropic
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
-from helpers.servers import engine_held, events_of, post, prompt_of, serving
+from helpers.servers import engine_broken, engine_held, events_of, post, prompt_of, serving
 from pydantic import TypeAdapter
 
 from mlx_paged.async_llm import AsyncLLM
@@ -262,16 +262,8 @@ def test_a_prompt_that_is_too_long_is_refused_in_the_words_that_clients_look_for
     assert error["error"]["message"] == f"prompt is too long: {counted.input_tokens} tokens > {limit} maximum"
 
 
-def test_an_engine_that_breaks_ends_a_stream_with_an_error_event(
-    url: str, claude: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlx_paged.runner.model_runner import ModelRunner
-
-    def broken(self: Any, *arguments: Any) -> Any:
-        raise RuntimeError("the device is gone")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ModelRunner, "run", broken)
+def test_an_engine_that_breaks_ends_a_stream_with_an_error_event(url: str, claude: anthropic.Anthropic) -> None:
+    with engine_broken():
         *_, last = checked_events(url, script("endless"))
         assert post(url + URL, script("endless")).json()["error"]["type"] == "api_error"
     assert last["type"] == "error" and last["error"]["type"] == "api_error" and "device" not in json.dumps(last)

@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from helpers.servers import engine_held, events_of, post, prompt_of, serving
+from helpers.servers import engine_broken, engine_held, events_of, post, prompt_of, serving
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -290,16 +290,8 @@ def test_what_can_not_be_done_is_refused_by_name(change: Any, status: int, param
         assert error["param"] == param and error["type"] == "invalid_request_error" and len(error["message"]) < 400
 
 
-def test_an_engine_that_breaks_ends_a_stream_with_a_failed_response(
-    url: str, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlx_paged.runner.model_runner import ModelRunner
-
-    def broken(self: Any, *arguments: Any) -> Any:
-        raise RuntimeError("the device is gone")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ModelRunner, "run", broken)
+def test_an_engine_that_breaks_ends_a_stream_with_a_failed_response(url: str, client: openai.OpenAI) -> None:
+    with engine_broken():
         *_, last = checked_events(url, script("endless"))
         assert post(url + URL, script("endless")).status_code == 500
     assert last["type"] == "response.failed" and "device" not in json.dumps(last)
