@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("mlx_paged.server")
 
 KEY_VARIABLE = "MLX_PAGED_API_KEY"
+_HOST = re.compile(r"\*|[^\s/:\[\]]+|(?:[0-9a-fA-F]*:){2,}[0-9a-fA-F]*")  # "*", a name, an address
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+")
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -101,7 +102,7 @@ def serve_model(
     log_level: str,
 ) -> int:
     """Load a model and serve it until a signal ends that. Returns the exit code."""
-    _require_sense(names, origins, idle_unload, drain_timeout)
+    _require_sense(names, hosts, origins, idle_unload, drain_timeout)
     keys = _read_keys(api_key_file)
     if not keys and not _is_loopback(host):
         raise click.UsageError(
@@ -139,7 +140,7 @@ def serve_model(
         log_prompts=log_prompts,
         log_matches=terminal.verbose,
     )
-    access = Access((*LOOPBACK, host, *hosts), tuple(origins), keys)
+    access = Access((*LOOPBACK, *map(str.lower, (host, *hosts))), tuple(origins), keys)
     with closing(_listen(host, port)) as listener:
         address = listener.getsockname()
         url = f"http://{'[' + host + ']' if ':' in host else host}:{address[1]}"
@@ -168,10 +169,13 @@ def serve_model(
     return {Ending.DRAINED: 0, Ending.CUT: INTERRUPTED, Ending.BROKEN: 1}[ending]
 
 
-def _require_sense(names: Sequence[str], origins: Sequence[str], *seconds: float | None) -> None:
-    """Raise UsageError for names, origins and times that nothing could match."""
+def _require_sense(names: Sequence[str], hosts: Sequence[str], origins: Sequence[str], *seconds: float | None) -> None:
+    """Raise UsageError for names, hosts, origins and times that nothing could match."""
     if not all(name.strip() for name in names):
         raise click.UsageError("--served-model-name is empty: give the name that clients call the model by")
+    for host in hosts:
+        if not _HOST.fullmatch(host):
+            raise click.UsageError(f"--allowed-host {host!r} is no name as my-mac.local, without a port")
     for origin in origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise click.UsageError(

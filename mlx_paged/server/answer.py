@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
@@ -28,6 +28,8 @@ from mlx_paged.server.tool_grammar import calls_are_plain
 class Asked:
     """What a client asks for."""
 
+    came_in: ClassVar = "messages"
+    """The field that the conversation came in."""
     model: str
     messages: Messages
     params: SamplingParams
@@ -226,7 +228,12 @@ async def _prepare(service: Service, asked: Asked) -> Request:
         messages = with_tools(messages, asked.tools)
     try:
         return await service.prepare_chat(
-            messages, params, tools=asked.tools, template=asked.template, stream=asked.stream
+            messages,
+            params,
+            tools=asked.tools,
+            template=asked.template,
+            stream=asked.stream,
+            came_in=asked.came_in,
         )
     except ApiError as error:
         if error.param != "grammar" or params.grammar == asked.params.grammar:

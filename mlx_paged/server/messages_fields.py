@@ -41,7 +41,7 @@ def read_message_request(service: Service, body: dict[str, Any], salt: str | Non
     config = Fields(fields.take("output_config", dict, {}), "output_config")
     form = config.take("format", dict) or fields.take("output_format", dict, {"type": "text"})
     settings |= read_output_form(fields, Fields(form, "output_config.format"))
-    choice = Fields(fields.take("tool_choice", dict, {}), "tool_choice")
+    choice = Fields(fields.take("tool_choice", dict, {"type": "auto"}), "tool_choice")
     offered = Fields({"tools": list(_read_tools(fields)), "tool_choice": _read_choice(choice)})
     tools = read_tools(offered)
     thinking = Fields(fields.take("thinking", dict, {}), "thinking")
@@ -84,7 +84,7 @@ def _read_tools(fields: Fields) -> Iterator[dict[str, Any]]:
 
 
 def _read_choice(choice: Fields) -> Any:
-    kind = choice.take("type", str, "auto")
+    kind = choice.take("type", str, "")
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.take("name", str, "")}}
     if kind not in _CHOICES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_paged.server.answer import Asked
 from mlx_paged.server.body import Fields
@@ -37,6 +37,7 @@ _OWN_NAMESPACE = "functions"  # of tools that are the client's own: their names 
 class ResponseRequest(Asked):
     """What a client asks for."""
 
+    came_in: ClassVar = "input"
     namespaces: dict[str, tuple[str, str]]
     """Of a tool within a namespace, by the name that the model knows: the namespace, and its name there."""
     echoed: dict[str, Any]

@@ -178,10 +178,11 @@ class Service:
         tools: Sequence[dict[str, Any]] = (),
         template: dict[str, Any] | None = None,
         stream: bool,
+        came_in: str = "messages",
     ) -> Request:
         """Make a conversation's request. template: arguments of the chat template. Raises ApiError."""
-        token_ids = await self.encode_chat(messages, tools, template or {})
-        return await self.make_request(token_ids, params, stream=stream, came_in="messages")
+        token_ids = await self.encode_chat(messages, tools, template or {}, came_in)
+        return await self.make_request(token_ids, params, stream=stream, came_in=came_in)
 
     async def make_request(
         self, prompt: str | list[int], params: SamplingParams, *, stream: bool, came_in: str = "prompt"
@@ -191,7 +192,11 @@ class Service:
         return await self.prepare(self.llm.make_request(prompt, params, stream=stream, clamp_max_tokens=True), came_in)
 
     async def encode_chat(
-        self, messages: Messages, tools: Sequence[dict[str, Any]], template: dict[str, Any]
+        self,
+        messages: Messages,
+        tools: Sequence[dict[str, Any]],
+        template: dict[str, Any],
+        came_in: str = "messages",
     ) -> list[int]:
         """Write a conversation as the chat template has it, or as near as it comes. Raises ApiError."""
         await self.become_ready()
@@ -199,7 +204,7 @@ class Service:
         for variant in variants(messages):
             encoding = self.llm.encode_chat(variant, tools=tools or None, chat_template_kwargs=template)
             try:
-                return await self.prepare(encoding, "messages")
+                return await self.prepare(encoding, came_in)
             except ApiError as error:
                 first_error = first_error or error
         assert first_error is not None

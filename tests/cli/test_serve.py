@@ -82,6 +82,7 @@ def test_a_server_of_a_toml_file_says_when_it_is_ready_and_drains_at_a_signal(mo
         "model": str(model),
         "served-model-name": ["one", "two"],
         "api_key_file": str(keys),
+        "allowed-host": ["My-Mac.local"],
         "default-max-tokens": 3,
     }
     config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
@@ -90,7 +91,7 @@ def test_a_server_of_a_toml_file_says_when_it_is_ready_and_drains_at_a_signal(mo
         assert lines[1] == f"OPENAI_BASE_URL={url}/v1 ANTHROPIC_BASE_URL={url} model=one key=the key"
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
         assert httpx.get(f"{url}/v1/models").status_code == 401
-        headers = {"Authorization": "Bearer second"}
+        headers = {"Authorization": "Bearer second", "Host": "my-mac.local:80"}
         names = [card["id"] for card in httpx.get(f"{url}/v1/models", headers=headers).json()["data"]]
         assert names == ["one", "two"]
         body = ENDLESS | {"stream": False, "model": "two"}
@@ -177,6 +178,9 @@ REFUSED = [
     (["--idle-unload", "nan"], 2, ["--idle-unload", "nan"]),
     (["--drain-timeout", "nan"], 2, ["--drain-timeout", "nan"]),
     (["--served-model-name", ""], 2, ["--served-model-name", "empty"]),
+    (["--allowed-host", ""], 2, ["--allowed-host ''", "my-mac.local"]),
+    (["--allowed-host", "http://mac"], 2, ["--allowed-host 'http://mac'", "without a port"]),
+    (["--allowed-host", "mac:8000"], 2, ["--allowed-host 'mac:8000'", "without a port"]),
     *((["--cors-origin", origin], 2, ["--cors-origin", origin]) for origin in ("nonsense", "https://a.example/", "")),
     (["--config", "EMPTY", "--block-size", "0"], 2, ["--block-size"]),
     (["--config", "UNKNOWN"], 2, ["--config", "'prot'", "--prot"]),

@@ -236,6 +236,7 @@ REFUSED = [
     ({"n": 2}, 400, "n must be at most 1"),
     ({"stop_sequences": ["x"] * 10_000}, 400, "stop_sequences must be"),
     ({"tool_choice": {"type": "some"}}, 400, "tool_choice.type must be"),
+    ({"tool_choice": {}}, 400, "tool_choice.type must be"),
     ({"tools": [{"input_schema": {}}]}, 400, "tools[0].name must be"),
     ({"output_config": {"format": {"type": "xml"}}}, 400, "output_config.format.type must be"),
     ({"model": "claude-9"}, 404, "claude-9"),

@@ -265,6 +265,7 @@ REFUSED: Any = [
     ({"input": [{"role": "tool", "content": "x"}]}, 400, "input[0].role"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400, "input[0].content"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, 400, "input[0].type"),
+    ({"input": "x y " * 40_000}, 400, "input"),
     ({"previous_response_id": "resp_1"}, 400, "previous_response_id"),
     ({"conversation": "c"}, 400, "conversation"),
     ({"conversation": {"id": "conv_1"}}, 400, "conversation"),
