@@ -8,7 +8,8 @@
    the card in place of the simulator; contexts of 32,768 and 131,072 tokens, and a pool of more than 2^31 elements,
    against float64
 3. `decode`: time of a step's attention, and its share of the bandwidth of a copy
-4. `prefill`: the same, and its share of the rate of a large matrix product
+4. `prefill`: the same, and its share of the rate of a large matrix product, by the kernel, and by MLX's attention over
+   gathered keys where `gathered.py` takes the layer
 5. `writes`: new keys and values written by the kernel for it and by MLX's scatter, when a step is submitted before and
    after the one before it is over: tokens per second, and memory beside the pools
 6. `submission`: the same model where MLX ends a graph by the size of its inputs, pools among them, and where not
@@ -28,6 +29,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -39,6 +41,7 @@ from gpu_serving import ROOT, end_to_end, memory, run_python, submission, upload
 from gpu_steps import CUDA, make_step, name_of, relative_error, seconds, slots_of, step_at_the_end_of_a_pool
 from report import Part, Row
 
+from mlx_paged.attention import gathered
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.tools import speed as bench
@@ -180,9 +183,13 @@ def prefill(quick: bool) -> list[Row]:
     rate, rows = matrix_rate(quick, mx.bfloat16), []
     settings = [(1, 8192, 8192, (32, 8), 128), (4, 2048, 2048, (32, 8), 128), (1, 2048, 32768, (32, 8), 128),
                 (1, 8192, 8192, (32, 8), 64), (1, 8192, 8192, (16, 8), 256), (32, 4, 4096, (32, 8), 128)]  # fmt: skip
-    for batch, num_queries, context, heads, head_dim in [(2, 20, 50, (8, 2), 64)] if quick else settings:
+    cases = [(2, 20, 50, (8, 2), 64)] if quick else settings
+    for (batch, num_queries, context, heads, head_dim), way in product(cases, ("kernel", "gathered")):
+        if way == "gathered" and not quick and num_queries < gathered.MIN_QUERIES:
+            continue
         step = make_step(batch, context, num_queries, heads, head_dim, mx.bfloat16)
-        took = seconds(step.attend_with, step.q, calls=1 if quick else 5)
+        with mock.patch.dict(os.environ, {gathered.VARIABLE: way}):
+            took = seconds(step.attend_with, step.q, calls=1 if quick else 5)
         visible = batch * num_queries * (context - (num_queries - 1) / 2)
         operations = 4 * visible * heads[0] * head_dim
         rows.append(
@@ -191,6 +198,7 @@ def prefill(quick: bool) -> list[Row]:
                 "queries": num_queries,
                 "context": context,
                 "heads": f"{heads[0]}/{heads[1]} x {head_dim}",
+                "way": way,
                 "microseconds": took * 1e6,
                 "teraflops": operations / took / 1e12,
                 "share": operations / took / rate,
@@ -223,6 +231,7 @@ PARTS = [
             "queries": ("queries", ","),
             "context": ("context", ","),
             "heads": ("heads", ""),
+            "way": ("by", ""),
             "microseconds": ("µs", ",.1f"),
             "teraflops": ("TFLOP/s", ",.1f"),
             "share": ("of a product", ".1%"),

@@ -74,6 +74,10 @@ run device -c 'import json, mlx.core as mx; print(json.dumps(mx.device_info(), d
 run tests -m pytest -rs -k "not cuda" "${tests[@]}"
 run generate -m mlx_paged generate --verbose --profile "$work/trace.json" "Tell me a story." "Write a story about Tom."
 run attention benchmarks/attention.py "${sizes[@]+"${sizes[@]}"}" --json "$work/attention.json"
+# Long prompts by the kernels, and by MLX's own attention over keys that are copied together: which is faster here?
+for way in kernel gathered; do
+    MLX_PAGED_PREFILL=$way run "prefill-$way" benchmarks/attention.py --only prefill "${sizes[@]+"${sizes[@]}"}" --json "$work/prefill-$way.json"
+done
 run bench -m mlx_paged bench "${bench[@]}" -o json
 # MLX ends a command buffer at 40 or 50 MB of inputs, and each kernel's pool counts: what if it did not?
 MLX_MAX_MB_PER_BUFFER=1000000 run bench-large-buffers -m mlx_paged bench "${bench[@]}" -o json
@@ -132,6 +136,8 @@ report = {
     | {package: of(package) for package in ("mlx", "mlx-lm", "numpy")},
     "steps": steps,
     "attention": json_or_none(Path(work) / "attention.json"),
+    "prefill_kernel": json_or_none(Path(work) / "prefill-kernel.json"),
+    "prefill_gathered": json_or_none(Path(work) / "prefill-gathered.json"),
     "bench": json_or_none(Path(work) / "bench.log"),
     "bench_large_buffers": json_or_none(Path(work) / "bench-large-buffers.log"),
     "profile": json_or_none(Path(work) / "trace.json"),

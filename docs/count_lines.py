@@ -23,6 +23,7 @@ LAYOUT = {
 OPTIONAL = {
     "mlx_paged/attention/cpu.py": "a backend for CPUs",
     "mlx_paged/attention/cuda.py": "a backend for NVIDIA's cards",
+    "mlx_paged/attention/gathered.py": "GPUs with matrix units of their own",
     "mlx_paged/blocks/checkpoints.py": "recurrent layers",
     "mlx_paged/blocks/free_lists.py:BuddyFreeBlocks": "another allocator",
     "mlx_paged/blocks/block_manager.py:cached_prefixes": "swap and saved prompts",

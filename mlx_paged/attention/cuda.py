@@ -17,6 +17,7 @@ from mlx_paged.attention.work_items import Shape, Tile
 from mlx_paged.cache.kv_cache import LayerPool
 
 _AMPERE = 8  # the first with the instructions of intrinsics.cuh
+_HOPPER = 9
 _MAX_SHARED_BYTES = 96 << 10  # of a block, which every card since Ampere has
 _ROWS = 16  # that a warp computes at once with its matrix instructions
 _DECODE_KEYS = 16  # that a warp of paged_decode computes at once
@@ -43,6 +44,11 @@ class CudaBackend(KernelBackend):
         architecture = str(mx.device_info().get("architecture", ""))
         common = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_103": 148, "sm_120": 170}
         return common.get(architecture, 128) // 4
+
+    @cached_property
+    def has_matrix_units(self) -> bool:
+        """Since Hopper, whose matrix units take whole warp groups."""
+        return int(mx.device_info().get("compute_capability_major", _AMPERE)) >= _HOPPER
 
     def prefill_tile(self, shape: Shape) -> Tile:
         """The largest whose scores and output a thread's 255 registers hold: benchmarks/cuda_registers.py."""

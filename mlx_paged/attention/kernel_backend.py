@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.attention import work_items
+from mlx_paged.attention import gathered, work_items
 from mlx_paged.attention.backend import AttentionOptions, Backend, in_order
 from mlx_paged.attention.kernel_plan import Launch, Parts, Plan, padded, split_by_kernel, to_device
 from mlx_paged.attention.metadata import AttentionMetadata
@@ -50,6 +50,11 @@ class KernelBackend(Backend):
     @abstractmethod
     def num_cores(self) -> int:
         """Of the GPU, each of which takes eight threadgroups."""
+
+    @property
+    @abstractmethod
+    def has_matrix_units(self) -> bool:
+        """Whether the GPU has units for matrix products that MLX's attention uses and these kernels do not."""
 
     @abstractmethod
     def prefill_tile(self, shape: Shape) -> Tile:
@@ -103,8 +108,14 @@ class KernelBackend(Backend):
         return None
 
     def attend(self, q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions) -> mx.array:
-        parts: Parts = metadata.plan_once("parts", lambda: split_by_kernel(metadata, self.max_decode_queries))
         shape, window, outputs = shape_of(q, pool), options.window, []
+        gathers = gathered.is_wanted(self.has_matrix_units) and gathered.is_for(q, pool, options)
+        parts: Parts = metadata.plan_once(
+            ("parts", gathers and (shape, window)),
+            lambda: split_by_kernel(
+                metadata, self.max_decode_queries, gathers and gathered.choose(metadata, pool, window)
+            ),
+        )
         key = self.name, shape, window
         if parts.decodes is not None:
             tokens, part = parts.decodes
@@ -115,6 +126,9 @@ class KernelBackend(Backend):
             lengths = prompts.context_lens, prompts.cu_seqlens_q
             plan = prompts.plan_once(("prefill", *key), lambda: self.plan_prefill(*lengths, window, shape))
             outputs.append(self.run(q[tokens], pool, prompts.block_tables, plan, options))
+        if parts.gathered is not None:
+            tokens, prompts = parts.gathered
+            outputs.append(gathered.attend(q[tokens], pool, prompts, options.scale))
         return in_order(outputs, parts.token_order, q.shape[0], (q.shape[1], shape.value_dim), q.dtype)
 
     # -- plans --

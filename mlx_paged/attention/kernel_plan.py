@@ -56,30 +56,32 @@ class Part(NamedTuple):
 
 
 class Parts(NamedTuple):
-    decodes: Part | None
-    prefills: Part | None
     token_order: mx.array | None
     """The row of each token in the parts' outputs. None: the same as in q."""
+    decodes: Part | None
+    prefills: Part | None
+    gathered: Part | None
+    """Long stretches of prompts, for MLX's own attention."""
 
 
-def split_by_kernel(metadata: AttentionMetadata, max_decode_queries: int) -> Parts:
-    """Which sequences go to which kernel."""
+def split_by_kernel(metadata: AttentionMetadata, max_decode_queries: int, is_gathered: np.ndarray | bool) -> Parts:
+    """Which sequences go to which kernel. is_gathered: bool [num_seqs], or of all."""
     is_decode = (metadata.query_lens > 0) & (metadata.query_lens <= max_decode_queries)
-    if is_decode.all():
-        return Parts(Part(slice(None), metadata) if len(is_decode) else None, None, None)
-    if not is_decode.any():
-        return Parts(None, Part(slice(None), metadata), None)
-    starts = metadata.cu_seqlens_q
+    members = is_decode, ~is_decode & np.logical_not(is_gathered), ~is_decode & is_gathered
+    if any(each.all() for each in members):
+        whole = Part(slice(None), metadata) if len(is_decode) else None
+        return Parts(None, *(whole if each.all() else None for each in members))
     parts, all_tokens = [], []
-    for seqs in (np.flatnonzero(is_decode), np.flatnonzero(~is_decode)):
+    for each in members:
+        seqs = np.flatnonzero(each)
         lengths = metadata.query_lens[seqs]
         cu_seqlens_q = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        tokens = np.repeat(starts[seqs] - cu_seqlens_q[:-1], lengths) + np.arange(cu_seqlens_q[-1])
-        parts.append(Part(index_rows(tokens), metadata.select(seqs, cu_seqlens_q)))
+        tokens = np.repeat(metadata.cu_seqlens_q[seqs] - cu_seqlens_q[:-1], lengths) + np.arange(cu_seqlens_q[-1])
+        parts.append(Part(index_rows(tokens), metadata.select(seqs, cu_seqlens_q)) if len(seqs) else None)
         all_tokens.append(tokens)
     order = np.argsort(np.concatenate(all_tokens)).astype(np.int32)
     in_order = (order == np.arange(len(order))).all()
-    return Parts(parts[0], parts[1], None if in_order else mx.array(order))
+    return Parts(None if in_order else mx.array(order), *parts)
 
 
 def to_device(items: WorkItems, launch: Launch) -> Plan:

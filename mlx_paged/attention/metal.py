@@ -8,6 +8,7 @@ No input is ever copied to make it contiguous: a pool must not be. The kernels t
 between rows, and rely on pools being contiguous, as they are since they were allocated.
 """
 
+import re
 from functools import cached_property
 
 import mlx.core as mx
@@ -31,6 +32,12 @@ class MetalBackend(KernelBackend):
         if not architecture.startswith("applegpu"):
             return 40
         return {"p": 6, "g": 20, "s": 40, "c": 40, "d": 80}.get(architecture[-1], 40)
+
+    @cached_property
+    def has_matrix_units(self) -> bool:
+        """Since the M5, whose architecture is applegpu_g17, and of phones one later, as MLX has it."""
+        found = re.fullmatch(r"applegpu_g(\d+)(\w)", str(mx.device_info().get("architecture", "")))
+        return found is not None and int(found[1]) >= (18 if found[2] == "p" else 17)
 
     def prefill_tile(self, shape: Shape) -> Tile:
         return tile_for(shape)

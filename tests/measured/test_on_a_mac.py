@@ -81,6 +81,7 @@ def test_a_quick_run_reports_every_step_and_the_machine(tmp_path: Path) -> None:
     assert all(step["exit_code"] == 0 and step["seconds"] >= 0 and step["output"] for step in report["steps"])
     assert report["profile"]["traceEvents"]
     assert report["attention"]["results"] and report["bench"]
+    assert report["prefill_kernel"]["results"] and report["prefill_gathered"]["results"]
 
 
 def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: Path) -> None:
@@ -95,6 +96,8 @@ def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: 
         ("tests", 3),
         ("generate", 0),
         ("attention", 0),
+        ("prefill-kernel", 0),
+        ("prefill-gathered", 0),
         ("bench", 0),
         ("bench-large-buffers", 0),
     ]
