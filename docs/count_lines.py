@@ -74,6 +74,7 @@ OPTIONAL = {
     "mlx_paged/outputs.py:Snapshot": "who looks inside",
     "mlx_paged/outputs.py:StepSizes": "stats and check",
     "mlx_paged/progress.py": "a bar on a terminal",
+    "mlx_paged/runner/fingerprint.py": "saved prompts",
     "mlx_paged/runner/memory_plan.py:blocks_for_requests": "memory by need",
     "mlx_paged/runner/memory_plan.py:count_states": "recurrent layers",
     "mlx_paged/runner/memory_plan.py:fit_to_states": "recurrent layers",
