@@ -24,13 +24,13 @@ class ModelRunner:
         self._model = model
         self.backends = {backend.name for backend in model.backends(config.block_size) if backend is not None}
         self.plan = plan_memory(model, config, max_model_len, num_needed)
-        self.config = config if self.plan.state_bytes == 0 else fit_to_states(config, self.plan.num_state_slots)
+        self.config = config if self.plan.state_bytes == 0 else fit_to_states(config, self.plan)
         """With no more sequences at once than there is room for."""
         layers = [layer for layer, _ in model.stored_layers]
         groups = [group for _, group in model.stored_layers]
         num_blocks = [self.plan.num_blocks[group] for group in groups]
         self.overlap_is_safe = overlap_is_safe(model, config, self.plan.num_blocks[0])
-        self.states = States(model.num_entries) if model.num_entries else None
+        self.states = States(model.num_entries, model.state_shapes) if model.num_entries else None
         """Those of recurrent layers, if there are any."""
         self.kv_cache = PagedKVCache(layers, num_blocks, config.block_size, parse_memory(config.max_staging), groups)
 
