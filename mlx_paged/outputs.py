@@ -198,6 +198,8 @@ class EngineStats:
     """Shared blocks that were copied before a write."""
     num_swapped_blocks: int
     """Blocks that went to a block store, in host memory or on disk."""
+    num_swapped_states: int
+    """States of recurrent layers that did, of prefixes and of preempted sequences."""
     num_prompt_tokens: int
     """Tokens that were computed in chunks: of prompts, and of what was preempted."""
     num_output_tokens: int

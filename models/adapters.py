@@ -3,7 +3,6 @@
 mlx-lm's own layers compute it, so what it can't convert is refused here too, in one line that names the folder.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -70,6 +69,4 @@ def add_adapter(model: nn.Module, folder: Path | None) -> None:
         if absent := sorted(needed - set(stored)):
             count = f"{len(absent)} of {len(needed)} tensors"
             raise ModelError(f"{folder / 'adapters.safetensors'} lacks {count} of its adapter, {absent[0]} first")
-        # A scale is a plain number of each layer, which a fingerprint of arrays would not see.
-        model.adapter_scale = mx.array(list(json.dumps(config["lora_parameters"]["scale"]).encode()), mx.uint8)
     model.eval()

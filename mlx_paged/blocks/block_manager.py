@@ -343,7 +343,7 @@ class BlockManager:
         for block_id in self._tree.cached_blocks(block_ids):
             node = self._tree.evict(block_id)
             if node is not None and node.worth_storing and self._store is not None:
-                self._store.save(block_id, node.digest)
+                self._store.save(node, block_id)
         return block_ids
 
     def _release(self, block_ids: Sequence[int]) -> None:

@@ -5,13 +5,14 @@ windowed group only ever holds what its window can see, taken chunk by chunk as 
 `blocks_for_window` blocks always suffice for it. With fewer it may run out, as the first group may. Knows no mlx.
 """
 
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from mlx_paged.blocks.block_manager import BlockManager
-from mlx_paged.blocks.checkpoints import Checkpoints, StateStore
+from mlx_paged.blocks.checkpoints import CheckpointLost, Checkpoints, StateStore
 from mlx_paged.blocks.prefix_tree import PrefixNode
-from mlx_paged.blocks.transfers import BlockCopy, BlockSave, GroupStoreIndex, Transfer
+from mlx_paged.blocks.stored_states import StoredKeys, StoredStates
+from mlx_paged.blocks.transfers import BlockCopy, BlockLoad, BlockSave, GroupStoreIndex, Load, Save, Transfer
 from mlx_paged.errors import OutOfBlocks
 
 Published = list[tuple[BlockManager | Checkpoints, list[PrefixNode]]]
@@ -57,7 +58,7 @@ class CacheGroups:
         windows: Sequence[int | None],
         block_size: int,
         *,
-        stored_keys: Container[str] | None = None,
+        stored_keys: StoredKeys | None = None,
         states: StateStore | None = None,
         num_checkpoints: int = 0,
         **options: Any,
@@ -75,7 +76,12 @@ class CacheGroups:
             BlockManager(count, block_size, window=window, store=stores[group] if stores else None, **options)
             for group, (count, window) in enumerate(zip(num_blocks, windows, strict=True))
         ]
-        checkpoints = None if states is None else Checkpoints(states, managers[0], num_checkpoints)
+        checkpoints = None
+        if states is not None:
+            stored = None if stored_keys is None else StoredStates(stored_keys, transfers)
+            checkpoints = Checkpoints(states, managers[0], num_checkpoints, stored)
+            for store in stores[:1]:
+                store.on_save = checkpoints.block_saved
         return cls(managers, stores, transfers, checkpoints)
 
     @property
@@ -105,19 +111,49 @@ class CacheGroups:
         salt: Hashable = None,
         limit: int | None = None,
     ) -> int:
-        """Do as `BlockManager.attach`. Cached are at most `limit` leading tokens that every group can start from."""
-        num_cached = self.num_cached_tokens(token_ids[:num_tokens], salt=salt, limit=limit)
+        """Do as `BlockManager.attach`. Cached are at most `limit` leading tokens that every group can start from.
+
+        A sequence that was freed to go on goes on after all that was computed of it, if that can be had.
+        """
+        parked = self._parked_position(seq_id, token_ids[:num_tokens], salt, limit)
+        num_cached = parked // self.block_size * self.block_size
+        if not parked:
+            num_cached = self.num_cached_tokens(token_ids[:num_tokens], salt=salt, limit=limit)
+        start = parked or num_cached
         attached: list[BlockManager | Checkpoints] = []
         try:
             for each in self._all:
-                count = num_tokens if each.window is None else num_cached + 1
+                count = num_tokens if each.window is None else start + 1
                 each.attach(seq_id, token_ids, count, salt=salt, max_cached=num_cached)
                 attached.append(each)
-        except OutOfBlocks:
+        except (OutOfBlocks, CheckpointLost) as error:
             for each in attached:
                 each.free(seq_id)
+            if isinstance(error, CheckpointLost):
+                return self.attach(seq_id, token_ids, num_tokens, salt=salt, limit=limit)
             raise
-        return num_cached
+        if parked:
+            self._unpark(seq_id, parked)
+        return start
+
+    def _parked_position(self, seq_id: Hashable, token_ids: Sequence[int], salt: Hashable, limit: int | None) -> int:
+        """How many tokens of a parked sequence are computed, if all that can be had; 0: it can't."""
+        position = 0 if self.checkpoints is None else self.checkpoints.parked_position(seq_id)
+        most = len(token_ids) - 1 if limit is None else min(limit, len(token_ids) - 1)
+        num_whole = position // self.block_size * self.block_size
+        found = (each.num_cached_tokens(token_ids, salt=salt, limit=num_whole) for each in self.managers)
+        return position if position <= most and all(count == num_whole for count in found) else 0
+
+    def _unpark(self, seq_id: Hashable, position: int) -> None:
+        """Have a parked sequence, which has blocks again, go on after `position` tokens."""
+        assert self.checkpoints is not None and self.checkpoints.stored is not None
+        self.mark_computed(seq_id, position)
+        self.checkpoints.stored.unpark(seq_id, self._tails(seq_id))
+
+    def _tails(self, seq_id: Hashable) -> list[tuple[int, int]]:
+        """The blocks of a sequence that what is computed of it does not fill."""
+        index, rest = divmod(self._full_context.num_computed(seq_id), self.block_size)
+        return [(group, each.block_table(seq_id, index)[0]) for group, each in enumerate(self.managers)] if rest else []
 
     def reserve(self, seq_id: Hashable, num_tokens: int) -> None:
         """Give the first `num_tokens` tokens of a sequence slots in every group, which may be written.
@@ -161,17 +197,36 @@ class CacheGroups:
         for each in self._all:
             each.fork(seq_id, new_seq_id, token_ids)
 
-    def free(self, seq_id: Hashable, *, will_return: bool = False) -> None:
+    def free(self, seq_id: Hashable, *, will_return: bool = False, parks: bool = False) -> None:
+        """Do as `BlockManager.free`. parks: it will go on from where it is, with the states of its recurrent layers."""
+        if parks and self.checkpoints is not None:
+            self.checkpoints.park(seq_id, self._tails(seq_id))
         for each in reversed(self._all):  # checkpoints while there are blocks
             each.free(seq_id, will_return=will_return)
 
-    def cached_prefixes(self, seq_id: Hashable) -> list[BlockSave]:
-        """Return the blocks of a sequence that a request of another run could use, by their keys."""
+    def forget(self, seq_id: Hashable) -> None:
+        """Give up what was parked of a sequence, which has started without it or has ended."""
+        if self.checkpoints is not None and self.checkpoints.stored is not None:
+            self.checkpoints.stored.forget(seq_id)
+
+    def cached_prefixes(self, seq_id: Hashable) -> list[Save]:
+        """Return the blocks and states of a sequence that a request of another run could use, by their keys."""
         return [
-            BlockSave(group, block_id, store.key(digest))
-            for group, (manager, store) in enumerate(zip(self.managers, self._stores, strict=True))
-            for block_id, digest in manager.cached_prefixes(seq_id)
+            *(
+                BlockSave(group, block_id, store.key(digest))
+                for group, (manager, store) in enumerate(zip(self.managers, self._stores, strict=True))
+                for block_id, digest in manager.cached_prefixes(seq_id)
+            ),
+            *(() if self.checkpoints is None else self.checkpoints.saves_of(seq_id)),
         ]
+
+    def load_done(self, load: Load, *, is_whole: bool) -> None:
+        """Note that a load has been run. If it came to nothing, what counted on it is hit no more."""
+        if isinstance(load, BlockLoad):
+            if not is_whole:
+                self.managers[load.group].unpublish([load.node])
+        elif self.checkpoints is not None:
+            self.checkpoints.load_done(load.owner, is_whole=is_whole)
 
     def transfers_done(self) -> None:
         """Note that all transfers have been run."""

@@ -3,7 +3,8 @@
 A state is that after exactly so many tokens, so a prefix is hit no further than to a checkpoint, which lies at the end
 of a full block. A prompt gets one at its last full block; one a little before its end, since a template may write that
 anew with the next turn; and one where it parts from a prompt whose blocks it shares further than any checkpoint. An
-answer gets one every so many tokens, of which the newest is kept, so that the next turn finds the answer too.
+answer gets one every so many tokens, of which the newest is kept, so that the next turn finds the answer too. With a
+block store a checkpoint goes there when it, or its block, has to go and is worth it, and is found there.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -13,6 +14,8 @@ from weakref import WeakKeyDictionary
 
 from mlx_paged.blocks.block_manager import BlockManager
 from mlx_paged.blocks.prefix_tree import PrefixNode
+from mlx_paged.blocks.stored_states import StoredStates
+from mlx_paged.blocks.transfers import StateSave
 
 _TEMPLATE_END = 8  # tokens of a prompt that the next turn may have in another form
 
@@ -25,7 +28,13 @@ class StateStore(Protocol):
     def clear(self) -> None: ...
     def latest_position(self, seq_id: Any) -> int: ...
     def keep_latest(self, seq_id: Any, name: Any) -> None: ...
+    def of_checkpoint(self, name: Any) -> Any: ...
+    def of_sequence(self, seq_id: Any) -> Any: ...
     def drop(self, name: Any) -> None: ...
+
+
+class CheckpointLost(Exception):
+    """A checkpoint has gone with a block that was taken for the sequence that was to start from it."""
 
 
 @dataclass(eq=False)
@@ -45,11 +54,15 @@ class Checkpoints:
 
     window = None
 
-    def __init__(self, states: StateStore, manager: BlockManager, capacity: int) -> None:
-        """manager: that of the layers that keep the whole context. capacity: the most checkpoints."""
+    def __init__(
+        self, states: StateStore, manager: BlockManager, capacity: int, stored: StoredStates | None = None
+    ) -> None:
+        """manager: that of the layers that keep the whole context. capacity: the most checkpoints on the device."""
         self._states = states
         self._manager = manager
         self._capacity = capacity
+        self.stored = stored
+        """Those in the block store, if there is one."""
         self.clear()
 
     def __len__(self) -> int:
@@ -63,6 +76,8 @@ class Checkpoints:
         self._plans: dict[Hashable, _Plan] = {}
         self._in_use: set[PrefixNode] = set()  # by the step that is being scheduled
         self._states.clear()
+        if self.stored is not None:
+            self.stored.clear()
 
     def num_cached_tokens(self, token_ids: Sequence[int], *, salt: Hashable = None, limit: int) -> int:
         """Count the leading tokens, at most `limit`, that a new sequence can go on from."""
@@ -71,17 +86,26 @@ class Checkpoints:
     def attach(
         self, seq_id: Hashable, token_ids: Sequence[int], num_tokens: int, *, salt: Hashable, max_cached: int
     ) -> None:
-        """Let a new sequence, which has blocks for `num_tokens`, start after `max_cached` of them, a checkpoint."""
+        """Let a new sequence, which has blocks for `num_tokens`, start after `max_cached` of them, a checkpoint.
+
+        One that is parked goes on where it was instead. Raises CheckpointLost.
+        """
         size, plan = self._manager.block_size, _Plan(None, set())
+        parked = self.parked_position(seq_id)
         if self._manager.prefix_caching:
             num_shared = self._manager.num_cached_tokens(token_ids[:num_tokens], salt=salt)
             ends = {num_shared, *((num_tokens - end) // size * size for end in (1, _TEMPLATE_END))}
-            plan.positions = {position for position in ends if position > max_cached}
-        if max_cached:
+            plan.positions = {position for position in ends if position > (parked or max_cached)}
+        if max_cached and not parked:
             path = self._path(token_ids, salt, max_cached)
+            if max_cached not in path:
+                raise CheckpointLost
             plan.start = path[max_cached]
             for node in reversed(path.values()):  # the first ones last: what many conversations begin with survives
-                self._touch(node)
+                if node in self._last_used:
+                    self._touch(node)
+            if plan.start not in self._last_used and self.stored is not None:
+                plan.start = self._load(plan.start, self.stored)
             self._in_use.add(plan.start)
         self._plans[seq_id] = plan
 
@@ -120,6 +144,44 @@ class Checkpoints:
         if not cuts or cuts[-1][0] < end:
             yield end, self._take_start(plan), None
 
+    def park(self, seq_id: Hashable, tails: Sequence[tuple[int, int]]) -> None:
+        """Keep the state of a sequence, which is to be freed, in the block store until it returns.
+
+        tails: its blocks that are not full, group and block id.
+        """
+        sequence = self._manager.parts[0][seq_id]
+        if self.stored is None or sequence.num_computed == len(sequence.token_ids):  # the next token is not known
+            return
+        state = self._states.of_sequence(seq_id)
+        if state is not None:
+            self.stored.park(seq_id, sequence.num_computed, state, tails)
+
+    def parked_position(self, seq_id: Hashable) -> int:
+        """After how many tokens `park` has kept the state of a sequence; 0: it has not, or it is gone."""
+        return 0 if self.stored is None else self.stored.parked_position(seq_id)
+
+    def saves_of(self, seq_id: Hashable) -> list[StateSave]:
+        """Return the checkpoints of a sequence's prefixes, for another run."""
+        node: PrefixNode | None = self._manager.parts[0][seq_id].last_node
+        found = []
+        while node is not None:
+            if node in self._last_used:
+                found.append((node, self._states.of_checkpoint(node)))
+            node = node.parent
+        return [] if self.stored is None else self.stored.saves(found)
+
+    def block_saved(self, node: PrefixNode) -> None:
+        """Have a prefix's checkpoint, if it has one, kept with its block."""
+        if self.stored is not None and (state := self._states.of_checkpoint(node)) is not None:
+            self.stored.save(node, state)
+
+    def load_done(self, owner: Any, *, is_whole: bool) -> None:
+        """Note that a state that was in the block store is that of a prefix or a sequence now, or can't be had."""
+        if isinstance(owner, PrefixNode):
+            self.unpublish([] if is_whole else [owner])
+        elif self.stored is not None:
+            self.stored.loaded(owner)
+
     def step_built(self) -> None:
         """Say that the step is built that was scheduled: all that it starts from is taken."""
         self._in_use.clear()
@@ -136,19 +198,31 @@ class Checkpoints:
         if node is not None and self._add(node):
             self._states.keep_latest(seq_id, node)
         self._states.free(seq_id)
+        if self.stored is not None:
+            self.stored.put_back(seq_id)
 
     def _path(self, token_ids: Sequence[int], salt: Hashable, limit: int) -> dict[int, PrefixNode]:
-        """The checkpoints of the prefixes of at most `limit` tokens, by their length, the shortest first."""
+        """The checkpoints of the prefixes of at most `limit` tokens, by their length, the shortest first.
+
+        One that is in the block store only may have a node that is not in the tree.
+        """
         size, tree = self._manager.block_size, self._manager.parts[2]
         node, found = tree.root(salt), {}
         for end in range(size, limit + 1, size):
-            child = tree.find(node, tuple(token_ids[end - size : end]))
-            if child is None:
+            tokens = tuple(token_ids[end - size : end])
+            child = tree.find(node, tokens)
+            if child is None and self.stored is None:
                 break
-            node = child
-            if node in self._last_used:
+            node = child or PrefixNode(node, tokens)
+            if node in self._last_used or (self.stored is not None and node.digest in self.stored):
                 found[end] = node
         return found
+
+    def _load(self, node: PrefixNode, stored: StoredStates) -> PrefixNode:
+        """Have the state of a prefix loaded. Returns its name: a new one if there is no place for a checkpoint."""
+        name = node if self._add(node) else PrefixNode(node.parent, node.tokens)
+        stored.load(node.digest, name)
+        return name
 
     def _node(self, seq_id: Hashable, position: int) -> PrefixNode | None:
         """The prefix of a sequence's first `position` tokens, whole blocks, if it is published."""
@@ -181,6 +255,8 @@ class Checkpoints:
             if not others:
                 return False
             oldest = min(others, key=self._last_used.__getitem__)
+            if oldest.worth_storing:
+                self.block_saved(oldest)
             del self._last_used[oldest]
             self._states.drop(oldest)
         self._touch(node)

@@ -1,7 +1,7 @@
 """Transfers of blocks, decided here and carried out elsewhere: copies in the pool, moves to and from block stores."""
 
-from collections.abc import Container
-from typing import NamedTuple
+from collections.abc import Callable, Container, Hashable, Sequence
+from typing import Any, NamedTuple
 
 from mlx_paged.blocks.prefix_tree import PrefixNode
 
@@ -31,7 +31,27 @@ class BlockLoad(NamedTuple):
     node: PrefixNode
 
 
-Transfer = BlockCopy | BlockSave | BlockLoad
+class StateSave(NamedTuple):
+    """Keep a state of recurrent layers in the block store under `key`."""
+
+    key: str
+    state: Any
+    """As `StateStore` gives it."""
+    tails: Sequence[tuple[int, int]] = ()
+    """The blocks that go with it since they are not full: group and block id."""
+
+
+class StateLoad(NamedTuple):
+    """Take what a `StateSave` has kept as the state of a prefix or of a sequence."""
+
+    key: str
+    owner: PrefixNode | Hashable
+    tails: Sequence[tuple[int, int]] = ()
+
+
+Save = BlockSave | StateSave
+Load = BlockLoad | StateLoad
+Transfer = BlockCopy | Save | Load
 
 
 class GroupStoreIndex:
@@ -45,6 +65,8 @@ class GroupStoreIndex:
         self._stored_keys = stored_keys
         self._transfers = transfers
         self._pending_saves: set[str] = set()
+        self.on_save: Callable[[PrefixNode], None] | None = None
+        """Told of each prefix whose block is saved."""
 
     def key(self, digest: bytes) -> str:
         """Return the name of a prefix's block of this group."""
@@ -55,11 +77,13 @@ class GroupStoreIndex:
         assert isinstance(digest, bytes)
         return self.key(digest) in self._stored_keys or self.key(digest) in self._pending_saves
 
-    def save(self, block_id: int, digest: bytes) -> None:
-        """Have the block's content kept before it is overwritten."""
-        if digest not in self:
-            self._pending_saves.add(self.key(digest))
-            self._transfers.append(BlockSave(self._group, block_id, self.key(digest)))
+    def save(self, node: PrefixNode, block_id: int) -> None:
+        """Have the content of the node's block kept before it is overwritten."""
+        if node.digest not in self:
+            self._pending_saves.add(self.key(node.digest))
+            self._transfers.append(BlockSave(self._group, block_id, self.key(node.digest)))
+        if self.on_save is not None:
+            self.on_save(node)
 
     def load(self, node: PrefixNode, block_id: int) -> None:
         """Have the content kept under the node's digest put into the block."""

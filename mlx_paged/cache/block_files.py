@@ -143,8 +143,7 @@ class BlockFiles:
     def _make_room(self, num_bytes: int, capacity: int) -> list[Path]:
         removed: list[Path] = []
         if num_bytes > capacity:
-            size = format_memory(num_bytes)
-            raise OSError(errno.ENOSPC, f"a block of {size} has no place in {format_memory(capacity)}", str(self._root))
+            raise OSError(errno.ENOSPC, no_place(num_bytes, capacity), str(self._root))
         if self._num_unscanned > capacity // _SCANS:
             self._scan()
         for _ in range(2):  # with the files as they were, then as they are
@@ -165,6 +164,11 @@ class BlockFiles:
         self._oldest = deque(files)
         self._num_bytes = sum(file.num_bytes for file in files)
         self._num_unscanned = 0  # bytes that were written since then
+
+
+def no_place(num_bytes: int, capacity: int) -> str:
+    """Say that something is larger than a whole store."""
+    return f"a block or a state of {format_memory(num_bytes)} has no place in {format_memory(capacity)}"
 
 
 def _files(root: Path) -> list[_File]:

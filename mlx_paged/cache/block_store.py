@@ -9,19 +9,20 @@ import tempfile
 import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, cast
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.cache.block_files import SUFFIX, BlockFiles, OwnFolder
+from mlx_paged.cache.block_files import SUFFIX, BlockFiles, OwnFolder, no_place
 from mlx_paged.cache.kv_cache import BlockContent
 from mlx_paged.config import EngineConfig, parse_swap_space
 from mlx_paged.errors import EngineWarning
 
 _DEFAULT_SIZE = "10%"  # of the free disk, for saved prompts
+_EMPTY_BYTES = 256  # what a block without any takes in memory, as where all layers are recurrent: its name
 
 
 class BlockStore(Protocol):
@@ -43,6 +44,7 @@ class MemoryStore:
     """Blocks in host memory, for devices whose own memory is separate."""
 
     def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
         self._bytes_available = capacity  # bytes that are left
         self._blocks: OrderedDict[str, dict[str, tuple[np.ndarray, mx.Dtype]]] = OrderedDict()
 
@@ -52,6 +54,8 @@ class MemoryStore:
     def put(self, key: str, content: BlockContent) -> None:
         # As bytes, since numpy has no bfloat16.
         kept = {name: (np.array(array.view(mx.uint8)), array.dtype) for name, array in content.items()}
+        if _size(content) > self._capacity:
+            raise OSError(no_place(_size(content), self._capacity))
         if key in self._blocks:
             self.drop(key)
         self._bytes_available -= _size(content)
@@ -64,7 +68,7 @@ class MemoryStore:
         return {name: mx.array(raw).view(dtype) for name, (raw, dtype) in self._blocks[key].items()}
 
     def drop(self, key: str) -> None:
-        self._bytes_available += sum(raw.nbytes for raw, _ in self._blocks.pop(key).values())
+        self._bytes_available += _size({name: raw for name, (raw, _) in self._blocks.pop(key).items()})
 
 
 class FolderStore:
@@ -190,7 +194,7 @@ class BlockStores:
         self._swap = swap
         self._disk = saved
         self._has_warned = False
-        self.num_swapped_blocks = 0
+        self.num_swapped_blocks = self.num_swapped_states = 0
 
     def __contains__(self, key: object) -> bool:
         return any(key in store for store in (self._swap, self._disk) if store is not None)
@@ -200,12 +204,18 @@ class BlockStores:
         """Whether blocks of prompts are kept for another run now."""
         return self._disk is not None and self._disk.takes_more
 
-    def put_evicted(self, key: str, content: BlockContent) -> None:
-        """Keep a block that leaves the pool."""
+    @property
+    def swaps(self) -> bool:
+        """Whether what leaves the device is kept."""
+        return self._swap is not None
+
+    def put_evicted(self, key: str, content: BlockContent, *, is_state: bool = False) -> None:
+        """Keep a block that leaves the pool, or a state."""
         if self._swap is not None:
             try:
                 self._swap.put(key, content)
-                self.num_swapped_blocks += 1
+                self.num_swapped_blocks += not is_state
+                self.num_swapped_states += is_state
             except OSError as error:
                 self._swap = None
                 _warn(f"swap is off, preempted requests are computed again: {error}")
@@ -235,6 +245,11 @@ class BlockStores:
                     self.drop(key, error)
         return None
 
+    def forget(self, key: str) -> None:
+        """Give the place free of what is not wanted back."""
+        if self._swap is not None and key in self._swap:
+            self._swap.drop(key)
+
     def drop(self, key: str, error: Exception) -> None:
         """Forget a block that can't be used, with one warning."""
         for store in (self._swap, self._disk):
@@ -253,8 +268,8 @@ def checksum(content: BlockContent) -> str:
     return f"{crc:08x}"
 
 
-def _size(content: BlockContent) -> int:
-    return sum(array.nbytes for array in content.values())
+def _size(content: Mapping[str, mx.array | np.ndarray]) -> int:
+    return sum(array.nbytes for array in content.values()) or _EMPTY_BYTES
 
 
 def _warn(message: str) -> None:

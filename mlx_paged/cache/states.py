@@ -76,11 +76,12 @@ class _Batch:
 class States:
     """The states of all sequences: each has a place in a batch that some step has left."""
 
-    def __init__(self, num_entries: Sequence[int]) -> None:
-        """num_entries: of the state of each recurrent layer."""
+    def __init__(self, num_entries: Sequence[int], shapes: Sequence[tuple[tuple[int, ...], mx.Dtype]] = ()) -> None:
+        """num_entries: of the state of each recurrent layer. shapes: what that of one sequence consists of."""
         self.num_reused = self.num_gathered = 0
         """Stretches whose states were used as an earlier step had left them, or had to be put together."""
         self._num_entries = list(num_entries)
+        self._shapes = list(shapes)
         self.clear()
 
     def clear(self) -> None:
@@ -125,6 +126,31 @@ class States:
     def drop(self, name: Any) -> None:
         """Forget a checkpoint."""
         self._checkpoints.pop(name, None)
+
+    def of_checkpoint(self, name: Any) -> _Batch | None:
+        """The state of a checkpoint, for `content_of`; None: it has none yet."""
+        return self._checkpoints.get(name)
+
+    def of_sequence(self, seq_id: int) -> _Batch | None:
+        """Likewise of a sequence."""
+        batch, place = self._places.get(seq_id, (None, 0))
+        return None if batch is None else batch.part(place)
+
+    def restore(self, owner: Any, content: dict[str, mx.array]) -> None:
+        """Let a sequence, or a checkpoint by its name, have what `content_of` returned.
+
+        Raises ValueError if it is of another layout.
+        """
+        batch = _Batch(1, self._num_entries, [])
+        for layer, entries in enumerate(batch.layers):
+            entries[:] = [content.get(_array_name(layer, entry)) for entry in range(len(entries))]
+        found = [(array.shape, array.dtype) for array in batch.arrays]
+        if found != [((1, *shape), dtype) for shape, dtype in self._shapes]:
+            raise ValueError("a state of another layout")
+        if isinstance(owner, int):
+            self._places[owner] = batch, 0
+        else:
+            self._checkpoints[owner] = batch
 
     def begin(self, stretches: Sequence[Stretch]) -> None:
         """Find where the states of a step's stretches come from."""
@@ -173,3 +199,17 @@ class States:
     def shapes(self, seq_id: int) -> list[tuple[tuple[int, ...], mx.Dtype]]:
         """What the state of one sequence consists of."""
         return [(array.shape[1:], array.dtype) for array in self._places[seq_id][0].arrays]
+
+
+def content_of(state: _Batch) -> dict[str, mx.array]:
+    """The arrays of one sequence's state, by names."""
+    return {
+        _array_name(layer, entry): array
+        for layer, entries in enumerate(state.layers)
+        for entry, array in enumerate(entries)
+        if array is not None
+    }
+
+
+def _array_name(layer: int, entry: int) -> str:
+    return f"s{layer}.{entry}"

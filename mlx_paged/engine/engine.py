@@ -77,7 +77,7 @@ class Engine:
         num_seqs = config.max_num_seqs
         self._batch = RunningBatch(num_seqs, len(runner.plan.windows), max_blocks, config.block_size)
         self._scheduler = Scheduler(self.cache_groups, self._batch, config)
-        self._block_mover = BlockMover(self.cache_groups, runner.kv_cache, stores)
+        self._block_mover = BlockMover(self.cache_groups, runner.kv_cache, stores, runner.states)
         self.input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
         self._input_builder = InputBuilder(self._batch, self.cache_groups.checkpoints)
         self._steps = StepRunner(runner, self.profile)
@@ -314,6 +314,7 @@ class Engine:
             return self._view.stats(
                 peak_used_blocks=self._peak_used_blocks,
                 num_swapped_blocks=self._block_mover.num_swapped_blocks,
+                num_swapped_states=self._block_mover.num_swapped_states,
                 num_steps=self._num_steps,
                 step_sizes=self._steps.sizes.copy(),
                 host_time_s=self._host_time_s,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_paged.blocks.cache_groups import blocks_for_window
-from mlx_paged.config import EngineConfig, format_memory, parse_memory
+from mlx_paged.config import EngineConfig, format_memory, parse_memory, parse_swap_space
 from mlx_paged.errors import EngineWarning
 from mlx_paged.models.loading import weight_bytes
 from mlx_paged.models.patch import PatchedModel
@@ -139,19 +139,21 @@ def plan_memory(
     )  # fmt: skip
 
 
-def fit_to_states(config: EngineConfig, num_slots: int) -> EngineConfig:
+def fit_to_states(config: EngineConfig, plan: MemoryPlan) -> EngineConfig:
     """Let no more sequences run than there are states for, and one for a checkpoint. Says so in a warning.
 
-    Raises ValueError for stores, which keep K and V and no states.
+    Raises ValueError for a swap space that has no room for a state.
     """
-    for name in ("swap_space", "prefix_cache_dir"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"{name} stores keys and values, and this model's layers keep states too: leave it out")
-    most = min(config.max_num_seqs, num_slots - 1)
+    swap = None if config.swap_space is None else parse_swap_space(config.swap_space)
+    if isinstance(swap, int) and swap < plan.state_bytes:
+        one = format_memory(plan.state_bytes)
+        raise ValueError(f"swap_space={config.swap_space!r} holds no state of this model: one takes {one}")
+    most = min(config.max_num_seqs, plan.num_state_slots - 1)
     if most < config.max_num_seqs:
         warnings.warn(
-            f"max_num_seqs is {most} instead of {config.max_num_seqs}: there is room for the states of {num_slots} "
-            "sequences, checkpoints included; more with a larger kv_cache_memory, or a smaller num_kv_blocks",
+            f"max_num_seqs is {most} instead of {config.max_num_seqs}: there is room for the states of "
+            f"{plan.num_state_slots} sequences, checkpoints included; more with a larger kv_cache_memory, or a smaller "
+            "num_kv_blocks",
             EngineWarning,
             stacklevel=4,
         )

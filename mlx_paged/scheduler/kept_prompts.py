@@ -53,6 +53,7 @@ class KeptPrompts:
 
     def done(self, sequence: Sequence) -> None:
         """Note that a sequence has started, or ended without that. A prompt is freed with the last one."""
+        self._groups.forget(sequence.seq_id)
         waiting = self._waiting.get(sequence.request, set())
         waiting.discard(sequence)
         if not waiting and sequence.request in self._waiting:

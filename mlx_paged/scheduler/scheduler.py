@@ -81,7 +81,7 @@ class Scheduler:
         together = sequence.preempted_with
         preempted = [each for each in together if each.row >= 0]
         for each in preempted:
-            self._stop(each, will_return=self.storing_pays)
+            self._stop(each, will_return=self.storing_pays, parks=self.storing_pays and len(together) == 1)
         self._queue_beams(together)
         self.num_preemptions += len(preempted)
         return preempted
@@ -291,14 +291,14 @@ class Scheduler:
         self._rows = None
         self._copy_block_table(sequence, 0)
 
-    def _stop(self, sequence: Sequence, will_return: bool = False) -> None:
+    def _stop(self, sequence: Sequence, will_return: bool = False, parks: bool = False) -> None:
         """Let a sequence run no more, and free its blocks."""
         self._num_reserved_rows -= sequence.num_pending_forks
         self._sync(sequence)
         self.batch.remove(sequence)
         self.running.remove(sequence)
         self._rows = None
-        self.groups.free(sequence.seq_id, will_return=will_return)
+        self.groups.free(sequence.seq_id, will_return=will_return, parks=parks)
 
     def _sync(self, sequence: Sequence) -> None:
         """Publish what is computed of a running sequence; of what is being drawn nothing is."""

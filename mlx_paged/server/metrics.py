@@ -100,6 +100,7 @@ class _EngineCollector(Collector):
             ("vllm:num_preemptions", "Sequences that lost their blocks to others.", stats.num_preemptions),
             ("mlx_paged:cow_copies", "Shared blocks copied before a write.", stats.num_cow_copies),
             ("mlx_paged:swapped_blocks", "Blocks that went to a store.", stats.num_swapped_blocks),
+            ("mlx_paged:swapped_states", "States that went to a store.", stats.num_swapped_states),
             ("mlx_paged:steps", "Steps that computed something.", stats.num_steps),
         ):
             yield self._metric(CounterMetricFamily, key, text, value)

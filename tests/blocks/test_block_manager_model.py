@@ -49,8 +49,8 @@ class Store:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self.kept
 
-    def save(self, block_id: int, digest: bytes) -> None:
-        self.kept[digest] = self.contents[block_id].copy()
+    def save(self, node: PrefixNode, block_id: int) -> None:
+        self.kept[node.digest] = self.contents[block_id].copy()
 
     def load(self, node: PrefixNode, block_id: int) -> None:
         self.contents[block_id] = self.kept[node.digest]

@@ -245,7 +245,7 @@ class NotingStore:
     def __contains__(self, digest: object) -> bool:
         return digest in self.digests
 
-    def save(self, block_id: int, digest: bytes) -> None:
+    def save(self, node: PrefixNode, block_id: int) -> None:
         self.saved.append(block_id)
 
     def load(self, node: PrefixNode, block_id: int) -> None:

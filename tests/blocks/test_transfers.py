@@ -11,7 +11,7 @@ def test_a_block_is_saved_once_and_counts_as_stored_from_then_on() -> None:
     index = GroupStoreIndex(1, stored, transfers)
     assert b"old" in index and b"new" not in index
     for block_id, digest in enumerate((b"new", b"new", b"old")):
-        index.save(block_id, digest)
+        index.save(PrefixNode(None, (), digest), block_id)
     key = f"1-{b'new'.hex()}"
     assert transfers == [BlockSave(1, 0, key)]
     assert b"new" in index
@@ -23,8 +23,8 @@ def test_a_block_is_saved_once_and_counts_as_stored_from_then_on() -> None:
 def test_what_could_not_be_saved_is_not_stored_once_the_transfers_are_done() -> None:
     stored = set[str]()
     index = GroupStoreIndex(0, stored, [])
-    index.save(3, b"lost")
-    index.save(4, b"kept")
+    index.save(PrefixNode(None, (), b"lost"), 3)
+    index.save(PrefixNode(None, (), b"kept"), 4)
     stored.add(index.key(b"kept"))
     index.transfers_done()
     assert b"lost" not in index and b"kept" in index

@@ -112,7 +112,7 @@ def test_files_of_all_models_and_processes_share_the_bound_and_those_used_last_s
     smaller = BlockFiles(tmp_path, 250)
     assert sorted(path.stem for path in tmp_path.glob("*/*.safetensors")) == ["6"]
     assert add(smaller, tmp_path / "model0" / "7.safetensors") == ["6"]
-    with pytest.raises(OSError, match="a block of 251 B has no place in 250 B"):
+    with pytest.raises(OSError, match="a block or a state of 251 B has no place in 250 B"):
         add(smaller, tmp_path / "model0" / "8.safetensors", 251)
     assert [path.stem for path in tmp_path.glob("model*/*.safetensors")] == ["7"]
 

@@ -201,12 +201,6 @@ def test_too_little_memory_for_one_state_is_said_in_one_line() -> None:
         LLM.from_model(family_model("mamba2"), kv_cache_memory=20_000, max_model_len=100)
 
 
-@pytest.mark.parametrize("option", ["swap_space", "prefix_cache_dir"])
-def test_a_store_of_keys_and_values_is_refused(option: str) -> None:
-    with pytest.raises(ValueError, match=f"^{option} stores keys and values.*leave it out$"):
-        LLM.from_model(HashModel(stores_keys=True), **SMALL, **{option: "./nowhere"})
-
-
 def test_a_model_without_recurrent_layers_counts_no_states() -> None:
     stats = LLM.from_model(family_model("llama"), **SMALL).stats()
     assert (stats.num_state_slots, stats.state_bytes, stats.num_checkpoints) == (0, 0, 0)

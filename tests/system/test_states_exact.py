@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mlx_paged import LLM, BeamSearchParams, SamplingParams
+from mlx_paged.cache import block_store
+from mlx_paged.cache.block_files import SUFFIX
+from mlx_paged.cache.block_mover import BlockMover
+from mlx_paged.cache.block_store import BlockStores, FolderStore, MemoryStore
+from mlx_paged.engine import engine
+from mlx_paged.errors import EngineWarning
 from mlx_paged.outputs import BeamSearchOutput, Output
 
 PICK = st.integers(0, 1 << 16)
@@ -34,24 +44,47 @@ class HashMachine(RuleBasedStateMachine):
         interval=st.integers(3, 9),
         pipelining=st.sampled_from(["submit", "build", "off"]),
         stores_keys=st.booleans(),
+        swap=st.sampled_from([None, "files", "files", "memory"]),
+        most_swapped=st.sampled_from([400, 3_000, 10**6]),
+        saves=st.booleans(),
     )
     def start(
         self, block_size: int, num_tokens: int, batch: int, num_seqs: int, num_checkpoints: int, interval: int,
-        pipelining: str, stores_keys: bool,
+        pipelining: str, stores_keys: bool, swap: str | None, most_swapped: int, saves: bool,
     ) -> None:  # fmt: skip
-        self.patch = patch(INTERVAL, interval)
-        self.patch.start()
+        self.stack = ExitStack()
+        self.stack.enter_context(patch(INTERVAL, interval))
+        self.stack.enter_context(warnings.catch_warnings(action="ignore", category=EngineWarning))
         model = HashModel(stores_keys=stores_keys)
         options: dict[str, Any] = {"block_size": block_size, "max_num_seqs": num_seqs, "pipelining": pipelining}
         options |= {"num_kv_blocks": -(-num_tokens // block_size), "max_num_batched_tokens": batch}
-        llm = LLM.from_model(model, EndTokens(END_TOKENS), check_invariants=True, **options)
+        self.stack.enter_context(patch.object(BlockMover, "round_trip_s", None))  # storing pays, always
+        if swap == "memory":  # as where the device has its own
+            self.stack.enter_context(patch.object(block_store, "_open_swap", lambda _: MemoryStore(most_swapped)))
+        self.folder = Path(self.stack.enter_context(TemporaryDirectory()))
+        options |= {"swap_space": most_swapped} if swap else {}
+        options |= {"prefix_cache_dir": self.folder / "saved"} if saves else {}
+        self.num_checkpoints, self.most_tokens = num_checkpoints, num_tokens * 2 // 3
+        self.histories: list[list[int]] = [[0]]
+        self.asked: dict[int, tuple[list[int], SamplingParams | BeamSearchParams]] = {}
+        self.make = lambda: LLM.from_model(model, EndTokens(END_TOKENS), check_invariants=True, **options)
+        self.restart()
+
+    @precondition(lambda self: not self.asked)
+    @rule()
+    def restart(self) -> None:
+        """Another process begins: what was saved is what there is."""
+        self.stores: BlockStores | None = None
+        with patch.object(engine, "open_stores", self.open_stores):
+            llm = self.make()
         self.engine, self.states = llm.engine, llm._runner.states
         assert self.engine.cache_groups.checkpoints is not None
         self.checkpoints = self.engine.cache_groups.checkpoints
-        self.checkpoints._capacity = num_checkpoints
-        self.most_tokens = num_tokens * 2 // 3
-        self.histories: list[list[int]] = [[0]]
-        self.asked: dict[int, tuple[list[int], SamplingParams | BeamSearchParams]] = {}
+        self.checkpoints._capacity = self.num_checkpoints
+
+    def open_stores(self, *args: Any) -> BlockStores | None:
+        self.stores = block_store.open_stores(*args)
+        return self.stores
 
     @rule(
         latest=st.integers(1, 5), left_out=st.sampled_from([0, 0, 1, 3, 8]), num_outputs=st.integers(1, 20),
@@ -110,6 +143,31 @@ class HashMachine(RuleBasedStateMachine):
 
         self.engine._runner.run = fail  # type: ignore[method-assign,assignment]
 
+    @precondition(lambda self: (self.folder / "saved").exists())
+    @rule(pick=PICK, how=st.sampled_from(["cut", "changed", "gone", "other"]), kind=st.sampled_from(["state", "0"]))
+    def something_happens_to_a_saved_file(self, pick: int, how: str, kind: str) -> None:
+        found = sorted((self.folder / "saved").glob(f"*/{kind}-*{SUFFIX}"))
+        if not found:
+            return
+        path = found[pick % len(found)]
+        whole = path.read_bytes()
+        changed = {"cut": whole[: pick % len(whole)], "other": found[0].read_bytes(), "changed": whole[:-1] + b"?"}
+        if how == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(changed[how])
+
+    @invariant()
+    def what_is_swapped_takes_what_is_counted(self) -> None:
+        swap = self.stores._swap if hasattr(self, "stores") and self.stores is not None else None
+        if isinstance(swap, MemoryStore):
+            held = sum(sum(raw.nbytes for raw, _ in each.values()) or 256 for each in swap._blocks.values())
+            assert held == swap._capacity - swap._bytes_available <= swap._capacity
+        elif isinstance(swap, FolderStore):
+            files = {path.stem: path.stat().st_size for path in swap._folder.glob(f"*{SUFFIX}")}
+            assert files.keys() == swap._keys
+            assert sum(files.values()) == swap._files._num_bytes <= (swap._files._capacity or 0)
+
     @invariant()
     def every_checkpoint_has_its_state(self) -> None:
         if hasattr(self, "states"):
@@ -148,7 +206,16 @@ class HashMachine(RuleBasedStateMachine):
         assert not self.asked
         assert self.states is not None and not self.states._places and not self.states._latest
         assert not self.checkpoints._plans
-        self.patch.stop()
+        if self.checkpoints.stored is not None:
+            assert not self.checkpoints.stored._parked and not self.checkpoints.stored._returning
+            assert not any(key.startswith("sequence-") for key in self.swapped())
+        self.stack.close()
+
+    def swapped(self) -> list[str]:
+        """The keys of what is in swap."""
+        swap = None if self.stores is None else self.stores._swap
+        assert swap is None or isinstance(swap, MemoryStore | FolderStore)
+        return [*(() if swap is None else swap._blocks if isinstance(swap, MemoryStore) else swap._keys)]
 
 
 HashMachine.TestCase.settings = settings(max_examples=budget(30, 5000), stateful_step_count=30, deadline=None)
