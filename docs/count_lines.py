@@ -111,7 +111,9 @@ OPTIONAL = {
     "models/patch.py:_TracedValues": "latent attention",
     "models/patch.py:use_latents": "latent attention",
     "models/recurrent.py": "recurrent layers",
+    "models/refusals.py": "models that can't be paged",
     "models/registry.py": "what is known of families",
+    "models/replaced.py": "families with code of their own",
 }
 
 

@@ -25,10 +25,12 @@ from mlx_paged.attention.paged_attention import choose_backend
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.cache.states import States
-from mlx_paged.errors import ModelError, one_line
+from mlx_paged.errors import ModelError
 from mlx_paged.models.latent_attention import LatentLayerCache, RotaryKeys, join_queries, latent_spec
 from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache, PagedMask
 from mlx_paged.models.recurrent import TRACED_STRETCHES, kind_of, leaves, run, trace
+from mlx_paged.models.refusals import refusal
+from mlx_paged.models.replaced import replace_code
 from mlx_paged.models.select_logits import select_logits
 
 SEAM: dict[Callable[..., Any], list[str]] = {
@@ -175,10 +177,7 @@ def patch_model(model: nn.Module) -> PatchedModel:
     for source in {sys.modules[type(module).__module__] for module in model.modules()}:
         if getattr(source, _ATTENTION, None) is base.scaled_dot_product_attention:
             setattr(source, _ATTENTION, _dispatch)
-    if name == "gemma2":
-        from mlx_paged.models.gemma2 import cap_scores
-
-        cap_scores()
+    replace_code(name)
     inner = _inner_model(model)
     if inner is not None:
         select_logits(type(inner))
@@ -201,7 +200,7 @@ def _window_of(cache: Any, model_name: str) -> int | None:
     if type(cache) is KVCache:
         return None
     if type(cache) is RotatingKVCache and cache.keep == 0:
-        return cache.max_size
+        return cache.max_size + (model_name == "plamo3")  # its masks show one key more than its caches keep
     raise ModelError(
         f"model family {model_name!r} keeps state in {type(cache).__name__}, which can't be paged: "
         "caches of plain, sliding-window and latent attention can, and arrays of a recurrence's state"
@@ -225,7 +224,8 @@ def _inner_model(model: nn.Module) -> nn.Module | None:
     while isinstance(getattr(model, "language_model", None), nn.Module):
         model = model.language_model
     found = (getattr(model, name, None) for name in _INNER_NAMES)
-    return next((inner for inner in found if isinstance(inner, nn.Module)), None)
+    inner: Any = next((inner for inner in found if isinstance(inner, nn.Module)), None)
+    return getattr(inner, "language_model", inner)
 
 
 def _trace(model: nn.Module, name: str, windows: list[int | None], kinds: list[Any]) -> PatchedModel:
@@ -240,8 +240,7 @@ def _trace(model: nn.Module, name: str, windows: list[int | None], kinds: list[A
         selects_logits = logits.shape[0] == len(_TRACED_ROWS)
         _expect_shape(logits, (len(_TRACED_ROWS) if selects_logits else _NUM_TRACED_TOKENS, 1, logits.shape[-1]))
     except Exception as error:  # whatever a model's code does to an opaque object
-        what = "its code handles keys, values, masks, positions or states itself"
-        raise ModelError(f"model family {name!r} can't be paged: {what} ({one_line(error)})") from error
+        raise refusal(name, error) from error
     shapes, num_heads = [cache.shape for cache in caches], [cache.num_heads for cache in caches]
     return PatchedModel(model, shapes, windows, num_heads, logits.shape[-1], selects_logits, kinds, states)
 

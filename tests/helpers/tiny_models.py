@@ -45,7 +45,7 @@ def make_model(family: str, *, seed: int = 0, dtype: mx.Dtype = mx.float32, **ch
     def enlarge(path: str, weight: Any) -> Any:
         if path.endswith("sinks"):
             return mx.random.normal(weight.shape)
-        return weight * spread.get(weight.ndim, 1.0)
+        return weight if weight.dtype == mx.uint8 else weight * spread.get(weight.ndim, 1.0)
 
     model.update(tree_map_with_path(enlarge, model.parameters()))
     model.set_dtype(dtype)
@@ -61,9 +61,9 @@ class Unpaged(NamedTuple):
     margins: list[float]
 
 
-def unpaged_greedy(model: nn.Module, prompt: Sequence[int], max_tokens: int) -> Unpaged:
-    """mlx-lm's unpaged loop over one prompt."""
-    cache = make_prompt_cache(model)
+def unpaged_greedy(model: nn.Module, prompt: Sequence[int], max_tokens: int, *, with_cache: bool = True) -> Unpaged:
+    """mlx-lm's unpaged loop over one prompt; without a cache it computes all tokens anew for each."""
+    cache = make_prompt_cache(model) if with_cache else None
     inputs = mx.array(prompt)[None]
     result = Unpaged([], [], [])
     for _ in range(max_tokens):
@@ -74,5 +74,5 @@ def unpaged_greedy(model: nn.Module, prompt: Sequence[int], max_tokens: int) -> 
         result.token_ids.append(token)
         result.logprobs.append(best_two[1])
         result.margins.append(best_two[1] - best_two[0])
-        inputs = mx.array([[token]])
+        inputs = mx.array([[token]]) if with_cache else mx.concatenate([inputs, mx.array([[token]])], axis=1)
     return result

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import pathlib
 import random
-import runpy
 from typing import Any
 
 import mlx_lm.models
 import mlx_lm.utils
 import pytest
-from helpers.families import MATCHING, NOT_BUILT, OTHER_FORMS, REFUSED, family_model
+from helpers.families import COMPARED_WITHOUT_CACHE, MATCHING, NOT_BUILT, OTHER_FORMS, REFUSED, family_model
+from helpers.metal_families import use_plain_kernels
 from helpers.tiny_models import VOCAB_SIZE, unpaged_greedy
 
 from mlx_paged import LLM, ModelError, SamplingParams
 from mlx_paged.models import registry
 from mlx_paged.models.patch import patch_model
-
-DOCS = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
 
 
 @pytest.mark.parametrize(
@@ -27,11 +25,15 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
         *(pytest.param(family, changes, id=f"{family}-other") for family, changes in OTHER_FORMS.items()),
     ],
 )
-def test_a_listed_family_gives_its_unpaged_results(family: str, changes: dict[str, Any]) -> None:
+def test_a_listed_family_gives_its_unpaged_results(
+    family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_plain_kernels(family, monkeypatch)
     model = family_model(family, **changes)
     random.seed(1)
     prompts = [[random.randrange(VOCAB_SIZE) for _ in range(length)] for length in (1, 17, 41)]
-    references = [unpaged_greedy(model, prompt, 4) for prompt in prompts]
+    with_cache = family not in COMPARED_WITHOUT_CACHE
+    references = [unpaged_greedy(model, prompt, 4, with_cache=with_cache) for prompt in prompts]
     assert len({round(logprob, 3) for reference in references for logprob in reference.logprobs}) > 6
 
     llm = LLM.from_model(
@@ -73,8 +75,3 @@ def test_a_family_is_found_by_the_names_it_goes_by() -> None:
     assert registry.is_untested("deepseek_v41_text")
     assert registry.family_of("a-family-of-tomorrow") is None
     assert registry.is_untested("a-family-of-tomorrow")
-
-
-def test_the_page_on_models_has_the_registrys_table() -> None:
-    table = runpy.run_path(str(DOCS.parent / "models_table.py"))["table"]()
-    assert table in DOCS.read_text(), "run python docs/models_table.py and put its table there"

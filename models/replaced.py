@@ -1,0 +1,105 @@
+"""The families of which some code is replaced: it takes a position for one number, or looks at keys or scores itself.
+
+What is here runs where a module is given a paged cache, and does what mlx-lm's code does there with packed tokens,
+x [num_tokens, 1, dim]. Anywhere else mlx-lm's own code runs, as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache
+
+
+def replace_code(family: str) -> None:
+    """Replace what has to be of a family's code, once."""
+    for class_name, call in _REPLACED.get(family, {}).items():
+        cls = getattr(importlib.import_module(f"mlx_lm.models.{family}"), class_name)
+        if not hasattr(cls.__call__, "is_replaced"):
+            cls.__call__ = _either(cls.__call__, call)
+
+
+def _either(original: Callable[..., mx.array], call: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """A call of `call` if it is given a paged cache, some, or keys of one; otherwise of `original`."""
+
+    @functools.wraps(original)
+    def either(self: Any, *args: Any, **kwargs: Any) -> mx.array:
+        given = (value[0] if isinstance(value, list) else value for value in (*args, *kwargs.values()))
+        is_paged = any(isinstance(value, PagedLayerCache | PagedKV) for value in given)
+        return (call if is_paged else original)(self, *args, **kwargs)
+
+    either.is_replaced = True  # type: ignore[attr-defined]
+    return either
+
+
+def _by_head(x: mx.array, num_heads: int) -> mx.array:
+    """[num_tokens, 1, num_heads * dim] as [num_tokens, num_heads, 1, dim]."""
+    return x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
+
+
+def _joined(x: mx.array) -> mx.array:
+    """[num_tokens, num_heads, 1, dim] as [num_tokens, 1, num_heads * dim]."""
+    return x.swapaxes(1, 2).flatten(2)
+
+
+def _afm7_reuse(self: Any, x: mx.array, keys: PagedKV, values: PagedKV, mask: Any = None) -> mx.array:
+    """AFM's layers without keys of their own, which take the position from the number of another's."""
+    cache = keys.layer_cache
+    queries = self.q_norm(self.rope(_by_head(self.q_proj(x), self.n_heads), offset=cache.offset))
+    return self.out_proj(_joined(cache.attend(queries, self.scale, mask, None)))
+
+
+def _gemma2_attention(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+    """Gemma 2's attention, which caps its scores."""
+    queries = self.rope(_by_head(self.q_proj(x), self.n_heads), offset=cache.offset)
+    keys = self.rope(_by_head(self.k_proj(x), self.n_kv_heads), offset=cache.offset)
+    cache.update_and_fetch(keys, _by_head(self.v_proj(x), self.n_kv_heads))
+    return self.o_proj(_joined(cache.attend(queries, self.scale, mask, None, softcap=self.attn_logit_softcapping)))
+
+
+def _gpt_bigcode_model(self: Any, inputs: mx.array, cache: list[Any]) -> mx.array:
+    """StarCoder's layers, whose positions are a range of numbers."""
+    hidden = self.wte(inputs) + self.wpe(cache[0].offset)[:, None]
+    for layer, each in zip(self.h, cache, strict=True):
+        hidden = layer(hidden, each.make_mask(1), cache=each)
+    return self.ln_f(hidden)
+
+
+def _plamo_attention(self: Any, hidden_states: mx.array, attention_mask: Any = None, cache: Any = None) -> mx.array:
+    """PLaMo's attention, which repeats its keys: query head i attends to KV head i modulo their number."""
+    queries = self.rotary_emb(_by_head(self.q_proj(hidden_states), self.q_num_heads), offset=cache.offset)
+    keys = self.rotary_emb(_by_head(self.k_proj(hidden_states), self.k_num_heads), offset=cache.offset)
+    cache.update_and_fetch(keys, _by_head(self.v_proj(hidden_states), self.v_num_heads))
+    num_tokens, num_heads, _, dim = queries.shape
+    groups = num_tokens, -1, self.k_num_heads, dim
+    queries = queries.reshape(groups).swapaxes(1, 2).reshape(queries.shape)
+    out = cache.attend(queries, self.scale, attention_mask, None)
+    out = out.reshape(num_tokens, self.k_num_heads, -1, dim).swapaxes(1, 2)
+    return self.o_proj(out.reshape(num_tokens, 1, num_heads * dim))
+
+
+def _plamo2_attention(self: Any, hidden_states: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+    """PLaMo 2's attention, which calls MLX's function and not mlx-lm's."""
+    ends = [self.q_proj_dim, self.q_proj_dim + self.k_proj_dim]
+    num_heads = (self.q_num_heads, self.k_num_heads, self.v_num_heads)
+    q, k, values = map(_by_head, mx.split(self.qkv_proj(hidden_states), ends, axis=-1), num_heads)
+    queries, keys = (
+        self.rope(mx.fast.rms_norm(each, weight=None, eps=1e-6) * weight[:, None], offset=cache.offset)
+        for each, weight in ((q, self.q_weight), (k, self.k_weight))
+    )
+    cache.update_and_fetch(keys, values)
+    return self.o_proj(_joined(cache.attend(queries, self.scale, mask, None)))
+
+
+_REPLACED: dict[str, dict[str, Callable[..., mx.array]]] = {
+    "afm7": {"KVReuseAttention": _afm7_reuse},
+    "gemma2": {"Attention": _gemma2_attention},
+    "gpt_bigcode": {"GPTBigCodeModel": _gpt_bigcode_model},
+    "plamo": {"Attention": _plamo_attention},
+    "plamo2": {"Attention": _plamo2_attention},
+}
