@@ -12,6 +12,7 @@ from mlx_paged.cache.states import Stretch
 from mlx_paged.config import EngineConfig
 from mlx_paged.errors import EngineWarning
 from mlx_paged.models.patch import PatchedModel
+from mlx_paged.scheduler.block_tables import MIN_COLUMNS
 
 _CPU_TOKENS = 8
 _POOL_BYTES = 8 << 20  # of one layer's K, large beside what a step of a few tokens takes
@@ -99,7 +100,7 @@ def _one_sequence(
     layers = [layer for layer, _ in model.stored_layers]
     kv_cache = PagedKVCache(layers, [max(num_blocks, pool_blocks)] * len(layers), config.block_size, 1)
     metadata = AttentionMetadata(
-        mx.arange(num_blocks, dtype=mx.int32)[None],
+        mx.arange(max(MIN_COLUMNS, num_blocks), dtype=mx.int32)[None],
         np.array([num_tokens], np.int32),
         np.array([0, num_tokens], np.int32),
         slot_block_ids=mx.array(positions // config.block_size),
