@@ -74,19 +74,15 @@ class KernelBackend(Backend):
     def headers(self, kernel_name: str) -> tuple[str, ...]:
         """The files that a kernel's text begins with."""
 
-    def unique_name(self, kernel_name: str, inputs: dict[str, mx.array]) -> str:
-        """The name under which MLX keeps the kernel for inputs like these."""
-        return kernel_name
-
     def make_kernel(
         self, kernel_name: str, inputs: dict[str, mx.array], outputs: tuple[str, ...], shared_bytes: int = 0
     ) -> Kernel:
         """The kernel for inputs like these. Raises RuntimeError if there is no device."""
         if not getattr(mx, self.name).is_available():
             raise RuntimeError(f"{self.title} kernels need a {self.title} device, and there is none here")
-        make, name = getattr(mx.fast, f"{self.name}_kernel"), self.unique_name(kernel_name, inputs)
+        make = getattr(mx.fast, f"{self.name}_kernel")
         header, source = _texts(self.name, self.headers(kernel_name), f"{kernel_name}.{self.suffix}")
-        names = {"name": name, "input_names": tuple(inputs), "output_names": outputs}
+        names = {"name": kernel_name, "input_names": tuple(inputs), "output_names": outputs}
         settings = {"shared_memory": shared_bytes} if shared_bytes else {}
         return _make(make, **names, header=header, source=source, ensure_row_contiguous=False, **settings)
 

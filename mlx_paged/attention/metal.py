@@ -1,8 +1,8 @@
 """The Metal kernels: how they are made and launched.
 
 A kernel is made at its first use, by `mx.fast.metal_kernel` as it is found then, so that a simulator can take its
-place. MLX keeps one compiled library per kernel name and throws it away when the same name comes with another text.
-The text depends on which inputs have fewer than MIN_INPUT_SIZE elements and on their dtypes, so the names say that.
+place. MLX compiles it once for each set of template arguments, dtypes, and inputs of fewer than MIN_INPUT_SIZE
+elements.
 
 No input is ever copied to make it contiguous: a pool must not be. The kernels take q and block_tables with any stride
 between rows, and rely on pools being contiguous, as they are since they were allocated.
@@ -14,7 +14,7 @@ from functools import cached_property
 import mlx.core as mx
 
 from mlx_paged.attention.kernel_backend import KernelBackend
-from mlx_paged.attention.kernel_plan import MIN_INPUT_SIZE, Launch
+from mlx_paged.attention.kernel_plan import Launch
 from mlx_paged.attention.work_items import SCRATCH, SIMDGROUPS, Shape, Tile, decode_layout, tile_for
 
 
@@ -65,9 +65,3 @@ class MetalBackend(KernelBackend):
 
     def headers(self, kernel_name: str) -> tuple[str, ...]:
         return ("packed.h", "tiles.h") if kernel_name == "paged_prefill" else ("packed.h",)
-
-    def unique_name(self, kernel_name: str, inputs: dict[str, mx.array]) -> str:
-        name = f"{kernel_name}_" + "".join(str(int(array.size < MIN_INPUT_SIZE)) for array in inputs.values())
-        if "sinks" in inputs:
-            name += f"_{str(inputs['sinks'].dtype).removeprefix('mlx.core.')}"
-        return name

@@ -10,7 +10,7 @@ from mlx_paged.attention.shared_prefix import SharedPrefix, find_shared_prefixes
 from mlx_paged.blocks.checkpoints import Checkpoints
 from mlx_paged.runner.in_flight import StepInFlight
 from mlx_paged.runner.stretches import make_stretches
-from mlx_paged.scheduler.block_tables import BlockTables
+from mlx_paged.scheduler.block_tables import MIN_COLUMNS, BlockTables
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.schedule import Schedule
 
@@ -59,7 +59,7 @@ class InputBuilder:
         if not (rows is self._last_rows or np.array_equal(rows, self._last_rows)):
             self._last_device_rows = mx.array(rows.astype(np.int32))
         self._last_rows = rows
-        num_columns = -(-int(context_lens[context_lens.argmax()]) // block_size)
+        num_columns = max(MIN_COLUMNS, -(-int(context_lens[context_lens.argmax()]) // block_size))
 
         def find_shared(seqs: np.ndarray) -> list[SharedPrefix]:
             return self._shared_prefixes.find(rows[seqs], context_lens[seqs])
@@ -120,7 +120,7 @@ class _DeviceTables:
         self._entries = mx.array(host.matrix.reshape(-1))
 
     def update(self) -> mx.array:
-        """Send what has changed on the host. Returns the tables, int32 [num_rows, max_blocks]."""
+        """Send what has changed on the host. Returns the tables, int32 [num_rows, num_columns]."""
         changes = self.host.pop_changes()
         if changes is not None:
             indices, block_ids = map(mx.array, changes)

@@ -1,5 +1,6 @@
 """What can only be found out by running a model before its cache is made: memory beside the cache, safe overlap."""
 
+import warnings
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -9,7 +10,9 @@ from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.cache.states import Stretch
 from mlx_paged.config import EngineConfig
+from mlx_paged.errors import EngineWarning
 from mlx_paged.models.patch import PatchedModel
+from mlx_paged.scheduler.block_tables import MIN_COLUMNS
 
 _CPU_TOKENS = 8
 _POOL_BYTES = 8 << 20  # of one layer's K, large beside what a step of a few tokens takes
@@ -38,7 +41,8 @@ def overlap_is_safe(model: PatchedModel, config: EngineConfig, max_blocks: int =
 
     A write is in place only if nothing holds the pool, and a step that has not finished reading does. Whether that
     happens depends on how far the host may run ahead of this device in this model: a few steps that are submitted
-    while the device is busy tell, by their peak memory. The pools for that have at most `max_blocks` blocks.
+    while the device is busy tell, by their peak memory. The pools for that have at most `max_blocks` blocks. Where
+    even a step that nothing runs beside copies them, which an EngineWarning tells, no more is tried.
     """
     if config.pipelining != "auto":
         return config.pipelining == "submit"
@@ -47,10 +51,15 @@ def overlap_is_safe(model: PatchedModel, config: EngineConfig, max_blocks: int =
     if not smallest:
         return True
     num_blocks = min(max_blocks, max(1, _POOL_BYTES // (smallest * config.block_size)))
+    without_pools = _bytes_alone(model, *_one_sequence(model, config, 1, 1))
     kv_cache, inputs = _one_sequence(model, config, 1, 1, num_blocks)
     pool_bytes = min(pool.keys.nbytes for pool in kv_cache.pools)
-    mx.eval(model(kv_cache, inputs))
-    alone = _peak_bytes(lambda: mx.eval(model(kv_cache, inputs)))
+    alone = _bytes_alone(model, kv_cache, inputs)
+    if alone - without_pools > pool_bytes // 2:
+        copies = "each step copies whole pools of KV blocks to write into them, so steps are slow and do not overlap"
+        warnings.warn(copies, EngineWarning, stacklevel=4)
+        return False
+    busy = _peak_bytes(_keep_busy)
     steps = [model(kv_cache, inputs) for _ in range(_NUM_OVERLAPPED)]
 
     def run_overlapped() -> None:
@@ -59,7 +68,13 @@ def overlap_is_safe(model: PatchedModel, config: EngineConfig, max_blocks: int =
             mx.async_eval(logits)
         mx.eval(steps)
 
-    return _peak_bytes(run_overlapped) < _NUM_OVERLAPPED * alone + pool_bytes // 2
+    return _peak_bytes(run_overlapped) < busy + _NUM_OVERLAPPED * alone + pool_bytes // 2
+
+
+def _bytes_alone(model: PatchedModel, kv_cache: PagedKVCache, inputs: ModelInputs) -> int:
+    """Bytes that a step takes which nothing else runs beside."""
+    mx.eval(model(kv_cache, inputs))
+    return _peak_bytes(lambda: mx.eval(model(kv_cache, inputs)))
 
 
 def _keep_busy() -> None:
@@ -85,7 +100,7 @@ def _one_sequence(
     layers = [layer for layer, _ in model.stored_layers]
     kv_cache = PagedKVCache(layers, [max(num_blocks, pool_blocks)] * len(layers), config.block_size, 1)
     metadata = AttentionMetadata(
-        mx.arange(num_blocks, dtype=mx.int32)[None],
+        mx.arange(max(MIN_COLUMNS, num_blocks), dtype=mx.int32)[None],
         np.array([num_tokens], np.int32),
         np.array([0, num_tokens], np.int32),
         slot_block_ids=mx.array(positions // config.block_size),

@@ -4,19 +4,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MIN_COLUMNS = 8
+"""Of a table that goes to the device. MLX compiles a Metal kernel again for an input of fewer elements, which is in
+another address space: a request that outgrew its first blocks would wait for that."""
+
 
 class BlockTables:
     """Block tables of one cache group, a row for each running sequence, and which entries have changed."""
 
     matrix: np.ndarray
-    """int32 [num_rows, max_blocks]."""
+    """int32 [num_rows, num_columns]."""
     last_block: np.ndarray
     """int32 [num_rows]: where the next token of a decode goes."""
     num_rewrites: int
     """How often a table became another in other ways than by growing at its end."""
 
     def __init__(self, num_rows: int, max_blocks: int) -> None:
-        self.matrix = np.zeros((num_rows, max_blocks), np.int32)
+        self.matrix = np.zeros((num_rows, max(MIN_COLUMNS, max_blocks)), np.int32)
         self.last_block = np.zeros(num_rows, np.int32)
         self.num_rewrites = 0
         self._entries = self.matrix.reshape(-1)

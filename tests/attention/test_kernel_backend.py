@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_paged import paged_attention
+from mlx_paged import LLM, SamplingParams, paged_attention
 from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention import work_items as kernel_plan
 from mlx_paged.attention.backend import AttentionOptions
@@ -45,6 +45,11 @@ class FakeDevice:
             return [mx.zeros(shape, dtype) for shape, dtype in shapes]
 
         return call
+
+    def compiled(self, name: str) -> set[str]:
+        """What MLX compiles a kernel for: its inputs of fewer than 8 elements are in another address space."""
+        calls = [arguments for other, arguments in self.calls if other == name]
+        return {str((call["template"], [(x.dtype, x.ndim == 0, x.size < 8) for x in call["inputs"]])) for call in calls}
 
 
 @pytest.fixture
@@ -180,16 +185,25 @@ def test_a_kernel_is_made_once_for_a_device(
 
 
 @CALLS
-def test_kernels_whose_text_differs_have_names_that_differ(call: Callable[..., mx.array], device: FakeDevice) -> None:
-    """MLX compiles a name's kernel again whenever its text changes, which small inputs and other dtypes do."""
-    call(num_seqs=1, max_blocks=7)
-    call(num_seqs=1, max_blocks=8)
-    call(num_seqs=2, max_blocks=4)
-    call(sinks=mx.zeros(4))
-    call(sinks=mx.zeros(4, mx.float16))
-    assert len(device.made) == len(set(device.made)) == 4
-    for _, arguments in device.calls:
-        assert arguments["inputs"][4].size >= 8  # the items
+def test_items_and_parts_are_never_so_few_that_another_kernel_is_compiled(
+    call: Callable[..., mx.array], device: FakeDevice
+) -> None:
+    for num_seqs in (1, 2, 30):
+        call(num_seqs=num_seqs, max_blocks=8)
+    assert len(device.compiled(call.__name__.replace("call", "paged"))) == 1
+
+
+def test_no_kernel_is_compiled_for_the_first_time_while_texts_are_generated(
+    device: FakeDevice, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request whose context outgrows a few blocks, then several: as loading has compiled them."""
+    llm = LLM.from_model(tiny_model("llama"), block_size=8, max_num_seqs=4)
+    loaded = {name: device.compiled(name) for name in ("paged_prefill", "paged_decode")}
+    params = SamplingParams(max_tokens=70, ignore_eos=True)
+    for prompts in ([[1, 2]], [[1, 2, 3], [4, 5], [6]]):
+        llm.generate(prompts, params)
+    for name, variants in loaded.items():
+        assert len(variants) == 1 and device.compiled(name) == variants
 
 
 def test_the_number_of_cores_is_told_from_the_architecture(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,10 +190,10 @@ def test_clearing_keeps_every_known_token_and_gives_every_row_back() -> None:
 def test_who_applies_the_changes_of_block_tables_always_has_them_as_they_are(
     rounds: list[list[tuple[int, int, int]]],
 ) -> None:
-    tables, copy = BlockTables(4, 6), np.zeros((4, 6), np.int32)
+    tables, copy = BlockTables(4, 9), np.zeros((4, 9), np.int32)
     for entries in rounds:
         for row, column, block_id in entries:
-            tables.rewrite(row, column, [block_id, block_id + 1][: 6 - column])
+            tables.rewrite(row, column, [block_id, block_id + 1])
         changes = tables.pop_changes()
         assert (changes is None) is (not entries)
         if changes is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +18,9 @@ from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.config import PIPELINING
 from mlx_paged.engine.engine import Engine
-from mlx_paged.models.patch import patch_model
+from mlx_paged.errors import EngineWarning
+from mlx_paged.models.patch import PatchedModel, patch_model
+from mlx_paged.runner import warmup as warmup
 from mlx_paged.runner.warmup import overlap_is_safe
 
 
@@ -99,9 +102,39 @@ def test_a_write_that_would_copy_while_the_step_before_reads_is_found_out() -> N
     assert not overlap_is_safe(FewOperations(), EngineConfig())  # type: ignore[arg-type]
 
 
-def test_a_deep_model_may_be_submitted_early() -> None:
-    model = patch_model(make_model("llama", num_hidden_layers=16, hidden_size=32, intermediate_size=32))
-    assert overlap_is_safe(model, EngineConfig())
+@pytest.fixture(scope="module")
+def deep_model() -> PatchedModel:
+    return patch_model(make_model("llama", num_hidden_layers=16, hidden_size=32, intermediate_size=32))
+
+
+def test_a_deep_model_may_be_submitted_early(deep_model: PatchedModel) -> None:
+    assert overlap_is_safe(deep_model, EngineConfig())
+
+
+def test_steps_do_not_overlap_where_one_alone_already_copies_its_pools(
+    deep_model: PatchedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device that holds what a step reads until all of it is over."""
+    held: list[mx.array] = []
+    write, synchronize = Backend.write, mx.synchronize
+
+    def write_what_is_held(self: Backend, pool: Any, *arguments: Any) -> None:
+        held.extend(array[0] for array in pool.arrays.values())
+        write(self, pool, *arguments)
+
+    monkeypatch.setattr(Backend, "write", write_what_is_held)
+    monkeypatch.setattr(mx, "synchronize", lambda: (held.clear(), synchronize()))
+    gc.collect()  # earlier tests' pools would otherwise be let go meanwhile
+    with pytest.warns(EngineWarning, match="each step copies whole pools of KV blocks"):
+        assert not overlap_is_safe(deep_model, EngineConfig())
+
+
+def test_what_keeps_the_device_busy_is_no_copy_of_a_pool(
+    deep_model: PatchedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matrix product that takes a GPU some time is larger than a pool."""
+    monkeypatch.setattr(warmup, "_keep_busy", lambda: mx.async_eval(mx.zeros(64 * MEGABYTE, mx.int8) + 1))
+    assert overlap_is_safe(deep_model, EngineConfig())
 
 
 @pytest.mark.parametrize(("pipelining", "expected"), [("submit", True), ("build", False), ("off", False)])
