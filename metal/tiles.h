@@ -22,18 +22,31 @@ METAL_FUNC void load_keys(
   }
 }
 
+// The 8x8 matrix of which this lane holds two elements.
+template <typename T>
+METAL_FUNC simdgroup_matrix<T, 8, 8> matrix_of(vec<T, 2> elements) {
+  simdgroup_matrix<T, 8, 8> matrix;
+  reinterpret_cast<thread vec<T, 2>&>(matrix.thread_elements()) = elements;
+  return matrix;
+}
+
+template <typename T>
+METAL_FUNC simdgroup_matrix<T, 8, 8> matrix_of(const thread uint* words) {
+  return matrix_of<T>(*reinterpret_cast<const thread vec<T, 2>*>(words));
+}
+
+// sum += a * b
+template <typename T>
+METAL_FUNC void multiply_accumulate(
+    thread float2& sum, simdgroup_matrix<T, 8, 8> a, simdgroup_matrix<T, 8, 8> b) {
+  simdgroup_matrix<float, 8, 8> result = matrix_of<float>(sum);
+  simdgroup_multiply_accumulate(result, a, b, result);
+  sum = reinterpret_cast<thread float2&>(result.thread_elements());
+}
+
 // The two products of a tile, for 8 rows. Of an 8x8 matrix a lane holds columns `column` and `column + 1` of `row`.
 template <typename T>
 struct Products {
-  // sum += a * b
-  static METAL_FUNC void multiply_accumulate(
-      thread float2& sum, thread simdgroup_matrix<T, 8, 8>& a, thread simdgroup_matrix<T, 8, 8>& b) {
-    simdgroup_matrix<float, 8, 8> result;
-    reinterpret_cast<thread float2&>(result.thread_elements()) = sum;
-    simdgroup_multiply_accumulate(result, a, b, result);
-    sum = reinterpret_cast<thread float2&>(result.thread_elements());
-  }
-
   // scores[KEYS / 8] += queries [8, DIM] * keys [KEYS, DIM], transposed
   template <int DIM, int KEYS, int Q_STRIDE, int STRIDE>
   static METAL_FUNC void add_scores(
@@ -53,8 +66,7 @@ struct Products {
   static METAL_FUNC void add_values(
       thread float2* output, const thread float2* weights, const threadgroup T* values, int, int) {
     UNROLL for (int i = 0; i < KEYS / 8; i++) {
-      simdgroup_matrix<T, 8, 8> weight, value;
-      reinterpret_cast<thread vec<T, 2>&>(weight.thread_elements()) = vec<T, 2>(T(weights[i].x), T(weights[i].y));
+      simdgroup_matrix<T, 8, 8> value, weight = matrix_of<T>(vec<T, 2>(T(weights[i].x), T(weights[i].y)));
       UNROLL for (int j = 0; j < DIM / 8; j++) {
         simdgroup_load(value, values + i * 8 * STRIDE + j * 8, STRIDE);
         multiply_accumulate(output[j], weight, value);
