@@ -94,7 +94,8 @@ T* q_tile = stages + STAGE;
 for (int i = thread; i < TILE_ROWS * KEY_PIECES; i += WARPS * 32) {
   const int row = i / KEY_PIECES;
   const int from_row = first_row + min(row, num_rows - 1);
-  const T* from = q + (first_token + from_row / group) * q_strides[0] + (kv_head * group + from_row % group) * q_strides[1];
+  const int head = kv_head * group + from_row % group;
+  const T* from = q + (first_token + from_row / group) * q_strides[0] + head * q_strides[1];
   copy_piece<T, HEAD_DIM>(q_tile + row * KEY_STRIDE, from, i % KEY_PIECES, row < num_rows);
 }
 end_copy_group();

@@ -102,7 +102,8 @@ vec<T, 2> queries[ROW_GROUPS][MATRICES];
 UNROLL for (int r = 0; r < ROW_GROUPS; r++) {
   UNROLL for (int c = 0; c < 2; c++) {
     const int row = first_row + min(r * 8 + column + c, num_rows - 1);
-    const device T* from = q + (first_token + row / group) * q_strides[0] + (kv_head * group + row % group) * q_strides[1];
+    const int head = kv_head * group + row % group;
+    const device T* from = q + (first_token + row / group) * q_strides[0] + head * q_strides[1];
     UNROLL for (int m = 0; m < MATRICES; m++) {
       const int load = m < VALUES ? VALUE_LOAD : REST_LOAD;
       const int in_section = m < VALUES ? m : m - VALUES;
@@ -134,8 +135,7 @@ UNROLL for (int r = 0; r < ROW_GROUPS; r++) {
 // Where this lane's keys of the next tile lie; past the last key it is that one again, which is there and counts nothing.
 int slots[KEY_GROUPS];
 UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
-  const int key = max(0, min(begin + g * 8 + matrix_row, end - 1));
-  slots[g] = (table[key >> block_shift] << block_shift) + (key & ((1 << block_shift) - 1));
+  slots[g] = slot_of(table, block_shift, max(0, min(begin + g * 8 + matrix_row, end - 1)));
 }
 
 for (int first = begin; first < end; first += TILE_KEYS) {
@@ -153,8 +153,7 @@ for (int first = begin; first < end; first += TILE_KEYS) {
     }
   }
   UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
-    const int key = min(first + TILE_KEYS + g * 8 + matrix_row, end - 1);
-    slots[g] = (table[key >> block_shift] << block_shift) + (key & ((1 << block_shift) - 1));
+    slots[g] = slot_of(table, block_shift, min(first + TILE_KEYS + g * 8 + matrix_row, end - 1));
   }
 
   // scores, a row to each key: what this simdgroup's columns add to them

@@ -1,6 +1,12 @@
 // Tiles of a paged cache in threadgroup memory, and their products with the rows of a simdgroup: 8x8 simdgroup
 // matrices for half types, plain sums for float32. packed.h comes before it.
 
+// Where a key lies, counted in tokens.
+template <typename Table>
+METAL_FUNC int slot_of(Table table, int block_shift, int key) {
+  return (table[key >> block_shift] << block_shift) + (key & ((1 << block_shift) - 1));
+}
+
 // Copies `num_keys` rows of a KV head from position `first_key` on, 16 bytes per thread and turn. The tile's other rows
 // become zeros: what lies there in the cache may be NaN, which no weight of 0 would remove.
 template <typename T, int DIM, int STRIDE, int TILE_KEYS, int THREADS, typename Table>
@@ -13,8 +19,7 @@ METAL_FUNC void load_keys(
     const int row = i / PIECES, column = i % PIECES * PIECE;
     uint4 piece = uint4(0);
     if (row < num_keys) {
-      const int key = first_key + row;
-      const int slot = (table[key >> block_shift] << block_shift) + (key & ((1 << block_shift) - 1));
+      const int slot = slot_of(table, block_shift, first_key + row);
       const size_t from = (size_t(slot) * num_kv_heads + kv_head) * DIM + column;
       piece = *reinterpret_cast<const device uint4*>(cache + from);
     }
