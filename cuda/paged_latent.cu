@@ -18,8 +18,8 @@
 //   sinks         [num_heads] with SINKS, otherwise anything
 //   The cache is contiguous; of q and block_tables the last dimension is. Rows of q lie at multiples of 16 bytes.
 // Outputs
-//   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the values; zeros without keys. Those of a query lie
-//                 side by side
+//   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the values; zeros without keys. Those of a query
+//                 lie side by side
 //   lse           [num_parts, num_heads], float: the base-2 logarithm of the sum of the keys' exponentials
 //   Where each query has one part, `out` is the result; otherwise paged_merge joins the parts.
 //
@@ -27,14 +27,14 @@
 //                tiles of a prompt see most keys
 // Block          4 * MATRICES warps, which go through the keys together, TILE_KEYS at a time; the next ones are copied
 //                meanwhile
-// Warp           a fourth of the columns, for the products of Q with every MATRICES-th part of the keys, which are added
+// Warp           a fourth of the columns, for the products of Q with one of MATRICES parts of the keys, which are added
 //                up over warps in shared memory; then its columns of the output, for MATRICES times 16 rows
 // Thread         of each tile 4 scores of one row, whose weights it computes for all
 // Lane           of the products see tiles.cuh
 //
-// Must move      per item and KV head: each key that a row of the tile sees in this part, HEAD_DIM elements, once; q and
-//                out of the rows. So for a sequence ceil(num_queries * group / TILE_ROWS) times its keys. Keys that no
-//                row sees are not read, nor are blocks that have no others.
+// Must move      per item and KV head: each key that a row of the tile sees in this part, HEAD_DIM elements, once; q
+//                and out of the rows. So for a sequence at most ceil(num_queries * group / TILE_ROWS) times its keys.
+//                Keys that no row sees are not read, nor are blocks that have no others.
 // Shared memory  2 times TILE_KEYS keys, the second also for Q at first; 4 times TILE_ROWS x TILE_KEYS scores; the
 //                weights; a number per row
 //

@@ -1,5 +1,5 @@
-// Latent attention over a sequence's blocks, of one query or of several: the body of a kernel; packed.h and tiles.h come
-// before it.
+// Latent attention over a sequence's blocks, of one query or of several: the body of a kernel; packed.h and tiles.h
+// come before it.
 //
 // A key is a row of HEAD_DIM elements, of which the first VALUE_DIM are its value as well, so K and V are read at once.
 // All query heads of a KV head have the same keys: as in paged_prefill the rows of a sequence are its pairs (query,
@@ -18,15 +18,15 @@
 //   window        int32: how many keys a query sees, itself among them
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
-//   The cache is contiguous; of q and block_tables the last dimension is.
+//   The cache is contiguous; of q and block_tables the last dimension is. Rows of q lie at multiples of 16 bytes.
 // Outputs
-//   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the values; zeros without keys. Those of a query lie
-//                 side by side
+//   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the values; zeros without keys. Those of a query
+//                 lie side by side
 //   lse           [num_parts, num_heads], float: the base-2 logarithm of the sum of the keys' exponentials
 //   Where each query has one part, `out` is the result; otherwise paged_merge joins the parts.
 //
-// Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items], the last items first, since the
-//                last tiles of a prompt see most keys
+// Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items], the last items first, since
+//                the last tiles of a prompt see most keys
 // Threadgroup    SIMDGROUPS simdgroups, which go through the keys together, TILE_KEYS at a time
 // Simdgroup      its share of the columns, of the values and of the rest of a key: first the products of those with Q,
 //                for all rows, which are added up over simdgroups in threadgroup memory; then its columns of the output
@@ -34,8 +34,9 @@
 // Lane           of every 8x8 matrix two elements: of K and `output` in a row, of Q in a column
 //
 // Must move      per item and KV head: each key that a row of the tile sees in this part, HEAD_DIM elements, once (the
-//                last one fills up its tile, out of a cache); q and out of the rows. So for a sequence ceil(num_queries *
-//                group / TILE_ROWS) times its keys. Blocks with keys that no row sees are not read.
+//                last one, out of a cache, also in the places after it); q and out of the rows. So for a sequence at
+//                most ceil(num_queries * group / TILE_ROWS) times its keys. Keys that no row sees are not read, nor are
+//                blocks that have no others.
 // Threadgroup memory   for each simdgroup TILE_ROWS x TILE_KEYS scores; the weights; a number per row
 //
 // The method: FlashAttention-2 (Dao 2023) with DeepSeek-V2's absorbed projections (2024).
@@ -88,29 +89,25 @@ const int end = min(begin + rounds * TILE_KEYS, last_key + 1);
 auto table = block_tables + sequence * block_tables_strides[0];
 const int block_shift = metal::ctz(k_cache_shape[1]);  // a key's block is key >> block_shift
 
-// The lane: its row and its columns of every 8x8 matrix, and where its elements of a load begin.
+// The lane: its row and its columns of every 8x8 matrix, and where its elements of the first load of either kind begin.
 const int thread_index = thread_index_in_threadgroup;
 const int simd_index = simdgroup_index_in_threadgroup;
 const int lane = thread_index_in_simdgroup;
 const int matrix_row = (lane & 16) >> 2 | (lane & 6) >> 1;
 const int column = (lane & 8) >> 1 | (lane & 1) << 1;
-const int first_value = 8 * VALUES * simd_index;
-const int first_rest = VALUE_DIM + 8 * REST * simd_index;
+const int first_value = 8 * VALUES * simd_index + column * VALUE_LOAD;
+const int first_rest = VALUE_DIM + 8 * REST * simd_index + column * REST_LOAD;
 
 // Q, transposed. Rows past the last one are copies of it that nobody asks for.
 vec<T, 2> queries[ROW_GROUPS][MATRICES];
 UNROLL for (int r = 0; r < ROW_GROUPS; r++) {
-  UNROLL for (int c = 0; c < 2; c++) {
-    const int row = first_row + min(r * 8 + column + c, num_rows - 1);
-    const int head = kv_head * group + row % group;
-    const device T* from = q + (first_token + row / group) * q_strides[0] + head * q_strides[1];
-    UNROLL for (int m = 0; m < MATRICES; m++) {
-      const int load = m < VALUES ? VALUE_LOAD : REST_LOAD;
-      const int in_section = m < VALUES ? m : m - VALUES;
-      const int dim = in_section / load * load * 8 + matrix_row / 2 * 2 * load + in_section % load * 2 + matrix_row % 2;
-      queries[r][m][c] = from[(m < VALUES ? first_value : first_rest) + dim];
-    }
-  }
+  const int row = first_row + min(r * 8 + matrix_row, num_rows - 1);
+  const int head = kv_head * group + row % group;
+  const device T* from = q + (first_token + row / group) * q_strides[0] + head * q_strides[1];
+  uint words[MATRICES * WORDS];
+  load_matrices<T, VALUES, VALUE_LOAD>(from + first_value, words);
+  load_matrices<T, REST, REST_LOAD>(from + first_rest, words + VALUES * WORDS);
+  UNROLL for (int m = 0; m < MATRICES; m++) queries[r][m] = transposed<T>(words + m * WORDS, matrix_row, column);
 }
 
 // The thread's scores of a tile: lanes side by side have the keys of one row.
@@ -132,7 +129,7 @@ UNROLL for (int r = 0; r < ROW_GROUPS; r++) {
   UNROLL for (int j = 0; j < VALUES; j++) output[r][j] = float2(0);
 }
 
-// Where this lane's keys of the next tile lie; past the last key it is that one again, which is there and counts nothing.
+// Where this lane's keys of the next tile lie. Past the last key it is that one again: it is there, and counts nothing.
 int slots[KEY_GROUPS];
 UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
   slots[g] = slot_of(table, block_shift, max(0, min(begin + g * 8 + matrix_row, end - 1)));
@@ -142,15 +139,8 @@ for (int first = begin; first < end; first += TILE_KEYS) {
   uint keys[KEY_GROUPS][MATRICES * WORDS];
   UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
     const device T* row = k_cache + (size_t(slots[g]) * num_kv_heads + kv_head) * HEAD_DIM;
-    const device T* values = row + first_value + column * VALUE_LOAD;
-    const device T* rest = row + first_rest + column * REST_LOAD;
-    UNROLL for (int m = 0; m < VALUES; m += VALUE_LOAD) {
-      load_words<VALUE_LOAD * WORDS>(reinterpret_cast<const device uint*>(values + m * 8), keys[g] + m * WORDS);
-    }
-    UNROLL for (int m = 0; m < REST; m += REST_LOAD) {
-      load_words<REST_LOAD * WORDS>(
-          reinterpret_cast<const device uint*>(rest + m * 8), keys[g] + (VALUES + m) * WORDS);
-    }
+    load_matrices<T, VALUES, VALUE_LOAD>(row + first_value, keys[g]);
+    load_matrices<T, REST, REST_LOAD>(row + first_rest, keys[g] + VALUES * WORDS);
   }
   UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
     slots[g] = slot_of(table, block_shift, min(first + TILE_KEYS + g * 8 + matrix_row, end - 1));
@@ -243,11 +233,14 @@ UNROLL for (int r = 0; r < ROW_GROUPS; r++) {
     const int query = (first_row + row) / group;
     const int head = kv_head * group + (first_row + row) % group;
     const int64_t result = int64_t(first_part + query * num_parts + part) * q_shape[1] + head;
-    device T* to = out + result * VALUE_DIM + first_value + column * VALUE_LOAD;
-    UNROLL for (int j = 0; j < VALUES; j++) {
-      const float2 elements = output[r][j] * factors[row];
-      *reinterpret_cast<device vec<T, 2>*>(to + j / VALUE_LOAD * VALUE_LOAD * 8 + j % VALUE_LOAD * 2) =
-          vec<T, 2>(T(elements.x), T(elements.y));
+    device T* to = out + result * VALUE_DIM + first_value;
+    UNROLL for (int j = 0; j < VALUES; j += VALUE_LOAD) {
+      uint words[VALUE_LOAD * WORDS];
+      UNROLL for (int i = 0; i < VALUE_LOAD; i++) {
+        const float2 elements = output[r][j + i] * factors[row];
+        reinterpret_cast<thread vec<T, 2>&>(words[i * WORDS]) = vec<T, 2>(T(elements.x), T(elements.y));
+      }
+      store_words<VALUE_LOAD * WORDS>(words, reinterpret_cast<device uint*>(to + j * 8));
     }
   }
 }

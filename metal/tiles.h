@@ -27,6 +27,11 @@ METAL_FUNC void load_keys(
   }
 }
 
+// The lane that has an element of an 8x8 matrix.
+METAL_FUNC ushort lane_of(int row, int column) {
+  return (row & 4) << 2 | (column & 4) << 1 | (row & 3) << 1 | (column & 2) >> 1;
+}
+
 // The 8x8 matrix of which this lane holds two elements.
 template <typename T>
 METAL_FUNC simdgroup_matrix<T, 8, 8> matrix_of(vec<T, 2> elements) {
@@ -38,6 +43,29 @@ METAL_FUNC simdgroup_matrix<T, 8, 8> matrix_of(vec<T, 2> elements) {
 template <typename T>
 METAL_FUNC simdgroup_matrix<T, 8, 8> matrix_of(const thread uint* words) {
   return matrix_of<T>(*reinterpret_cast<const thread vec<T, 2>*>(words));
+}
+
+// This lane's elements of N neighbouring 8x8 matrices. Those of LOAD matrices, 4 to 16 bytes, are loaded at once from
+// neighbouring places, so that columns of a matrix lie apart in memory. from: those of the first LOAD matrices.
+template <typename T, int N, int LOAD>
+METAL_FUNC void load_matrices(const device T* from, thread uint* words) {
+  constexpr int WORDS = sizeof(T) / 2;  // of a matrix
+  UNROLL for (int m = 0; m < N; m += LOAD) {
+    load_words<LOAD * WORDS>(reinterpret_cast<const device uint*>(from + m * 8), words + m * WORDS);
+  }
+}
+
+// This lane's elements of the transpose of a matrix; row, column: where they are in it.
+template <typename T>
+METAL_FUNC vec<T, 2> transposed(const thread uint* words, int row, int column) {
+  vec<T, 2> elements;
+  UNROLL for (int c = 0; c < 2; c++) {
+    uint pair[sizeof(T) / 2];
+    UNROLL for (int w = 0; w < int(sizeof(T) / 2); w++) pair[w] = simd_shuffle(words[w], lane_of(column + c, row));
+    const vec<T, 2> both = *reinterpret_cast<const thread vec<T, 2>*>(pair);
+    elements[c] = row % 2 == 0 ? both.x : both.y;
+  }
+  return elements;
 }
 
 // sum += a * b
@@ -100,9 +128,7 @@ struct Products<float> {
       thread float2* output, const thread float2* weights, const threadgroup float* values, int row, int column) {
     UNROLL for (int i = 0; i < KEYS / 8; i++) {
       for (int k = 0; k < 8; k++) {
-        // The lane that has (row, k).
-        const ushort lane = (row & 4) << 2 | (k & 4) << 1 | (row & 3) << 1 | (k & 2) >> 1;
-        const float weight = simd_shuffle(k % 2 ? weights[i].y : weights[i].x, lane);
+        const float weight = simd_shuffle(k % 2 ? weights[i].y : weights[i].x, lane_of(row, k));
         const threadgroup float* value = values + (i * 8 + k) * STRIDE + column;
         UNROLL for (int j = 0; j < DIM / 8; j++) {
           output[j] += weight * *reinterpret_cast<const threadgroup float2*>(value + j * 8);

@@ -181,7 +181,7 @@ MISTAKES: dict[str, dict[str, Mistake]] = {
         "a key of the future is visible": Mistake("distance >= 0", "distance >= -1", CHUNK),
         "the window is one too long": Mistake("distance < window", "distance <= window", WINDOWED),
         "no correction of the output": Mistake("output[r][j] *= correction", "output[r][j] *= 1", DECODE),
-        "columns in the order of memory": Mistake("matrix_row / 2 * 2 * load", "matrix_row / 2 * 2", DECODE),
+        "queries that are not transposed": Mistake("lane_of(column + c, row)", "lane_of(row, column + c)", DECODE),
         "no barrier before scores are added": Mistake(BARRIER, "", DECODE, 0),
         "no barrier before values": Mistake(BARRIER, "", DECODE, 1),
         "no barrier before factors": Mistake(BARRIER, "", DECODE, 2),
