@@ -13,6 +13,7 @@
 //   offsets       [num_tokens], int32: token i goes to slot offsets[i] of block block_ids[i]; no two to one
 //   k_cache       [num_blocks, block_size, num_kv_heads, HEAD_DIM], T: changed
 //   v_cache       [num_blocks, block_size, num_kv_heads, VALUE_DIM], T: changed
+//                 Where K is all that is stored VALUE_DIM is 0, and these and `values` are anything
 //   All are contiguous.
 // Output
 //   write_done    [1], int32: 0

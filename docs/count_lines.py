@@ -107,6 +107,7 @@ OPTIONAL = {
     "models/byte_order_marks.py": "files as some editors write them",
     "models/generation_config.py": "what a model's makers recommend",
     "models/hub.py": "downloads",
+    "mlx_paged/attention/latent_layout.py": "latent attention",
     "models/latent_attention.py": "latent attention",
     "models/patch.py:_TracedValues": "latent attention",
     "models/patch.py:use_latents": "latent attention",

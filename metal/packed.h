@@ -38,6 +38,15 @@ METAL_FUNC void load_words(const device uint* from, thread uint* to) {
   }
 }
 
+// Stores N words, 1, 2 or 4, at once; `to` must be aligned to their size.
+template <int N>
+METAL_FUNC void store_words(const thread uint* from, device uint* to) {
+  static_assert(N == 1 || N == 2 || N == 4, "a store is of 4, 8 or 16 bytes");
+  if constexpr (N == 4) *reinterpret_cast<device uint4*>(to) = uint4(from[0], from[1], from[2], from[3]);
+  else if constexpr (N == 2) *reinterpret_cast<device uint2*>(to) = uint2(from[0], from[1]);
+  else *to = from[0];
+}
+
 // Adds each of N values (a power of two) up over every `lanes` neighbouring lanes. Lane i is left with the sum of
 // value i % N: while more than one value is left, a lane passes on those that it does not keep, so that all
 // N take about as many shuffles as one.

@@ -1,6 +1,12 @@
 // Tiles of a paged cache in threadgroup memory, and their products with the rows of a simdgroup: 8x8 simdgroup
 // matrices for half types, plain sums for float32. packed.h comes before it.
 
+// Where a key lies, counted in tokens.
+template <typename Table>
+METAL_FUNC int slot_of(Table table, int block_shift, int key) {
+  return (table[key >> block_shift] << block_shift) + (key & ((1 << block_shift) - 1));
+}
+
 // Copies `num_keys` rows of a KV head from position `first_key` on, 16 bytes per thread and turn. The tile's other rows
 // become zeros: what lies there in the cache may be NaN, which no weight of 0 would remove.
 template <typename T, int DIM, int STRIDE, int TILE_KEYS, int THREADS, typename Table>
@@ -13,8 +19,7 @@ METAL_FUNC void load_keys(
     const int row = i / PIECES, column = i % PIECES * PIECE;
     uint4 piece = uint4(0);
     if (row < num_keys) {
-      const int key = first_key + row;
-      const int slot = (table[key >> block_shift] << block_shift) + (key & ((1 << block_shift) - 1));
+      const int slot = slot_of(table, block_shift, first_key + row);
       const size_t from = (size_t(slot) * num_kv_heads + kv_head) * DIM + column;
       piece = *reinterpret_cast<const device uint4*>(cache + from);
     }
@@ -22,18 +27,59 @@ METAL_FUNC void load_keys(
   }
 }
 
+// The lane that has an element of an 8x8 matrix.
+METAL_FUNC ushort lane_of(int row, int column) {
+  return (row & 4) << 2 | (column & 4) << 1 | (row & 3) << 1 | (column & 2) >> 1;
+}
+
+// The 8x8 matrix of which this lane holds two elements.
+template <typename T>
+METAL_FUNC simdgroup_matrix<T, 8, 8> matrix_of(vec<T, 2> elements) {
+  simdgroup_matrix<T, 8, 8> matrix;
+  reinterpret_cast<thread vec<T, 2>&>(matrix.thread_elements()) = elements;
+  return matrix;
+}
+
+template <typename T>
+METAL_FUNC simdgroup_matrix<T, 8, 8> matrix_of(const thread uint* words) {
+  return matrix_of<T>(*reinterpret_cast<const thread vec<T, 2>*>(words));
+}
+
+// This lane's elements of N neighbouring 8x8 matrices. Those of LOAD matrices, 4 to 16 bytes, are loaded at once from
+// neighbouring places, so that columns of a matrix lie apart in memory. from: those of the first LOAD matrices.
+template <typename T, int N, int LOAD>
+METAL_FUNC void load_matrices(const device T* from, thread uint* words) {
+  constexpr int WORDS = sizeof(T) / 2;  // of a matrix
+  UNROLL for (int m = 0; m < N; m += LOAD) {
+    load_words<LOAD * WORDS>(reinterpret_cast<const device uint*>(from + m * 8), words + m * WORDS);
+  }
+}
+
+// This lane's elements of the transpose of a matrix; row, column: where they are in it.
+template <typename T>
+METAL_FUNC vec<T, 2> transposed(const thread uint* words, int row, int column) {
+  vec<T, 2> elements;
+  UNROLL for (int c = 0; c < 2; c++) {
+    uint pair[sizeof(T) / 2];
+    UNROLL for (int w = 0; w < int(sizeof(T) / 2); w++) pair[w] = simd_shuffle(words[w], lane_of(column + c, row));
+    const vec<T, 2> both = *reinterpret_cast<const thread vec<T, 2>*>(pair);
+    elements[c] = row % 2 == 0 ? both.x : both.y;
+  }
+  return elements;
+}
+
+// sum += a * b
+template <typename T>
+METAL_FUNC void multiply_accumulate(
+    thread float2& sum, simdgroup_matrix<T, 8, 8> a, simdgroup_matrix<T, 8, 8> b) {
+  simdgroup_matrix<float, 8, 8> result = matrix_of<float>(sum);
+  simdgroup_multiply_accumulate(result, a, b, result);
+  sum = reinterpret_cast<thread float2&>(result.thread_elements());
+}
+
 // The two products of a tile, for 8 rows. Of an 8x8 matrix a lane holds columns `column` and `column + 1` of `row`.
 template <typename T>
 struct Products {
-  // sum += a * b
-  static METAL_FUNC void multiply_accumulate(
-      thread float2& sum, thread simdgroup_matrix<T, 8, 8>& a, thread simdgroup_matrix<T, 8, 8>& b) {
-    simdgroup_matrix<float, 8, 8> result;
-    reinterpret_cast<thread float2&>(result.thread_elements()) = sum;
-    simdgroup_multiply_accumulate(result, a, b, result);
-    sum = reinterpret_cast<thread float2&>(result.thread_elements());
-  }
-
   // scores[KEYS / 8] += queries [8, DIM] * keys [KEYS, DIM], transposed
   template <int DIM, int KEYS, int Q_STRIDE, int STRIDE>
   static METAL_FUNC void add_scores(
@@ -53,8 +99,7 @@ struct Products {
   static METAL_FUNC void add_values(
       thread float2* output, const thread float2* weights, const threadgroup T* values, int, int) {
     UNROLL for (int i = 0; i < KEYS / 8; i++) {
-      simdgroup_matrix<T, 8, 8> weight, value;
-      reinterpret_cast<thread vec<T, 2>&>(weight.thread_elements()) = vec<T, 2>(T(weights[i].x), T(weights[i].y));
+      simdgroup_matrix<T, 8, 8> value, weight = matrix_of<T>(vec<T, 2>(T(weights[i].x), T(weights[i].y)));
       UNROLL for (int j = 0; j < DIM / 8; j++) {
         simdgroup_load(value, values + i * 8 * STRIDE + j * 8, STRIDE);
         multiply_accumulate(output[j], weight, value);
@@ -83,9 +128,7 @@ struct Products<float> {
       thread float2* output, const thread float2* weights, const threadgroup float* values, int row, int column) {
     UNROLL for (int i = 0; i < KEYS / 8; i++) {
       for (int k = 0; k < 8; k++) {
-        // The lane that has (row, k).
-        const ushort lane = (row & 4) << 2 | (k & 4) << 1 | (row & 3) << 1 | (k & 2) >> 1;
-        const float weight = simd_shuffle(k % 2 ? weights[i].y : weights[i].x, lane);
+        const float weight = simd_shuffle(k % 2 ? weights[i].y : weights[i].x, lane_of(row, k));
         const threadgroup float* value = values + (i * 8 + k) * STRIDE + column;
         UNROLL for (int j = 0; j < DIM / 8; j++) {
           output[j] += weight * *reinterpret_cast<const threadgroup float2*>(value + j * 8);

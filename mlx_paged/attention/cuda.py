@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_paged.attention.kernel_backend import KernelBackend
 from mlx_paged.attention.kernel_plan import Launch
+from mlx_paged.attention.latent_layout import cuda_layout
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.work_items import Shape, Tile
 from mlx_paged.cache.kv_cache import LayerPool
@@ -31,6 +32,7 @@ class CudaBackend(KernelBackend):
     title = "CUDA"
     suffix = "cu"
     writes_in_place = True
+    latent_layout = staticmethod(cuda_layout)
 
     def is_available(self) -> bool:
         return super().is_available() and int(mx.device_info().get("compute_capability_major", _AMPERE)) >= _AMPERE
@@ -68,15 +70,15 @@ class CudaBackend(KernelBackend):
             merge_bytes = 4 * warps * (shape.heads_per_kv_head * shape.value_dim + 2 * _ROWS)
             shared_bytes = _ROWS * key_bytes + max(warps * stages * stage_bytes, merge_bytes)
             if shared_bytes <= _MAX_SHARED_BYTES:
-                counts = {"WARPS": warps, "STAGES": stages, "TILE_KEYS": _DECODE_KEYS}
-                return Launch("paged_decode", 32 * warps, {"HEADS": shape.heads_per_kv_head} | counts, shared_bytes)
+                sizes = {"VALUE_DIM": shape.value_dim, "HEADS": shape.heads_per_kv_head, "TILE_KEYS": _DECODE_KEYS}
+                return Launch("paged_decode", 32 * warps, sizes | {"WARPS": warps, "STAGES": stages}, shared_bytes)
         raise AssertionError(f"no layout for {shape}")
 
     def launch_prefill(self, shape: Shape) -> Launch:
         rows, keys = self.prefill_tile(shape)
-        matrices = 2 if rows == 128 else 1
         key_bytes, value_bytes = _row_bytes(shape)
-        template = {"TILE_ROWS": rows, "TILE_KEYS": keys, "MATRICES": matrices}
+        matrices = 2 if rows == 128 else 1
+        template = {"VALUE_DIM": shape.value_dim, "TILE_ROWS": rows, "TILE_KEYS": keys, "MATRICES": matrices}
         return Launch(
             "paged_prefill", 2 * rows // matrices, template, rows * key_bytes + keys * (key_bytes + value_bytes)
         )
@@ -89,17 +91,18 @@ class CudaBackend(KernelBackend):
         after `mx.synchronize()`. What read it before has to have been submitted to the device before.
         """
         assert metadata.slot_block_ids is not None and metadata.slot_offsets is not None
-        k_cache, v_cache = pool.keys, pool.values
+        k_cache = pool.keys
+        keys, values = (mx.contiguous(rows.astype(k_cache.dtype)) for rows in (keys, values))
         inputs = {
             "k_cache": k_cache,
-            "v_cache": v_cache,
+            "v_cache": values if pool.latent_dim else pool.values,  # where there is no V, nothing is written there
             "block_ids": metadata.slot_block_ids,
             "offsets": metadata.slot_offsets,
-            "keys": mx.contiguous(keys.astype(k_cache.dtype)),
-            "values": mx.contiguous(values.astype(k_cache.dtype)),
+            "keys": keys,
+            "values": values,
         }
         num_kv_heads, head_dim = k_cache.shape[2:]
-        value_dim, size = v_cache.shape[3], k_cache.dtype.size
+        value_dim, size = 0 if pool.latent_dim else pool.value_dim, k_cache.dtype.size
         num_threads = keys.shape[0] * num_kv_heads * (head_dim + value_dim) * size // 16
         kernel = self.make_kernel("paged_write", inputs, ("write_done",))
         (pool.write_done,) = kernel(

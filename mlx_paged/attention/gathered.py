@@ -34,7 +34,7 @@ def is_wanted(has_matrix_units: bool) -> bool:
 
 def is_for(q: mx.array, pool: LayerPool, options: AttentionOptions) -> bool:
     """Whether MLX's attention computes layers like this fast."""
-    plain = options.softcap is None and options.sinks is None
+    plain = options.softcap is None and options.sinks is None and not pool.latent_dim
     dims = {pool.keys.shape[3], pool.values.shape[3]}
     return plain and q.dtype in DTYPES and pool.keys.dtype == q.dtype and len(dims) == 1 and dims <= set(HEAD_DIMS)
 

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_paged.attention import gathered, work_items
 from mlx_paged.attention.backend import AttentionOptions, Backend, in_order
 from mlx_paged.attention.kernel_plan import Launch, Parts, Plan, padded, split_by_kernel, to_device
+from mlx_paged.attention.latent_layout import LatentLayout, unsupported_latents
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.shared_prefix import SharedPrefix
 from mlx_paged.attention.work_items import Shape, Tile, WorkItems
@@ -41,6 +42,8 @@ class KernelBackend(Backend):
     """Its name in messages."""
     suffix: str
     """That of the files of its kernels, which lie in the folder with its name."""
+    latent_layout: Callable[[Shape], LatentLayout | None]
+    """How paged_latent, which computes what has its V in K, divides such a shape. None: it has no V in K, or can't."""
 
     def is_available(self) -> bool:
         on_cpu_by_choice = mx.is_available(mx.gpu) and mx.default_device() == mx.cpu
@@ -87,12 +90,13 @@ class KernelBackend(Backend):
         return _make(make, **names, header=header, source=source, ensure_row_contiguous=False, **settings)
 
     def unsupported(self, layer: LayerSpec, num_heads: int, block_size: int) -> str | None:
-        if layer.value_in_key:
-            return f"no {self.title} kernel for latent attention"
         if layer.dtype not in DTYPES:
             return f"no {self.title} kernel for dtype {layer.dtype}: float16, bfloat16 and float32 have one"
         if block_size not in BLOCK_SIZES:
             return f"no {self.title} kernel for block_size {block_size}: {', '.join(map(str, BLOCK_SIZES))} have one"
+        if layer.value_in_key:
+            shape = Shape(1, num_heads, *layer[1:3], layer.dtype.size, value_in_key=True)
+            return unsupported_latents(self.title, shape) if self.latent_layout(shape) is None else None
         for name, dim in (("head_dim", layer.key_dim), ("value_dim", layer.value_dim)):
             if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
                 return f"no {self.title} kernel for {name} {dim}: multiples of 8 up to {MAX_HEAD_DIM} have one"
@@ -104,13 +108,13 @@ class KernelBackend(Backend):
         return None
 
     def attend(self, q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions) -> mx.array:
+        # The heads of one query are enough rows for paged_latent, which decodes as well.
+        most = 0 if pool.latent_dim else self.max_decode_queries
         shape, window, outputs = shape_of(q, pool), options.window, []
         gathers = gathered.is_wanted(self.has_matrix_units) and gathered.is_for(q, pool, options)
         parts: Parts = metadata.plan_once(
-            ("parts", gathers and (shape, window)),
-            lambda: split_by_kernel(
-                metadata, self.max_decode_queries, gathers and gathered.choose(metadata, pool, window)
-            ),
+            ("parts", most, gathers and (shape, window)),
+            lambda: split_by_kernel(metadata, most, gathers and gathered.choose(metadata, pool, window)),
         )
         key = self.name, shape, window
         if parts.decodes is not None:
@@ -144,25 +148,29 @@ class KernelBackend(Backend):
         size = work_items.keys_per_item(num_keys, shape, self.num_cores)
         plan = to_device(work_items.decode_items(context_lens, num_keys, size), self.launch_decode(shape))
         if prefixes:
-            tile = self.prefill_tile(shape)
+            tile, launch = self._tiles(shape)
             items, members, ranges = work_items.shared_items(prefixes, len(context_lens), shape, self.num_cores, tile)
-            plan.shared, plan.ranges = self._plan_tiles(items, None, shape, padded(members)), padded(ranges)
+            plan.shared, plan.ranges = self._plan_tiles(items, None, launch, padded(members)), padded(ranges)
         return plan
 
     def plan_prefill(
         self, context_lens: np.ndarray, cu_seqlens_q: np.ndarray, window: int | None, shape: Shape
     ) -> Plan:
         """The plan for any number of queries per sequence, int32 [num_seqs + 1], and contexts, int32 [num_seqs]."""
-        tile = self.prefill_tile(shape)
+        tile, launch = self._tiles(shape)
         items = work_items.prefill_items(context_lens, cu_seqlens_q, window, shape, self.num_cores, tile)
-        return self._plan_tiles(items, window, shape, None)
+        return self._plan_tiles(items, window, launch, None)
 
-    def _plan_tiles(self, items: WorkItems, window: int | None, shape: Shape, members: mx.array | None) -> Plan:
+    def _tiles(self, shape: Shape) -> tuple[Tile, Launch]:
+        return self.latent_layout(shape) or LatentLayout(self.prefill_tile(shape), self.launch_prefill(shape))
+
+    def _plan_tiles(self, items: WorkItems, window: int | None, launch: Launch, members: mx.array | None) -> Plan:
         """The plan of paged_prefill. members: the items are of shared prefixes, and these are its queries."""
-        launch = self.launch_prefill(shape)
-        plan = to_device(items, launch._replace(template=launch.template | {"SHARED": members is not None}))
+        plan = to_device(items, launch)
         num_visible = _NO_WINDOW if window is None else min(window, _NO_WINDOW)
-        plan.constants["members"] = plan.work if members is None else members
+        if launch.kernel_name == "paged_prefill":
+            launch.template["SHARED"] = members is not None
+            plan.constants["members"] = plan.work if members is None else members
         plan.constants["window"] = mx.array(num_visible, mx.int32)
         return plan
 
@@ -176,12 +184,12 @@ class KernelBackend(Backend):
         block_tables: int32 [num_seqs, max_blocks]. Returns [num_tokens, num_heads, value_dim].
         """
         if not q.shape[0]:
-            return mx.zeros((0, q.shape[1], pool.values.shape[3]), q.dtype)
+            return mx.zeros((0, q.shape[1], pool.value_dim), q.dtype)
         scale, _, softcap, sinks = options
         key = (scale, softcap, q.dtype, None if sinks is None else sinks.dtype)
         if key not in plan.calls:
-            arrays = {"q": q, "k_cache": pool.keys, "v_cache": pool.values, "block_tables": block_tables}
-            plan.calls[key] = self._prepare(arrays, plan, options)
+            caches = {f"{name}_cache": array for name, array in pool.arrays.items()}
+            plan.calls[key] = self._prepare({"q": q} | caches | {"block_tables": block_tables}, plan, options)
         return plan.calls[key](q, pool, block_tables, sinks)
 
     def _prepare(self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions) -> Callable[..., mx.array]:
@@ -189,7 +197,7 @@ class KernelBackend(Backend):
         own = self._prepare_parts(arrays, plan, options)
         if plan.shared is None and not plan.is_split:
             return lambda *arrays: own(*arrays)[0]
-        merge = self.prepare_merge(arrays["q"], arrays["v_cache"].shape[3], plan.cu_parts, plan.ranges)
+        merge = self.prepare_merge(arrays["q"], plan.launch.template["VALUE_DIM"], plan.cu_parts, plan.ranges)
         if plan.shared is None:
             return lambda *arrays: merge(own(*arrays))
         # A sink is one of a sequence's own keys.
@@ -200,8 +208,7 @@ class KernelBackend(Backend):
         self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions
     ) -> Callable[..., Partial]:
         """The call of the plan's own kernel, with all that does not differ between layers."""
-        q, v_cache, launch = arrays["q"], arrays["v_cache"], plan.launch
-        num_kv_heads, value_dim = v_cache.shape[2:]
+        q, launch = arrays["q"], plan.launch
         scale, _, softcap, sinks = options
         constants = {
             "work": plan.work,
@@ -212,18 +219,18 @@ class KernelBackend(Backend):
         if self.writes_in_place:
             inputs["write_done"] = plan.work
         kernel = self.make_kernel(launch.kernel_name, inputs, ("out", "lse"), launch.shared_bytes)
-        template: dict[str, Any] = {"T": q.dtype, "HEAD_DIM": q.shape[2], "VALUE_DIM": value_dim}
+        template: dict[str, Any] = {"T": q.dtype, "HEAD_DIM": q.shape[2]}
         template |= {"SOFTCAP": softcap is not None, "SINKS": sinks is not None} | launch.template
         settings: dict[str, Any] = {
             "template": list(template.items()),
-            "grid": self.grid(launch.threads, num_kv_heads, plan.num_items),
+            "grid": self.grid(launch.threads, arrays["k_cache"].shape[2], plan.num_items),
             "threadgroup": (launch.threads, 1, 1),
-            "output_shapes": [(plan.num_parts, q.shape[1], value_dim), (plan.num_parts, q.shape[1])],
+            "output_shapes": [(plan.num_parts, q.shape[1], launch.template["VALUE_DIM"]), (plan.num_parts, q.shape[1])],
             "output_dtypes": [q.dtype, mx.float32],
         }
 
         def call(q: mx.array, pool: LayerPool, block_tables: mx.array, sinks: mx.array | None) -> Partial:
-            inputs = [q, pool.keys, pool.values, block_tables, *constants.values(), q if sinks is None else sinks]
+            inputs = [q, *pool.arrays.values(), block_tables, *constants.values(), q if sinks is None else sinks]
             if self.writes_in_place:
                 inputs.append(constants["work"] if pool.write_done is None else pool.write_done)
             return kernel(inputs=inputs, **settings)
@@ -258,7 +265,8 @@ class KernelBackend(Backend):
 def shape_of(q: mx.array, pool: LayerPool) -> Shape:
     """What a plan for these arrays depends on."""
     num_kv_heads, head_dim = pool.keys.shape[2:]
-    return Shape(num_kv_heads, q.shape[1] // num_kv_heads, head_dim, pool.values.shape[3], q.dtype.size)
+    group, is_latent = q.shape[1] // num_kv_heads, pool.latent_dim is not None
+    return Shape(num_kv_heads, group, head_dim, pool.value_dim, q.dtype.size, is_latent)
 
 
 @cache

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlx_paged.attention.kernel_backend import KernelBackend
 from mlx_paged.attention.kernel_plan import Launch
+from mlx_paged.attention.latent_layout import metal_layout
 from mlx_paged.attention.work_items import SCRATCH, SIMDGROUPS, Shape, Tile, decode_layout, tile_for
 
 
@@ -24,6 +25,7 @@ class MetalBackend(KernelBackend):
     name = "metal"
     title = "Metal"
     suffix = "metal"
+    latent_layout = staticmethod(metal_layout)
 
     @cached_property
     def num_cores(self) -> int:
@@ -48,6 +50,7 @@ class MetalBackend(KernelBackend):
     def launch_decode(self, shape: Shape) -> Launch:
         layout = decode_layout(shape)
         template = {
+            "VALUE_DIM": shape.value_dim,
             "HEADS": shape.heads_per_kv_head,
             "LANES": layout.lanes,
             "PARTS": layout.parts,
@@ -60,8 +63,9 @@ class MetalBackend(KernelBackend):
         return Launch("paged_decode", 32 * SIMDGROUPS, template)
 
     def launch_prefill(self, shape: Shape) -> Launch:
-        tile = self.prefill_tile(shape)
-        return Launch("paged_prefill", 4 * tile.rows, {"TILE_ROWS": tile.rows, "TILE_KEYS": tile.keys})
+        rows, keys = self.prefill_tile(shape)
+        template = {"VALUE_DIM": shape.value_dim, "TILE_ROWS": rows, "TILE_KEYS": keys}
+        return Launch("paged_prefill", 4 * rows, template)
 
     def headers(self, kernel_name: str) -> tuple[str, ...]:
-        return ("packed.h", "tiles.h") if kernel_name == "paged_prefill" else ("packed.h",)
+        return ("packed.h", "tiles.h") if kernel_name in ("paged_prefill", "paged_latent") else ("packed.h",)

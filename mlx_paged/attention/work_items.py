@@ -30,6 +30,8 @@ class Shape(NamedTuple):
     value_dim: int
     element_size: int
     """Bytes of an element of q, K and V."""
+    value_in_key: bool = False
+    """Latent attention: V is the first part of K."""
 
 
 class WorkItems(NamedTuple):
@@ -149,10 +151,10 @@ def num_key_splits(num_tiles: np.ndarray, num_keys: np.ndarray, shape: Shape, nu
 
     One, unless there are fewer than 8 threadgroups to a core or a tile has more than twice an equal share of the keys.
     num_tiles, num_keys: [num_seqs], of a sequence. A part has enough keys for the merging of parts to move at most a
-    sixteenth of the bytes of K and V.
+    sixteenth of the bytes of K and V; of latents a fourth, since one sequence is not many parts of their only KV head.
     """
     equal_share = int((num_tiles * num_keys).sum()) * shape.num_kv_heads // (8 * num_cores)
-    size = max(_MIN_KEYS_PER_ROW * tile.rows, equal_share)
+    size = max(_MIN_KEYS_PER_ROW * tile.rows // (2 if shape.value_in_key else 1), equal_share)
     return np.where((num_tiles > 0) & (num_keys > 2 * size), -(-num_keys // size), 1)
 
 

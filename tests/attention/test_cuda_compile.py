@@ -57,14 +57,22 @@ def test_prefill_kernels_compile_and_keep_their_state_in_registers() -> None:
     check_all([record(*point[:-1]) for point in points], [point[-1] for point in points])
 
 
+@pytest.mark.slow
+def test_latent_kernels_compile_and_keep_their_state_in_registers() -> None:
+    grid = CONSTANTS | {"dtype": [mx.float16, mx.bfloat16], "dims": [(576, 512), (288, 256), (24, 16)]}
+    points = points_of(kind=["latent"], heads=[128, 16], **grid, architecture=ARCHITECTURES)
+    check_all([record(*point[:-1]) for point in points], [point[-1] for point in points])
+
+
 def test_merge_kernels_compile() -> None:
-    grid = {"dtype": CONSTANTS["dtype"], "value_dim": [64, 72, 256], "is_shared": [False, True]}
+    grid = {"dtype": CONSTANTS["dtype"], "value_dim": [64, 72, 512], "is_shared": [False, True]}
     points = points_of(**grid, architecture=ARCHITECTURES)
     check_all([record_merge(*point[:-1]) for point in points], [point[-1] for point in points])
 
 
 def test_write_kernels_compile() -> None:
-    points = points_of(dtype=CONSTANTS["dtype"], dims=CONSTANTS["dims"], architecture=ARCHITECTURES)
+    grid = {"dtype": CONSTANTS["dtype"], "dims": CONSTANTS["dims"], "is_latent": [False, True]}
+    points = points_of(**grid, architecture=ARCHITECTURES)
     check_all([record_write(*point[:-1]) for point in points], [point[-1] for point in points])
 
 

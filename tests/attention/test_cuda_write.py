@@ -89,6 +89,15 @@ def test_a_pool_that_something_still_reads_is_written_where_it_lies(cuda: Cuda) 
         assert (view[5] == 1).all().item() and pool.sum().item() == 4 * 64
 
 
+def test_latents_are_written_as_keys_and_no_values_beside_them(cuda: Cuda) -> None:
+    pool, where = LayerPool.zeros(LayerSpec(1, 24, 16, mx.float16, value_in_key=True), 3, 8), np.array([2, 0], np.int32)
+    rows = mx.arange(1, 49).reshape(2, 1, 24).astype(mx.float16)
+    expected = written_by_hand([pool.keys], (where, where), [rows])
+    CUDA.write(pool, slots_of(where, where), rows, rows[..., :16])
+    mx.eval(pool.write_done)
+    np.testing.assert_array_equal(exact(pool.keys), expected[0])
+
+
 @pytest.mark.parametrize("of", ["keys", "values"])
 def test_slots_past_the_32_bits_of_a_pool_are_found(of: str, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.only_simulated("memory that is not there is written")

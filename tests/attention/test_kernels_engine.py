@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -58,6 +59,21 @@ def test_a_model_generates_the_same_tokens_through_the_kernels(
     assert generate(model) == expected
     assert {"decodes"} in steps and {"prefills"} in steps and {"decodes", "prefills"} in steps
     assert set(gpu.kernels_run) == {"decode", "prefill", "merge"} | ({"write"} if gpu.name == "cuda" else set())
+
+
+def test_a_model_of_latent_attention_generates_the_same_tokens_through_its_kernel(
+    gpu: Gpu, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, or in float16, which alone CUDA's kernel takes."""
+    family, dtype = {"metal": ("glm4_moe_lite", mx.float32), "cuda": ("deepseek_v3", mx.float16)}[gpu.name]
+    sizes = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 20, "q_lora_rank": None}
+    model = tiny_model(family, num_hidden_layers=2, dtype=dtype, **sizes)
+    monkeypatch.setenv(attention.BACKEND_VARIABLE, "reference")
+    expected = generate(model)
+    monkeypatch.setenv(attention.BACKEND_VARIABLE, gpu.name)
+    split(monkeypatch, 32)
+    assert generate(model) == expected
+    assert set(gpu.kernels_run) == {"latent", "merge"} | ({"write"} if gpu.name == "cuda" else set())
 
 
 def test_the_kernels_are_the_default_where_there_is_a_device(

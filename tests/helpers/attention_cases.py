@@ -14,6 +14,9 @@ import pytest
 
 from mlx_paged import paged_attention
 from mlx_paged.attention import work_items
+from mlx_paged.attention.backend import AttentionOptions
+from mlx_paged.attention.metadata import AttentionMetadata
+from mlx_paged.attention.paged_attention import BACKENDS
 from mlx_paged.cache.kv_cache import LayerPool
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ class Case(NamedTuple):
 
     lengths: (queries, context) of each sequence; heads: (query, KV) heads; head_dim: that of keys and of values;
     consecutive: whether a sequence's blocks lie side by side; shared: (sequences, blocks), the first blocks of these
-    sequences are those of the first one.
+    sequences are those of the first one; latent: V is the first part of K.
     """
 
     lengths: Sequence[tuple[int, int]]
@@ -46,6 +49,7 @@ class Case(NamedTuple):
     dtype: str = "float16"
     consecutive: bool = False
     shared: Sequence[tuple[Sequence[int], int]] = ()
+    latent: bool = False
 
 
 class Arrays(NamedTuple):
@@ -58,14 +62,20 @@ class Arrays(NamedTuple):
     context_lens: np.ndarray
     cu_seqlens_q: np.ndarray
     options: dict[str, Any]
+    latent: bool = False
 
     @property
     def pool(self) -> LayerPool:
         """As a layer has its K and V."""
+        if self.latent:
+            return LayerPool({"k": self.k_cache}, latent_dim=self.v_cache.shape[3])
         return LayerPool({"k": self.k_cache, "v": self.v_cache})
 
     def attend(self, **options: Any) -> mx.array:
-        """`paged_attention` of them."""
+        """`paged_attention` of them; of latents, which are a layer's own affair, by the backend of that name."""
+        if self.latent:
+            metadata = AttentionMetadata(*self[3:6])
+            return BACKENDS[options["backend"]].attend(self.q, self.pool, metadata, AttentionOptions(**self.options))
         return paged_attention(*self[:6], **self.options, **options)
 
 
@@ -92,10 +102,12 @@ def make_arrays(case: Case, seed: int = 0) -> Arrays:
         cache[unused] = np.nan
     queries = rng.standard_normal((query_lens.sum(), num_heads, case.head_dim[0])) * 2
     q, k_cache, v_cache = (mx.array(array.astype(np.float32)).astype(dtype) for array in (queries, *caches))
+    if case.latent:
+        v_cache = k_cache[..., : case.head_dim[1]]
     sinks = mx.array(rng.standard_normal(num_heads).astype(np.float32) * 2).astype(dtype) if case.sinks else None
     options = {"scale": case.head_dim[0] ** -0.5, "window": case.window, "softcap": case.softcap, "sinks": sinks}
     cu_seqlens_q = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
-    return Arrays(q, k_cache, v_cache, mx.array(tables), context_lens, cu_seqlens_q, options)
+    return Arrays(q, k_cache, v_cache, mx.array(tables), context_lens, cu_seqlens_q, options, case.latent)
 
 
 def dense_attention(arrays: Arrays) -> np.ndarray:

@@ -129,17 +129,17 @@ def record(
 ) -> Call:
     """The call of a kernel for `heads` query heads on one KV head.
 
-    kind: "decode", "prefill", or "shared", the prefill's for a prefix that two sequences share. dims: head sizes of
-    keys and of values.
+    kind: "decode", "prefill", "latent", or "shared", the prefill's for a prefix that two sequences share. dims: head
+    sizes of keys and of values.
     """
     q = mx.zeros((2, heads, dims[0]), dtype)
-    pool = LayerPool.zeros(LayerSpec(1, *dims, dtype), 2, 16)
+    pool = LayerPool.zeros(LayerSpec(1, *dims, dtype, value_in_key=kind == "latent"), 2, 16)
     tables, shape = mx.zeros((2, 2), mx.int32), shape_of(q, pool)
     options = AttentionOptions(1.0, None, softcap, mx.zeros(heads, dtype) if sinks else None)
     context_lens = np.array([20, 20], np.int32)
     prefixes = [SharedPrefix(np.arange(2), 16)] if kind == "shared" else []
     with recorded_calls() as calls:
-        if kind == "prefill":
+        if kind in ("prefill", "latent"):
             plan = CudaBackend().plan_prefill(context_lens[:1], np.array([0, 2], np.int32), None, shape)
             CudaBackend().run(q, pool, tables[:1], plan, options)
         else:
@@ -157,9 +157,10 @@ def record_merge(dtype: mx.Dtype, value_dim: int, is_shared: bool = False) -> Ca
     return calls[0]
 
 
-def record_write(dtype: mx.Dtype, dims: tuple[int, int]) -> Call:
+def record_write(dtype: mx.Dtype, dims: tuple[int, int], is_latent: bool = False) -> Call:
     """The call of the kernel that writes K and V, of 3 tokens with 2 KV heads. dims: their head sizes."""
-    pool, new = LayerPool.zeros(LayerSpec(2, *dims, dtype), 2, 16), [mx.zeros((3, 2, dim), dtype) for dim in dims]
+    pool = LayerPool.zeros(LayerSpec(2, *dims, dtype, is_latent), 2, 16)
+    new = [mx.zeros((3, 2, dim), dtype) for dim in dims]
     with recorded_calls() as calls:
         CudaBackend().write(pool, slots_of(np.zeros(3, np.int32), np.zeros(3, np.int32)), *new)
     return calls[0]
