@@ -173,10 +173,11 @@ def no_place(num_bytes: int, capacity: int) -> str:
 
 def _files(root: Path) -> list[_File]:
     found = []
-    for path in (*root.glob(f"*{SUFFIX}"), *root.glob(f"*/*{SUFFIX}")):
-        with contextlib.suppress(OSError):  # another process may remove it
-            if not path.parent.name.startswith(_WRITING):
-                found.append(_File((stat := path.stat()).st_mtime_ns, path, stat.st_size))
+    for folder in (root, *(each for each in root.iterdir() if not each.name.startswith(_WRITING))):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process may remove it
+            for path in folder.glob(f"*{SUFFIX}"):
+                with contextlib.suppress(OSError):
+                    found.append(_File((stat := path.stat()).st_mtime_ns, path, stat.st_size))
     return found
 
 

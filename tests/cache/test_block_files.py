@@ -117,6 +117,24 @@ def test_files_of_all_models_and_processes_share_the_bound_and_those_used_last_s
     assert [path.stem for path in tmp_path.glob("model*/*.safetensors")] == ["7"]
 
 
+@pytest.mark.parametrize("vanishing", ["a-model", f"{block_files._WRITING}1"])
+def test_a_folder_that_another_process_removes_meanwhile_is_passed_over(
+    vanishing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (vanishing, "its-model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"block{block_files.SUFFIX}").write_bytes(b"12345")
+    scandir = os.scandir
+
+    def scan(path: Any = ".") -> Any:
+        if Path(path).name == vanishing:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert [file.path.parent.name for file in block_files._files(tmp_path)] == ["its-model"]
+
+
 def test_a_share_is_one_of_what_is_free_and_what_the_folder_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
