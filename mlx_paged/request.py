@@ -96,6 +96,8 @@ class Request:
     """The sequences that start from its prompt have been made."""
     num_streamed: list[tuple[int, int]] = field(default_factory=list)
     """Of a stream: how many tokens and characters of each sequence have been handed out."""
+    num_opening: int = 0
+    """Of its prompt's tokens: how many of the first ones other conversations may begin with too."""
     num_cached_tokens: int = 0
     num_blocks: int = 0
     """Of a beam search: the most blocks that it held at once."""

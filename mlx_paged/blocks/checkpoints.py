@@ -2,9 +2,10 @@
 
 A state is that after exactly so many tokens, so a prefix is hit no further than to a checkpoint, which lies at the end
 of a full block. A prompt gets one at its last full block; one a little before its end, since a template may write that
-anew with the next turn; and one where it parts from a prompt whose blocks it shares further than any checkpoint. An
-answer gets one every so many tokens, of which the newest is kept, so that the next turn finds the answer too. With a
-block store a checkpoint goes there when it, or its block, has to go and is worth it, and is found there.
+anew with the next turn; one after tools and system message, with which other conversations may begin; and one where it
+parts from a prompt whose blocks it shares further than any checkpoint. An answer gets one every so many tokens, of
+which the newest is kept, so that the next turn finds the answer too. With a block store a checkpoint goes there when
+it, or its block, has to go and is worth it, and is found there.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -75,6 +76,7 @@ class Checkpoints:
         self._clock = 0
         self._plans: dict[Hashable, _Plan] = {}
         self._in_use: set[PrefixNode] = set()  # by the step that is being scheduled
+        self._with_latest: set[Hashable] = set()  # sequences of whose answer a state is kept
         self._states.clear()
         if self.stored is not None:
             self.stored.clear()
@@ -108,6 +110,23 @@ class Checkpoints:
                 plan.start = self._load(plan.start, self.stored)
             self._in_use.add(plan.start)
         self._plans[seq_id] = plan
+
+    def want(self, seq_id: Hashable, num_tokens: int, start: int) -> None:
+        """Have one made of the first `num_tokens` tokens, in whole blocks, of a sequence that starts after `start`."""
+        position = num_tokens // self._manager.block_size * self._manager.block_size
+        if position > start and self._manager.prefix_caching:
+            self._plans[seq_id].positions.add(position)
+
+    def may_keep_latest(self, seq_id: Hashable) -> bool:
+        """Say whether a state of a sequence's answer may be kept while it runs: half of all may be such states."""
+        if seq_id in self._with_latest:
+            return True
+        if not self._manager.prefix_caching or 2 * len(self._with_latest) >= self._capacity:
+            return False
+        if not self._make_room():
+            return False
+        self._with_latest.add(seq_id)
+        return True
 
     def publish(self, seq_id: Hashable, num_tokens: int) -> list[PrefixNode]:
         """Let prefixes of a sequence's first `num_tokens` tokens be hit whose states the next step makes.
@@ -193,6 +212,7 @@ class Checkpoints:
     def free(self, seq_id: Hashable, *, will_return: bool = False) -> None:
         """Forget a sequence that still has its blocks. The newest checkpoint of its answer is kept."""
         self._plans.pop(seq_id, None)
+        self._with_latest.discard(seq_id)
         position = self._states.latest_position(seq_id)
         node = self._node(seq_id, position) if position else None
         if node is not None and self._add(node):
@@ -248,16 +268,21 @@ class Checkpoints:
 
         There is not if it is there, or if the step that is being scheduled uses all others.
         """
-        if node in self._last_used:
+        if node in self._last_used or not self._make_room():
             return False
-        if len(self._last_used) >= self._capacity:
-            others = [each for each in self._last_used if each not in self._in_use]
-            if not others:
-                return False
-            oldest = min(others, key=self._last_used.__getitem__)
-            if oldest.worth_storing:
-                self.block_saved(oldest)
-            del self._last_used[oldest]
-            self._states.drop(oldest)
         self._touch(node)
+        return True
+
+    def _make_room(self) -> bool:
+        """Have a place for one more, if need be that of the one used least recently. Returns whether there is one."""
+        if len(self._last_used) + len(self._with_latest) < self._capacity:
+            return True
+        others = [each for each in self._last_used if each not in self._in_use]
+        if not others:
+            return False
+        oldest = min(others, key=self._last_used.__getitem__)
+        if oldest.worth_storing:
+            self.block_saved(oldest)
+        del self._last_used[oldest]
+        self._states.drop(oldest)
         return True

@@ -27,7 +27,8 @@ class Stretch(NamedTuple):
     keep: Any = None
     """The name of the checkpoint that it becomes, if any."""
     latest: Sequence[tuple[int, int]] = ()
-    """Of decodes, the places whose state is kept as the latest one of an answer, and the tokens that it comes after."""
+    """Of decodes, the places whose state from before the step is kept as the latest one of an answer, and the tokens
+    that it comes after. The state after it may be that of one token more than the answer has."""
 
 
 class _Batch:
@@ -90,7 +91,6 @@ class States:
         self._latest: dict[int, tuple[int, _Batch]] = {}
         self._checkpoints: WeakKeyDictionary[Any, _Batch] = WeakKeyDictionary()
         self._made: list[_Batch] = []
-        self._stretches: Sequence[Stretch] = ()
         self.to_compute: list[mx.array] = []
         """What the last step makes: to be computed with it, since its logits do not need all of that."""
 
@@ -107,8 +107,6 @@ class States:
         """Let a new sequence go on from where another one is."""
         if seq_id in self._places:
             self._places[new_seq_id] = self._places[seq_id]
-        if seq_id in self._latest:
-            self._latest[new_seq_id] = self._latest[seq_id]
 
     def free(self, seq_id: int) -> None:
         """Forget a sequence."""
@@ -154,7 +152,13 @@ class States:
 
     def begin(self, stretches: Sequence[Stretch]) -> None:
         """Find where the states of a step's stretches come from."""
+        self.to_compute = []
         for stretch in stretches:
+            for place, num_tokens in stretch.latest:
+                batch, source = self._places[stretch.seq_ids[place]]
+                part = batch.part(source)
+                self._latest[stretch.seq_ids[place]] = num_tokens, part
+                self.to_compute += part.arrays
             if stretch.load is not None:
                 self._places[stretch.seq_ids[0]] = self._checkpoints[stretch.load], 0
             sources: list[tuple[_Batch, list[int]]] = []
@@ -173,7 +177,6 @@ class States:
             self._places |= {seq_id: (made, place) for place, seq_id in enumerate(stretch.seq_ids)}
             if stretch.keep is not None:
                 self._checkpoints[stretch.keep] = made
-        self._stretches = stretches
 
     def take(self, number: int, layer: int) -> Arrays:
         """What a layer is given for a stretch, by its number."""
@@ -188,13 +191,8 @@ class States:
 
     def end(self) -> None:
         """Say that the step's graph is built."""
-        self.to_compute = [array for made in self._made for array in made.close()]
-        for stretch, made in zip(self._stretches, self._made, strict=True):
-            for place, num_tokens in stretch.latest:
-                part = made.part(place)
-                self._latest[stretch.seq_ids[place]] = num_tokens, part
-                self.to_compute += part.arrays
-        self._made, self._stretches = [], ()
+        self.to_compute += [array for made in self._made for array in made.close()]
+        self._made = []
 
     def shapes(self, seq_id: int) -> list[tuple[tuple[int, ...], mx.Dtype]]:
         """What the state of one sequence consists of."""

@@ -13,6 +13,9 @@ Message = Mapping[str, Any]
 a list of {"type": "text", "text": ...}."""
 
 
+_INSTRUCTING = ("system", "developer")
+
+
 class TemplateOptions(TypedDict, total=False):
     """What a template may use beside the messages."""
 
@@ -24,8 +27,19 @@ class TemplateOptions(TypedDict, total=False):
     """Any other variable of the template, such as enable_thinking."""
 
 
+class ConversationTokens(list[int]):
+    """The token ids of a conversation."""
+
+    num_opening: int = 0
+    """How many of the first ones come before all that is said: tools and system message, with which other conversations
+    may begin too. 0 where nobody wants to know."""
+
+
 class ChatTemplate:
     """Writes conversations as a tokenizer's chat template does. May be used by several threads."""
+
+    finds_openings = False
+    """Whether `ConversationTokens.num_opening` is of use."""
 
     def __init__(self, tokenizer: Any, lock: threading.Lock) -> None:
         """lock: held while the tokenizer is used."""
@@ -49,7 +63,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
+    ) -> ConversationTokens:
         """Write a conversation, ready for the answer. Returns its token ids.
 
         The other arguments are those of `TemplateOptions`. Raises TypeError for what is no conversation, ValueError for
@@ -80,8 +94,24 @@ class ChatTemplate:
             raise ValueError(f"the model's chat template does not take this conversation: {reason}") from error
         if not is_text(text):
             raise ValueError("the conversation is not UTF-8 text: it has half of a surrogate pair")
+        opening = self._opening(conversation, variables, text) if self.finds_openings else ""
         with self._lock:
-            return list(self._tokenizer.encode(text, add_special_tokens=False))
+            tokens = ConversationTokens(self._tokenizer.encode(text, add_special_tokens=False))
+            if opening:  # what follows may be one token with its last one
+                tokens.num_opening = len(self._tokenizer.encode(opening, add_special_tokens=False)) - 1
+        return tokens
+
+    def _opening(self, conversation: list[dict[str, Any]], variables: dict[str, Any], text: str) -> str:
+        """What a conversation's text begins with before anybody says anything."""
+        first = next((i for i, each in enumerate(conversation) if each["role"] not in _INSTRUCTING), len(conversation))
+        others = [*conversation[:first], {"role": "user", "content": "\ue000"}]
+        try:
+            with self._lock:
+                other = self._tokenizer.apply_chat_template(others, tokenize=False, **variables)
+        except Exception:  # a template may ask for more than that
+            return ""
+        differs = (i for i, (one, another) in enumerate(zip(text, other, strict=False)) if one != another)
+        return text[: next(differs, len(other))]
 
 
 def _plain(name: str, message: Any) -> dict[str, Any]:

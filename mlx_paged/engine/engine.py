@@ -79,6 +79,7 @@ class Engine:
         self._scheduler = Scheduler(self.cache_groups, self._batch, config)
         self._block_mover = BlockMover(self.cache_groups, runner.kv_cache, stores, runner.states)
         self.input_processor = InputProcessor(tokenizer, runner.vocab_size, num_blocks, max_model_len, config)
+        self.input_processor.chat_template.finds_openings = runner.states is not None
         self._input_builder = InputBuilder(self._batch, self.cache_groups.checkpoints)
         self._steps = StepRunner(runner, self.profile)
         detokenizer, eos_token_ids = self.input_processor.detokenizer, self.input_processor.eos_token_ids

@@ -85,6 +85,7 @@ class InputProcessor:
             bad_words=self._bad_words(params),
             prompt_logprobs=None if getattr(params, "prompt_logprobs", None) is None else [None],
             in_waves=not beams and width > self._config.max_num_seqs,
+            num_opening=getattr(prompt, "num_opening", 0),
         )
 
     def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:

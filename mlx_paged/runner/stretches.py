@@ -9,23 +9,25 @@ from mlx_paged.cache.states import Stretch
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.schedule import Schedule
 
-DECODE_INTERVAL = 256  # tokens of an answer between its checkpoints; rounded up to whole blocks
+MAX_DECODE_INTERVAL = 256  # tokens of an answer between its checkpoints; rounded up to whole blocks
 
 
 def make_stretches(schedule: Schedule, batch: RunningBatch, checkpoints: Checkpoints) -> list[Stretch]:
     """Cut a step's tokens into what one call of a recurrent layer computes."""
-    stretches = [*_decodes(schedule, batch), *_chunks(schedule, checkpoints)]
+    stretches = [*_decodes(schedule, batch, checkpoints), *_chunks(schedule, checkpoints)]
     checkpoints.step_built()
     return stretches
 
 
-def _decodes(schedule: Schedule, batch: RunningBatch) -> Iterator[Stretch]:
+def _decodes(schedule: Schedule, batch: RunningBatch, checkpoints: Checkpoints) -> Iterator[Stretch]:
+    """One stretch, if there are any. So many states are copied in a step: one per block, however many decodes."""
     rows = schedule.rows
     if len(rows):
-        interval = -(-DECODE_INTERVAL // batch.block_size) * batch.block_size
-        num_tokens = batch.num_computed[rows] + 1
-        latest = [(place, int(num_tokens[place])) for place in np.flatnonzero(num_tokens % interval == 0).tolist()]
-        yield Stretch(slice(0, len(rows)), batch.seq_id[rows].tolist(), latest=latest)
+        num_blocks = min(len(rows), -(-MAX_DECODE_INTERVAL // batch.block_size))
+        num_tokens, seq_ids = batch.num_computed[rows], batch.seq_id[rows].tolist()
+        due = np.flatnonzero(num_tokens % (num_blocks * batch.block_size) == 0).tolist()
+        latest = [(place, int(num_tokens[place])) for place in due if checkpoints.may_keep_latest(seq_ids[place])]
+        yield Stretch(slice(0, len(rows)), seq_ids, latest=latest)
 
 
 def _chunks(schedule: Schedule, checkpoints: Checkpoints) -> Iterator[Stretch]:

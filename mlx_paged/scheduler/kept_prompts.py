@@ -47,7 +47,11 @@ class KeptPrompts:
         if not self.has(sequence):
             salt = request.params.cache_salt
             limit = request.max_cached_tokens
-            return self._groups.attach(sequence.seq_id, token_ids, sequence.num_target_tokens, salt=salt, limit=limit)
+            num_tokens = sequence.num_target_tokens
+            start = self._groups.attach(sequence.seq_id, token_ids, num_tokens, salt=salt, limit=limit)
+            if self._groups.checkpoints is not None:
+                self._groups.checkpoints.want(sequence.seq_id, request.num_opening, start)
+            return start
         self._groups.fork(_id(request), sequence.seq_id, token_ids)
         return len(request.prompt_token_ids) - 1
 

@@ -220,6 +220,44 @@ def test_the_newest_of_an_answer_is_kept_when_its_sequence_ends(steps: Steps) ->
     assert steps.start("next", [*tokens, 1, 2, 3]) == 24
 
 
+def test_states_of_answers_under_way_take_half_of_the_places_at_most() -> None:
+    steps = Steps(capacity=4)
+    for i, name in enumerate("ab"):
+        steps.serve(name, tokens_from(100 * i, 30))
+    assert len(steps.checkpoints) == 4
+    assert steps.checkpoints.may_keep_latest("c") and steps.checkpoints.may_keep_latest("d")
+    assert len(steps.checkpoints) == 2, "a state of an answer needs a place as a checkpoint does"
+    assert not steps.checkpoints.may_keep_latest("e") and steps.checkpoints.may_keep_latest("c")
+    steps.start("d", tokens_from(300, 3))
+    steps.run()
+    steps.groups.free("d")
+    assert steps.checkpoints.may_keep_latest("e") and len(steps.checkpoints) == 2
+
+
+def test_an_answer_takes_no_place_from_what_the_step_that_is_built_starts_from() -> None:
+    steps = Steps(capacity=2)
+    steps.serve("a", tokens_from(0, 30))
+    steps.start("b", tokens_from(0, 30))
+    steps.checkpoints.may_keep_latest("c")
+    assert steps.groups.num_cached_tokens(tokens_from(0, 30), limit=29) == 28
+    assert steps.run()["b"][0][1]
+
+
+def test_without_a_prefix_cache_no_state_of_an_answer_is_kept() -> None:
+    assert not Steps(prefix_caching=False).checkpoints.may_keep_latest("a")
+
+
+def test_one_is_made_where_conversations_part_if_that_is_known(steps: Steps) -> None:
+    tokens = tokens_from(0, 30)
+    steps.groups.attach("a", tokens, 30, limit=29)
+    steps.checkpoints.want("a", 14, 0)
+    steps.go_on("a", 0, 30)
+    assert [to for to, _, keep in steps.run()["a"] if keep] == [12, 20, 28]
+    assert steps.start("b", [*tokens[:14], *tokens_from(500, 16)]) == 12
+    steps.checkpoints.want("b", 14, 12)
+    assert [to for to, _, keep in steps.run()["b"] if keep] == [20, 28]
+
+
 def test_one_of_an_answer_whose_block_is_not_published_is_not_kept(steps: Steps) -> None:
     steps.start("a", tokens_from(0, 10))
     steps.run()

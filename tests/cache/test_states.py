@@ -83,13 +83,16 @@ def test_a_checkpoint_stays_when_its_sequence_goes_and_goes_with_its_name(states
     assert states.nbytes == 0
 
 
-def test_the_latest_state_of_an_answer_is_one_row_of_its_batch(states: States) -> None:
+def test_the_latest_state_of_an_answer_is_its_row_from_before_the_step(states: States) -> None:
     run(states, prompt(1, 10), prompt(2, 20))
+    run(states, decode(1, 2))
     run(states, decode(1, 2, latest=((1, 21),)))
     assert (states.latest_position(1), states.latest_position(2)) == (0, 21)
+    assert len(states.to_compute) == 2, "computed with the step, since nothing else needs it"
     states.fork(2, 3)
+    assert states.latest_position(3) == 0
     node = Node()
-    states.keep_latest(3, node)
+    states.keep_latest(2, node)
     for seq_id in (1, 2, 3):
         states.free(seq_id)
     assert states.nbytes == 2 * 4

@@ -69,6 +69,41 @@ def test_other_content_than_text_is_refused_by_name(make: MakeTemplate, content:
     assert "\n" not in str(caught.value)
 
 
+OPENING = (
+    "{% if tools %}T{{ tools[0].function.name }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+CALLED = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    "messages, tools, opening",
+    [
+        ([{"role": "system", "content": "Be kind."}, USER], None, "<system>Be kind.<user>"),
+        ([{"role": "developer", "content": "Be kind."}, USER, USER], CALLED, "Tlook<developer>Be kind.<user>"),
+        ([USER], CALLED, "Tlook<user>"),
+        ([{"role": "system", "content": "Be kind."}], None, "<system>Be kind."),
+        ([{"role": "assistant", "content": "Yes?"}, USER], None, "<"),
+    ],
+)
+def test_what_comes_before_all_that_is_said_is_counted_for_who_wants_to_know(
+    make: MakeTemplate, messages: Any, tools: Any, opening: str
+) -> None:
+    """Up to one token less, which may be one with what follows."""
+    template = make(OPENING)
+    assert template.encode(messages, tools).num_opening == 0
+    template.finds_openings = True
+    tokens = template.encode(messages, tools)
+    assert template._tokenizer.decode(tokens[: tokens.num_opening + 1]) == opening
+    assert tokens == template.encode(messages, tools)
+
+
+def test_a_template_that_asks_for_more_than_one_message_has_no_opening(make: MakeTemplate) -> None:
+    template = make("{% if messages | length < 2 %}{{ raise_exception('two at least') }}{% endif %}" + OPENING)
+    template.finds_openings = True
+    assert template.encode([USER, USER]).num_opening == 0
+
+
 NO_MESSAGES: list[Any] = [
     "Hi", 5, None, ["role", "user"], {}, {"role": "user"}, {"content": "Hi"}, {"role": 5, "content": "Hi"},
     {"role": "assistant", "tool_calls": 5},
