@@ -112,10 +112,10 @@ class EngineConfig(Settings):
     allocator: str = "lru"
     """Order in which free blocks are reused: "lru", "fifo" or "buddy"."""
     swap_space: int | str | os.PathLike[str] | None = None
-    """Where blocks of preempted requests and evicted prefixes go: a size of host memory ("8GB") or a folder. The name
-    of a folder that isn't there yet contains a "/"."""
+    """Where blocks of preempted requests and evicted prefixes go, with states of recurrent layers: a size of host
+    memory ("8GB") or a folder. The name of a folder that isn't there yet contains a "/"."""
     prefix_cache_dir: str | os.PathLike[str] | None = None
-    """A folder in which the blocks of prompts outlive the process."""
+    """A folder in which the blocks of prompts, and states of recurrent layers, outlive the process."""
     prefix_cache_size: int | str | None = None
     """The most that is kept there, of all models together, and written there in an hour: bytes, "20GB", or a share of
     the disk's free space, this folder's included; None: 10%. The blocks used least recently go first."""

@@ -278,7 +278,7 @@ class BlockManager:
         """
         sequence = self._get(seq_id)
         if will_return:
-            self._tree.mark_worth_storing(sequence.held_blocks)
+            sequence.mark_worth_storing()
         del self._sequences[seq_id]
         self._release(sequence.held_blocks[::-1])  # deepest first, so that a cached chain is consumed from its end
 

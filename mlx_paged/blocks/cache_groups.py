@@ -137,12 +137,15 @@ class CacheGroups:
         return start
 
     def _parked_position(self, seq_id: Hashable, token_ids: Sequence[int], salt: Hashable, limit: int | None) -> int:
-        """How many tokens of a parked sequence are computed, if all that can be had; 0: it can't."""
+        """How many tokens of a parked sequence are computed, if all can be had; else 0, and it is parked no more."""
         position = 0 if self.checkpoints is None else self.checkpoints.parked_position(seq_id)
         most = len(token_ids) - 1 if limit is None else min(limit, len(token_ids) - 1)
         num_whole = position // self.block_size * self.block_size
         found = (each.num_cached_tokens(token_ids, salt=salt, limit=num_whole) for each in self.managers)
-        return position if position <= most and all(count == num_whole for count in found) else 0
+        if position <= most and all(count == num_whole for count in found):
+            return position
+        self.forget(seq_id)
+        return 0
 
     def _unpark(self, seq_id: Hashable, position: int) -> None:
         """Have a parked sequence, which has blocks again, go on after `position` tokens."""

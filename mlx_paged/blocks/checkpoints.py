@@ -107,8 +107,11 @@ class Checkpoints:
                 if node in self._last_used:
                     self._touch(node)
             if plan.start not in self._last_used and self.stored is not None:
-                plan.start = self._load(plan.start, self.stored)
-            self._in_use.add(plan.start)
+                has_place = self._add(plan.start)
+                self.stored.load(plan.start.digest, plan.start if has_place else seq_id)
+                plan.start = plan.start if has_place else None
+            if plan.start is not None:
+                self._in_use.add(plan.start)
         self._plans[seq_id] = plan
 
     def want(self, seq_id: Hashable, num_tokens: int, start: int) -> None:
@@ -180,18 +183,23 @@ class Checkpoints:
         return 0 if self.stored is None else self.stored.parked_position(seq_id)
 
     def saves_of(self, seq_id: Hashable) -> list[StateSave]:
-        """Return the checkpoints of a sequence's prefixes, for another run."""
+        """Return the checkpoints of a sequence's prefixes, for another run. Those that are there for it are in use."""
+        if self.stored is None:
+            return []
         node: PrefixNode | None = self._manager.parts[0][seq_id].last_node
         found = []
         while node is not None:
             if node in self._last_used:
-                found.append((node, self._states.of_checkpoint(node)))
+                found.append(self.stored.save_of(node, self._states.of_checkpoint(node)))
+            else:
+                self.stored.touch(node)
             node = node.parent
-        return [] if self.stored is None else self.stored.saves(found)
+        return found
 
     def block_saved(self, node: PrefixNode) -> None:
         """Have a prefix's checkpoint, if it has one, kept with its block."""
-        if self.stored is not None and (state := self._states.of_checkpoint(node)) is not None:
+        state = self._states.of_checkpoint(node) if node in self._last_used else None
+        if self.stored is not None and state is not None:
             self.stored.save(node, state)
 
     def load_done(self, owner: Any, *, is_whole: bool) -> None:
@@ -237,12 +245,6 @@ class Checkpoints:
             if node in self._last_used or (self.stored is not None and node.digest in self.stored):
                 found[end] = node
         return found
-
-    def _load(self, node: PrefixNode, stored: StoredStates) -> PrefixNode:
-        """Have the state of a prefix loaded. Returns its name: a new one if there is no place for a checkpoint."""
-        name = node if self._add(node) else PrefixNode(node.parent, node.tokens)
-        stored.load(node.digest, name)
-        return name
 
     def _node(self, seq_id: Hashable, position: int) -> PrefixNode | None:
         """The prefix of a sequence's first `position` tokens, whole blocks, if it is published."""

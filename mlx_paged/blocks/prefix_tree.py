@@ -142,11 +142,6 @@ class PrefixTree:
             node.num_children -= 1
         return evicted
 
-    def mark_worth_storing(self, block_ids: Iterable[int]) -> None:
-        """Note that the content of these blocks should outlive their eviction, where they are known by a prefix."""
-        for block_id in self.cached_blocks(block_ids):
-            self._node_of_block[block_id].worth_storing = True
-
     def move(self, src: int, dst: int) -> None:
         """Follow the content of `src` to `dst`; what `dst` held is gone."""
         self.evict(dst)

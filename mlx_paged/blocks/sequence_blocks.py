@@ -55,6 +55,13 @@ class SequenceBlocks:
         self.num_released = max(self.num_released, end)
         return released
 
+    def mark_worth_storing(self) -> None:
+        """Note that its prefixes should outlive their eviction, whoever's blocks hold them."""
+        node: PrefixNode | None = self.last_node
+        for _ in range(self.num_published - self.num_released):
+            if node is not None:
+                node.worth_storing, node = True, node.parent
+
     def published_blocks(self) -> list[tuple[int, bytes]]:
         """Return the block id and prefix digest of each prefix of the sequence that can be found, in order."""
         found = []

@@ -4,11 +4,13 @@ A prefix's state has a key like that of its block. A sequence's is that after al
 blocks with it that were not full, which no prefix names: so it goes on where it was.
 """
 
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from typing import Any, Protocol
 
 from mlx_paged.blocks.prefix_tree import PrefixNode
 from mlx_paged.blocks.transfers import StateLoad, StateSave, Transfer
+
+PREFIX = "state-"  # begins the keys of prefixes' states
 
 
 class StoredKeys(Container[str], Protocol):
@@ -16,6 +18,7 @@ class StoredKeys(Container[str], Protocol):
 
     @property
     def swaps(self) -> bool: ...
+    def has_prompt(self, key: str) -> bool: ...
     def forget(self, key: str) -> None: ...
 
 
@@ -36,15 +39,19 @@ class StoredStates:
     def save(self, node: PrefixNode, state: Any) -> None:
         """Have the state of a prefix kept that leaves the device."""
         if self._stored_keys.swaps and node.digest not in self:
-            self._transfers.append(StateSave(_prefix_key(node.digest), state))
+            self._transfers.append(self.save_of(node, state))
 
-    def saves(self, nodes: Sequence[tuple[PrefixNode, Any]]) -> list[StateSave]:
-        """Return what would keep the states of prefixes for another run."""
-        return [StateSave(_prefix_key(node.digest), state) for node, state in nodes]
+    def save_of(self, node: PrefixNode, state: Any) -> StateSave:
+        """Return what keeps the state of a prefix."""
+        return StateSave(_prefix_key(node.digest), state)
 
-    def load(self, digest: bytes, name: PrefixNode) -> None:
-        """Have the state that is kept of a prefix taken as that of `name`."""
-        self._transfers.append(StateLoad(_prefix_key(digest), name))
+    def touch(self, node: PrefixNode) -> None:
+        """Note that the state of a prefix is used, if it is kept for another run."""
+        self._stored_keys.has_prompt(_prefix_key(node.digest))
+
+    def load(self, digest: bytes, owner: PrefixNode | Hashable) -> None:
+        """Have the state that is kept of a prefix taken as that of `owner`."""
+        self._transfers.append(StateLoad(_prefix_key(digest), owner))
 
     def park(self, seq_id: Hashable, position: int, state: Any, tails: Sequence[tuple[int, int]]) -> None:
         """Have the state kept of a sequence that is preempted after `position` tokens."""
@@ -54,7 +61,9 @@ class StoredStates:
 
     def parked_position(self, seq_id: Hashable) -> int:
         """After how many tokens the state of a sequence is kept; 0: none is."""
-        return self._parked.get(seq_id, 0) if _sequence_key(seq_id) in self._stored_keys else 0
+        key = _sequence_key(seq_id)
+        is_kept = key in self._stored_keys or any(isinstance(t, StateSave) and t.key == key for t in self._transfers)
+        return self._parked.get(seq_id, 0) if is_kept else 0
 
     def unpark(self, seq_id: Hashable, tails: Sequence[tuple[int, int]]) -> None:
         """Have a sequence that has blocks again go on with its state."""
@@ -65,17 +74,17 @@ class StoredStates:
         """Note that a sequence has lost its blocks again. If its state was not loaded yet, that stays where it is."""
         if seq_id in self._returning:
             self._parked[seq_id] = self._returning.pop(seq_id)
-            self._cancel(seq_id, StateLoad)
+        self._cancel(lambda each: isinstance(each, StateLoad) and each.owner == seq_id)
 
     def loaded(self, seq_id: Hashable) -> None:
-        """Note that a sequence has its state again, or that it can't be had: its place in the store is free."""
-        del self._returning[seq_id]
-        self._stored_keys.forget(_sequence_key(seq_id))
+        """Note that a sequence has its state, or that it can't be had: if it was its own, its place is free."""
+        if self._returning.pop(seq_id, None) is not None:
+            self._stored_keys.forget(_sequence_key(seq_id))
 
     def forget(self, seq_id: Hashable) -> None:
         """Give up the state of a sequence that goes on without it, or has ended."""
         if self._parked.pop(seq_id, None) is not None:
-            self._cancel(seq_id, StateSave)
+            self._cancel(lambda each: isinstance(each, StateSave) and each.key == _sequence_key(seq_id))
             self._stored_keys.forget(_sequence_key(seq_id))
 
     def clear(self) -> None:
@@ -85,13 +94,12 @@ class StoredStates:
         for seq_id in [*self._parked]:
             self.forget(seq_id)
 
-    def _cancel(self, seq_id: Hashable, kind: type[StateLoad | StateSave]) -> None:
-        key = _sequence_key(seq_id)
-        self._transfers[:] = [each for each in self._transfers if not (isinstance(each, kind) and each.key == key)]
+    def _cancel(self, is_void: Callable[[Transfer], bool]) -> None:
+        self._transfers[:] = [each for each in self._transfers if not is_void(each)]
 
 
 def _prefix_key(digest: bytes) -> str:
-    return f"state-{digest.hex()}"
+    return f"{PREFIX}{digest.hex()}"
 
 
 def _sequence_key(seq_id: Hashable) -> str:

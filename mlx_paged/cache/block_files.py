@@ -15,6 +15,7 @@ from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
+from mlx_paged.blocks.stored_states import PREFIX as STATE_PREFIX
 from mlx_paged.config import format_memory, parse_memory
 
 SUFFIX = ".safetensors"
@@ -172,12 +173,14 @@ def no_place(num_bytes: int, capacity: int) -> str:
 
 
 def _files(root: Path) -> list[_File]:
-    found = []
-    for folder in (root, *(each for each in root.iterdir() if not each.name.startswith(_WRITING))):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process may remove it
-            for path in folder.glob(f"*{SUFFIX}"):
-                with contextlib.suppress(OSError):
-                    found.append(_File((stat := path.stat()).st_mtime_ns, path, stat.st_size))
+    """The files that are whole. Other processes may remove any of them, and folders, meanwhile."""
+    paths, found = [*root.glob(f"*{SUFFIX}")], []
+    for folder in root.glob("*"):
+        with contextlib.suppress(OSError):
+            paths += () if folder.name.startswith(_WRITING) else folder.glob(f"*{SUFFIX}")
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found.append(_File((stat := path.stat()).st_mtime_ns, path, stat.st_size))
     return found
 
 
@@ -185,8 +188,10 @@ class SavedModel(NamedTuple):
     """What a folder of saved prompts has of a model."""
 
     name: str
-    """The model's family, and a digest of its weights, their type and the layout of a block."""
+    """The model's family, and a digest of its weights, its settings and the layout of a block."""
     num_blocks: int
+    num_states: int
+    """Of recurrent layers: those of prefixes."""
     num_bytes: int
     last_used: float
     """In seconds since 1970."""
@@ -198,8 +203,9 @@ def saved_models(root: Path) -> list[SavedModel]:
     by_model: dict[str, list[_File]] = {}
     for file in _files(root):
         by_model.setdefault(file.path.parent.name, []).append(file)
-    models = [
-        SavedModel(name, len(files), sum(file.num_bytes for file in files), max(files).used_ns / 1e9)
-        for name, files in by_model.items()
-    ]
+    models = []
+    for name, files in by_model.items():
+        num_states = sum(file.path.name.startswith(STATE_PREFIX) for file in files)
+        num_bytes, last_used = sum(file.num_bytes for file in files), max(files).used_ns / 1e9
+        models.append(SavedModel(name, len(files) - num_states, num_states, num_bytes, last_used))
     return sorted(models, key=lambda model: model.last_used, reverse=True)

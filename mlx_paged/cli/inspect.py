@@ -204,11 +204,11 @@ def list_saved(root: Path, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps([model._asdict() for model in models]) + "\n")
         return 0
-    for name, num_blocks, num_bytes, last_used in models:
+    for name, num_blocks, num_states, num_bytes, last_used in models:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_used))
-        sys.stdout.write(
-            f"{name}  {num_blocks:,} block{'s' * (num_blocks != 1)}  {format_memory(num_bytes)}  last used {when}\n"
-        )
+        kept = f"{num_blocks:,} block{'s' * (num_blocks != 1)}"
+        kept += f", {num_states:,} state{'s' * (num_states != 1)}" if num_states else ""
+        sys.stdout.write(f"{name}  {kept}  {format_memory(num_bytes)}  last used {when}\n")
     total = sum(model.num_bytes for model in models)
     sys.stdout.write(f"{len(models)} model{'s' * (len(models) != 1)}, {format_memory(total)} in {root}\n")
     return 0

@@ -268,6 +268,21 @@ def test_an_evicted_block_is_stored_if_it_was_hit_or_its_sequence_will_come_back
     assert sorted(store.saved) == sorted(expected)
 
 
+def test_a_prefix_of_a_preempted_sequence_is_stored_whoevers_block_holds_it() -> None:
+    """As where both computed it at the same time."""
+    store = NotingStore()
+    manager = BlockManager(8, 2, store=store)
+    for seq_id in ("first", "preempted"):
+        manager.allocate(seq_id, tokens(4))
+    for seq_id in ("first", "preempted"):
+        manager.mark_computed(seq_id, 4)
+    first = manager.block_table("first")
+    manager.free("preempted", will_return=True)
+    manager.free("first")
+    manager.allocate("all", tokens(16, 200))
+    assert sorted(store.saved) == sorted(first)
+
+
 def test_blocks_that_the_store_has_are_hit_and_loaded_where_the_pool_has_none() -> None:
     store = NotingStore()
     manager = BlockManager(8, 2, store=store)

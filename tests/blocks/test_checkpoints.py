@@ -6,43 +6,13 @@ from collections.abc import Hashable
 from typing import Any
 
 import pytest
+from helpers.stub_states import StubStates
 
 from mlx_paged import BlockManager
 from mlx_paged.blocks.cache_groups import CacheGroups
 from mlx_paged.blocks.checkpoints import Checkpoints
 
 SIZE = 4
-
-
-class StubStates:
-    """Notes what it is told."""
-
-    def __init__(self) -> None:
-        self.latest: dict[Hashable, int] = {}
-        self.kept: list[int] = []
-        self.dropped: list[Any] = []
-        self.freed: list[Hashable] = []
-        self.forks: list[tuple[Hashable, Hashable]] = []
-        self.num_clears = 0
-
-    def fork(self, seq_id: Hashable, new_seq_id: Hashable) -> None:
-        self.forks.append((seq_id, new_seq_id))
-
-    def free(self, seq_id: Hashable) -> None:
-        self.freed.append(seq_id)
-        self.latest.pop(seq_id, None)
-
-    def clear(self) -> None:
-        self.num_clears += 1
-
-    def latest_position(self, seq_id: Hashable) -> int:
-        return self.latest.get(seq_id, 0)
-
-    def keep_latest(self, seq_id: Hashable, name: Any) -> None:
-        self.kept.append(self.latest[seq_id])
-
-    def drop(self, name: Any) -> None:
-        self.dropped.append(name)
 
 
 class Steps:

@@ -57,6 +57,24 @@ def test_the_block_used_least_recently_goes_first_when_a_store_is_full(tmp_path:
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
+def test_a_store_takes_blocks_of_no_bytes_and_no_end_of_them(tmp_path: Path) -> None:
+    """As the blocks of a model are that has recurrent layers only."""
+    in_memory = MemoryStore(2560)
+    for store in (in_memory, folder_store(tmp_path)):
+        for number in range(20):
+            store.put(str(number), {})
+        assert store.get("19") == {}
+    assert len(in_memory._blocks) == 10
+
+
+def test_what_is_larger_than_a_store_leaves_the_others_there(tmp_path: Path) -> None:
+    for store in (MemoryStore(300), folder_store(tmp_path, capacity=600)):
+        store.put("one", content(1))
+        with pytest.raises(OSError, match=r"a block or a state of .* has no place in"):
+            store.put("two", {"s0.0": mx.zeros((1, 200))})
+        assert "one" in store and "two" not in store
+
+
 def test_a_file_that_is_not_whole_or_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     folder_store(tmp_path).put("one", content(1))
     folder_store(tmp_path).put("two", content(2))

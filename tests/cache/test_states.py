@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_paged.cache.states import States, Stretch
+from mlx_paged.cache.states import States, Stretch, content_of
 
 
 class Node:
@@ -114,6 +114,32 @@ def test_modules_that_share_a_cache_each_keep_what_they_have_written() -> None:
     states.begin([Stretch(slice(0, 1), [2], load=nodes[0]), Stretch(slice(0, 1), [3], load=nodes[1])])
     found = [[array.item() for array in states.take(number, 0) if array is not None] for number in range(2)]
     assert found == [[4, 5], [8, 9]]
+
+
+@pytest.mark.parametrize("kind", ["sequence", "checkpoint"])
+def test_a_state_goes_on_from_what_was_kept_of_it(kind: str) -> None:
+    states, node = States([1], [((2,), mx.float32)]), Node()
+    run(states, prompt(1, 10), prompt(2, 20, keep=node))
+    run(states, decode(1, 2))
+    state = states.of_sequence(2) if kind == "sequence" else states.of_checkpoint(node)
+    assert state is not None
+    content = content_of(state)
+    states.clear()
+    assert states.of_sequence(2) is None and states.of_checkpoint(node) is None
+    if kind == "sequence":
+        states.restore(5, content)
+        assert run(states, decode(5)) == [[21]]
+    else:
+        states.restore(node, content)
+        assert run(states, Stretch(slice(0, 1), [5], load=node)) == [[20]]
+
+
+@pytest.mark.parametrize("content", [{}, {"s0.0": mx.zeros((1, 3))}, {"s0.0": mx.zeros((1, 2), mx.float16)}])
+def test_a_state_of_another_layout_is_refused(content: dict[str, mx.array]) -> None:
+    states = States([1], [((2,), mx.float32)])
+    with pytest.raises(ValueError, match="a state of another layout"):
+        states.restore(5, content)
+    assert 5 not in states
 
 
 def test_all_is_forgotten_at_once(states: States) -> None:

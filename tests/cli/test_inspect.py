@@ -184,7 +184,8 @@ def test_weights_that_are_in_the_folder_are_measured_in_the_types_that_they_will
 
 
 def test_saved_prompts_are_listed_by_model(tmp_path: Path) -> None:
-    for path, size, used in (("llama-1/a", 500, 0), ("llama-1/b", 700, 86400), ("qwen2-2/a", 1800, 43200)):
+    names = ("llama-1/a", 500, 0), ("llama-1/b", 700, 86400), ("mamba-2/0-a", 800, 43200), ("mamba-2/state-a", 1000, 0)
+    for path, size, used in names:
         file = tmp_path / f"{path}.safetensors"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(bytes(size))
@@ -194,11 +195,13 @@ def test_saved_prompts_are_listed_by_model(tmp_path: Path) -> None:
     first, second, total = result.stdout.splitlines()
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(86400))
     assert first == f"llama-1  2 blocks  1.2 KB  last used {day}"
-    assert second.startswith("qwen2-2  1 block  1.8 KB")
+    assert second.startswith("mamba-2  1 block, 1 state  1.8 KB")
     assert total == f"2 models, 3 KB in {tmp_path}"
     listed = json.loads(run("--prefix-cache-dir", tmp_path, "--json").stdout)
-    assert listed[0] == {"name": "llama-1", "num_blocks": 2, "num_bytes": 1200, "last_used": 86400.0}
-    assert run("--prefix-cache-dir", tmp_path / "qwen2-2" / "a.safetensors").exit_code == 2
+    assert listed[0] == {
+        "name": "llama-1", "num_blocks": 2, "num_states": 0, "num_bytes": 1200, "last_used": 86400.0
+    }  # fmt: skip
+    assert run("--prefix-cache-dir", tmp_path / "mamba-2" / "0-a.safetensors").exit_code == 2
     result = run("--prefix-cache-dir", tmp_path / "nowhere")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "No such file or directory" in result.stderr

@@ -129,6 +129,14 @@ class HashMachine(RuleBasedStateMachine):
         else:
             del self.asked[request_id]
 
+    @precondition(lambda self: self.engine._scheduler.running)
+    @rule(pick=PICK)
+    def preempt(self, pick: int) -> None:
+        self.engine._receive(self.engine._in_flight)
+        running = self.engine._scheduler.running
+        if running:
+            self.engine._scheduler.preempt(running[pick % len(running)])
+
     @rule(after=st.booleans(), one_of_six=st.integers(0, 5))
     def let_the_next_step_fail(self, after: bool, one_of_six: int) -> None:
         if one_of_six:
@@ -143,16 +151,15 @@ class HashMachine(RuleBasedStateMachine):
 
         self.engine._runner.run = fail  # type: ignore[method-assign,assignment]
 
-    @precondition(lambda self: (self.folder / "saved").exists())
+    @precondition(lambda self: self.stores is not None and self.stores._disk is not None)
     @rule(pick=PICK, how=st.sampled_from(["cut", "changed", "gone", "other"]), kind=st.sampled_from(["state", "0"]))
     def something_happens_to_a_saved_file(self, pick: int, how: str, kind: str) -> None:
-        folders = [each for each in (self.folder / "saved").iterdir() if "-writing-" not in each.name]
-        found = sorted(path for each in folders for path in each.glob(f"{kind}-*{SUFFIX}"))
+        found = sorted(self.stores._disk._folder.glob(f"{kind}-*{SUFFIX}"))
         if not found:
             return
         path = found[pick % len(found)]
-        whole = path.read_bytes()
-        changed = {"cut": whole[: pick % len(whole)], "other": found[0].read_bytes(), "changed": whole[:-1] + b"?"}
+        whole, other = path.read_bytes(), found[0].read_bytes()
+        changed = {"cut": whole[: pick % (len(whole) + 1)], "other": other, "changed": whole[:-1] + b"?"}
         if how == "gone":
             path.unlink()
         else:
