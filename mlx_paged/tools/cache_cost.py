@@ -146,6 +146,7 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
 
     from mlx_paged.models import hub, loading, registry
     from mlx_paged.models.patch import patch_model
+    from mlx_paged.models.refusals import cannot_load
 
     registry.require_paged(str(hub.read_json(folder / "config.json").get("model_type")))
     is_measured = any(folder.glob("model*.safetensors")) and bool(hub.check_weights(folder))
@@ -153,6 +154,8 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
         config = load_config(folder)
         model = load_model(folder, lazy=True)[0] if is_measured else _build(config)
     except Exception as error:  # a configuration can be wrong in many ways
+        if is_measured:
+            raise cannot_load(folder, error) from error
         reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise ModelError(f"{folder / 'config.json'} describes no model that mlx-lm can build: {reason}") from error
     loading.set_dtype(model, dtype)

@@ -280,6 +280,10 @@ _TEXT_CONFIGS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 30.0, "output_multiplier": 0.5, "moe_hidden_size": 48, "num_shared_experts": 0,
     },
     "minimax_m3": {"moe_layer_freq": [0, 1, 1], "dense_intermediate_size": 96, "layer_types": None},
+    "minimax_m3_sparse": {
+        "moe_layer_freq": [0, 1, 1], "dense_intermediate_size": 96, "layer_types": None, "index_n_heads": 2,
+        "index_head_dim": 32, "index_topk_blocks": 2, "index_block_size": 8, "sparse_attention_freq": [0, 1, 1],
+    },
 }
 # fmt: on
 

@@ -7,7 +7,7 @@ import pytest
 from helpers.families import family_model
 from helpers.tiny_models import VOCAB_SIZE, unpaged_greedy
 
-from mlx_paged import LLM, ModelError
+from mlx_paged import LLM, ModelError, SamplingParams
 from mlx_paged.models.patch import patch_model
 
 DYNAMIC = {"type": "dynamic", "factor": 2.0}
@@ -21,6 +21,18 @@ def test_a_family_with_replaced_code_gives_the_same_as_before_with_mlx_lms_own_c
     patch_model(model)
     assert unpaged_greedy(model, prompt, 3) == before
     assert model(mx.array([prompt])).shape == (1, len(prompt), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("family", ["afm7", "gpt_bigcode", "llama4", "plamo", "plamo2"])
+def test_a_family_with_replaced_code_goes_on_from_a_prefix(family: str) -> None:
+    model, prompt = family_model(family), list(range(2, 55))
+    reference = unpaged_greedy(model, prompt, 3)
+    llm = LLM.from_model(model, block_size=8, num_kv_blocks=32, max_num_batched_tokens=16, check_invariants=True)
+    params = SamplingParams(temperature=0, max_tokens=3)
+    for least_cached in (0, 40):
+        (output,) = llm.generate([prompt], params)
+        assert output.num_cached_tokens >= least_cached
+        assert output.outputs[0].token_ids == reference.token_ids
 
 
 def test_dynamic_rope_scaling_still_scales_in_mlx_lm() -> None:

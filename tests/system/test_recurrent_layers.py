@@ -139,6 +139,17 @@ def test_a_model_without_attention_has_blocks_of_no_bytes(model: str) -> None:
     assert output.outputs[0].finish_reason == "length" and len(output.outputs[0].token_ids) == 10
 
 
+@pytest.mark.parametrize("max_model_len", [None, 40])
+@pytest.mark.parametrize("pool", [{}, {"num_kv_blocks": 4}, {"kv_cache_memory": "1MB"}], ids=str)
+def test_a_model_without_attention_takes_every_option_of_the_pool(
+    pool: dict[str, Any], max_model_len: int | None
+) -> None:
+    llm = LLM.from_model(family_model("mamba"), **pool, max_model_len=max_model_len, max_num_seqs=3)
+    assert llm.stats().num_blocks == pool.get("num_kv_blocks", 3 * 3 if max_model_len else 1 << 16)
+    (output,) = llm.generate([prompt_of(30)], greedy(20))
+    assert len(output.outputs[0].token_ids) == (10 if max_model_len else 20)
+
+
 def test_a_model_that_has_neither_attention_nor_a_length_has_room_for_a_million_tokens() -> None:
     assert LLM.from_model(HashModel(), block_size=16).stats().num_blocks == 1 << 16
 
