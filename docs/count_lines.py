@@ -21,6 +21,7 @@ LAYOUT = {
     getattr(tokenize, name) for name in ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")
 }  # tokens that are no code
 OPTIONAL = {
+    "mlx_paged/attention/chunks.py": "attention in chunks",
     "mlx_paged/attention/cpu.py": "a backend for CPUs",
     "mlx_paged/attention/cuda.py": "a backend for NVIDIA's cards",
     "mlx_paged/attention/gathered.py": "GPUs with matrix units of their own",

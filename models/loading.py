@@ -16,6 +16,7 @@ from mlx_paged.models import hub, registry
 from mlx_paged.models.adapters import add_adapter, check_adapter
 from mlx_paged.models.byte_order_marks import without_marks
 from mlx_paged.models.generation_config import sampling_defaults
+from mlx_paged.models.refusals import cannot_load
 from mlx_paged.sampling_params import as_int
 
 
@@ -48,7 +49,7 @@ def load(name: str | Path | None, dtype: str | None, adapter_path: str | os.Path
         try:
             model, config = load_model(readable, lazy=True)
         except Exception as error:  # mlx-lm reports what it can't read in many ways
-            raise ModelError(f"{folder} can't be loaded by mlx-lm: {one_line(error)}") from error
+            raise cannot_load(folder, error) from error
         end_tokens = _end_tokens(folder, config.get("eos_token_id"))
         try:
             tokenizer = load_tokenizer(readable, eos_token_ids=end_tokens)

@@ -17,9 +17,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_paged.attention.backend import Backend
+from mlx_paged.attention.chunks import cut_into_chunks
 from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.attention.paged_attention import choose_backend
 from mlx_paged.cache.kv_cache import PagedKVCache
@@ -30,7 +31,7 @@ from mlx_paged.models.latent_attention import LatentLayerCache, RotaryKeys, join
 from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache, PagedMask
 from mlx_paged.models.recurrent import TRACED_STRETCHES, kind_of, leaves, run, trace
 from mlx_paged.models.refusals import refusal
-from mlx_paged.models.replaced import replace_code
+from mlx_paged.models.replaced import fix_dynamic_ropes, replace_code
 from mlx_paged.models.select_logits import select_logits
 
 SEAM: dict[Callable[..., Any], list[str]] = {
@@ -38,10 +39,12 @@ SEAM: dict[Callable[..., Any], list[str]] = {
     base.create_attention_mask: ["h", "cache", "window_size", "return_array"],
     KVCache.update_and_fetch: ["self", "keys", "values"],
     RotatingKVCache.make_mask: ["self", "N", "window_size", "return_array"],
+    ChunkedKVCache.__init__: ["self", "chunk_size"],
     ArraysCache.__init__: ["self", "size", "left_padding"],
     base.create_ssm_mask: ["h", "cache"],
 }
 _ATTENTION = "scaled_dot_product_attention"
+_CHUNKED = "llama4"  # the family whose windows are chunks
 _INNER_NAMES = ("model", "transformer", "backbone", "decoder")
 _NUM_TRACED_TOKENS = TRACED_STRETCHES[-1].tokens.stop
 _TRACED_ROWS = [4, 8, 10]  # those that need logits; several, so that they are not broadcast by chance
@@ -105,6 +108,8 @@ class PatchedModel:
     """One per cache that the model makes, those in a list apart, None where nothing is stored."""
     windows: list[int | None]
     """Likewise: the most keys that a cache keeps, None for all."""
+    chunked: bool
+    """Whether these windows do not move with each query, but begin at the last multiple of their size."""
     num_heads: list[int]
     """Likewise: the query heads of the layers that attend to what a cache stores."""
     vocab_size: int
@@ -154,20 +159,23 @@ class PatchedModel:
         caches: list[Any] = []
         pools = iter(kv_cache.pools)  # of the layers that store anything
         groups = {window: group for group, window in enumerate(self.groups)}
+        if self.chunked:
+            inputs = cut_into_chunks(inputs, self.groups, kv_cache.block_size)
         for backend, window in zip(self.backends(kv_cache.block_size), self.windows, strict=True):
             pool = None if backend is None else next(pools)
             kind = LatentLayerCache if pool is not None and pool.latent_dim else PagedLayerCache
-            caches.append(kind(pool, backend, inputs, groups[window], window))
+            caches.append(kind(pool, backend, inputs, groups[window], None if self.chunked else window))
         logits = run(self.model, inputs, self.kinds, caches, states or States(self.num_entries))
         if not self.selects_logits and inputs.logits_indices is not None:
             logits = logits[inputs.logits_indices]
         return logits[:, 0]
 
 
-def patch_model(model: nn.Module) -> PatchedModel:
+def patch_model(model: nn.Module, max_model_len: int | None = None) -> PatchedModel:
     """Make `model`, an mlx-lm model, run on a paged cache; it goes on working with mlx-lm's own caches.
 
-    Raises ModelError if the model keeps other state than keys and values, or looks at them itself.
+    max_model_len: the longest context that it will get, in tokens; None if that is not known. Raises ModelError if the
+    model keeps other state than keys and values, or looks at them itself.
     """
     check_seam()
     name = getattr(model, "model_type", type(model).__name__)
@@ -178,6 +186,7 @@ def patch_model(model: nn.Module) -> PatchedModel:
         if getattr(source, _ATTENTION, None) is base.scaled_dot_product_attention:
             setattr(source, _ATTENTION, _dispatch)
     replace_code(name)
+    fix_dynamic_ropes(model, max_model_len)
     inner = _inner_model(model)
     if inner is not None:
         select_logits(type(inner))
@@ -201,6 +210,8 @@ def _window_of(cache: Any, model_name: str) -> int | None:
         return None
     if type(cache) is RotatingKVCache and cache.keep == 0:
         return cache.max_size + (model_name == "plamo3")  # its masks show one key more than its caches keep
+    if type(cache) is ChunkedKVCache and model_name == _CHUNKED:
+        return cache.chunk_size
     raise ModelError(
         f"model family {model_name!r} keeps state in {type(cache).__name__}, which can't be paged: "
         "caches of plain, sliding-window and latent attention can, and arrays of a recurrence's state"
@@ -242,7 +253,9 @@ def _trace(model: nn.Module, name: str, windows: list[int | None], kinds: list[A
     except Exception as error:  # whatever a model's code does to an opaque object
         raise refusal(name, error) from error
     shapes, num_heads = [cache.shape for cache in caches], [cache.num_heads for cache in caches]
-    return PatchedModel(model, shapes, windows, num_heads, logits.shape[-1], selects_logits, kinds, states)
+    return PatchedModel(
+        model, shapes, windows, name == _CHUNKED, num_heads, logits.shape[-1], selects_logits, kinds, states
+    )
 
 
 def _expect_shape(array: mx.array, expected: tuple[int, ...]) -> None:

@@ -1,11 +1,22 @@
-"""Why a model can't be paged, in the words of who loads it."""
+"""Why a model can't be loaded or paged, in the words of who loads it."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_paged.errors import ModelError, one_line
 from mlx_paged.models import registry
+
+
+def cannot_load(folder: Path, error: Exception) -> ModelError:
+    """What to raise for a folder that mlx-lm could not make a model of."""
+    if re.match(r"Expected shape|Missing \d+ parameters|Received \d+ parameters not in model", str(error)):
+        what = f"the weights in {folder} are not those that its config.json describes"
+        return ModelError(f"{what}: {one_line(error)}; fetch both again, from one place")
+    return ModelError(f"{folder} can't be loaded by mlx-lm: {one_line(error)}")
 
 
 def refusal(name: str, error: Exception) -> ModelError:
@@ -16,4 +27,5 @@ def refusal(name: str, error: Exception) -> ModelError:
     if "metal_kernel" in str(error) and not mx.metal.is_available():
         return ModelError(f"model family {name!r} runs on Macs only: mlx-lm computes its layers with Metal kernels")
     what = "its code handles keys, values, masks, positions or states itself"
-    return ModelError(f"model family {name!r} can't be paged: {what} ({one_line(error)})")
+    known = f"; of this family it is known: {family.note}" if family is not None and family.note else ""
+    return ModelError(f"model family {name!r} can't be paged: {what} ({one_line(error)}){known}")

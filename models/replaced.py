@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from mlx_paged.errors import ModelError
 from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache
 
 
@@ -29,12 +31,45 @@ def _either(original: Callable[..., mx.array], call: Callable[..., mx.array]) ->
 
     @functools.wraps(original)
     def either(self: Any, *args: Any, **kwargs: Any) -> mx.array:
-        given = (value[0] if isinstance(value, list) else value for value in (*args, *kwargs.values()))
+        given = (value[0] if isinstance(value, list) and value else value for value in (*args, *kwargs.values()))
         is_paged = any(isinstance(value, PagedLayerCache | PagedKV) for value in given)
         return (call if is_paged else original)(self, *args, **kwargs)
 
     either.is_replaced = True  # type: ignore[attr-defined]
     return either
+
+
+def fix_dynamic_ropes(model: nn.Module, max_model_len: int | None) -> None:
+    """Let dynamic rope scaling take the positions of many sequences: as far as it does not scale, which is all it may.
+
+    Raises ModelError for a context, in tokens, that is longer, or not known.
+    """
+    ropes: list[Any] = [module for module in model.modules() if type(module).__name__ == "DynamicNTKScalingRoPE"]
+    for rope in ropes:
+        most = rope.max_position_embeddings
+        if max_model_len is None or max_model_len > most:
+            raise ModelError(
+                f"dynamic rope scaling turns keys by how long the sequence is once that is more than {most} tokens, "
+                f"which can't be paged: give max_model_len={most}, or less"
+            )
+        cls: Any = type(rope)
+        if not hasattr(cls.__call__, "is_replaced"):
+            cls.__call__ = _unscaled(cls.__call__)
+
+
+def _unscaled(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """A rope's call that does not scale where it is given many positions, and otherwise is `original`."""
+
+    @functools.wraps(original)
+    def call(self: Any, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        if not isinstance(offset, mx.array):
+            return original(self, x, offset)
+        base = self.original_base if hasattr(self, "original_base") else self.base
+        scale = getattr(self, "scale", 1.0)
+        return mx.fast.rope(x, self.dims, traditional=self.traditional, base=base, scale=scale, offset=offset)
+
+    call.is_replaced = True  # type: ignore[attr-defined]
+    return call
 
 
 def _by_head(x: mx.array, num_heads: int) -> mx.array:
@@ -70,6 +105,28 @@ def _gpt_bigcode_model(self: Any, inputs: mx.array, cache: list[Any]) -> mx.arra
     return self.ln_f(hidden)
 
 
+def _llama4_model(self: Any, inputs: mx.array, cache: list[Any]) -> mx.array:
+    """Llama 4's layers, whose mask of chunks is made of numbers: here the chunks are cut before (`PatchedModel`)."""
+    hidden = self.embed_tokens(inputs)
+    for layer, each in zip(self.layers, cache, strict=True):
+        hidden = layer(hidden, None, cache=each)
+    return self.norm(hidden)
+
+
+def _llama4_attention(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+    """Llama 4's attention, which scales queries by a range of positions in layers without rope."""
+    queries, keys = _by_head(self.q_proj(x), self.n_heads), _by_head(self.k_proj(x), self.n_kv_heads)
+    if self.use_rope:
+        queries, keys = (self.rope(each, offset=cache.offset) for each in (queries, keys))
+    if self.use_qk_norm:
+        queries, keys = (mx.fast.rms_norm(each, weight=None, eps=1e-6) for each in (queries, keys))
+    if self.attn_temperature_tuning and not self.use_rope:
+        scales = mx.log(mx.floor((cache.offset + 1) / self.floor_scale) + 1.0) * self.attn_scale + 1.0
+        queries = (queries * scales[:, None, None, None]).astype(queries.dtype)
+    cache.update_and_fetch(keys, _by_head(self.v_proj(x), self.n_kv_heads))
+    return self.o_proj(_joined(cache.attend(queries, self.scale, mask, None)))
+
+
 def _plamo_attention(self: Any, hidden_states: mx.array, attention_mask: Any = None, cache: Any = None) -> mx.array:
     """PLaMo's attention, which repeats its keys: query head i attends to KV head i modulo their number."""
     queries = self.rotary_emb(_by_head(self.q_proj(hidden_states), self.q_num_heads), offset=cache.offset)
@@ -100,6 +157,7 @@ _REPLACED: dict[str, dict[str, Callable[..., mx.array]]] = {
     "afm7": {"KVReuseAttention": _afm7_reuse},
     "gemma2": {"Attention": _gemma2_attention},
     "gpt_bigcode": {"GPTBigCodeModel": _gpt_bigcode_model},
+    "llama4": {"LlamaModel": _llama4_model, "Attention": _llama4_attention},
     "plamo": {"Attention": _plamo_attention},
     "plamo2": {"Attention": _plamo2_attention},
 }

@@ -19,9 +19,9 @@ class BlockManager:
     """Map the tokens of sequences, named by any hashable id, to blocks of a pool of `num_blocks`, all of them usable.
 
     Method by method, either all of it happens or, with an error, nothing. An unknown id is a KeyError.
-    With a `window`, of which a query sees its own key and the window - 1 before it, a sequence gives back the blocks
-    that no further query can see: their table entries become NO_BLOCK. With a `store`, prefixes that are evicted from
-    the pool go there if they were of use, and are found there.
+    With a `window`, of which a query sees its own key and the window - 1 before it (with `chunked` those since the last
+    multiple of it), a sequence gives back the blocks that no further query can see: their entries become NO_BLOCK.
+    With a `store`, prefixes that are evicted from the pool go there if they were of use, and are found there.
 
     The sharing follows Kwon et al. 2023, "Efficient Memory Management for LLM Serving with PagedAttention".
     """
@@ -34,6 +34,7 @@ class BlockManager:
         allocator: str = "lru",
         prefix_caching: bool = True,
         window: int | None = None,
+        chunked: bool = False,
         store: GroupStoreIndex | None = None,
     ) -> None:
         if window is not None and window < 1:
@@ -44,6 +45,7 @@ class BlockManager:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.window = window
+        self.chunked = chunked
         self._store = store
         self._policy = allocator
         self.clear()
@@ -128,14 +130,9 @@ class BlockManager:
         return self.attach(seq_id, list(token_ids), len(token_ids), salt=salt, max_cached=max_cached)
 
     def attach(
-        self,
-        seq_id: Hashable,
-        token_ids: list[int],
-        num_tokens: int,
-        *,
-        salt: Hashable = None,
+        self, seq_id: Hashable, token_ids: list[int], num_tokens: int, *, salt: Hashable = None,
         max_cached: int | None = None,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Do as `allocate`, for the first `num_tokens` of a list that its owner appends to; it is never copied."""
         self._require_new(seq_id)
         if num_tokens == 0:
@@ -311,7 +308,10 @@ class BlockManager:
 
     def _first_visible(self, num_tokens: int) -> int:
         """The first table entry that queries after `num_tokens` tokens can see."""
-        return 0 if self.window is None else max(0, num_tokens - self.window + 1) // self.block_size
+        if self.window is None:
+            return 0
+        first = num_tokens // self.window * self.window if self.chunked else max(0, num_tokens - self.window + 1)
+        return first // self.block_size
 
     def _num_cached_blocks(self, tokens: Sequence[int], salt: Hashable, most: int) -> int:
         """Count the blocks of the longest prefix, of at most `most` tokens, that a sequence can start from."""
@@ -328,10 +328,9 @@ class BlockManager:
         return num_usable
 
     def _get(self, seq_id: Hashable) -> SequenceBlocks:
-        try:
-            return self._sequences[seq_id]
-        except KeyError:
-            raise KeyError(f"no sequence {seq_id!r} in the block manager: never allocated, or freed") from None
+        if seq_id not in self._sequences:
+            raise KeyError(f"no sequence {seq_id!r} in the block manager: never allocated, or freed")
+        return self._sequences[seq_id]
 
     def _require_new(self, seq_id: Hashable) -> None:
         if seq_id in self._sequences:

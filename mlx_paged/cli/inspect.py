@@ -110,6 +110,7 @@ def analyse(
                 "value_in_key": group.shape.value_in_key,
                 "element_bytes": group.shape.dtype.size,
                 "window": group.window,
+                "chunked": group.chunked and group.window is not None,
                 "bytes_per_token": group.bytes_per_token,
                 "bytes_per_block": group.bytes_per_token * block_size,
             }
@@ -143,7 +144,8 @@ def _as_text(report: dict[str, Any]) -> str:
     for layers in report["layers"]:
         heads = f"{layers['num_kv_heads']} KV head" + "s" * (layers["num_kv_heads"] > 1)
         numbers = f"{layers['key_dim']} K" + (", V in it" if layers["value_in_key"] else f" + {layers['value_dim']} V")
-        window = "" if layers["window"] is None else f" with a window of {layers['window']:,} tokens"
+        kind = "in chunks" if layers["chunked"] else "with a window"
+        window = "" if layers["window"] is None else f" {kind} of {layers['window']:,} tokens"
         lines += [
             f"one token   {layers['num_layers']} layers{window} x {heads} x "
             f"({numbers}) x {layers['element_bytes']} bytes = "

@@ -68,6 +68,7 @@ class Engine:
             stored_keys=stores,
             states=runner.states,
             num_checkpoints=runner.plan.num_state_slots - config.max_num_seqs,
+            chunked=runner.plan.chunked,
             allocator=config.allocator,
             prefix_caching=config.prefix_caching,
         )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_paged.attention.chunks import check_chunks
 from mlx_paged.blocks.cache_groups import blocks_for_window
 from mlx_paged.config import EngineConfig, format_memory, parse_memory, parse_swap_space
 from mlx_paged.errors import EngineWarning
@@ -43,6 +44,8 @@ class MemoryPlan(NamedTuple):
     """Of the states of recurrent layers, of one sequence; 0: there are none."""
     num_state_slots: int = 0
     """How many such states there is room for: one per running sequence, and checkpoints."""
+    chunked: bool = False
+    """Whether the windows are chunks: see `PatchedModel`."""
 
     @property
     def kv_bytes(self) -> int:
@@ -51,7 +54,7 @@ class MemoryPlan(NamedTuple):
     def __str__(self) -> str:
         groups = zip(self.num_blocks, self.block_bytes, self.windows, strict=True)
         pools = [
-            f"{count} blocks for windows of {window}" if window else f"{count} blocks"
+            f"{count} blocks for {'chunks' if self.chunked else 'windows'} of {window}" if window else f"{count} blocks"
             for count, size, window in groups
             if size
         ]
@@ -85,6 +88,8 @@ def plan_memory(
     step_bytes = measure_step_bytes(model, config, max_model_len, on_cpu)
     bytes_available = device_bytes - weights - step_bytes
     windows = model.groups
+    if model.chunked:
+        check_chunks(windows, config.block_size)
     block_bytes = [0] * len(windows)
     for layer, group in model.stored_layers:
         block_bytes[group] += config.block_size * layer.bytes_per_token
@@ -135,7 +140,7 @@ def plan_memory(
         )
     return MemoryPlan(
         group_blocks(num_blocks), block_bytes, windows, config.block_size, weights, step_bytes, device_bytes, device,
-        model.state_bytes, num_states,
+        model.state_bytes, num_states, model.chunked,
     )  # fmt: skip
 
 

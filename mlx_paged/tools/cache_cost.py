@@ -36,6 +36,8 @@ class LayerGroup(NamedTuple):
     """What each of them stores per token."""
     window: int | None
     """The most tokens that a query of theirs sees; None: all."""
+    chunked: bool = False
+    """Whether it sees those from the last multiple of the window on, and not always as many."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -44,7 +46,9 @@ class LayerGroup(NamedTuple):
 
     def visible(self, num_tokens: int) -> int:
         """Count those of `num_tokens` that a query can still see."""
-        return num_tokens if self.window is None else min(num_tokens, self.window)
+        if self.window is None:
+            return num_tokens
+        return (num_tokens - 1) % self.window + 1 if self.chunked else min(num_tokens, self.window)
 
 
 class ModelSize(NamedTuple):
@@ -140,22 +144,26 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
     from mlx.utils import tree_flatten
     from mlx_lm.utils import load_config, load_model
 
-    from mlx_paged.models import hub, loading
+    from mlx_paged.models import hub, loading, registry
     from mlx_paged.models.patch import patch_model
+    from mlx_paged.models.refusals import cannot_load
 
+    registry.require_paged(str(hub.read_json(folder / "config.json").get("model_type")))
     is_measured = any(folder.glob("model*.safetensors")) and bool(hub.check_weights(folder))
     try:
         config = load_config(folder)
         model = load_model(folder, lazy=True)[0] if is_measured else _build(config)
     except Exception as error:  # a configuration can be wrong in many ways
+        if is_measured:
+            raise cannot_load(folder, error) from error
         reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise ModelError(f"{folder / 'config.json'} describes no model that mlx-lm can build: {reason}") from error
     loading.set_dtype(model, dtype)
-    patched = patch_model(model)
+    patched = patch_model(model, hub.context_of(config))
     stored = config.get("quantization_config")
     layers = sorted(zip(patched.layers, patched.windows, strict=True), key=lambda layer: layer[1] or 0)
     counts = Counter((shape, window) for shape, window in layers if shape is not None)
-    groups = [LayerGroup(count, shape, window) for (shape, window), count in counts.items()]
+    groups = [LayerGroup(count, shape, window, patched.chunked) for (shape, window), count in counts.items()]
     counted: Counter[str] = Counter()
     for array in dict(tree_flatten(model.parameters())).values():
         counted[_name(array.dtype)] += array.nbytes

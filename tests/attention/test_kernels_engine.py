@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers.attention_cases import split
+from helpers.families import family_model
 from helpers.gpu import Gpu
 from helpers.tiny_models import VOCAB_SIZE
 from metalsim.fixture import Metal
@@ -74,6 +75,18 @@ def test_a_model_of_latent_attention_generates_the_same_tokens_through_its_kerne
     split(monkeypatch, 32)
     assert generate(model) == expected
     assert set(gpu.kernels_run) == {"latent", "merge"} | ({"write"} if gpu.name == "cuda" else set())
+
+
+def test_a_model_that_attends_in_chunks_generates_the_same_tokens_through_the_kernels(
+    gpu: Gpu, steps: list[set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family_model("llama4")
+    monkeypatch.setenv(attention.BACKEND_VARIABLE, "reference")
+    expected = generate(model, block_size=8)
+    monkeypatch.setenv(attention.BACKEND_VARIABLE, gpu.name)
+    split(monkeypatch, 32)
+    assert generate(model, block_size=8) == expected
+    assert {"decodes"} in steps and {"decodes", "prefills"} in steps
 
 
 def test_the_kernels_are_the_default_where_there_is_a_device(

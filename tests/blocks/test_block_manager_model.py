@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.block_contents import visible
 from helpers.budget import budget
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -64,10 +65,17 @@ class BlockManagerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 5),
         prefix_caching=st.sampled_from([True, True, False]),
         window=st.sampled_from([None, None, 1, 2, 5, 8]),
+        chunked=st.booleans(),
         has_store=st.booleans(),
     )
     def start(
-        self, num_blocks: int, block_size: int, prefix_caching: bool, window: int | None, has_store: bool
+        self,
+        num_blocks: int,
+        block_size: int,
+        prefix_caching: bool,
+        window: int | None,
+        chunked: bool,
+        has_store: bool,
     ) -> None:
         self.contents = np.full((num_blocks, block_size), -1)
         self.store = Store(self.contents)
@@ -77,6 +85,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             allocator=self.policy,
             prefix_caching=prefix_caching,
             window=window,
+            chunked=chunked,
             store=self.store if has_store else None,
         )
         self.prefix_numbers: dict[Any, int] = {}
@@ -145,7 +154,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.manager.mark_computed(seq_id, end)
         sequence.num_computed = end
         if self.manager.window is not None:
-            num_unseen = max(0, end - self.manager.window + 1) // self.manager.block_size
+            first = visible(self.manager.window, end, chunked=self.manager.chunked).start
+            num_unseen = first // self.manager.block_size
             assert self.manager.block_table(seq_id)[:num_unseen] == [NO_BLOCK] * num_unseen
 
     @precondition(lambda self: self.sequences)
@@ -205,11 +215,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for seq_id, sequence in self.sequences.items():
             assert self.manager.num_tokens(seq_id) == len(sequence.tokens)
             assert self.manager.num_computed(seq_id) == sequence.num_computed
-            window = self.manager.window
-            first = 0 if window is None else max(0, sequence.num_computed - window + 1)
-            visible = range(first, sequence.num_computed)
-            read = [self.contents[self.manager.slot(seq_id, position)] for position in visible]
-            assert read == [self.prefix_number(sequence, position) for position in visible], seq_id
+            first = visible(self.manager.window, sequence.num_computed, chunked=self.manager.chunked).start
+            seen = range(first, sequence.num_computed)
+            read = [self.contents[self.manager.slot(seq_id, position)] for position in seen]
+            assert read == [self.prefix_number(sequence, position) for position in seen], seq_id
 
     @invariant()
     def every_block_is_either_free_or_held_as_often_as_it_is_referenced(self) -> None:

@@ -69,6 +69,32 @@ def test_a_windowed_sequence_is_hit_as_long_as_the_blocks_that_are_seen_are_ther
     manager.check()
 
 
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_of_chunks_a_sequence_holds_the_one_that_its_next_query_lies_in(block_size: int) -> None:
+    manager = BlockManager(40, block_size, window=8, chunked=True)
+    manager.allocate(0, range(5))
+    for end in range(5, 40):
+        manager.mark_computed(0, end)
+        first = end // 8 * 8 // block_size
+        assert [i for i, block_id in enumerate(manager.block_table(0)) if block_id != NO_BLOCK] == list(
+            range(first, -(-end // block_size))
+        )
+        manager.append(0, [end])
+        manager.check()
+
+
+def test_a_chunked_sequence_is_hit_up_to_a_boundary_whatever_became_of_the_chunks_before() -> None:
+    manager = BlockManager(4, 2, window=4, chunked=True)
+    run(manager, "a", tokens(7))
+    manager.free("a")
+    assert manager.num_cached_tokens(tokens(7)) == 6
+    manager.allocate("b", [90, 91, 92])  # takes the block of 2 that is left, and the oldest of the cached ones
+    assert manager.num_cached_tokens(tokens(7)) == 6
+    assert manager.allocate("c", tokens(7)) == 6
+    assert manager.block_table("c")[:2] == [NO_BLOCK] * 2
+    manager.check()
+
+
 def test_a_window_of_less_than_one_token_is_refused() -> None:
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         BlockManager(4, 2, window=0)

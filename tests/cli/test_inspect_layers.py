@@ -35,6 +35,27 @@ def test_latent_attention_stores_one_row_of_deepseek_v3s_published_size(tmp_path
     assert "2 layers x 1 KV head x (576 K, V in it) x 2 bytes = 2,304 bytes" in text
 
 
+def test_layers_that_attend_in_chunks_are_said_to_and_hold_what_is_left_of_the_last_one(tmp_path: Path) -> None:
+    shape = CONFIG | {
+        "attention_chunk_size": 64, "head_dim": 16, "interleave_moe_layer_step": 9, "intermediate_size_mlp": 96,
+        "num_experts_per_tok": 1, "num_local_experts": 1, "rope_scaling": None, "rope_theta": 1e4, "use_qk_norm": True,
+        "model_type": "llama4_text",
+    }  # fmt: skip
+    found, text = inspect(
+        tmp_path, {"model_type": "llama4", "text_config": shape}, "--lengths", "150", "--context", "256"
+    )
+    assert "one token   4 layers in chunks of 64 tokens x 2 KV heads x (16 K + 16 V)" in text
+    assert found["needed_bytes"] == 2 * 2 * 16 * 2 * (1 * 150 + 4 * (150 - 128))
+    assert [layers["chunked"] for layers in found["layers"]] == [False, True]
+
+
+def test_a_family_that_mlx_lm_can_not_even_import_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "olmo"}))
+    result = invoke("inspect", str(tmp_path))
+    assert result.exit_code != 0
+    assert "'olmo' can't be paged: it computes attention itself, and mlx-lm needs the package ai2-olmo" in result.output
+
+
 MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_proj_bias": False, "mamba_d_state": 16, "mamba_d_conv": 4,
     "mamba_n_groups": 1, "mamba_conv_bias": True, "embedding_multiplier": 1, "attention_multiplier": 1,

@@ -54,10 +54,10 @@ def test_a_beam_search_takes_nothing_of_it(run: Run) -> None:
 
 
 @pytest.fixture
-def hybrid_folder(tmp_path: Path, demo_folder: Path) -> Iterator[str]:
-    """A tiny random Granite 4 with the demo model's tokenizer."""
+def hybrid_folder(request: pytest.FixtureRequest, tmp_path: Path, demo_folder: Path) -> Iterator[str]:
+    """A tiny random Granite 4, or another family's model, with the demo model's tokenizer."""
     vocab_size = json.loads((demo_folder / "config.json").read_text())["vocab_size"]
-    model = family_model("granitemoehybrid", vocab_size=vocab_size)
+    model = family_model(getattr(request, "param", "granitemoehybrid"), vocab_size=vocab_size)
     save_model(tmp_path, model)
     save_config(
         {name: value for name, value in vars(model.args).items() if value is not None}, tmp_path / "config.json"
@@ -66,6 +66,16 @@ def hybrid_folder(tmp_path: Path, demo_folder: Path) -> Iterator[str]:
         shutil.copy(file, tmp_path)
     with warnings.catch_warnings():  # which a command shows in its own way
         yield str(tmp_path)
+
+
+@pytest.mark.parametrize("hybrid_folder", ["mamba", "rwkv7"], indirect=True)
+def test_a_model_without_attention_takes_the_options_of_a_pool_and_is_inspected(hybrid_folder: str) -> None:
+    for option, value in (("--num-kv-blocks", "4"), ("--kv-cache-memory", "2MB"), ("--max-model-len", "40")):
+        command = ("generate", "--raw", "-q", "--model", hybrid_folder, option, value, "--max-num-seqs", "4")
+        result = invoke(*command, "--max-tokens", "3", "Once")
+        assert (result.exit_code, bool(result.stdout)) == (0, True), result.output
+    result = invoke("inspect", hybrid_folder, "--lengths", "20,30", "--context", "64")
+    assert result.exit_code == 0 and "no K and V" in result.output and "one state " in result.output
 
 
 def test_that_fewer_sequences_run_for_want_of_memory_is_said_once_in_words_of_options(hybrid_folder: str) -> None:

@@ -110,8 +110,11 @@ def make_arrays(case: Case, seed: int = 0) -> Arrays:
     return Arrays(q, k_cache, v_cache, mx.array(tables), context_lens, cu_seqlens_q, options, case.latent)
 
 
-def dense_attention(arrays: Arrays) -> np.ndarray:
-    """Causal attention in float64, query by query, with keys and values picked from the blocks one by one."""
+def dense_attention(arrays: Arrays, chunk: int | None = None) -> np.ndarray:
+    """Causal attention in float64, query by query, with keys and values picked from the blocks one by one.
+
+    chunk: a query sees no key before the last multiple of it.
+    """
     q, k_cache, v_cache = map(exact, arrays[:3])
     scale, window, softcap, sinks = arrays.options.values()
     tables, block_size = np.array(arrays.block_tables), k_cache.shape[1]
@@ -126,6 +129,7 @@ def dense_attention(arrays: Arrays) -> np.ndarray:
         for token in range(begin, end if context else begin):
             last = context - end + token
             first = 0 if window is None else max(0, last + 1 - window)
+            first = first if chunk is None else last // chunk * chunk
             scores = np.einsum("khd,hd->hk", keys[first : last + 1], q[token]) * scale
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)

@@ -23,9 +23,11 @@ def most_blocks(window: int, block_size: int) -> int:
     return -(-(window - 1) // block_size) + 1
 
 
-def visible(window: int | None, position: int) -> range:
-    """The positions whose keys the query at `position` sees."""
-    return range(0 if window is None else max(0, position - window + 1), position + 1)
+def visible(window: int | None, position: int, *, chunked: bool = False) -> range:
+    """The positions whose keys the query at `position` sees: the last `window`, or those of its chunk."""
+    if window is None:
+        return range(position + 1)
+    return range(position // window * window if chunked else max(0, position - window + 1), position + 1)
 
 
 def held(manager: BlockManager, seq_id: int) -> list[int]:
@@ -70,7 +72,7 @@ class Contents:
     def check_visible(self, seq_id: int, tokens: Sequence[int], query: int, end: int) -> None:
         """The keys that the query at `query` sees, of those below `end`, are the sequence's own in every group."""
         for array, manager in zip(self.arrays, self.groups.managers, strict=True):
-            for position in visible(manager.window, query):
+            for position in visible(manager.window, query, chunked=manager.chunked):
                 if position < end:
                     read = array[slot(manager, seq_id, position)]
                     assert read == self.number(tokens, position), (seq_id, manager.window, query, position)
@@ -91,7 +93,7 @@ class Contents:
         for num_blocks in range((len(tokens) - 1) // block_size, 0, -1):
             end = num_blocks * block_size
             needed = (
-                {position // block_size for position in visible(manager.window, end) if position < end}
+                {p // block_size for p in visible(manager.window, end, chunked=manager.chunked) if p < end}
                 for manager in self.groups.managers
             )
             if all(blocks[i] in cached[group] for group, indices in enumerate(needed) for i in indices):

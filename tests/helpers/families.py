@@ -142,6 +142,7 @@ MATCHING: dict[str, dict[str, Any]] = {
     "lfm2_moe": _CONV | {"use_expert_bias": True, "num_dense_layers": 1},
     "lille-130m": {},
     "llama": {},
+    "llama4": {"text_config": "llama4_chunked"},
     "llama4_text": {"intermediate_size_mlp": 96, "no_rope_layers": [1, 1, 0]},
     "longcat_flash": _LONGCAT,
     "mamba": {"time_step_rank": 4} | _MAMBA,
@@ -228,9 +229,23 @@ MATCHING: dict[str, dict[str, Any]] = {
     "youtu_llm": {"num_key_value_heads": 4},
 }
 
-OTHER_FORMS: dict[str, dict[str, Any]] = {
-    "granitemoehybrid": {"layer_types": ["attention"] * 3},
+OTHER_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granitemoehybrid-attention": ("granitemoehybrid", {"layer_types": ["attention"] * 3}),
+    "internlm2-dynamic": ("internlm2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    "internlm3-dynamic": ("internlm3", {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}}),
+    "llama-dynamic": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 1.1}}),
+    "llama-linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "llama-llama3": ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+    "llama-yarn": ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}),
+    "llama-longrope": ("llama", {
+        "rope_scaling": _LONG_ROPE | {"original_max_position_embeddings": 16, "long_factor": [1.5] * 16},
+    }),
+    "llama-proportional": ("llama", {"rope_scaling": {"rope_type": "proportional", "partial_rotary_factor": 0.5}}),
+    "llama-mrope": ("llama", {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}),
+    "gpt_bigcode-heads": ("gpt_bigcode", {"multi_query": False}),
+    "plamo2-attention": ("plamo2", {"mamba_enabled": False}),
 }
+"""By name, a family and what is changed: rope scaling of every type, and layers of another kind."""
 
 COMPARED_WITHOUT_CACHE = ("plamo3",)
 """Its windows are of one key more than mlx-lm's cache of a window keeps, so that mlx-lm's own decodes see one less."""
@@ -240,7 +255,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "deepseek_v32": {"num_key_value_heads": 4} | _INDEX,
     "deepseek_v41": {},
     "glm_moe_dsa": {"num_key_value_heads": 4, "rope_parameters": _ROPE} | _INDEX,
-    "llama4": {"text_config": "llama4_chunked"},
     "longcat_flash_ngram": _LONGCAT,
     "phi3small": {
         "dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "blocksparse_block_size": 32,
@@ -257,7 +271,8 @@ _TEXT_CONFIGS: dict[str, dict[str, Any]] = {
         "altup_correct_scale": True, "altup_active_idx": 0,
     },
     "llama4_chunked": {
-        "num_hidden_layers": 4, "num_experts_per_tok": 1, "attention_chunk_size": 24, "floor_scale": 16,
+        "num_hidden_layers": 4, "num_experts_per_tok": 1, "attention_chunk_size": 24, "floor_scale": 3,
+        "attn_scale": 0.5,
         "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96,
     },
     "muse_spark_text": {
@@ -265,6 +280,10 @@ _TEXT_CONFIGS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 30.0, "output_multiplier": 0.5, "moe_hidden_size": 48, "num_shared_experts": 0,
     },
     "minimax_m3": {"moe_layer_freq": [0, 1, 1], "dense_intermediate_size": 96, "layer_types": None},
+    "minimax_m3_sparse": {
+        "moe_layer_freq": [0, 1, 1], "dense_intermediate_size": 96, "layer_types": None, "index_n_heads": 2,
+        "index_head_dim": 32, "index_topk_blocks": 2, "index_block_size": 8, "sparse_attention_freq": [0, 1, 1],
+    },
 }
 # fmt: on
 

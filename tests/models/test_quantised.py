@@ -70,7 +70,7 @@ def test_a_folder_of_quantised_weights_is_loaded_and_gives_its_unpaged_results(q
 def test_a_refused_family_is_named_before_its_weights_are_read(quantised_folder: Path) -> None:
     config = json.loads((quantised_folder / "config.json").read_text())
     (quantised_folder / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v41_text"}))
-    with pytest.raises(ModelError, match="family 'deepseek_v41_text' can't be paged: a layer keeps more than one"):
+    with pytest.raises(ModelError, match="family 'deepseek_v41_text' can't be paged: an index beside the cache"):
         LLM(quantised_folder)
 
 

@@ -22,7 +22,7 @@ from mlx_paged.models.patch import patch_model
     ("family", "changes"),
     [
         *(pytest.param(family, {}, id=family) for family in MATCHING),
-        *(pytest.param(family, changes, id=f"{family}-other") for family, changes in OTHER_FORMS.items()),
+        *(pytest.param(*form, id=name) for name, form in OTHER_FORMS.items()),
     ],
 )
 def test_a_listed_family_gives_its_unpaged_results(

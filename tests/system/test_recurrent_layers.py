@@ -9,19 +9,15 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from helpers.budget import LONG, budget
+from helpers.budget import budget
 from helpers.families import family_model
 from helpers.hash_model import NUM_TOP, HashModel, expect_right_states
-from helpers.near_ties import tolerance
-from helpers.tiny_models import VOCAB_SIZE, unpaged_greedy
+from helpers.tiny_models import VOCAB_SIZE
 from mlx_lm.utils import load_tokenizer
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.errors import EngineWarning
-from mlx_paged.runner import stretches
 
-FUZZED = ("qwen3_next", "rwkv7")
-RECURRENT = (*FUZZED, "kimi_linear", "falcon_h1", "mamba2", "recurrent_gemma", "lfm2_moe", "nemotron_h", "jamba")
 SMALL: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 200, "max_num_seqs": 8, "check_invariants": True}
 
 
@@ -49,36 +45,6 @@ def test_prompts_of_unequal_lengths_give_in_one_batch_what_each_gives_alone(fami
     together = llm.generate(prompts, greedy(6))
     alone = [llm.generate([prompt], greedy(6))[0] for prompt in prompts]
     assert [each.outputs[0].token_ids for each in together] == [each.outputs[0].token_ids for each in alone]
-
-
-@pytest.mark.parametrize("seed", range(budget(1, 40)))
-@pytest.mark.parametrize("family", RECURRENT if LONG else FUZZED)
-def test_random_requests_that_share_prefixes_give_the_unpaged_tokens(
-    family: str, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stretches, "MAX_DECODE_INTERVAL", 16)
-    rng, model = random.Random(seed), family_model(family)
-    options = {
-        "block_size": rng.choice([4, 8]),
-        "num_kv_blocks": rng.choice([40, 60, 200]),
-        "max_num_batched_tokens": rng.choice([5, 16, 64]),
-        "max_num_seqs": rng.choice([2, 5, 8]),
-        "pipelining": rng.choice(["submit", "off", "build"]),
-    }
-    llm = LLM.from_model(model, check_invariants=True, **options)
-    known = [prompt_of(rng.randrange(5, 60), rng.random()) for _ in range(3)]
-    num_found = 0
-    for _ in range(budget(3, 6)):
-        prompts = [rng.choice(known) + prompt_of(rng.randrange(1, 9), rng.random()) for _ in range(rng.randrange(1, 5))]
-        params = [greedy(rng.choice([1, 4, 20]), n=rng.choice([1, 1, 3])) for _ in prompts]
-        for prompt, asked, output in zip(prompts, params, llm.generate(prompts, params), strict=True):
-            expected = unpaged_greedy(model, prompt, asked.max_tokens or 0)
-            num_found += output.num_cached_tokens
-            for sample in output.outputs:
-                differs = [found != due for found, due in zip(sample.token_ids, expected.token_ids, strict=True)]
-                assert not any(differs) or expected.margins[differs.index(True)] < tolerance()
-            known.append(prompt + output.outputs[0].token_ids)
-    assert num_found
 
 
 # -- prefixes -----------------------------------------------------------------------------------------------------
@@ -192,6 +158,17 @@ def test_a_model_without_attention_has_blocks_of_no_bytes(model: str) -> None:
     assert llm.describe_memory().startswith(f"KV cache: none; {stats.num_state_slots} states of ")
     (output,) = llm.generate([prompt_of(90)], greedy(20))
     assert output.outputs[0].finish_reason == "length" and len(output.outputs[0].token_ids) == 10
+
+
+@pytest.mark.parametrize("max_model_len", [None, 40])
+@pytest.mark.parametrize("pool", [{}, {"num_kv_blocks": 4}, {"kv_cache_memory": "1MB"}], ids=str)
+def test_a_model_without_attention_takes_every_option_of_the_pool(
+    pool: dict[str, Any], max_model_len: int | None
+) -> None:
+    llm = LLM.from_model(family_model("mamba"), **pool, max_model_len=max_model_len, max_num_seqs=3)
+    assert llm.stats().num_blocks == pool.get("num_kv_blocks", 3 * 3 if max_model_len else 1 << 16)
+    (output,) = llm.generate([prompt_of(30)], greedy(20))
+    assert len(output.outputs[0].token_ids) == (10 if max_model_len else 20)
 
 
 def test_a_model_that_has_neither_attention_nor_a_length_has_room_for_a_million_tokens() -> None:

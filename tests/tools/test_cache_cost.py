@@ -280,5 +280,5 @@ def test_a_configuration_that_is_none_is_one_line_that_names_the_file(config: An
 
 
 def test_a_family_that_cannot_be_paged_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="afm7"):
-        read_model(write_config(tmp_path, config_of("afm7")))
+    with pytest.raises(ModelError, match="phi3small"):
+        read_model(write_config(tmp_path, config_of("phi3small")))
