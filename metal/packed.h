@@ -1,5 +1,5 @@
-// Elements of float16, bfloat16 or float32 kept as the 32-bit words that they are loaded in, and sums over lanes.
-// A word becomes floats where it is used, so that what waits in registers takes no more room than in memory.
+// Elements of float16, bfloat16 or float32 kept as the 32-bit words that they are loaded in, sums over lanes, and where
+// a key lies. A word becomes floats where it is used, so that what waits in registers takes no more room than in memory.
 
 #define UNROLL _Pragma("clang loop unroll(full)")
 
@@ -63,4 +63,12 @@ METAL_FUNC float spread_sum(thread float* values, int lanes, int lane) {
   float sum = values[0];
   UNROLL for (int offset = N; offset < lanes; offset *= 2) sum += simd_shuffle_xor(sum, offset);
   return sum;
+}
+
+// The row of a cache, [num_blocks * block_size * num_kv_heads, dim], that belongs to a key of the table's sequence. Its
+// 32 bits are enough for a pool of 64 GB, with the shortest rows there are.
+template <typename Table>
+METAL_FUNC uint row_of(Table table, int key, int block_shift, int num_kv_heads, int kv_head) {
+  const uint slot = uint(table[key >> block_shift]) << block_shift | (key & ((1 << block_shift) - 1));
+  return slot * num_kv_heads + kv_head;
 }

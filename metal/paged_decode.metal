@@ -17,10 +17,11 @@
 // Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items]
 // Threadgroup    SIMDGROUPS simdgroups, in teams of PARTS; teams take every TEAMS-th tile of 32 keys of the item
 // Simdgroup      the scores of a tile's 32 keys, then their values, for all HEADS query heads of the KV head; lane i
-//                owns key i: where it lies, its scores, its weights. No barriers, except with two simdgroups to a
-//                team (PARTS == 2), where all teams make equally many rounds
+//                owns key i: where it lies, which is looked up a tile ahead, its scores, its weights. No barriers,
+//                except with two simdgroups to a team (PARTS == 2), where all teams make equally many rounds
 // Lanes          LANES of them read one row together, WIDTH elements (up to 16 bytes) each; BATCH rows are under way
-//                at once. With PARTS == 2 a row is shared by the LANES lanes of both simdgroups
+//                at once. With PARTS == 2 a row is shared by the LANES lanes of both simdgroups. No load depends on a
+//                condition: lanes past the end of a row or of the keys read the last of them again, for nothing
 // Lane           of every query head: its elements of the query (QUERY_IN_REGISTERS) and of the output. What belongs to
 //                a head alone, its peak and total, lies in the lane of that number
 //
@@ -38,7 +39,8 @@ constexpr int VALUE_CHUNKS = VALUE_DIM / WIDTH;
 constexpr int KEY_LOADS = (KEY_CHUNKS + COLUMNS - 1) / COLUMNS;        // of one lane
 constexpr int VALUE_LOADS = (VALUE_CHUNKS + COLUMNS - 1) / COLUMNS;
 constexpr int LOADS = KEY_LOADS > VALUE_LOADS ? KEY_LOADS : VALUE_LOADS;
-constexpr int QUERY_WORDS = HEAD_DIM / Word<T>::COUNT;
+constexpr int QUERY_WORDS = HEAD_DIM / Word<T>::COUNT;  // of a row of q, and of K
+constexpr int VALUE_WORDS = VALUE_DIM / Word<T>::COUNT;
 constexpr int MERGED_HEADS = SCRATCH / (TEAMS * VALUE_DIM) < HEADS ? SCRATCH / (TEAMS * VALUE_DIM) : HEADS;
 static_assert(MERGED_HEADS > 0 && (PARTS == 1 || TEAMS * HEADS * 32 <= SCRATCH), "scratch memory is too small");
 static_assert(HEADS <= 32 && LANES % BATCH == 0 && (PARTS == 1 || LANES == 32), "lanes own heads and keys");
@@ -84,6 +86,8 @@ if constexpr (QUERY_IN_REGISTERS) {
 }
 
 // ---- this team's tiles ----
+const int last_key = metal::max(end - 1, 0);
+uint next_row = row_of(table, metal::min(begin + team * 32 + lane, last_key), block_shift, num_kv_heads, kv_head);
 threadgroup float scratch[SCRATCH];
 float output[HEADS][VALUE_LOADS * WIDTH];
 UNROLL for (int g = 0; g < HEADS; g++) {
@@ -106,21 +110,17 @@ static_assert(sizeof(query) + sizeof(output) + sizeof(scores) + sizeof(words) + 
 for (int first_tile = 0; PARTS == 1 ? first_tile + team < num_tiles : first_tile < num_tiles; first_tile += TEAMS) {
   const int key = begin + (first_tile + team) * 32 + lane;
   const bool is_visible = key < end;
-  const int slot = is_visible
-      ? (table[key >> block_shift] << block_shift) + (key & (block_size - 1))
-      : -1;
+  const uint own_row = next_row;  // of this lane's key
+  next_row = row_of(table, metal::min(key + TEAMS * 32, last_key), block_shift, num_kv_heads, kv_head);
 
   // scores: lane i ends up with those of key i
   UNROLL for (int g = 0; g < HEADS; g++) scores[g] = 0.0f;
   for (int batch = 0; batch < LANES / BATCH; batch++) {
     UNROLL for (int t = 0; t < BATCH; t++) {
-      const int row = simd_shuffle(slot, row_lanes + batch * BATCH + t);
-      const device uint* k = reinterpret_cast<const device uint*>(k_cache)
-          + (size_t(metal::max(row, 0)) * num_kv_heads + kv_head) * QUERY_WORDS;
+      const uint row = simd_shuffle(own_row, row_lanes + batch * BATCH + t);
+      const device uint* k = reinterpret_cast<const device uint*>(k_cache) + size_t(row) * QUERY_WORDS;
       UNROLL for (int i = 0; i < KEY_LOADS; i++) {
-        const int chunk = column + i * COLUMNS;
-        UNROLL for (int w = 0; w < WORDS; w++) words[t][i * WORDS + w] = 0;
-        if (row >= 0 && chunk < KEY_CHUNKS) load_words<WORDS>(k + chunk * WORDS, words[t] + i * WORDS);
+        load_words<WORDS>(k + metal::min(column + i * COLUMNS, KEY_CHUNKS - 1) * WORDS, words[t] + i * WORDS);
       }
     }
     UNROLL for (int g = 0; g < HEADS; g++) {
@@ -135,7 +135,7 @@ for (int first_tile = 0; PARTS == 1 ? first_tile + team < num_tiles : first_tile
             UNROLL for (int e = 0; e < Word<T>::COUNT; e++) {
               const float factor = Word<T>::element(from_query, e);
               UNROLL for (int t = 0; t < BATCH; t++) {
-                sums[t] += factor * Word<T>::element(words[t][i * WORDS + w], e);
+                sums[t] = metal::fma(factor, Word<T>::element(words[t][i * WORDS + w], e), sums[t]);
               }
             }
           }
@@ -179,20 +179,18 @@ for (int first_tile = 0; PARTS == 1 ? first_tile + team < num_tiles : first_tile
   // values
   for (int batch = 0; batch < LANES / BATCH; batch++) {
     UNROLL for (int t = 0; t < BATCH; t++) {
-      const int row = simd_shuffle(slot, row_lanes + batch * BATCH + t);
-      const device uint* v = reinterpret_cast<const device uint*>(v_cache)
-          + (size_t(metal::max(row, 0)) * num_kv_heads + kv_head) * (VALUE_DIM / Word<T>::COUNT);
+      const uint row = simd_shuffle(own_row, row_lanes + batch * BATCH + t);
+      const device uint* v = reinterpret_cast<const device uint*>(v_cache) + size_t(row) * VALUE_WORDS;
       UNROLL for (int i = 0; i < VALUE_LOADS; i++) {
-        const int chunk = column + i * COLUMNS;
-        UNROLL for (int w = 0; w < WORDS; w++) words[t][i * WORDS + w] = 0;
-        if (row >= 0 && chunk < VALUE_CHUNKS) load_words<WORDS>(v + chunk * WORDS, words[t] + i * WORDS);
+        load_words<WORDS>(v + metal::min(column + i * COLUMNS, VALUE_CHUNKS - 1) * WORDS, words[t] + i * WORDS);
       }
     }
     UNROLL for (int t = 0; t < BATCH; t++) {
       UNROLL for (int g = 0; g < HEADS; g++) {
         const float weight = simd_shuffle(scores[g], row_lanes + batch * BATCH + t);
         UNROLL for (int e = 0; e < VALUE_LOADS * WIDTH; e++) {
-          output[g][e] += weight * Word<T>::element(words[t][e / Word<T>::COUNT], e % Word<T>::COUNT);
+          const float value = Word<T>::element(words[t][e / Word<T>::COUNT], e % Word<T>::COUNT);
+          output[g][e] = metal::fma(weight, value, output[g][e]);
         }
       }
     }

@@ -130,20 +130,20 @@ UNROLL for (int r = 0; r < ROW_GROUPS; r++) {
 }
 
 // Where this lane's keys of the next tile lie. Past the last key it is that one again: it is there, and counts nothing.
-int slots[KEY_GROUPS];
+uint rows[KEY_GROUPS];
 UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
-  slots[g] = slot_of(table, block_shift, max(0, min(begin + g * 8 + matrix_row, end - 1)));
+  rows[g] = row_of(table, max(0, min(begin + g * 8 + matrix_row, end - 1)), block_shift, num_kv_heads, kv_head);
 }
 
 for (int first = begin; first < end; first += TILE_KEYS) {
   uint keys[KEY_GROUPS][MATRICES * WORDS];
   UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
-    const device T* row = k_cache + (size_t(slots[g]) * num_kv_heads + kv_head) * HEAD_DIM;
+    const device T* row = k_cache + size_t(rows[g]) * HEAD_DIM;
     load_matrices<T, VALUES, VALUE_LOAD>(row + first_value, keys[g]);
     load_matrices<T, REST, REST_LOAD>(row + first_rest, keys[g] + VALUES * WORDS);
   }
   UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
-    slots[g] = slot_of(table, block_shift, min(first + TILE_KEYS + g * 8 + matrix_row, end - 1));
+    rows[g] = row_of(table, min(first + TILE_KEYS + g * 8 + matrix_row, end - 1), block_shift, num_kv_heads, kv_head);
   }
 
   // scores, a row to each key: what this simdgroup's columns add to them

@@ -28,11 +28,13 @@
 //   lse           [num_parts, num_heads], float: the base-2 logarithm of the sum of the keys' exponentials
 //   Where each query has one part, `out` is the result; otherwise, and with SHARED, paged_merge joins the parts.
 //
-// Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items]
+// Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items], the last items first, since the
+//                last tiles of a prompt see most keys
 // Threadgroup    TILE_ROWS / 8 simdgroups, which copy TILE_KEYS keys at a time into threadgroup memory, then as many
 //                values to the same place; all make equally many rounds
 // Simdgroup      8 rows, whose scores, softmax and output stay in its registers
-// Lane           two neighbouring columns of one row of every 8x8 matrix; 4 lanes hold a row
+// Lane           two neighbouring columns of one row of every 8x8 matrix; 4 lanes hold a row. Lane i knows where key i of
+//                a tile lies, which is looked up a tile ahead
 //
 // Must move      per item and KV head: each key that a row of the tile sees in this part, HEAD_DIM + VALUE_DIM
 //                elements, once; q and out of the rows. So for a sequence at most ceil(num_queries * group / TILE_ROWS)
@@ -47,6 +49,7 @@ constexpr float HIDDEN = -FLT_MAX;   // the score of a key that a row does not s
 constexpr float NOTHING = -1e30f;    // the peak of a row that has seen no key: exp2(HIDDEN - NOTHING) is 0
 
 constexpr int THREADS = TILE_ROWS * 4;
+constexpr int ADVANCE = SHARED ? 0 : 1;  // positions from a query to the next
 constexpr int PAD = 16 / sizeof(T);
 constexpr int Q_STRIDE = HEAD_DIM + PAD;
 constexpr int KV_STRIDE = (HEAD_DIM > VALUE_DIM ? HEAD_DIM : VALUE_DIM) + PAD;
@@ -57,7 +60,7 @@ threadgroup T* kv_tile = reinterpret_cast<threadgroup T*>(kv_memory);
 
 // The item: where the sequence's queries lie, the tile's rows, and the keys of this part that the rows see.
 const int kv_head = threadgroup_position_in_grid.y;
-const int item = threadgroup_position_in_grid.z;
+const int item = threadgroups_per_grid.z - 1 - threadgroup_position_in_grid.z;
 const int sequence = work[8 * item];
 const int first_token = work[8 * item + 1];
 const int num_queries = work[8 * item + 2];
@@ -70,7 +73,7 @@ const int num_kv_heads = k_cache_shape[2];
 const int group = q_shape[1] / num_kv_heads;
 const int num_rows = min(TILE_ROWS, num_queries * group - first_row);
 const int first_key = SHARED ? 0 : max(0, first_position + first_row / group + 1 - window);
-const int last_key = first_position + (SHARED ? 0 : (first_row + num_rows - 1) / group);
+const int last_key = first_position + (first_row + num_rows - 1) / group * ADVANCE;
 const int rounds = (last_key - first_key) / (TILE_KEYS * num_parts) + 1;
 const int begin = first_key + part * rounds * TILE_KEYS;
 const int end = min(begin + rounds * TILE_KEYS, last_key + 1);
@@ -86,7 +89,10 @@ const int column = (lane & 8) >> 1 | (lane & 1) << 1;
 const int row = simdgroup_row + matrix_row;
 const int head = kv_head * group + (first_row + row) % group;
 const int query = (first_row + row) / group;
-const int position = first_position + (SHARED ? 0 : query);
+const int position = first_position + query * ADVANCE;
+const int last_row = min(simdgroup_row + 8, num_rows) - 1;
+const int lowest_position = first_position + (first_row + simdgroup_row) / group * ADVANCE;
+const int highest_position = first_position + (first_row + last_row) / group * ADVANCE;
 
 constexpr int PIECES = HEAD_DIM / PAD;
 for (int i = thread_index; i < TILE_ROWS * PIECES; i += THREADS) {
@@ -107,27 +113,37 @@ UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) output[j] = float2(0);
 float peak = NOTHING;
 float total = 0;
 
+int own_key = begin + lane % TILE_KEYS;  // of this lane, and where it lies
+uint own_row = row_of(table, max(min(own_key, end - 1), 0), block_shift, num_kv_heads, kv_head);
 for (int key = begin; key < end; key += TILE_KEYS) {
   const int num_keys = min(TILE_KEYS, end - key);
+  const bool is_seen =
+      simdgroup_row < num_rows && key <= highest_position && key + TILE_KEYS > lowest_position + 1 - window;
   float2 scores[TILE_KEYS / 8];
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  load_keys<T, HEAD_DIM, KV_STRIDE, TILE_KEYS, THREADS>(
-      kv_tile, k_cache, num_kv_heads, kv_head, table, block_shift, key, num_keys, thread_index);
+  load_keys<T, HEAD_DIM, KV_STRIDE, TILE_KEYS, THREADS>(kv_tile, k_cache, own_row, num_keys, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (simdgroup_row < num_rows) {
+  if (is_seen) {
     UNROLL for (int i = 0; i < TILE_KEYS / 8; i++) scores[i] = float2(0);
     Products<T>::template add_scores<HEAD_DIM, TILE_KEYS, Q_STRIDE, KV_STRIDE>(
         scores, q_tile + simdgroup_row * Q_STRIDE, kv_tile, matrix_row, column);
-    float tile_peak = peak;
     UNROLL for (int i = 0; i < TILE_KEYS / 8; i++) {
       UNROLL for (int c = 0; c < 2; c++) {
-        const int distance = position - (key + i * 8 + column + c);
         const float score = scores[i][c] * scale;
-        const bool is_visible = distance >= 0 && distance < window;
-        scores[i][c] = is_visible ? (SOFTCAP ? cap * precise::tanh(score) : score) : HIDDEN;
-        tile_peak = max(tile_peak, scores[i][c]);
+        scores[i][c] = SOFTCAP ? cap * precise::tanh(score) : score;
       }
     }
+    // Where every row sees every key nothing is hidden.
+    if (key + TILE_KEYS - 1 > lowest_position || key <= highest_position - window) {
+      UNROLL for (int i = 0; i < TILE_KEYS / 8; i++) {
+        UNROLL for (int c = 0; c < 2; c++) {
+          const int distance = position - (key + i * 8 + column + c);
+          if (distance < 0 || distance >= window) scores[i][c] = HIDDEN;
+        }
+      }
+    }
+    float tile_peak = peak;
+    UNROLL for (int i = 0; i < TILE_KEYS / 8; i++) tile_peak = max(tile_peak, max(scores[i].x, scores[i].y));
     // The four lanes of a row differ in bits 0 and 3.
     tile_peak = max(tile_peak, simd_shuffle_xor(tile_peak, 1));
     tile_peak = max(tile_peak, simd_shuffle_xor(tile_peak, 8));
@@ -144,10 +160,11 @@ for (int key = begin; key < end; key += TILE_KEYS) {
     UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) output[j] *= correction;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  load_keys<T, VALUE_DIM, KV_STRIDE, TILE_KEYS, THREADS>(
-      kv_tile, v_cache, num_kv_heads, kv_head, table, block_shift, key, num_keys, thread_index);
+  load_keys<T, VALUE_DIM, KV_STRIDE, TILE_KEYS, THREADS>(kv_tile, v_cache, own_row, num_keys, thread_index);
+  own_key += TILE_KEYS;
+  own_row = row_of(table, min(own_key, end - 1), block_shift, num_kv_heads, kv_head);
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (simdgroup_row < num_rows) {
+  if (is_seen) {
     Products<T>::template add_values<VALUE_DIM, TILE_KEYS, KV_STRIDE>(output, scores, kv_tile, matrix_row, column);
   }
 }

@@ -1,29 +1,18 @@
 // Tiles of a paged cache in threadgroup memory, and their products with the rows of a simdgroup: 8x8 simdgroup
 // matrices for half types, plain sums for float32. packed.h comes before it.
 
-// Where a key lies, counted in tokens.
-template <typename Table>
-METAL_FUNC int slot_of(Table table, int block_shift, int key) {
-  return (table[key >> block_shift] << block_shift) + (key & ((1 << block_shift) - 1));
-}
-
-// Copies `num_keys` rows of a KV head from position `first_key` on, 16 bytes per thread and turn. The tile's other rows
-// become zeros: what lies there in the cache may be NaN, which no weight of 0 would remove.
-template <typename T, int DIM, int STRIDE, int TILE_KEYS, int THREADS, typename Table>
-METAL_FUNC void load_keys(
-    threadgroup T* tile, const device T* cache, int num_kv_heads, int kv_head, Table table, int block_shift,
-    int first_key, int num_keys, int thread_index) {
+// Copies `num_keys` rows of a cache, 16 bytes per thread and turn; lane i of every simdgroup knows where row i lies. The
+// tile's other rows become zeros: what lies there in the cache may be NaN, which no weight of 0 would remove.
+template <typename T, int DIM, int STRIDE, int TILE_KEYS, int THREADS>
+METAL_FUNC void load_keys(threadgroup T* tile, const device T* cache, uint row_of_lane, int num_keys, int thread_index) {
   constexpr int PIECE = 16 / sizeof(T);
   constexpr int PIECES = DIM / PIECE;
-  for (int i = thread_index; i < TILE_KEYS * PIECES; i += THREADS) {
-    const int row = i / PIECES, column = i % PIECES * PIECE;
+  for (int first = 0; first < TILE_KEYS * PIECES; first += THREADS) {  // all lanes of a simdgroup meet in the shuffle
+    const int row = (first + thread_index) / PIECES, column = (first + thread_index) % PIECES * PIECE;
+    const uint from = simd_shuffle(row_of_lane, ushort(min(row, TILE_KEYS - 1)));
     uint4 piece = uint4(0);
-    if (row < num_keys) {
-      const int slot = slot_of(table, block_shift, first_key + row);
-      const size_t from = (size_t(slot) * num_kv_heads + kv_head) * DIM + column;
-      piece = *reinterpret_cast<const device uint4*>(cache + from);
-    }
-    *reinterpret_cast<threadgroup uint4*>(tile + row * STRIDE + column) = piece;
+    if (row < num_keys) piece = *reinterpret_cast<const device uint4*>(cache + size_t(from) * DIM + column);
+    if (row < TILE_KEYS) *reinterpret_cast<threadgroup uint4*>(tile + row * STRIDE + column) = piece;
   }
 }
 

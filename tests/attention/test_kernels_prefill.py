@@ -23,6 +23,7 @@ from helpers.attention_cases import (
 )
 from helpers.gpu import Gpu
 from helpers.planted import Mistake
+from metalsim.fixture import Metal
 
 from mlx_paged.attention.kernel_backend import shape_of
 
@@ -125,6 +126,24 @@ def test_blocks_outside_the_window_are_not_looked_up(gpu: Gpu) -> None:
     assert read == 2 * (33 + 5 - 1) * 2 * 64 * 2  # sequences, keys, KV heads, head_dim, bytes
 
 
+def test_the_last_items_which_see_most_keys_are_computed_first(gpu: Gpu) -> None:
+    gpu.only_simulated("memory that is not there is read")
+    arrays = make_arrays(Case(((40, 40), (40, 40))))
+    tables = np.array(arrays.block_tables)
+    tables[1] = FAR_BLOCK
+    with pytest.raises(AssertionError, match=r"threadgroup \(0, 0, 0\)"):
+        gpu.prefill(arrays._replace(block_tables=mx.array(tables)))
+
+
+def test_a_simdgroup_computes_nothing_with_keys_that_none_of_its_rows_sees(metal: Metal) -> None:
+    """Tiles of 32 keys, and 32 queries in four simdgroups, of which the first sees nothing of the second tile."""
+    read = []
+    for context in (32, 56):
+        Gpu("metal", metal).prefill(make_arrays(Case(((32, context),), heads=(1, 1))))
+        read.append(metal.report.traffic.threadgroup_bytes_read)
+    assert read[1] / read[0] == (4 + 3) / 4
+
+
 def test_rows_of_queries_and_tables_may_have_any_stride(gpu: Gpu) -> None:
     arrays = make_arrays(Case(((7, 30), (2, 20)), dtype="float32"))
     assert_close(gpu.prefill(strided(arrays)), dense_attention(arrays))
@@ -155,6 +174,8 @@ LONG = PROMPT._replace(lengths=((3, 197),))
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 RESCALED = "output[j] *= correction;\n  }\n  threadgroup"
 CHUNK = Case(((33, 150),))
+FAR_WINDOW = CHUNK._replace(window=70)
+FULL_TABLE = CHUNK._replace(lengths=((33, 128),))
 WINDOWED = Case(((33, 150),), window=5)
 KEYS = "k_cache, num_kv_heads, kv_head, table, block_shift, key"
 WITHOUT_KEYS = {
@@ -165,13 +186,20 @@ WAIT = "wait_for_copies<0>();"
 SYNC = "__syncthreads();"
 MISTAKES: dict[str, dict[str, Mistake]] = {
     "metal": {
-        "a key of the future is visible": Mistake("distance >= 0", "distance >= -1", PROMPT),
-        "a query does not see itself": Mistake("distance >= 0", "distance > 0", PROMPT),
-        "the window is one too long": Mistake("distance < window", "distance <= window", PROMPT._replace(window=5)),
+        "a key of the future is visible": Mistake("distance < 0", "distance < -1", PROMPT),
+        "a query does not see itself": Mistake("distance < 0", "distance <= 0", PROMPT),
+        "the window is one too long": Mistake("distance >= window", "distance > window", PROMPT._replace(window=5)),
+        "no mask where it is needed": Mistake("> lowest_position ||", "> lowest_position + 9 ||", CHUNK),
+        "no mask before the window": Mistake("<= highest_position - window", "< lowest_position - window", FAR_WINDOW),
+        "tiles are skipped too soon": Mistake("key <= highest_position &&", "key < lowest_position &&", CHUNK),
+        "tiles in the window are skipped": Mistake("lowest_position + 1 - window;", "highest_position;", FAR_WINDOW),
+        "a simdgroup's last row sees as its first": Mistake("first_row + last_row", "first_row + simdgroup_row", CHUNK),
         "the window begins one too late": Mistake("group + 1 - window", "group + 2 - window", LONG._replace(window=5)),
         "the last key is missing": Mistake("last_key + 1", "last_key", PROMPT),
-        "slots without a token are read": Mistake("row < num_keys", "row < TILE_KEYS", PROMPT),
-        "the next head's keys": Mistake("num_kv_heads + kv_head)", "num_kv_heads + 1 - kv_head)", PROMPT),
+        "the next head's keys": Mistake("num_kv_heads + kv_head;", "num_kv_heads + 1 - kv_head;", PROMPT),
+        "a key past the end is looked up": Mistake("min(own_key, end - 1), block", "own_key, block", FULL_TABLE),
+        "keys of the tile before": Mistake("own_key += TILE_KEYS", "own_key += 0", LONG),
+        "keys that are not there are left over": Mistake("piece = uint4(0)", "piece = uint4(0x7fc07fc0)", PROMPT),
         "the output is not rescaled": Mistake(RESCALED, RESCALED.replace("correction", "1"), LONG),
         "rows of another group size": Mistake("(first_row + row) % group", "row % 3", PROMPT),
         "each part has the sink": Mistake(" && part == 0", "", LONG._replace(sinks=True), part_size=32),

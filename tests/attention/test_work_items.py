@@ -101,14 +101,14 @@ def test_tiles_fit_every_head_dim(element_size: int) -> None:
     for head_dim, value_dim in itertools.product(range(8, 257, 8), repeat=2):
         tile = tile_for(Shape(1, 1, head_dim, value_dim, element_size))
         longer = max(head_dim, value_dim)
-        assert tile.rows == (32 if longer < 192 else 16)
+        assert tile.rows == (16 if longer >= 192 and element_size == 4 else 32)
         assert (tile.rows * (head_dim + pad) + tile.keys * (longer + pad)) * element_size <= 32 << 10
-        assert element_size == 4 or tile.keys == 32
+        assert element_size == 4 or tile.keys == (32 if 32 * (head_dim + longer + 2 * pad) <= 16 << 10 else 16)
 
 
 def test_work_is_listed_sequence_by_sequence_tile_by_tile_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_plan, "num_key_splits", lambda *_: np.array([2, 1, 1, 1]))
-    shape = Shape(1, 3, 192, 192, 2)
+    shape = Shape(1, 3, 192, 192, 4)
     cu_seqlens_q, context_lens = np.array([0, 1, 1, 18, 20], np.int32), np.array([9, 5, 40, 0], np.int32)
     items = prefill_items(context_lens, cu_seqlens_q, None, shape, 40, tile_for(shape))
     assert items.work.tolist() == [
