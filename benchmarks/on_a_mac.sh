@@ -74,6 +74,7 @@ run device -c 'import json, mlx.core as mx; print(json.dumps(mx.device_info(), d
 run tests -m pytest -rs -k "not cuda" "${tests[@]}"
 run generate -m mlx_paged generate --verbose --profile "$work/trace.json" "Tell me a story." "Write a story about Tom."
 run attention benchmarks/attention.py "${sizes[@]+"${sizes[@]}"}" --json "$work/attention.json"
+run latent benchmarks/latent.py "${sizes[@]+"${sizes[@]}"}" --json "$work/latent.json"
 run bench -m mlx_paged bench "${bench[@]}" -o json
 # MLX ends a command buffer at 40 or 50 MB of inputs, and each kernel's pool counts: what if it did not?
 MLX_MAX_MB_PER_BUFFER=1000000 run bench-large-buffers -m mlx_paged bench "${bench[@]}" -o json
@@ -132,6 +133,7 @@ report = {
     | {package: of(package) for package in ("mlx", "mlx-lm", "numpy")},
     "steps": steps,
     "attention": json_or_none(Path(work) / "attention.json"),
+    "latent": json_or_none(Path(work) / "latent.json"),
     "bench": json_or_none(Path(work) / "bench.log"),
     "bench_large_buffers": json_or_none(Path(work) / "bench-large-buffers.log"),
     "profile": json_or_none(Path(work) / "trace.json"),

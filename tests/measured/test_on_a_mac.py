@@ -80,7 +80,7 @@ def test_a_quick_run_reports_every_step_and_the_machine(tmp_path: Path) -> None:
     assert names[:3] == ["device", "tests", "generate"]
     assert all(step["exit_code"] == 0 and step["seconds"] >= 0 and step["output"] for step in report["steps"])
     assert report["profile"]["traceEvents"]
-    assert report["attention"]["results"] and report["bench"]
+    assert report["attention"]["results"] and report["latent"]["results"] and report["bench"]
 
 
 def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: Path) -> None:
@@ -95,6 +95,7 @@ def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: 
         ("tests", 3),
         ("generate", 0),
         ("attention", 0),
+        ("latent", 0),
         ("bench", 0),
         ("bench-large-buffers", 0),
     ]
