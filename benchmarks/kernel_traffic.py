@@ -184,7 +184,7 @@ def count_latent(num_heads: int, batch: int, num_queries: int, context: int) -> 
 def latent(quick: bool) -> list[Row]:
     """Decodes, and a chunk of a prompt."""
     if quick:
-        return [count_latent(20, 2, 1, 60), count_latent(4, 1, 9, 40)]
+        return [count_latent(20, 2, 1, 64), count_latent(4, 1, 9, 48)]
     sizes = [(16, 1, 1, 4096), (20, 8, 1, 4096), (128, 1, 1, 4096), (20, 1, 32, 1024)]
     return [count_latent(*each) for each in sizes]
 
