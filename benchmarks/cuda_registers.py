@@ -33,6 +33,8 @@ def calls(quick: bool) -> Iterator[tuple[str, Any]]:
             for heads in (4, 16):
                 yield f"{name} {dims[0]}/{dims[1]}, {heads} heads", cuda_text.record("decode", heads, dtype, dims)
             yield f"{name} {dims[0]}/{dims[1]}", cuda_text.record("prefill", 4, dtype, dims)
+        for heads in (16, 128) if dtype == mx.bfloat16 else ():
+            yield f"{name} 576/512, {heads} heads", cuda_text.record("latent", heads, dtype, (576, 512))
         yield f"{name} {DIMS[-1][0]}", cuda_text.record_merge(dtype, DIMS[-1][0])
         yield f"{name} {DIMS[-1][0]}/{DIMS[-1][1]}", cuda_text.record_write(dtype, DIMS[-1])
 

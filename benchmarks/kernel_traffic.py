@@ -15,29 +15,18 @@ arithmetic on published bandwidths: nothing here was measured on a chip.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
-from unittest.mock import patch
-
 import mlx.core as mx
 import numpy as np
 import report
+from kernel_launches import DTYPE, LINE_BYTES, METAL, Heads, counts, launches, make_arrays
 from report import Part, Row
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from metalsim import simulator
-from metalsim.report import LINE_BYTES, LaunchReport
 
 from mlx_paged import paged_attention
 from mlx_paged.attention.backend import AttentionOptions
-from mlx_paged.attention.metal import MetalBackend
-from mlx_paged.attention.work_items import Shape, decode_layout, tile_for
+from mlx_paged.attention.kernel_backend import shape_of
+from mlx_paged.attention.work_items import decode_layout, tile_for
 from mlx_paged.cache.kv_cache import LayerPool
 
-METAL = MetalBackend()
-DTYPE = mx.float16
 BANDWIDTHS = {  # GB/s, as Apple publishes them
     "M1": 68,
     "M1 Pro": 200,
@@ -53,25 +42,6 @@ BANDWIDTHS = {  # GB/s, as Apple publishes them
 }
 
 
-class Heads(NamedTuple):
-    """Query heads, KV heads, and the size of each."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim, self.head_dim, DTYPE.size)
-
-    def kv_bytes(self, num_keys: int) -> int:
-        """K and V of so many keys, all KV heads together."""
-        return 2 * num_keys * self.num_kv_heads * self.head_dim * DTYPE.size
-
-    def as_columns(self) -> Row:
-        return {"heads": f"{self.num_heads}/{self.num_kv_heads}", "head_dim": self.head_dim}
-
-
 LLAMA_8B = Heads(32, 8, 128)
 ALL_HEADS = (  # 4, 7, 1, 5, 7 and 16 query heads to a KV head
     LLAMA_8B,
@@ -82,61 +52,6 @@ ALL_HEADS = (  # 4, 7, 1, 5, 7 and 16 query heads to a KV head
     Heads(64, 4, 128),
 )
 TINY = Heads(6, 2, 64)  # for --quick
-
-
-class Arrays(NamedTuple):
-    """The arguments of a kernel for one KV head; the blocks of a sequence are scattered."""
-
-    q: mx.array
-    pool: LayerPool
-    block_tables: mx.array
-
-
-def make_arrays(heads: Heads, batch: int, context: int, num_queries: int, block_size: int) -> Arrays:
-    per_sequence = -(-context // block_size)
-    block_ids = np.random.default_rng(0).permutation(batch * per_sequence).astype(np.int32)
-    group, head_dim = heads.shape.heads_per_kv_head, heads.head_dim
-    q = mx.random.normal((batch * num_queries, group, head_dim), DTYPE)
-    shape = len(block_ids), block_size, 1, head_dim
-    pool = LayerPool({name: mx.random.normal(shape, DTYPE) for name in "kv"})
-    return Arrays(q, pool, mx.array(block_ids.reshape(batch, per_sequence)))
-
-
-def launches(run: Callable[[], Any]) -> list[LaunchReport]:
-    """The reports of the kernels that `run` launches. Raises SimulationError if anything is wrong with one."""
-    simulator.reset()
-    with (
-        patch.object(mx.fast, "metal_kernel", simulator.metal_kernel),
-        patch.object(mx.metal, "is_available", lambda: True),
-    ):
-        run()
-    return list(simulator.reports)
-
-
-def counts(reports: list[LaunchReport], heads: Heads, kv_bytes: int, num_keys: int) -> Row:
-    """What the launches of one KV head moved. kv_bytes, num_keys: the compulsory ones of all KV heads, and of one.
-
-    read and lines: bytes of K and V asked for, and 128-byte lines, over the compulsory ones. partial: bytes of partial
-    results written and read again, over those of K and V. Barriers and simdgroup functions are those of all
-    threadgroups and simdgroups, for each key.
-    """
-    main, merges = reports[0].traffic, [merge.traffic for merge in reports[1:]]
-    assert main is not None
-    of_one_head = kv_bytes // heads.num_kv_heads
-    caches = [main.buffers[name] for name in ("k_cache", "v_cache")]
-    written = sum(main.buffers[name].bytes_written for name in ("out", "lse")) if merges else 0
-    read_again = sum(merge.buffers[name].bytes_read for merge in merges if merge for name in ("parts", "lse"))
-    return {
-        "threadgroups": main.threadgroups * heads.num_kv_heads,
-        "kv_bytes": kv_bytes,
-        "distinct": sum(cache.distinct_bytes_read for cache in caches) / of_one_head,
-        "read": sum(cache.bytes_read for cache in caches) / of_one_head,
-        "lines": sum(cache.lines_read for cache in caches) * LINE_BYTES / of_one_head,
-        "partial": (written + read_again) / of_one_head,
-        "barriers": main.barriers / num_keys,
-        "simdgroup_functions": main.collectives / num_keys,
-        "threadgroup_memory": main.threadgroup_memory,
-    }
 
 
 # -- decode ------------------------------------------------------------------------------------------------------
@@ -247,6 +162,33 @@ def prefill(quick: bool) -> list[Row]:
     return [count_prefill(heads, *size) for heads in (*ALL_HEADS[:2], Heads(16, 8, 256)) for size in sizes]
 
 
+# -- latent attention --------------------------------------------------------------------------------------------
+
+
+def count_latent(num_heads: int, batch: int, num_queries: int, context: int) -> Row:
+    """Sequences with the shape of DeepSeek V3's rows, whose K holds its V, and so many queries each."""
+    heads, value_dim = Heads(num_heads, 1, 576), 512
+    q, pool, tables = make_arrays(heads, batch, context, num_queries, block_size=16)
+    pool = LayerPool({"k": pool.keys}, latent_dim=value_dim)
+    starts = np.arange(batch + 1, dtype=np.int32) * num_queries
+    plan = METAL.plan_prefill(np.full(batch, context, np.int32), starts, window=None, shape=shape_of(q, pool))
+    reports = launches(lambda: METAL.run(q, pool, tables, plan, AttentionOptions(0.1)))
+    counted = counts(reports, heads, heads.kv_bytes(batch * context) // 2, batch * context)
+    pairs = batch * num_heads * sum(range(context - num_queries + 1, context + 1))
+    flops_per_byte = 2 * (heads.head_dim + value_dim) * pairs / (counted["read"] * counted["kv_bytes"])
+    sizes = {"heads": num_heads, "batch": batch, "queries": num_queries, "context": context}
+    counted["partial"] /= counted["read"]
+    return sizes | {"flops_per_byte": flops_per_byte} | counted
+
+
+def latent(quick: bool) -> list[Row]:
+    """Decodes, and a chunk of a prompt."""
+    if quick:
+        return [count_latent(20, 2, 1, 64), count_latent(4, 1, 9, 48)]
+    sizes = [(16, 1, 1, 4096), (20, 8, 1, 4096), (128, 1, 1, 4096), (20, 1, 32, 1024)]
+    return [count_latent(*each) for each in sizes]
+
+
 # -- bounds ------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +253,17 @@ PARTS = (
         | {"tile": ("rows x keys", ""), "tiles": ("tiles", "")}
         | _THREADGROUPS
         | {"read": ("bytes read", ".2f"), "of_tiles": ("of what tiles see", ".3f"), "lines": ("lines", ".2f")}
+        | _PARTIAL
+        | {"flops_per_byte": ("FLOP / byte", ".1f")}
+        | _MEETINGS,
+    ),
+    Part(
+        latent,
+        "latent attention, rows of 512 + 64: bytes and lines of K, which holds V, over the compulsory ones; partial "
+        "results as a share of K read",
+        {"heads": ("heads", ""), "batch": ("batch", ""), "queries": ("queries", ""), "context": ("context", ",")}
+        | _THREADGROUPS
+        | {"read": ("bytes read", ".3f"), "lines": ("lines", ".2f")}
         | _PARTIAL
         | {"flops_per_byte": ("FLOP / byte", ".1f")}
         | _MEETINGS,

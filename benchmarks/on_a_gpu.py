@@ -10,12 +10,13 @@
 3. `decode`: time of a step's attention, and its share of the bandwidth of a copy
 4. `prefill`: the same, and its share of the rate of a large matrix product, by the kernel, and by MLX's attention over
    gathered keys where `gathered.py` takes the layer
-5. `writes`: new keys and values written by the kernel for it and by MLX's scatter, when a step is submitted before and
+5. `latent`: attention whose V is part of K, beside MLX's own over the same rows (latent.py)
+6. `writes`: new keys and values written by the kernel for it and by MLX's scatter, when a step is submitted before and
    after the one before it is over: tokens per second, and memory beside the pools
-6. `submission`: the same model where MLX ends a graph by the size of its inputs, pools among them, and where not
-7. `uploads`: what an array costs that the host has made for a step, as those of positions and slots are
-8. `memory`: what an engine takes by default, how much of it serving really takes, and whether that grows
-9. `end_to_end`: equal and mixed requests, 8, 32 and 128 at a time, beside mlx-lm's own batches
+7. `submission`: the same model where MLX ends a graph by the size of its inputs, pools among them, and where not
+8. `uploads`: what an array costs that the host has made for a step, as those of positions and slots are
+9. `memory`: what an engine takes by default, how much of it serving really takes, and whether that grows
+10. `end_to_end`: equal and mixed requests, 8, 32 and 128 at a time, beside mlx-lm's own batches
 
 Parts 3 and 4 give medians of repetitions, each of several calls that are evaluated together, one after another. Each
 part runs in a process of its own; `--only` with the same `--json` adds one to what is there. TF32 is off: with it MLX
@@ -39,6 +40,8 @@ import report
 from comparison.compare import COLUMNS
 from gpu_serving import ROOT, end_to_end, memory, run_python, submission, uploads, writes
 from gpu_steps import CUDA, make_step, name_of, relative_error, seconds, slots_of, step_at_the_end_of_a_pool
+from latent import COLUMNS as LATENT_COLUMNS
+from latent import latent
 from report import Part, Row
 
 from mlx_paged.attention import gathered
@@ -58,6 +61,7 @@ def wrapper(quick: bool) -> list[Row]:
     rebuilt = {
         "paged_decode": cuda_text.record("decode", 4, mx.float16, (64, 64)).text,
         "paged_prefill": cuda_text.record("prefill", 4, mx.float16, (64, 64)).text,
+        "paged_latent": cuda_text.record("latent", 4, mx.float16, (64, 48)).text,
         "paged_merge": cuda_text.record_merge(mx.float16, 64).text,
         "paged_write": cuda_text.record_write(mx.float16, (64, 64)).text,
     }
@@ -73,7 +77,8 @@ def wrapper(quick: bool) -> list[Row]:
         os.dup2(captured.fileno(), 1)
         try:
             decode, prefill = (make_step(1, 9, queries, (4, 1), 64, mx.float16) for queries in (1, 2))
-            mx.eval(decode.attend(), prefill.attend())
+            of_latents = prefill._replace(pool=LayerPool({"k": prefill.pool.keys}, latent_dim=48))
+            mx.eval(decode.attend(), prefill.attend(), of_latents.attend())
             merge = CUDA.prepare_merge(mx.zeros((2, 8, 8), mx.float16), 64, mx.zeros(8, mx.int32))
             mx.eval(merge([mx.zeros((4, 8, 64), mx.float16), mx.zeros((4, 8))]))
             pool = LayerPool.zeros(LayerSpec(2, 64, 64, mx.float16), 3, 16)
@@ -102,7 +107,8 @@ def without_names(text: str) -> str:
 
 TESTS = {
     "kernels": ["attention/test_kernels_decode.py", "attention/test_kernels_prefill.py",
-                "attention/test_kernels_shared.py", "attention/test_kernels_engine.py", "attention/test_cuda_write.py"],
+                "attention/test_kernels_shared.py", "attention/test_kernels_latent.py",
+                "attention/test_kernels_engine.py", "attention/test_cuda_write.py"],
     "engine": ["attention/test_paged_attention.py", "system/test_parity.py", "cache/test_kv_cache.py",
                "system/test_pipelining.py", "system/test_memory_flat.py", "engine/test_beams_in_engine.py",
                "cache/test_block_store.py", "models/test_demo.py"],
@@ -237,6 +243,7 @@ PARTS = [
             "share": ("of a product", ".1%"),
         },
     ),
+    Part(latent, "Latent attention, bfloat16 (µs)", LATENT_COLUMNS),
     Part(
         writes,
         "Writes of keys and values, and steps submitted before the one before is over",

@@ -78,6 +78,7 @@ run attention benchmarks/attention.py "${sizes[@]+"${sizes[@]}"}" --json "$work/
 for way in kernel gathered; do
     MLX_PAGED_PREFILL=$way run "prefill-$way" benchmarks/attention.py --only prefill "${sizes[@]+"${sizes[@]}"}" --json "$work/prefill-$way.json"
 done
+run latent benchmarks/latent.py "${sizes[@]+"${sizes[@]}"}" --json "$work/latent.json"
 run bench -m mlx_paged bench "${bench[@]}" -o json
 # MLX ends a command buffer at 40 or 50 MB of inputs, and each kernel's pool counts: what if it did not?
 MLX_MAX_MB_PER_BUFFER=1000000 run bench-large-buffers -m mlx_paged bench "${bench[@]}" -o json
@@ -138,6 +139,7 @@ report = {
     "attention": json_or_none(Path(work) / "attention.json"),
     "prefill_kernel": json_or_none(Path(work) / "prefill-kernel.json"),
     "prefill_gathered": json_or_none(Path(work) / "prefill-gathered.json"),
+    "latent": json_or_none(Path(work) / "latent.json"),
     "bench": json_or_none(Path(work) / "bench.log"),
     "bench_large_buffers": json_or_none(Path(work) / "bench-large-buffers.log"),
     "profile": json_or_none(Path(work) / "trace.json"),

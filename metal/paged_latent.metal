@@ -149,14 +149,17 @@ for (int first = begin; first < end; first += TILE_KEYS) {
   // scores, a row to each key: what this simdgroup's columns add to them
   UNROLL for (int r = 0; r < ROW_GROUPS; r++) {
     if (r * 8 < num_rows) {
-      UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
-        float2 scores = float2(0);
-        UNROLL for (int m = 0; m < MATRICES; m++) {
-          multiply_accumulate(scores, matrix_of<T>(keys[g] + m * WORDS), matrix_of<T>(queries[r][m]));
+      float2 scores[KEY_GROUPS];
+      UNROLL for (int g = 0; g < KEY_GROUPS; g++) scores[g] = float2(0);
+      UNROLL for (int m = 0; m < MATRICES; m++) {
+        UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
+          multiply_accumulate(scores[g], matrix_of<T>(keys[g] + m * WORDS), matrix_of<T>(queries[r][m]));
         }
-        UNROLL for (int c = 0; c < 2; c++) {
-          const int row = simd_index * TILE_ROWS + r * 8 + column + c;
-          partial_scores[row * SCORE_STRIDE + g * 8 + matrix_row] = scores[c];
+      }
+      UNROLL for (int c = 0; c < 2; c++) {
+        const int row = simd_index * TILE_ROWS + r * 8 + column + c;
+        UNROLL for (int g = 0; g < KEY_GROUPS; g++) {
+          partial_scores[row * SCORE_STRIDE + g * 8 + matrix_row] = scores[g][c];
         }
       }
     }

@@ -311,6 +311,20 @@ def test_every_shape_has_a_layout_that_fits_every_card(size: int) -> None:
         assert tile.rows % (16 * prefill.template["MATRICES"]) == 0 and tile.keys % 16 == 0
 
 
+def test_a_latent_layout_fits_every_device_and_divides_a_row_evenly() -> None:
+    for heads, value_dim, rest, size in itertools.product((5, 16, 128), range(64, 513, 64), (32, 64), (2, 4)):
+        shape = Shape(1, heads, value_dim + rest, value_dim, size, value_in_key=True)
+        if metal := METAL.latent_layout(shape):
+            simdgroups = metal.launch.template["SIMDGROUPS"]
+            assert metal.launch.threads == 32 * simdgroups <= 256 and metal.tile.rows in (8, 16)
+            assert value_dim % (8 * simdgroups) == rest % (8 * simdgroups) == 0
+            assert 4 * simdgroups * metal.tile.rows * (metal.tile.keys + 4) <= 12 << 10  # bytes of scores
+        assert metal or (rest, size) == (32, 4)
+        cuda = CudaBackend().latent_layout(shape)
+        assert (cuda is None) == (size == 4)
+        assert cuda is None or (cuda.launch.shared_bytes <= 96 << 10 and cuda.launch.shared_bytes % 16 == 0)
+
+
 def test_an_older_card_takes_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)

@@ -123,7 +123,7 @@ def check_traffic(content: dict[str, Any]) -> None:
     """Fails unless a file of results is complete and each number is within what the kernels promise."""
     machine, results = content["machine"], content["results"]
     assert machine["command"].startswith("python benchmarks/kernel_traffic.py")
-    assert list(results) == ["decode", "blocks_and_windows", "shared", "prefill", "bounds"]
+    assert list(results) == ["decode", "blocks_and_windows", "shared", "prefill", "latent", "bounds"]
     for rows in results.values():
         assert all(row.keys() == rows[0].keys() for row in rows)
     for row in results["decode"] + results["blocks_and_windows"]:
@@ -141,6 +141,9 @@ def check_traffic(content: dict[str, Any]) -> None:
     for row in results["shared"]:
         assert 1 <= row["read"] < row["separate"] <= row["sequences"]
         assert row["lines"] <= 1.05 * row["read"]
+    for row in results["latent"]:
+        assert row["distinct"] == 1
+        assert 1 <= row["read"] <= -(-row["heads"] * row["queries"] // 16) and row["partial"] < 0.25
     for row in results["bounds"]:
         kv_bytes = 2 * 32768 * 8 * 128 * 2
         assert row["batch_1_32768"] * 1e-6 * row["bandwidth"] * 1e9 == pytest.approx(kv_bytes)

@@ -126,4 +126,5 @@ def test_the_committed_results_of_the_kernels_traffic_are_those_of_these_kernels
         assert row["threadgroups"] == plan.num_items * heads.num_kv_heads, "run the benchmark again"
     assert benchmark.count_decode(benchmark.LLAMA_8B, 1, 4096) == results["decode"][0], "run the benchmark again"
     assert benchmark.count_prefill(benchmark.LLAMA_8B, 4, 4092) in results["prefill"], "run the benchmark again"
+    assert benchmark.count_latent(16, 1, 1, 4096) == results["latent"][0], "run the benchmark again"
     assert benchmark.bounds(quick=False) == results["bounds"]

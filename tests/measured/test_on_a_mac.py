@@ -80,8 +80,8 @@ def test_a_quick_run_reports_every_step_and_the_machine(tmp_path: Path) -> None:
     assert names[:3] == ["device", "tests", "generate"]
     assert all(step["exit_code"] == 0 and step["seconds"] >= 0 and step["output"] for step in report["steps"])
     assert report["profile"]["traceEvents"]
-    assert report["attention"]["results"] and report["bench"]
     assert report["prefill_kernel"]["results"] and report["prefill_gathered"]["results"]
+    assert report["attention"]["results"] and report["latent"]["results"] and report["bench"]
 
 
 def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: Path) -> None:
@@ -98,6 +98,7 @@ def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: 
         ("attention", 0),
         ("prefill-kernel", 0),
         ("prefill-gathered", 0),
+        ("latent", 0),
         ("bench", 0),
         ("bench-large-buffers", 0),
     ]
