@@ -14,6 +14,7 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "workloads-linux-cpu.json": ("workloads", "Against mlx-lm", ()),
     "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
     "fair-steps-linux-cpu.json": ("fair_steps", "A stream beside a long prompt", ()),
+    "hybrids-linux-cpu.json": ("hybrids", "Models whose layers keep states", ()),
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
     "server-smollm2-linux-cpu.json": ("server", "A server of SmolLM2-135M-Instruct", ()),

@@ -43,6 +43,7 @@ NOT_RUN = {
     "python benchmarks/workloads.py --random-weights": MINUTES,
     "python benchmarks/concurrency.py --json": MINUTES,
     "python benchmarks/fair_steps.py": MINUTES,
+    "python benchmarks/hybrids.py": MINUTES,
     "python benchmarks/server.py": MINUTES,
     "python benchmarks/on_a_gpu.py": "needs an NVIDIA card",
     "mlx-paged bench": "takes minutes; tests/cli/test_bench.py runs it at a small size",
