@@ -1,5 +1,5 @@
 // Tiles of a paged cache in threadgroup memory, and their products with the rows of a simdgroup: 8x8 simdgroup
-// matrices for half types, plain sums for float32. packed.h comes before it.
+// matrices for half types, plain sums for float32; and such matrices straight from a cache. packed.h comes before it.
 
 // Where a key lies, counted in tokens.
 template <typename Table>
