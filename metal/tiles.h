@@ -1,5 +1,5 @@
 // Tiles of a paged cache in threadgroup memory, and their products with the rows of a simdgroup: 8x8 simdgroup
-// matrices for half types, plain sums for float32. packed.h comes before it.
+// matrices for half types, plain sums for float32; and such matrices straight from a cache. packed.h comes before it.
 
 // Copies `num_keys` rows of a cache, 16 bytes per thread and turn; lane i of every simdgroup knows where row i lies. The
 // tile's other rows become zeros: what lies there in the cache may be NaN, which no weight of 0 would remove.

@@ -162,6 +162,7 @@ class KernelBackend(Backend):
         return self._plan_tiles(items, window, launch, None)
 
     def _tiles(self, shape: Shape) -> tuple[Tile, Launch]:
+        """What a threadgroup of paged_prefill or paged_latent computes at once, and how it is launched."""
         return self.latent_layout(shape) or LatentLayout(self.prefill_tile(shape), self.launch_prefill(shape))
 
     def _plan_tiles(self, items: WorkItems, window: int | None, launch: Launch, members: mx.array | None) -> Plan:
