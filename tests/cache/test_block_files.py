@@ -175,24 +175,6 @@ def num_cached(llm: LLM, prompt: list[int] = PROMPT) -> int:
     return llm.generate([prompt], SamplingParams(temperature=0, max_tokens=2))[0].num_cached_tokens
 
 
-def test_a_folder_that_another_process_removes_meanwhile_is_not_missed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "0-a.safetensors").write_bytes(bytes(10))
-    (tmp_path / "gone").mkdir()
-    scandir = os.scandir
-
-    def scan_while_one_goes(path: str | Path) -> Any:
-        if Path(path).name == "gone":
-            raise FileNotFoundError(path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", scan_while_one_goes)
-    BlockFiles(tmp_path, 1000)
-    assert [(model.name, model.num_bytes) for model in saved_models(tmp_path)] == [("model", 10)]
-
-
 def test_a_folder_of_saved_prompts_lists_its_models(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
     before = time.time()
     for family in ("qwen2", "llama"):
