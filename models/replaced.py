@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from mlx_paged.errors import ModelError
 from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache
+from mlx_paged.models.recurrent import StateLayerCache
 
 
 def replace_code(family: str) -> None:
@@ -32,7 +33,7 @@ def _either(original: Callable[..., mx.array], call: Callable[..., mx.array]) ->
     @functools.wraps(original)
     def either(self: Any, *args: Any, **kwargs: Any) -> mx.array:
         given = (value[0] if isinstance(value, list) and value else value for value in (*args, *kwargs.values()))
-        is_paged = any(isinstance(value, PagedLayerCache | PagedKV) for value in given)
+        is_paged = any(isinstance(value, PagedLayerCache | PagedKV | StateLayerCache) for value in given)
         return (call if is_paged else original)(self, *args, **kwargs)
 
     either.is_replaced = True  # type: ignore[attr-defined]
@@ -89,6 +90,29 @@ def _afm7_reuse(self: Any, x: mx.array, keys: PagedKV, values: PagedKV, mask: An
     return self.out_proj(_joined(cache.attend(queries, self.scale, mask, None)))
 
 
+def _baichuan_attention(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+    """Baichuan M1's attention, which mixes each key and value with those of the token before: that is its state."""
+    states, kv_cache = cache
+
+    def mix(keys: mx.array, values: mx.array, state: Any) -> tuple[mx.array, ...]:
+        mixed = []
+        for entry, (new, weights) in enumerate(((keys, self.conv_k), (values, self.conv_v))):
+            new = new.reshape(*new.shape[:2], self.num_kv_heads, -1)
+            last = mx.zeros_like(new[:, :1]) if state[entry] is None else state[entry]
+            of_last, of_new = mx.split(weights.reshape(self.num_kv_heads, -1), 2, axis=-1)
+            mixed.append((mx.concatenate([last, new[:, :-1]], axis=1) * of_last + new * of_new).flatten(2))
+            state[entry] = new[:, -1:]
+        return tuple(mixed)
+
+    ends = [self.hidden_size, self.hidden_size + self.num_kv_heads * self.head_dim]
+    queries, keys, values = mx.split(self.W_pack(x), ends, axis=-1)
+    keys, values = states.run(mix, (keys, values, states), {})
+    keys = self.rope(_by_head(keys, self.num_kv_heads), offset=kv_cache.offset)
+    kv_cache.update_and_fetch(keys, _by_head(values, self.num_kv_heads))
+    queries = self.rope(_by_head(queries, self.num_heads), offset=kv_cache.offset)
+    return self.o_proj(_joined(kv_cache.attend(queries, self.scale, mask, None)))
+
+
 def _gemma2_attention(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
     """Gemma 2's attention, which caps its scores."""
     queries = self.rope(_by_head(self.q_proj(x), self.n_heads), offset=cache.offset)
@@ -127,6 +151,17 @@ def _llama4_attention(self: Any, x: mx.array, mask: Any = None, cache: Any = Non
     return self.o_proj(_joined(cache.attend(queries, self.scale, mask, None)))
 
 
+def _longcat_ngrams(self: Any, input_ids: mx.array, cache: Any = None) -> mx.array:
+    """LongCat's embedding of tokens with those before, which are its state: as if zeros came before the first ones."""
+
+    def embed(input_ids: mx.array, state: Any) -> mx.array:
+        if state[0] is None:
+            state[0] = mx.zeros((input_ids.shape[0], self.n - 1), mx.int64)
+        return self(input_ids, cache=state)
+
+    return cache.run(embed, (input_ids, cache), {})
+
+
 def _plamo_attention(self: Any, hidden_states: mx.array, attention_mask: Any = None, cache: Any = None) -> mx.array:
     """PLaMo's attention, which repeats its keys: query head i attends to KV head i modulo their number."""
     queries = self.rotary_emb(_by_head(self.q_proj(hidden_states), self.q_num_heads), offset=cache.offset)
@@ -155,9 +190,11 @@ def _plamo2_attention(self: Any, hidden_states: mx.array, mask: Any = None, cach
 
 _REPLACED: dict[str, dict[str, Callable[..., mx.array]]] = {
     "afm7": {"KVReuseAttention": _afm7_reuse},
+    "baichuan_m1": {"Attention": _baichuan_attention},
     "gemma2": {"Attention": _gemma2_attention},
     "gpt_bigcode": {"GPTBigCodeModel": _gpt_bigcode_model},
     "llama4": {"LlamaModel": _llama4_model, "Attention": _llama4_attention},
+    "longcat_flash_ngram": {"NgramEmbedding": _longcat_ngrams},
     "plamo": {"Attention": _plamo_attention},
     "plamo2": {"Attention": _plamo2_attention},
 }

@@ -66,6 +66,7 @@ MATCHING: dict[str, dict[str, Any]] = {
     "afm7": {"num_kv_reuse_layers": 1},
     "afmoe": {},
     "apertus": {},
+    "baichuan_m1": {"sliding_window_layers": [0, 2], "conv_window": 2},
     "bailing_hybrid": {"layer_group_size": 3, "group_norm_size": 2},
     "bailing_moe": {"partial_rotary_factor": 1.0},
     "bailing_moe_linear": {"layer_group_size": 3, "group_norm_size": 2},
@@ -145,6 +146,7 @@ MATCHING: dict[str, dict[str, Any]] = {
     "llama4": {"text_config": "llama4_chunked"},
     "llama4_text": {"intermediate_size_mlp": 96, "no_rope_layers": [1, 1, 0]},
     "longcat_flash": _LONGCAT,
+    "longcat_flash_ngram": _LONGCAT,
     "mamba": {"time_step_rank": 4} | _MAMBA,
     "mamba2": {
         "num_heads": 8, "head_dim": 16, "intermediate_size": 128, "time_step_limit": (0.0, 100.0),
@@ -199,6 +201,14 @@ MATCHING: dict[str, dict[str, Any]] = {
     "plamo": {"n_shared_head": 2},
     "plamo2": {"hidden_size_per_head": 16} | _MAMBA,
     "plamo3": {},
+    "prism_hadamard_qwen35": {
+        "text_config": "qwen3_next_wide", "schema_version": 1, "tensor_namespace": "mlx-lm-text",
+        "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
+        "modules": [
+            {"path": f"model.layers.{path}", "embedding": False, "dtype": "float16", "block": block}
+            for path, block in (("0.linear_attn.in_proj_z", 512), ("1.mlp.shared_expert.up_proj", 0))
+        ],
+    },
     "qwen": {"kv_channels": 16, "intermediate_size": 192},
     "qwen2": {},
     "qwen2_moe": {},
@@ -251,16 +261,14 @@ COMPARED_WITHOUT_CACHE = ("plamo3",)
 """Its windows are of one key more than mlx-lm's cache of a window keeps, so that mlx-lm's own decodes see one less."""
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "baichuan_m1": {"sliding_window_layers": [0, 2], "conv_window": 2},
     "deepseek_v32": {"num_key_value_heads": 4} | _INDEX,
     "deepseek_v41": {},
     "glm_moe_dsa": {"num_key_value_heads": 4, "rope_parameters": _ROPE} | _INDEX,
-    "longcat_flash_ngram": _LONGCAT,
     "phi3small": {
         "dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "blocksparse_block_size": 32,
     },
 }
-NOT_BUILT = {"olmo": "needs another package", "prism_hadamard_qwen35": "has a fixed size; its layers are qwen3_5's"}
+NOT_BUILT = {"olmo": "needs another package"}
 
 _TEXT_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
@@ -280,6 +288,7 @@ _TEXT_CONFIGS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 30.0, "output_multiplier": 0.5, "moe_hidden_size": 48, "num_shared_experts": 0,
     },
     "minimax_m3": {"moe_layer_freq": [0, 1, 1], "dense_intermediate_size": 96, "layer_types": None},
+    "qwen3_next_wide": {"hidden_size": 512} | _LINEAR,
     "minimax_m3_sparse": {
         "moe_layer_freq": [0, 1, 1], "dense_intermediate_size": 96, "layer_types": None, "index_n_heads": 2,
         "index_head_dim": 32, "index_topk_blocks": 2, "index_block_size": 8, "sparse_attention_freq": [0, 1, 1],
@@ -305,6 +314,8 @@ def family_model(family: str, **changes: Any) -> nn.Module:
 
 
 def _unless_zero(weight: mx.array) -> mx.array:
+    if weight.dtype == mx.uint32:  # sixteen numbers of two bits
+        return mx.random.randint(0, 1 << 31, weight.shape, mx.uint32)
     if weight.dtype == mx.uint8:  # four numbers of -1, 0 and 1, kept as 0, 1 and 2
         return (mx.random.randint(0, 3, (*weight.shape, 4)) << mx.array([0, 2, 4, 6])).sum(axis=-1).astype(mx.uint8)
     return weight if weight.ndim < 2 or weight.any() else mx.random.normal(weight.shape)

@@ -45,7 +45,8 @@ def make_model(family: str, *, seed: int = 0, dtype: mx.Dtype = mx.float32, **ch
     def enlarge(path: str, weight: Any) -> Any:
         if path.endswith("sinks"):
             return mx.random.normal(weight.shape)
-        return weight if weight.dtype == mx.uint8 else weight * spread.get(weight.ndim, 1.0)
+        is_packed = not mx.issubdtype(weight.dtype, mx.floating)
+        return weight if is_packed else weight * spread.get(weight.ndim, 1.0)
 
     model.update(tree_map_with_path(enlarge, model.parameters()))
     model.set_dtype(dtype)

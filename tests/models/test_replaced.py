@@ -13,7 +13,9 @@ from mlx_paged.models.patch import patch_model
 DYNAMIC = {"type": "dynamic", "factor": 2.0}
 
 
-@pytest.mark.parametrize("family", ["afm7", "gemma2", "gpt_bigcode", "llama4", "plamo", "plamo2"])
+@pytest.mark.parametrize(
+    "family", ["afm7", "baichuan_m1", "gemma2", "gpt_bigcode", "llama4", "longcat_flash_ngram", "plamo", "plamo2"]
+)
 def test_a_family_with_replaced_code_gives_the_same_as_before_with_mlx_lms_own_cache(family: str) -> None:
     model, prompt = family_model(family), list(range(2, 40))
     before = unpaged_greedy(model, prompt, 3)
@@ -23,7 +25,9 @@ def test_a_family_with_replaced_code_gives_the_same_as_before_with_mlx_lms_own_c
     assert model(mx.array([prompt])).shape == (1, len(prompt), VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("family", ["afm7", "gpt_bigcode", "llama4", "plamo", "plamo2"])
+@pytest.mark.parametrize(
+    "family", ["afm7", "baichuan_m1", "gpt_bigcode", "llama4", "longcat_flash_ngram", "plamo", "plamo2"]
+)
 def test_a_family_with_replaced_code_goes_on_from_a_prefix(family: str) -> None:
     model, prompt = family_model(family), list(range(2, 55))
     reference = unpaged_greedy(model, prompt, 3)

@@ -56,9 +56,11 @@ class WindowBench(Bench):
 
     windows: Sequence[int] = (4,)
     tight: bool = False
+    chunked: bool = False
 
     def __post_init__(self) -> None:
         options: Any = {"allocator": self.allocator, "prefix_caching": self.prefix_caching}
+        options["chunked"] = self.chunked
         self.manager = BlockManager(self.num_blocks, self.block_size, **options)
         windowed: list[BlockManager] = []
         for window in self.windows:
@@ -96,6 +98,7 @@ class WindowBench(Bench):
 @settings(max_examples=150, deadline=None)
 @given(
     windows=WINDOWS,
+    chunked=st.booleans(),
     num_blocks=st.integers(2, 12),
     block_size=st.integers(1, 5),
     max_num_seqs=st.integers(1, 5),
@@ -110,6 +113,7 @@ class WindowBench(Bench):
 )
 def test_blocks_for_window_always_suffice_and_every_query_sees_its_window(
     windows: list[int],
+    chunked: bool,
     num_blocks: int,
     block_size: int,
     max_num_seqs: int,
@@ -118,7 +122,9 @@ def test_blocks_for_window_always_suffice_and_every_query_sees_its_window(
     prefix_caching: bool,
     arrivals: list[tuple[int, int, int, int, bool]],
 ) -> None:
-    bench = WindowBench(num_blocks, block_size, max_num_seqs, budget, allocator, prefix_caching, windows=windows)
+    bench = WindowBench(
+        num_blocks, block_size, max_num_seqs, budget, allocator, prefix_caching, windows=windows, chunked=chunked
+    )
     slots = num_blocks * block_size
     for pause, prompt_len, max_tokens, n, common in arrivals:
         for _ in range(pause):

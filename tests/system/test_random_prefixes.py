@@ -14,7 +14,18 @@ from mlx_paged import LLM, SamplingParams
 from mlx_paged.runner import stretches
 
 FUZZED = ("qwen3_next", "rwkv7", "deepseek_v3", "llama4")
-RARELY = ("kimi_linear", "falcon_h1", "mamba2", "recurrent_gemma", "lfm2_moe", "nemotron_h", "jamba", "gear", "plamo2")
+RARELY = (
+    "kimi_linear",
+    "falcon_h1",
+    "mamba2",
+    "recurrent_gemma",
+    "lfm2_moe",
+    "nemotron_h",
+    "jamba",
+    "gear",
+    "plamo2",
+    "baichuan_m1",
+)
 
 
 def greedy(max_tokens: int, **values: int) -> SamplingParams:
