@@ -78,8 +78,7 @@ def split_by_kernel(metadata: AttentionMetadata, max_decode_queries: int) -> Par
         parts.append(Part(index_rows(tokens), metadata.select(seqs, cu_seqlens_q)))
         all_tokens.append(tokens)
     order = np.argsort(np.concatenate(all_tokens)).astype(np.int32)
-    in_order = (order == np.arange(len(order))).all()
-    return Parts(parts[0], parts[1], None if in_order else mx.array(order))
+    return Parts(parts[0], parts[1], None if (order == np.arange(len(order))).all() else mx.array(order))
 
 
 def to_device(items: WorkItems, launch: Launch) -> Plan:
