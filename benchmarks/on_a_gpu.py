@@ -108,7 +108,7 @@ def without_names(text: str) -> str:
 TESTS = {
     "kernels": ["attention/test_kernels_decode.py", "attention/test_kernels_prefill.py",
                 "attention/test_kernels_shared.py", "attention/test_kernels_latent.py",
-                "attention/test_kernels_engine.py", "attention/test_cuda_write.py"],
+                "attention/test_kernels_engine.py", "attention/test_kernels_write.py"],
     "engine": ["attention/test_paged_attention.py", "system/test_parity.py", "cache/test_kv_cache.py",
                "system/test_pipelining.py", "system/test_memory_flat.py", "engine/test_beams_in_engine.py",
                "cache/test_block_store.py", "models/test_demo.py"],

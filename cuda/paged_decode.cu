@@ -9,10 +9,13 @@
 //   work          [num_items or more, 4], int32: a sequence, a first and a past the last key, 1 if these are its first
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
-//   The caches are contiguous; of q and block_tables the last dimension is. Rows of q lie at multiples of 16 bytes.
+//   write_done    [8], int32: not looked at; of paged_write
+//   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
+//   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
 //   out           [num_items, num_heads, VALUE_DIM], T: the mean of the item's values; zeros without keys or a sink
 //   lse           [num_items, num_heads], float: the base-2 logarithm of the sum of its keys' exponentials
+//   read_done     [8], int32: zeros, for the paged_write that comes next
 //   Where a sequence has one item each, `out` is the result; otherwise paged_merge joins the items of a sequence.
 //
 // Grid           blocks of one (item, KV head) each: [num_items, num_kv_heads]
@@ -60,6 +63,8 @@ extern __shared__ uint4 shared_memory[];
 T* queries = reinterpret_cast<T*>(shared_memory);
 T* stages = queries + 16 * KEY_STRIDE;
 T* own_stages = stages + warp * STAGES * STAGE;
+
+if (item == 0 && kv_head == 0 && thread < 8) read_done[thread] = 0;
 
 // ---- the queries ----
 for (int i = thread; i < 16 * KEY_PIECES; i += WARPS * 32) {

@@ -21,11 +21,14 @@
 //   window        int32: how many keys a query sees, itself among them
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
-//   The caches are contiguous; of q and block_tables the last dimension is. Rows of q lie at multiples of 16 bytes.
+//   write_done    [8], int32: not looked at; of paged_write
+//   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
+//   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
 //   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the values; zeros without keys. Those of a query
 //                 lie side by side
 //   lse           [num_parts, num_heads], float: the base-2 logarithm of the sum of the keys' exponentials
+//   read_done     [8], int32: zeros, for the paged_write that comes next
 //   Where each query has one part, `out` is the result; otherwise, and with SHARED, paged_merge joins the parts.
 //
 // Grid           blocks of one (item, KV head) each: [num_items, num_kv_heads], the last items first, since the last
@@ -94,6 +97,8 @@ for (int i = thread; i < TILE_ROWS * KEY_PIECES; i += WARPS * 32) {
   const T* from = q + token * q_strides[0] + head * q_strides[1];
   copy_piece<T, HEAD_DIM>(q_tile + row * KEY_STRIDE, from, i % KEY_PIECES, row < num_rows);
 }
+
+if (item == 0 && kv_head == 0 && thread < 8) read_done[thread] = 0;
 
 Fragment output[MATRICES][VALUE_DIM / 8] = {};
 Softmax softmax[MATRICES];

@@ -3,8 +3,8 @@
 //
 // MLX has no kernel that changes an input, and its own way to write, a scatter into a donated array, copies a whole
 // pool as long as anything that reads it is not over. This kernel changes the pools where they lie and says nothing
-// about it. What reads them next takes `write_done` as an input, which is what puts it after this kernel; what read them
-// before was given to the same stream with an earlier step.
+// about it. MLX orders kernels by the arrays that one makes and another takes: what reads the pools next takes
+// `write_done`, and this kernel takes what those have made that read them last.
 //
 // Inputs
 //   keys          [num_tokens, num_kv_heads, HEAD_DIM], T
@@ -14,9 +14,10 @@
 //   k_cache       [num_blocks, block_size, num_kv_heads, HEAD_DIM], T: changed
 //   v_cache       [num_blocks, block_size, num_kv_heads, VALUE_DIM], T: changed
 //                 Where K is all that is stored VALUE_DIM is 0, and these and `values` are anything
-//   All are contiguous.
+//   reads_done    [8], int32: not looked at
+//   All are contiguous. Of the pools one block is given, at whose address all others lie, too.
 // Output
-//   write_done    [1], int32: 0
+//   write_done    [8], int32: zeros
 //
 // Grid           a thread for every 16 bytes, token by token, its keys and then its values; those past the end do
 //                nothing
@@ -31,8 +32,8 @@ const int thread = blockIdx.x * blockDim.x + threadIdx.x;
 const int token = thread / (key_pieces + value_pieces);
 const int piece = thread % (key_pieces + value_pieces);
 
-if (thread == 0) *write_done = 0;
-if (token < block_ids_shape[0]) {
+if (thread < 8) write_done[thread] = 0;
+if (token < keys_shape[0]) {
   const size_t slot = size_t(block_ids[token]) * k_cache_shape[1] + offsets[token];
   if (piece < key_pieces) {
     copy_piece_now(const_cast<T*>(k_cache), slot * key_pieces + piece, keys, size_t(token) * key_pieces + piece);

@@ -99,6 +99,7 @@ OPTIONAL = {
     "mlx_paged/runner/memory_plan.py:fit_to_states": "recurrent layers",
     "mlx_paged/runner/prompt_logprobs.py": "log-probabilities of prompts",
     "mlx_paged/runner/stretches.py": "recurrent layers",
+    "mlx_paged/runner/trial_writes.py": "a device on which kernels can't write",
     "mlx_paged/sampling/bad_words.py": "strings that must not appear",
     "mlx_paged/sampling/beam_search.py": "beams",
     "mlx_paged/sampling/compilations.py": "structured output",

@@ -8,10 +8,13 @@
 //   work          [num_items or more, 4], int32: a sequence, a first and a past the last key, 1 if these are its first
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
-//   The caches are contiguous; of q and block_tables the last dimension is. Rows of q lie at multiples of 16 bytes.
+//   write_done    [8], int32: not looked at; of paged_write
+//   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
+//   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
 //   out           [num_items, num_heads, VALUE_DIM], T: the mean of the item's values; zeros without keys or a sink
 //   lse           [num_items, num_heads], float: the base-2 logarithm of the sum of its keys' exponentials
+//   read_done     [8], int32: zeros, for the paged_write that comes next
 //   Where a sequence has one item each, `out` is the result; otherwise paged_merge joins the items of a sequence.
 //
 // Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items]
@@ -64,6 +67,8 @@ const int num_tiles = (end - begin + 31) / 32;
 const int block_size = k_cache_shape[1];
 const int block_shift = metal::ctz(block_size);       // a key's block is key >> block_shift
 auto table = block_tables + sequence * block_tables_strides[0];
+
+if (item == 0 && kv_head == 0 && simd_index * 32 + lane < 8) read_done[simd_index * 32 + lane] = 0;
 
 // ---- the queries ----
 const device uint* q_words = reinterpret_cast<const device uint*>(q + sequence * q_strides[0]

@@ -18,11 +18,14 @@
 //   window        int32: how many keys a query sees, itself among them
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
-//   The cache is contiguous; of q and block_tables the last dimension is. Rows of q lie at multiples of 16 bytes.
+//   write_done    [8], int32: not looked at; of paged_write
+//   The cache is contiguous, and one block of it is given, at whose address all others lie, too. Of q and block_tables
+//   the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
 //   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the values; zeros without keys. Those of a query
 //                 lie side by side
 //   lse           [num_parts, num_heads], float: the base-2 logarithm of the sum of the keys' exponentials
+//   read_done     [8], int32: zeros, for the paged_write that comes next
 //   Where each query has one part, `out` is the result; otherwise paged_merge joins the parts.
 //
 // Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items], the last items first, since
@@ -97,6 +100,8 @@ const int matrix_row = (lane & 16) >> 2 | (lane & 6) >> 1;
 const int column = (lane & 8) >> 1 | (lane & 1) << 1;
 const int first_value = 8 * VALUES * simd_index + column * VALUE_LOAD;
 const int first_rest = VALUE_DIM + 8 * REST * simd_index + column * REST_LOAD;
+
+if (item == 0 && kv_head == 0 && thread_index < 8) read_done[thread_index] = 0;
 
 // Q, transposed. Rows past the last one are copies of it that nobody asks for.
 vec<T, 2> queries[ROW_GROUPS][MATRICES];

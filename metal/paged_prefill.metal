@@ -21,11 +21,14 @@
 //   window        int32: how many keys a query sees, itself among them
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
-//   The caches are contiguous; of q and block_tables the last dimension is. Rows of q lie at multiples of 16 bytes.
+//   write_done    [8], int32: not looked at; of paged_write
+//   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
+//   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
 //   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the values; zeros without keys. Those of a query lie
 //                 side by side
 //   lse           [num_parts, num_heads], float: the base-2 logarithm of the sum of the keys' exponentials
+//   read_done     [8], int32: zeros, for the paged_write that comes next
 //   Where each query has one part, `out` is the result; otherwise, and with SHARED, paged_merge joins the parts.
 //
 // Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items], the last items first, since the
@@ -106,6 +109,8 @@ for (int i = thread_index; i < TILE_ROWS * PIECES; i += THREADS) {
   }
   *reinterpret_cast<threadgroup uint4*>(q_tile + tile_row * Q_STRIDE + d) = piece;
 }
+
+if (item == 0 && kv_head == 0 && thread_index < 8) read_done[thread_index] = 0;
 
 // Online softmax: `total` is the sum of the weights, relative to exp2(peak).
 float2 output[VALUE_DIM / 8];

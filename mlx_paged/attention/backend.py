@@ -28,9 +28,6 @@ class Backend(ABC):
     name: str
     max_decode_queries: int = 1
     """Query tokens of one sequence that its path for decodes takes."""
-    writes_in_place: bool = False
-    """Whether `write` is of the pools' own memory without MLX's knowing of it. Otherwise MLX copies a pool that an
-    earlier step still reads."""
 
     @abstractmethod
     def is_available(self) -> bool:

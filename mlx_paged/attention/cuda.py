@@ -1,4 +1,4 @@
-"""The CUDA kernels, twins of the Metal ones: how they are made and launched, and one that writes new keys and values.
+"""The CUDA kernels, twins of the Metal ones: how they are made and launched.
 
 A kernel is made at its first use, by `mx.fast.cuda_kernel` as it is found then, so that a simulator can take its place.
 MLX compiles it for the card that is there, once for each set of template arguments and dtypes.
@@ -13,16 +13,13 @@ import mlx.core as mx
 from mlx_paged.attention.kernel_backend import KernelBackend
 from mlx_paged.attention.kernel_plan import Launch
 from mlx_paged.attention.latent_layout import cuda_layout
-from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.work_items import Shape, Tile
-from mlx_paged.cache.kv_cache import LayerPool
 
 _AMPERE = 8  # the first with the instructions of intrinsics.cuh
 _HOPPER = 9
 _MAX_SHARED_BYTES = 96 << 10  # of a block, which every card since Ampere has
 _ROWS = 16  # that a warp computes at once with its matrix instructions
 _DECODE_KEYS = 16  # that a warp of paged_decode computes at once
-_THREADS_OF_WRITE = 256
 
 
 class CudaBackend(KernelBackend):
@@ -31,7 +28,6 @@ class CudaBackend(KernelBackend):
     name = "cuda"
     title = "CUDA"
     suffix = "cu"
-    writes_in_place = True
     latent_layout = staticmethod(cuda_layout)
 
     def is_available(self) -> bool:
@@ -81,37 +77,6 @@ class CudaBackend(KernelBackend):
         template = {"VALUE_DIM": shape.value_dim, "TILE_ROWS": rows, "TILE_KEYS": keys, "MATRICES": matrices}
         return Launch(
             "paged_prefill", 2 * rows // matrices, template, rows * key_bytes + keys * (key_bytes + value_bytes)
-        )
-
-    def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
-        """Put K and V of at least one token into their slots, in the pool's own memory.
-
-        MLX does not know that the pool changes: it never copies it for that, whoever still reads it, and would compute
-        what reads it next too early. So that has to be `attend`, which waits for the pool's `write_done`, or come
-        after `mx.synchronize()`. What read it before has to have been submitted to the device before.
-        """
-        assert metadata.slot_block_ids is not None and metadata.slot_offsets is not None
-        k_cache = pool.keys
-        keys, values = (mx.contiguous(rows.astype(k_cache.dtype)) for rows in (keys, values))
-        inputs = {
-            "k_cache": k_cache,
-            "v_cache": values if pool.latent_dim else pool.values,  # where there is no V, nothing is written there
-            "block_ids": metadata.slot_block_ids,
-            "offsets": metadata.slot_offsets,
-            "keys": keys,
-            "values": values,
-        }
-        num_kv_heads, head_dim = k_cache.shape[2:]
-        value_dim, size = 0 if pool.latent_dim else pool.value_dim, k_cache.dtype.size
-        num_threads = keys.shape[0] * num_kv_heads * (head_dim + value_dim) * size // 16
-        kernel = self.make_kernel("paged_write", inputs, ("write_done",))
-        (pool.write_done,) = kernel(
-            inputs=list(inputs.values()),
-            template=[("T", k_cache.dtype), ("HEAD_DIM", head_dim), ("VALUE_DIM", value_dim)],
-            grid=(-(-num_threads // _THREADS_OF_WRITE) * _THREADS_OF_WRITE, 1, 1),
-            threadgroup=(_THREADS_OF_WRITE, 1, 1),
-            output_shapes=[(1,)],
-            output_dtypes=[mx.int32],
         )
 
     def headers(self, kernel_name: str) -> tuple[str, ...]:

@@ -55,11 +55,14 @@ def attend(q: mx.array, pool: LayerPool, metadata: AttentionMetadata, scale: flo
         first, last = metadata.cu_seqlens_q[seq : seq + 2].tolist()
         block_ids = metadata.block_tables[seq, : -(-num_keys // pool.keys.shape[1])]
         if pool.write_done is not None:  # MLX does not know that the pools are written: the ids wait for it
-            block_ids = block_ids + 0 * pool.write_done
+            block_ids = block_ids + 0 * pool.write_done[:1]
         keys, values = (
             array[block_ids].flatten(0, 1)[:num_keys].swapaxes(0, 1)[None] for array in (pool.keys, pool.values)
         )
         queries = q[first:last].swapaxes(0, 1)[None]
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
         outputs.append(out[0].swapaxes(0, 1))
+        if pool.write_done is not None:  # nor that the next write has to wait for this
+            over = 0 * mx.isinf(out.flatten()[:8]).astype(mx.int32)
+            pool.reads_done[-1:] = [(pool.reads_done or [pool.write_done])[-1] + over]
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)

@@ -5,8 +5,8 @@ step's graph should not cost more on the host than what the kernels take the pla
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, reduce
 from importlib.resources import files
 from typing import Any
 
@@ -30,6 +30,7 @@ MAX_HEADS_PER_KV_HEAD = 16
 _LOG2E = 1.4426950408889634
 _NO_WINDOW = 1 << 30
 _SIMDGROUPS_OF_MERGE = 8
+_THREADS_OF_WRITE = 256
 
 Kernel = Callable[..., list[mx.array]]
 Partial = list[mx.array]  # of parts: means [num_parts, num_heads, value_dim], logs of sums [num_parts, num_heads]
@@ -44,6 +45,9 @@ class KernelBackend(Backend):
     """That of the files of its kernels, which lie in the folder with its name."""
     latent_layout: Callable[[Shape], LatentLayout | None]
     """How paged_latent, which computes what has its V in K, divides such a shape. None: it has no V in K, or can't."""
+    writes_in_place = True
+    """Whether `write` is by a kernel, which MLX does not know to change the pools. Otherwise MLX scatters, which copies
+    a pool that an earlier step still reads."""
 
     def is_available(self) -> bool:
         on_cpu_by_choice = mx.is_available(mx.gpu) and mx.default_device() == mx.cpu
@@ -78,9 +82,9 @@ class KernelBackend(Backend):
         """The files that a kernel's text begins with."""
 
     def make_kernel(
-        self, kernel_name: str, inputs: dict[str, mx.array], outputs: tuple[str, ...], shared_bytes: int = 0
+        self, kernel_name: str, inputs: Iterable[str], outputs: tuple[str, ...], shared_bytes: int = 0
     ) -> Kernel:
-        """The kernel for inputs like these. Raises RuntimeError if there is no device."""
+        """The kernel with inputs of these names. Raises RuntimeError if there is no device."""
         if not getattr(mx, self.name).is_available():
             raise RuntimeError(f"{self.title} kernels need a {self.title} device, and there is none here")
         make = getattr(mx.fast, f"{self.name}_kernel")
@@ -106,6 +110,33 @@ class KernelBackend(Backend):
                 f"at most {MAX_HEADS_PER_KV_HEAD} may share one"
             )
         return None
+
+    def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
+        """Put K and V of at least one token into their slots, in the pool's own memory.
+
+        MLX does not know that the pool changes: it never copies it for that, whoever still reads it, and orders what
+        reads and writes it only by `write_done` and `reads_done`, which the kernels make and take. Other operations
+        have to come after `mx.synchronize()`.
+        """
+        if not self.writes_in_place:
+            super().write(pool, metadata, keys, values)
+            return
+        dtype, value_dim = pool.keys.dtype, 0 if pool.latent_dim else values.shape[2]
+        keys, values = (mx.contiguous(rows.astype(dtype)) for rows in (keys, values))
+        before = pool.reads_done or [mx.zeros(8, mx.int32) if pool.write_done is None else pool.write_done]
+        slots: dict[str, Any] = {"block_ids": metadata.slot_block_ids, "offsets": metadata.slot_offsets}
+        inputs = dict.fromkeys(("k_cache", "v_cache"), values) | pool.views() | {"keys": keys, "values": values} | slots
+        inputs["reads_done"] = reduce(mx.add, before)
+        num_groups = -(-(keys.nbytes + values.nbytes) // (16 * _THREADS_OF_WRITE))
+        (pool.write_done,) = self.make_kernel("paged_write", inputs, ("write_done",))(
+            inputs=list(inputs.values()),
+            template=[("T", dtype), ("HEAD_DIM", keys.shape[2]), ("VALUE_DIM", value_dim)],
+            grid=(num_groups * _THREADS_OF_WRITE, 1, 1),
+            threadgroup=(_THREADS_OF_WRITE, 1, 1),
+            output_shapes=[(8,)],
+            output_dtypes=[mx.int32],
+        )
+        pool.reads_done = []
 
     def attend(self, q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions) -> mx.array:
         # The heads of one query are enough rows for paged_latent, which decodes as well.
@@ -189,52 +220,55 @@ class KernelBackend(Backend):
         scale, _, softcap, sinks = options
         key = (scale, softcap, q.dtype, None if sinks is None else sinks.dtype)
         if key not in plan.calls:
-            caches = {f"{name}_cache": array for name, array in pool.arrays.items()}
-            plan.calls[key] = self._prepare({"q": q} | caches | {"block_tables": block_tables}, plan, options)
+            plan.calls[key] = self._prepare(q, pool, plan, options)
         return plan.calls[key](q, pool, block_tables, sinks)
 
-    def _prepare(self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions) -> Callable[..., mx.array]:
+    def _prepare(self, q: mx.array, pool: LayerPool, plan: Plan, options: AttentionOptions) -> Callable[..., mx.array]:
         """The call for arrays like these, with the merging of parts where a row of q has several."""
-        own = self._prepare_parts(arrays, plan, options)
+        own = self._prepare_parts(q, pool, plan, options)
         if plan.shared is None and not plan.is_split:
             return lambda *arrays: own(*arrays)[0]
-        merge = self.prepare_merge(arrays["q"], plan.launch.template["VALUE_DIM"], plan.cu_parts, plan.ranges)
+        merge = self.prepare_merge(q, plan.launch.template["VALUE_DIM"], plan.cu_parts, plan.ranges)
         if plan.shared is None:
             return lambda *arrays: merge(own(*arrays))
         # A sink is one of a sequence's own keys.
-        shared = self._prepare_parts(arrays, plan.shared, options._replace(sinks=None))
+        shared = self._prepare_parts(q, pool, plan.shared, options._replace(sinks=None))
         return lambda *arrays: merge(own(*arrays), shared(*arrays[:3], None))
 
     def _prepare_parts(
-        self, arrays: dict[str, mx.array], plan: Plan, options: AttentionOptions
+        self, q: mx.array, pool: LayerPool, plan: Plan, options: AttentionOptions
     ) -> Callable[..., Partial]:
         """The call of the plan's own kernel, with all that does not differ between layers."""
-        q, launch = arrays["q"], plan.launch
+        launch = plan.launch
         scale, _, softcap, sinks = options
         constants = {
             "work": plan.work,
             "scale": mx.array(scale * _LOG2E if softcap is None else scale / softcap, mx.float32),
             "cap": mx.array(0 if softcap is None else softcap * _LOG2E, mx.float32),
         } | plan.constants
-        inputs = arrays | constants | {"sinks": q if sinks is None else sinks}
-        if self.writes_in_place:
-            inputs["write_done"] = plan.work
-        kernel = self.make_kernel(launch.kernel_name, inputs, ("out", "lse"), launch.shared_bytes)
+        names = ("q", *pool.views(), "block_tables", *constants, "sinks", "write_done")
+        kernel = self.make_kernel(launch.kernel_name, names, ("out", "lse", "read_done"), launch.shared_bytes)
         template: dict[str, Any] = {"T": q.dtype, "HEAD_DIM": q.shape[2]}
         template |= {"SOFTCAP": softcap is not None, "SINKS": sinks is not None} | launch.template
         settings: dict[str, Any] = {
             "template": list(template.items()),
-            "grid": self.grid(launch.threads, arrays["k_cache"].shape[2], plan.num_items),
+            "grid": self.grid(launch.threads, pool.keys.shape[2], plan.num_items),
             "threadgroup": (launch.threads, 1, 1),
-            "output_shapes": [(plan.num_parts, q.shape[1], launch.template["VALUE_DIM"]), (plan.num_parts, q.shape[1])],
-            "output_dtypes": [q.dtype, mx.float32],
+            "output_shapes": [
+                (plan.num_parts, q.shape[1], launch.template["VALUE_DIM"]),
+                (plan.num_parts, q.shape[1]),
+                (8,),
+            ],
+            "output_dtypes": [q.dtype, mx.float32, mx.int32],
         }
 
         def call(q: mx.array, pool: LayerPool, block_tables: mx.array, sinks: mx.array | None) -> Partial:
-            inputs = [q, *pool.arrays.values(), block_tables, *constants.values(), q if sinks is None else sinks]
-            if self.writes_in_place:
-                inputs.append(constants["work"] if pool.write_done is None else pool.write_done)
-            return kernel(inputs=inputs, **settings)
+            write_done, views = constants["work"] if pool.write_done is None else pool.write_done, pool.views().values()
+            inputs = [q, *views, block_tables, *constants.values(), q if sinks is None else sinks, write_done]
+            *parts, read_done = kernel(inputs=inputs, **settings)
+            if pool.write_done is not None:
+                pool.reads_done.append(read_done)
+            return parts
 
         return call
 
@@ -252,13 +286,10 @@ class KernelBackend(Backend):
         }
         last = cu_parts if ranges is None else ranges
         names = ("parts", "lse", "cu_parts", "shared_parts", "shared_lse", "ranges")
-        kernels: list[Kernel] = []  # the kernel, once it is known what the parts are like
+        kernel = self.make_kernel("paged_merge", names, ("out",))
 
         def merge(own: Partial, shared: Partial | None = None) -> mx.array:
-            inputs = [*own, cu_parts, *(shared or own), last]
-            if not kernels:
-                kernels.append(self.make_kernel("paged_merge", dict(zip(names, inputs, strict=True)), ("out",)))
-            return kernels[0](inputs=inputs, **settings)[0]
+            return kernel(inputs=[*own, cu_parts, *(shared or own), last], **settings)[0]
 
         return merge
 

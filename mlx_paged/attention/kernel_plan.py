@@ -80,8 +80,7 @@ def split_by_kernel(metadata: AttentionMetadata, max_decode_queries: int, is_gat
         parts.append(Part(index_rows(tokens), metadata.select(seqs, cu_seqlens_q)) if len(seqs) else None)
         all_tokens.append(tokens)
     order = np.argsort(np.concatenate(all_tokens)).astype(np.int32)
-    in_order = (order == np.arange(len(order))).all()
-    return Parts(None if in_order else mx.array(order), *parts)
+    return Parts(None if (order == np.arange(len(order))).all() else mx.array(order), *parts)
 
 
 def to_device(items: WorkItems, launch: Launch) -> Plan:

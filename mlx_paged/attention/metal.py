@@ -48,18 +48,9 @@ class MetalBackend(KernelBackend):
         return threads, second, items
 
     def launch_decode(self, shape: Shape) -> Launch:
-        layout = decode_layout(shape)
-        template = {
-            "VALUE_DIM": shape.value_dim,
-            "HEADS": shape.heads_per_kv_head,
-            "LANES": layout.lanes,
-            "PARTS": layout.parts,
-            "WIDTH": layout.width,
-            "BATCH": layout.batch,
-            "QUERY_IN_REGISTERS": layout.query_in_registers,
-            "SIMDGROUPS": SIMDGROUPS,
-            "SCRATCH": SCRATCH,
-        }
+        layout = decode_layout(shape)._asdict() | {"value_dim": shape.value_dim, "heads": shape.heads_per_kv_head}
+        layout |= {"simdgroups": SIMDGROUPS, "scratch": SCRATCH}
+        template = {name.upper(): value for name, value in layout.items() if name != "register_words"}
         return Launch("paged_decode", 32 * SIMDGROUPS, template)
 
     def launch_prefill(self, shape: Shape) -> Launch:

@@ -1,7 +1,7 @@
 """The arrays that hold K and V: one pool of blocks per layer, allocated once and only ever written in place."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +26,8 @@ class LayerPool:
     """How many of the first numbers of K are V, where that is not stored."""
     write_done: mx.array | None = None
     """What is there once the last `Backend.write` is over, where MLX does not know of it by itself."""
+    reads_done: list[mx.array] = field(default_factory=list)
+    """Likewise of all that has read since then, for the next one."""
 
     @classmethod
     def zeros(cls, spec: LayerSpec, num_blocks: int, block_size: int) -> "LayerPool":
@@ -51,6 +53,13 @@ class LayerPool:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
+
+    def views(self) -> dict[str, mx.array]:
+        """The first block of each array, in place of all: for kernels, which go by the address, as their inputs.
+
+        MLX ends a command buffer, or a graph, by the size of what is read in it, so each pool would end one.
+        """
+        return {f"{name}_cache": array[:1] for name, array in self.arrays.items()}
 
 
 class PagedKVCache:
@@ -85,7 +94,11 @@ class PagedKVCache:
         return sum(pool.nbytes for pool in self.pools)
 
     def _arrays_of(self, group: int) -> Iterator[tuple[str, mx.array]]:
-        """Yield the arrays of a group's layers, with the names that `read_block` gives them."""
+        """Yield the arrays of a group's layers, with the names that `read_block` gives them.
+
+        What kernels do with them is over: MLX does not know that they write.
+        """
+        mx.synchronize()
         pools = [pool for pool, other in zip(self.pools, self._groups, strict=True) if other == group]
         for i, pool in enumerate(pools):
             for name in pool.arrays:

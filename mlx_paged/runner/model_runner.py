@@ -11,6 +11,7 @@ from mlx_paged.config import EngineConfig, parse_memory
 from mlx_paged.models.patch import PatchedModel
 from mlx_paged.runner.fingerprint import fingerprint
 from mlx_paged.runner.memory_plan import fit_to_states, plan_memory
+from mlx_paged.runner.trial_writes import choose_writers
 from mlx_paged.runner.warmup import overlap_is_safe
 
 
@@ -22,7 +23,7 @@ class ModelRunner:
     ) -> None:
         """num_needed: blocks of a pool for which no size is given, if fewer than a share of the memory has room for."""
         self._model = model
-        self.backends = {backend.name for backend in model.backends(config.block_size) if backend is not None}
+        self.backends = {backend.name for backend in choose_writers(model, config.block_size)}
         self.plan = plan_memory(model, config, max_model_len, num_needed)
         self.config = config if self.plan.state_bytes == 0 else fit_to_states(config, self.plan)
         """With no more sequences at once than there is room for."""

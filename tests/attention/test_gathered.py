@@ -81,15 +81,31 @@ def test_a_context_whose_copy_would_be_large_stays_with_ours(wanted: Gpu, monkey
     assert_close(attend(wanted, arrays), dense_attention(arrays))
 
 
-def test_keys_are_gathered_once_they_are_written() -> None:
-    """MLX does not know that a kernel writes the pools, so what reads them has to be computed from what it returns."""
-    arrays = make_arrays(Case(((40, 90),), (4, 2), (64, 64), dtype="float16"), seed=0)
-    written = mx.zeros(1, mx.int32) + 0
-    metadata = AttentionMetadata(arrays.block_tables, arrays.context_lens, arrays.cu_seqlens_q)
-    out = gathered.attend(arrays.q, dataclasses.replace(arrays.pool, write_done=written), metadata, 0.1)
+def is_used(array: mx.array, result: mx.array) -> bool:
+    """Whether a result is computed from an array."""
     graph = io.StringIO()
-    mx.export_to_dot(graph, out, written=written)
-    assert '{ "written"; }' in graph.getvalue(), "nothing is computed from it"
+    mx.export_to_dot(graph, result, array=array)
+    return '{ "array"; }' in graph.getvalue()
+
+
+@pytest.mark.parametrize("num_reads", [0, 1])
+def test_keys_are_gathered_once_they_are_written_and_not_written_before(num_reads: int) -> None:
+    """MLX does not know that a kernel writes the pools, so each has to be computed from what the one before makes."""
+    arrays = make_arrays(Case(((40, 90),), (4, 2), (64, 64), dtype="float16"), seed=0)
+    written, others = mx.zeros(8, mx.int32) + 0, [mx.zeros(8, mx.int32) + 0] * num_reads
+    metadata = AttentionMetadata(arrays.block_tables, arrays.context_lens, arrays.cu_seqlens_q)
+    pool = dataclasses.replace(arrays.pool, write_done=written, reads_done=[*others])
+    out = gathered.attend(arrays.q, pool, metadata, 0.1)
+    assert is_used(written, out)
+    (over,) = pool.reads_done
+    assert is_used(written, over) and all(is_used(other, over) for other in others)
+    assert "Softmax" in dot_of(over) or "ScaledDotProductAttention" in dot_of(over)
+
+
+def dot_of(result: mx.array) -> str:
+    graph = io.StringIO()
+    mx.export_to_dot(graph, result)
+    return graph.getvalue()
 
 
 def test_a_model_generates_the_same_tokens_both_ways(

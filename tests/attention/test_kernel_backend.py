@@ -23,6 +23,7 @@ from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.work_items import Shape
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.errors import EngineWarning
+from mlx_paged.runner import trial_writes as trial_writes
 
 
 class FakeDevice:
@@ -117,7 +118,7 @@ def test_a_context_in_several_parts_is_merged(device: FakeDevice) -> None:
     plan = to_device(kernel_plan.decode_items(contexts, contexts, 8), METAL.launch_decode(SHAPE))
     assert call_decode(plan=plan).shape == (3, 4, 24)
     assert [name.split("_")[1] for name, _ in device.calls] == ["decode", "merge"]
-    assert device.calls[0][1]["output_shapes"] == [(5, 4, 24), (5, 4)]
+    assert device.calls[0][1]["output_shapes"] == [(5, 4, 24), (5, 4), (8,)]
 
 
 @pytest.mark.parametrize(
@@ -163,8 +164,10 @@ def test_no_input_is_copied(call: Callable[..., mx.array], device: FakeDevice) -
     block_tables = mx.zeros((3, 9), mx.int32)[:, :4]
     call(q=q, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables)
     ((_, arguments),) = device.calls
-    for given, passed in zip((q, k_cache, v_cache, block_tables), arguments["inputs"][:4], strict=True):
-        assert passed is given
+    assert arguments["inputs"][0] is q and arguments["inputs"][3] is block_tables
+    for given, passed in zip((k_cache, v_cache), arguments["inputs"][1:3], strict=True):
+        assert passed.shape == (1, *given.shape[1:])
+        assert np.array(passed, copy=None).ctypes.data == np.array(given, copy=None).ctypes.data
     assert device.options == [{"ensure_row_contiguous": False}]
 
 
@@ -197,13 +200,14 @@ def test_no_kernel_is_compiled_for_the_first_time_while_texts_are_generated(
     device: FakeDevice, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request whose context outgrows a few blocks, then several: as loading has compiled them."""
+    monkeypatch.setattr(trial_writes, "seems_written", lambda *_: True)
     llm = LLM.from_model(tiny_model("llama"), block_size=8, max_num_seqs=4)
-    loaded = {name: device.compiled(name) for name in ("paged_prefill", "paged_decode")}
+    loaded = {name: device.compiled(name) for name in ("paged_prefill", "paged_decode", "paged_write")}
     params = SamplingParams(max_tokens=70, ignore_eos=True)
     for prompts in ([[1, 2]], [[1, 2, 3], [4, 5], [6]]):
         llm.generate(prompts, params)
     for name, variants in loaded.items():
-        assert len(variants) == 1 and device.compiled(name) == variants
+        assert len(variants) == (2 if name == "paged_write" else 1) and device.compiled(name) == variants
 
 
 def test_the_number_of_cores_is_told_from_the_architecture(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:

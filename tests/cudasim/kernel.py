@@ -17,6 +17,7 @@ from metalsim.arguments import KernelArguments
 from metalsim.build import CompiledKernel
 from metalsim.config import Config
 from metalsim.library import KernelLibrary
+from metalsim.order import AccessOrder
 from metalsim.report import LaunchReport, SimulationError
 
 from .build import CudaSourceMap, compile_kernel
@@ -31,6 +32,7 @@ class CudaSimulator:
     def __init__(self) -> None:
         self.config = Config()
         self.reports: list[LaunchReport] = []
+        self.order = AccessOrder()
 
     @property
     def report(self) -> LaunchReport:
@@ -97,7 +99,9 @@ class CudaKernel:
         extras = [extras_of(name, array, self._source) for name, array in zip(self.input_names, arrays, strict=True)]
         flags = [("shape" in extra, "strides" in extra, "ndim" in extra) for extra in extras]
         arguments = KernelArguments(self, arrays, flags, config)  # type: ignore[arg-type]
+        inputs = dict(zip(self.input_names, arrays, strict=True))
         try:
+            number = self._simulator.order.check(self.name, inputs, arguments.memory, self._written)
             arguments.add_outputs(output_shapes, output_dtypes, None)
             launch = library.launch(arguments.specs, grid, threadgroup, config, arguments.outputs.values())
             findings = launch.findings + arguments.unwritten_findings(launch.unwritten)
@@ -107,7 +111,8 @@ class CudaKernel:
             if kept and config.raise_on_findings:
                 raise SimulationError(report)
             arguments.collect_inputs()
-            return arguments.collect_outputs()
+            self._simulator.order.is_over(arguments.memory, self._written)
+            return arguments.collect_outputs(number)
         finally:
             arguments.free()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ class KernelArguments:
         self._buffers: list[GuardedBuffer] = []
         self._formats: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {}
         self._writable: list[tuple[str, int, mx.array]] = []
+        self.memory: dict[str, np.ndarray] = {}  #: of inputs that are whole buffers
         for name, array, (shape, strides, ndim) in zip(kernel.input_names, arrays, shape_arguments, strict=True):
             values, element_strides = self._input_values(array)
             writable = name in config.writable_inputs
@@ -41,6 +43,8 @@ class KernelArguments:
                 if values.shape != tuple(array.shape):
                     raise NotImplementedError(f"writable input {name} with strides")
                 self._writable.append((name, len(self.specs), array))
+            if name in config.whole_buffers and values.flags.c_contiguous and array.ndim:
+                values = self.memory[name] = _buffer_of(values)
             self._add(name, values.nbytes, values.itemsize, values, writable=writable)
             if array.ndim == 0:
                 continue
@@ -110,8 +114,14 @@ class KernelArguments:
             findings.append(Finding(FindingKind.UNWRITTEN_OUTPUT, memory=name, detail=detail))
         return findings
 
-    def collect_outputs(self) -> list[mx.array]:
-        return [self._array(self.outputs[name], *self._formats[name]) for name in self.outputs]
+    def collect_outputs(self, number: int) -> list[mx.array]:
+        """The outputs' contents; of those that tell that a launch is over its number."""
+        return [
+            mx.full(self._formats[name][0], number, mx.int32)
+            if name.endswith("_done")
+            else self._array(index, *self._formats[name])
+            for name, index in self.outputs.items()
+        ]
 
     def collect_inputs(self) -> dict[str, mx.array]:
         """The writable inputs' contents, also written to the caller's arrays as a GPU would.
@@ -120,20 +130,33 @@ class KernelArguments:
         """
         contents = {}
         for name, index, array in self._writable:
-            contents[name] = self._array(index, tuple(array.shape), array.dtype)
             view = _view(array)
             if view.flags.c_contiguous:
-                view[...] = _view(contents[name])
+                memory = self.memory.get(name, view)
+                memory[...] = self._buffers[index].load(memory.dtype, memory.shape)
+            contents[name] = self._array(index, tuple(array.shape), array.dtype)
         return contents
 
     def _array(self, index: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        values = self._buffers[index].load(_numpy_dtype(dtype), shape)
+        values = self._buffers[index].load(_numpy_dtype(dtype), (-1,))[: math.prod(shape)].reshape(shape)
         array = mx.array(values)
         return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
 
     def free(self) -> None:
         for buffer in self._buffers:
             buffer.free()
+
+
+def _buffer_of(values: np.ndarray) -> np.ndarray:
+    """All of the memory that begins where an array's does, of which its rows are the first.
+
+    Of what MLX allocates for a CPU the size lies before it, up to as much again as was asked for.
+    """
+    nbytes = ctypes.c_size_t.from_address(values.ctypes.data - ctypes.sizeof(ctypes.c_size_t)).value
+    if not values.nbytes <= nbytes <= mx.get_active_memory():
+        return values  # it begins within another array
+    size = nbytes // values.nbytes * values.size
+    return np.lib.stride_tricks.as_strided(values.reshape(-1), (size,), (values.itemsize,))
 
 
 def _c_name(name: str) -> bytes:

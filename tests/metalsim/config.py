@@ -25,7 +25,10 @@ class Config:
     ignore: Set[FindingKind] = frozenset({FindingKind.INACTIVE_LANE_READ})
     #: Raise SimulationError if anything was found; else only report it.
     raise_on_findings: bool = True
-    #: Inputs the kernel writes on purpose, by casting const away.
+    #: Inputs the kernel writes on purpose. Those that its text casts `const` away from are added.
     writable_inputs: Set[str] = frozenset()
+    #: Inputs of which the kernel sees all the memory that they begin, as on a device, where a view of an array is an
+    #: address in its buffer.
+    whole_buffers: Set[str] = frozenset({"k_cache", "v_cache"})
     #: Seconds of CPU time after which a launch is given up.
     time_limit: float = 120.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +17,7 @@ from .build import CompiledKernel, compile_kernel
 from .config import Config
 from .library import MAX_THREADS, KernelLibrary
 from .mlx_text import KernelText
+from .order import AccessOrder
 from .report import Finding, FindingKind, LaunchReport, SimulationError
 
 _MAX_THREADGROUP_BYTES = 32 * 1024
@@ -34,12 +36,14 @@ class Simulator:
         self.config = Config()
         #: Of every launch, also of those that raised.
         self.reports: list[LaunchReport] = []
+        self.order = AccessOrder()
         self.compilers: Executor | None = None
 
     def reset(self) -> None:
         """Forgets options and reports."""
         self.config = Config()
         self.reports.clear()
+        self.order = AccessOrder()
 
     def configure(self, **changes: Any) -> None:
         """Changes options, the fields of Config."""
@@ -78,6 +82,7 @@ class MetalKernel:
         self.input_names = list(input_names)
         self.output_names = list(output_names)
         self.row_contiguous = ensure_row_contiguous
+        self._written = frozenset(re.findall(r"const_cast<device T\*>\((\w+)\)", source))
         self._real = _real_metal_kernel(
             name=name,
             input_names=self.input_names,
@@ -115,6 +120,7 @@ class MetalKernel:
             ToolchainError: without a compiler.
         """
         config = self._simulator.config
+        config = replace(config, writable_inputs=config.writable_inputs | self._written)
         arrays = [a if isinstance(a, mx.array) else mx.array(a) for a in inputs]
         mx.eval(arrays)
         text = self._generate(arrays, output_shapes, output_dtypes, grid, threadgroup, template)
@@ -134,7 +140,9 @@ class MetalKernel:
         if math.prod(threadgroup) > MAX_THREADS:
             raise ValueError(f"{self.name}: more than {MAX_THREADS} threads cannot be simulated")
         arguments = KernelArguments(self, arrays, text.shape_arguments, config)
+        inputs = dict(zip(self.input_names, arrays, strict=True))
         try:
+            number = self._simulator.order.check(self.name, inputs, arguments.memory, self._written)
             arguments.add_outputs(output_shapes, output_dtypes, init_value)
             launch = library.launch(
                 arguments.specs,
@@ -150,7 +158,8 @@ class MetalKernel:
                 traffic=launch.traffic,
                 inputs_after=arguments.collect_inputs(),
             )
-            results = arguments.collect_outputs()
+            self._simulator.order.is_over(arguments.memory, self._written)
+            results = arguments.collect_outputs(number)
         finally:
             arguments.free()
         self._simulator.reports[-1] = report
