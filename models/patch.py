@@ -30,7 +30,7 @@ from mlx_paged.errors import ModelError
 from mlx_paged.models.latent_attention import LatentLayerCache, RotaryKeys, join_queries, latent_spec
 from mlx_paged.models.layer_cache import PagedKV, PagedLayerCache, PagedMask
 from mlx_paged.models.recurrent import TRACED_STRETCHES, kind_of, leaves, run, trace
-from mlx_paged.models.refusals import refusal
+from mlx_paged.models.refusals import refusal, unknown_cache
 from mlx_paged.models.replaced import fix_dynamic_ropes, replace_code
 from mlx_paged.models.select_logits import select_logits
 
@@ -212,10 +212,7 @@ def _window_of(cache: Any, model_name: str) -> int | None:
         return cache.max_size + (model_name == "plamo3")  # its masks show one key more than its caches keep
     if type(cache) is ChunkedKVCache and model_name == _CHUNKED:
         return cache.chunk_size
-    raise ModelError(
-        f"model family {model_name!r} keeps state in {type(cache).__name__}, which can't be paged: "
-        "caches of plain, sliding-window and latent attention can, and arrays of a recurrence's state"
-    )
+    raise unknown_cache(model_name, type(cache).__name__)
 
 
 @functools.wraps(base.scaled_dot_product_attention)

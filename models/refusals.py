@@ -19,13 +19,28 @@ def cannot_load(folder: Path, error: Exception) -> ModelError:
     return ModelError(f"{folder} can't be loaded by mlx-lm: {one_line(error)}")
 
 
+def unknown_cache(name: str, kind: str) -> ModelError:
+    """What to raise for a model of the family `name`, which keeps something in a `kind` of cache that is not known."""
+    return _listed(name) or ModelError(
+        f"model family {name!r} keeps state in {kind}, which can't be paged: caches of plain, sliding-window and "
+        "latent attention can, and arrays of a recurrence's state"
+    )
+
+
 def refusal(name: str, error: Exception) -> ModelError:
     """What to raise for a model of the family `name`, whose code met a paged cache with an error."""
-    family = registry.family_of(name)
-    if family is not None and family.status == "refused":
-        return ModelError(f"model family {name!r} can't be paged: {family.note}")
     if "metal_kernel" in str(error) and not mx.metal.is_available():
         return ModelError(f"model family {name!r} runs on Macs only: mlx-lm computes its layers with Metal kernels")
-    what = "its code handles keys, values, masks, positions or states itself"
+    family = registry.family_of(name)
     known = f"; of this family it is known: {family.note}" if family is not None and family.note else ""
-    return ModelError(f"model family {name!r} can't be paged: {what} ({one_line(error)}){known}")
+    what = "its code handles keys, values, masks, positions or states itself"
+    return _listed(name) or ModelError(f"model family {name!r} can't be paged: {what} ({one_line(error)}){known}")
+
+
+def _listed(name: str) -> ModelError | None:
+    """The error for a family that is listed as refused, with the list's reason."""
+    try:
+        registry.require_paged(name)
+    except ModelError as error:
+        return error
+    return None

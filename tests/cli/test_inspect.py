@@ -80,6 +80,7 @@ def test_json_has_every_number_of_a_hand_computed_case(folder: Path) -> None:
                 "value_in_key": False,
                 "element_bytes": 2,
                 "window": None,
+                "chunked": False,
                 "bytes_per_token": PER_TOKEN,
                 "bytes_per_block": PER_TOKEN * 16,
             }

@@ -24,7 +24,7 @@ def test_a_family_whose_layers_are_metal_kernels_is_said_to_need_a_mac(family: s
         LLM.from_model(family_model(family), num_kv_blocks=4)
 
 
-@pytest.mark.parametrize("family", ["phi3small", "deepseek_v32"])
+@pytest.mark.parametrize("family", ["phi3small", "deepseek_v32", "deepseek_v41"])
 def test_a_listed_familys_reason_is_the_lists_wherever_it_is_found_out(family: str) -> None:
     with pytest.raises(ModelError) as caught:
         LLM.from_model(family_model(family), num_kv_blocks=4)
