@@ -62,6 +62,7 @@ def test_random_requests_that_share_prefixes_give_the_unpaged_tokens(
         "max_num_batched_tokens": rng.choice([5, 16, 64]),
         "max_num_seqs": rng.choice([2, 5, 8]),
         "pipelining": rng.choice(["submit", "off", "build"]),
+        "swap_space": rng.choice(["2MB", None]),
     }
     llm = LLM.from_model(model, check_invariants=True, **options)
     known = [prompt_of(rng.randrange(5, 60), rng.random()) for _ in range(3)]
