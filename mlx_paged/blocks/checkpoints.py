@@ -189,8 +189,8 @@ class Checkpoints:
         node: PrefixNode | None = self._manager.parts[0][seq_id].last_node
         found = []
         while node is not None:
-            if node in self._last_used:
-                found.append(self.stored.save_of(node, self._states.of_checkpoint(node)))
+            if (state := self._state_of(node)) is not None:
+                found.append(self.stored.save_of(node, state))
             else:
                 self.stored.touch(node)
             node = node.parent
@@ -198,8 +198,7 @@ class Checkpoints:
 
     def block_saved(self, node: PrefixNode) -> None:
         """Have a prefix's checkpoint, if it has one, kept with its block."""
-        state = self._states.of_checkpoint(node) if node in self._last_used else None
-        if self.stored is not None and state is not None:
+        if self.stored is not None and (state := self._state_of(node)) is not None:
             self.stored.save(node, state)
 
     def load_done(self, owner: Any, *, is_whole: bool) -> None:
@@ -256,6 +255,10 @@ class Checkpoints:
         for _ in range(num_above):
             node = node.parent if node is not None else None
         return node
+
+    def _state_of(self, node: PrefixNode) -> Any:
+        """The state of a prefix; None if it is no checkpoint, or its state is still to be loaded."""
+        return self._states.of_checkpoint(node) if node in self._last_used else None
 
     def _take_start(self, plan: _Plan) -> PrefixNode | None:
         start, plan.start = plan.start, None

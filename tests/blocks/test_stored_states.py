@@ -120,7 +120,7 @@ def with_store(num_blocks: int, capacity: int, keys: StoredKeys) -> tuple[CacheG
 def run_transfers(groups: CacheGroups, keys: StoredKeys) -> list[Transfer]:
     """Carry out what is noted. Returns it."""
     noted = [*groups.transfers]
-    keys |= {each.key for each in noted if hasattr(each, "key") and not hasattr(each, "owner")}
+    keys |= {each.key for each in noted if isinstance(each, BlockSave | StateSave)}
     groups.transfers.clear()
     groups.transfers_done()
     return noted
@@ -157,7 +157,9 @@ def test_a_block_that_goes_to_the_store_takes_its_checkpoint_along() -> None:
     compute(groups, "a", tokens(0, 6))
     groups.free("a", will_return=True)
     compute(groups, "b", tokens(50, 12))
-    kinds = sorted(each.key.split("-")[0] for each in run_transfers(groups, keys) if hasattr(each, "key"))
+    kinds = sorted(
+        each.key.split("-")[0] for each in run_transfers(groups, keys) if isinstance(each, BlockSave | StateSave)
+    )
     assert kinds == ["0", "state"]
     groups.free("b")
     assert groups.num_cached_tokens(tokens(0, 6)) == 4

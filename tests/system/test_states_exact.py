@@ -154,6 +154,7 @@ class HashMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.stores is not None and self.stores._disk is not None)
     @rule(pick=PICK, how=st.sampled_from(["cut", "changed", "gone", "other"]), kind=st.sampled_from(["state", "0"]))
     def something_happens_to_a_saved_file(self, pick: int, how: str, kind: str) -> None:
+        assert self.stores is not None and isinstance(self.stores._disk, FolderStore)
         found = sorted(self.stores._disk._folder.glob(f"{kind}-*{SUFFIX}"))
         if not found:
             return
@@ -230,5 +231,5 @@ class HashMachine(RuleBasedStateMachine):
         return [*(() if swap is None else swap._blocks if isinstance(swap, MemoryStore) else swap._keys)]
 
 
-HashMachine.TestCase.settings = settings(max_examples=budget(30, 5000), stateful_step_count=30, deadline=None)
+HashMachine.TestCase.settings = settings(max_examples=budget(25, 5000), stateful_step_count=30, deadline=None)
 test_every_token_is_chosen_by_the_state_after_all_tokens_before_it = HashMachine.TestCase

@@ -27,6 +27,7 @@ from mlx_paged.errors import EngineWarning
 from mlx_paged.outputs import RequestOutput
 
 FAMILIES = ("qwen3_next", "kimi_linear", "mamba2")  # with K and V, with latents, with blocks of no bytes
+SWAPS = [("qwen3_next", "files"), ("kimi_linear", "memory"), ("mamba2", "files"), ("gear", "memory")]  # with a window
 SMALL: dict[str, Any] = {"block_size": 4, "max_num_seqs": 8, "check_invariants": True}
 
 
@@ -62,8 +63,7 @@ def bytes_of(store: MemoryStore) -> int:
 # -- swap ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["files", "memory"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), SWAPS)
 def test_what_is_preempted_goes_on_without_computing_a_token_again(
     family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +81,7 @@ def test_what_is_preempted_goes_on_without_computing_a_token_again(
     assert not [*tmp_path.rglob(f"sequence-*{SUFFIX}")]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen3_next", "mamba2"])
 def test_a_preempted_sequence_takes_the_bytes_of_its_state_and_its_last_block_until_it_returns_or_ends(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,13 +124,14 @@ def test_a_failed_step_gives_up_what_was_swapped_of_sequences(monkeypatch: pytes
         raise RuntimeError("the device is gone")
 
     llm._runner.run = fail  # type: ignore[method-assign,assignment]
-    outputs = llm.engine.step()
+    outputs = [*llm.engine.step()]
     assert not any(key.startswith("sequence-") for key in swap._blocks)
     while llm.engine.has_unfinished():
         outputs += llm.engine.step()
-    for output in outputs:
-        expect_right_states(prompts[output.request_id], output.outputs[0], is_greedy=True)
-    assert sorted(str(output.outputs[0].finish_reason) for output in outputs) == ["error", "error", "length"]
+    samples = {output.request_id: output.outputs[0] for output in outputs if isinstance(output, RequestOutput)}
+    for request_id, sample in samples.items():
+        expect_right_states(prompts[request_id], sample, is_greedy=True)
+    assert sorted(str(sample.finish_reason) for sample in samples.values()) == ["error", "error", "length"]
 
 
 @pytest.mark.parametrize("capacity", [60, 300])
@@ -169,7 +170,7 @@ def test_memory_stays_what_it_is_while_states_come_and_go(monkeypatch: pytest.Mo
     llm = LLM.from_model(family_model("mamba2"), num_kv_blocks=16, swap_space="1MB", **SMALL)
     levels = []
     for turn in range(budget(4, 40)):
-        llm.generate([prompt_of(length, turn + length) for length in (11, 18, 13) * 3], greedy(12))
+        llm.generate([prompt_of(length, turn + length) for length in (11, 18, 13) * 2], greedy(10))
         gc.collect()
         levels.append(mx.get_active_memory())
         assert bytes_of(swap) <= 40_000 and len(swap._blocks) <= 40_000 / 256
