@@ -19,8 +19,7 @@ from gpu_steps import seconds
 from report import Row
 
 from mlx_paged import LLM, SamplingParams
-from mlx_paged.attention.backend import Backend
-from mlx_paged.attention.cuda import CudaBackend
+from mlx_paged.runner.trial_writes import WRITE_VARIABLE, WRITERS
 from mlx_paged.tools.random_models import make_random_model
 
 ROOT = Path(__file__).parents[1]
@@ -61,9 +60,9 @@ def writes(quick: bool) -> list[Row]:
     """With a pool large enough that a copy of one layer's is seen."""
     model, rows = make_random_model(QUICK if quick else "qwen2-0.5b", "bfloat16").model, []
     batch, num_tokens, num_blocks = (2, 4, 64) if quick else (32, 256, 1 << 15)
-    for name, write in (("kernel", CudaBackend.write), ("scatter", Backend.write)):
+    for name in WRITERS:
         for pipelining in ("off",) if quick else ("auto", "off", "build", "submit"):
-            with mock.patch.object(CudaBackend, "write", write):
+            with mock.patch.dict("os.environ", {WRITE_VARIABLE: name}):
                 llm = LLM.from_model(model, num_kv_blocks=num_blocks, pipelining=pipelining, prefix_caching=False)
                 run = decode_run(llm, batch, num_tokens)
             pool = llm.stats().kv_bytes / len(model.layers) / 2

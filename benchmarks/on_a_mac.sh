@@ -80,8 +80,10 @@ for way in kernel gathered; do
 done
 run latent benchmarks/latent.py "${sizes[@]+"${sizes[@]}"}" --json "$work/latent.json"
 run bench -m mlx_paged bench "${bench[@]}" -o json
-# MLX ends a command buffer at 40 or 50 MB of inputs, and each kernel's pool counts: what if it did not?
+# MLX ends a command buffer at 40 or 50 million elements that its operations take and make: what if it did not?
 MLX_MAX_MB_PER_BUFFER=1000000 run bench-large-buffers -m mlx_paged bench "${bench[@]}" -o json
+# Is the kernel worth it that writes into the pools?
+MLX_PAGED_WRITE=scatter run bench-scatter -m mlx_paged bench "${bench[@]}" -o json
 
 "$python" - "$work" "$output" "${order[@]}" <<'END' || exit 1
 import json
@@ -142,6 +144,7 @@ report = {
     "latent": json_or_none(Path(work) / "latent.json"),
     "bench": json_or_none(Path(work) / "bench.log"),
     "bench_large_buffers": json_or_none(Path(work) / "bench-large-buffers.log"),
+    "bench_scatter": json_or_none(Path(work) / "bench-scatter.log"),
     "profile": json_or_none(Path(work) / "trace.json"),
 }
 Path(output).write_text(json.dumps(report, indent=1) + "\n")

@@ -21,6 +21,7 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "server-scripted-linux-cpu.json": ("server", "A server, of a model that is hardly more than its answers", ()),
     "attention-linux-cpu.json": ("attention", "Attention on a CPU", ()),
     "kernel-traffic.json": ("kernel_traffic", "What Metal kernels ask of memory, counted by the simulator", ()),
+    "command-buffers.json": ("command_buffers", "Command buffers of a step, by MLX's rule", ()),
     "cuda-registers.json": ("cuda_registers", "Registers of CUDA kernels, as NVIDIA's compiler allots them", ()),
 }
 HEAD = """# Results

@@ -128,7 +128,8 @@ def check_traffic(content: dict[str, Any]) -> None:
         assert all(row.keys() == rows[0].keys() for row in rows)
     for row in results["decode"] + results["blocks_and_windows"]:
         assert row["distinct"] == 1
-        assert 1 <= row["read"] <= 1.01 and 1 <= row["lines"] <= 1.05
+        again = 31 / row.get("visible", row["context"])  # of a sequence's last key, at the end of a tile
+        assert 1 <= row["read"] <= 1.01 + again and 1 <= row["lines"] <= 1.05 + again
         assert row["register_words"] <= 96
     for row in results["decode"] + results["prefill"]:
         assert row["threadgroup_memory"] <= 32 << 10
@@ -148,6 +149,14 @@ def check_traffic(content: dict[str, Any]) -> None:
         kv_bytes = 2 * 32768 * 8 * 128 * 2
         assert row["batch_1_32768"] * 1e-6 * row["bandwidth"] * 1e9 == pytest.approx(kv_bytes)
         assert row["batch_8_4096"] == pytest.approx(row["batch_1_32768"])
+
+
+def check_command_buffers(content: dict[str, Any]) -> None:
+    """Fails unless each way takes fewer command buffers than the one before it."""
+    (rows,) = content["results"].values()
+    for row in rows:
+        assert row["scatter"] > row["kernel, whole pools"] > row["kernel, one block"] >= row["operations"] // 51
+        assert row["operations"] == row["operations of a scatter"] - row["layers"], "one kernel for two scatters"
 
 
 def check_server(content: dict[str, Any]) -> None:
@@ -181,6 +190,7 @@ BENCHMARKS = [
     Benchmark("server.py", "server-scripted-linux-cpu.json", check_server),
     Benchmark("server.py", "server-smollm2-linux-cpu.json", check_server),
     Benchmark("kernel_traffic.py", "kernel-traffic.json", check_traffic),
+    Benchmark("command_buffers.py", "command-buffers.json", check_command_buffers),
 ]
 
 

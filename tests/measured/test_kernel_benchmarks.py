@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -87,6 +88,25 @@ def test_shapes_that_memory_does_not_hold_are_left_out(
     assert case.num_layers() == 0
     assert benchmark.compare(case, benchmark.with_dense, quick=True) is None
     assert "left out for want of memory: 32/8 x 128, batch 4, 1 of 1,000 tokens" in capsys.readouterr().err
+
+
+def test_a_command_buffer_ends_by_its_operations_or_by_the_elements_of_its_distinct_arrays() -> None:
+    benchmark = importlib.import_module("command_buffers")
+    operation, block = benchmark.Operation, 1000
+
+    def count(operations: list[Any], sizes: dict[str, int]) -> int:
+        return int(benchmark.count_buffers(operations, sizes, 40, block)["buffers"])
+
+    assert count([operation("Add", ["a"], ["b"])] * 40, {}) == 1
+    assert count([operation("Add", ["a"], ["b"])] * 41, {}) == 2
+    sizes = {"weight": 30 << 20, "pool": 60 << 20}
+    matmuls = [operation("Matmul", ["weight", "a"], ["b"])]
+    assert count(matmuls * 2, sizes) == 1 and count(matmuls, {"weight": 41 << 20}) == 2
+    view = operation("Slice", ["pool"], ["view"])
+    reads = [operation("Depends", [taken, "weight"], ["out"]) for taken in ("pool", "view")]
+    assert count([view, reads[0]], sizes) == 2 and count([view, reads[1]], sizes) == 1
+    scatters = [operation("Scatter", ["pool", "rows"], ["written"]), operation("Depends", ["written"], ["out"])]
+    assert count(scatters, sizes) == 3, "the pool counts in each buffer, by its place in memory"
 
 
 @needs_the_simulator

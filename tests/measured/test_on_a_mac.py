@@ -33,7 +33,8 @@ def stub(tmp_path: Path) -> Path:
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/sh\ncase "$*" in\n"- "*) exec "{sys.executable}" "$@" ;;\n*pytest*) echo "1 failed"; exit 3 ;;\n'
-        '*"bench -p"*) echo "a note"; echo \'[{"test": "pp16", "mb": "\'$MLX_MAX_MB_PER_BUFFER\'"}]\' ;;\n'
+        '*"bench -p"*) echo "a note"\n'
+        'echo \'[{"test": "pp16", "mb": "\'$MLX_MAX_MB_PER_BUFFER$MLX_PAGED_WRITE\'"}]\' ;;\n'
         '*) echo "ran $*" ;;\nesac\n'
     )
     python.chmod(0o755)
@@ -101,9 +102,11 @@ def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: 
         ("latent", 0),
         ("bench", 0),
         ("bench-large-buffers", 0),
+        ("bench-scatter", 0),
     ]
     assert steps["tests"]["output"] == "1 failed\n"
     assert steps["generate"]["output"].startswith("ran -m mlx_paged generate")
     assert report["bench"] == [{"test": "pp16", "mb": ""}]
     assert report["bench_large_buffers"] == [{"test": "pp16", "mb": "1000000"}]
+    assert report["bench_scatter"] == [{"test": "pp16", "mb": "scatter"}]
     assert report["attention"] is None and report["machine"]["device"] is None

@@ -37,6 +37,7 @@ NOT_RUN = {
     "python benchmarks/host_overhead.py": MINUTES,
     "python benchmarks/kernel_traffic.py --json": MINUTES,
     "python benchmarks/cuda_registers.py": MINUTES,
+    "python benchmarks/command_buffers.py": MINUTES,
     "python benchmarks/attention.py": MINUTES,
     "python benchmarks/results_page.py": "test_results_page.py compares what it writes",
     "python benchmarks/workloads.py --json": MINUTES,
