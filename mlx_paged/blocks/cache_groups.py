@@ -76,12 +76,9 @@ class CacheGroups:
             BlockManager(count, block_size, window=window, store=stores[group] if stores else None, **options)
             for group, (count, window) in enumerate(zip(num_blocks, windows, strict=True))
         ]
-        checkpoints = None
-        if states is not None:
-            stored = None if stored_keys is None else StoredStates(stored_keys, transfers)
-            checkpoints = Checkpoints(states, managers[0], num_checkpoints, stored)
-            for store in stores[:1]:
-                store.on_save = checkpoints.block_saved
+        checkpoints = None if states is None else Checkpoints(states, managers[0], num_checkpoints)
+        if checkpoints is not None and stored_keys is not None:
+            checkpoints.keep_in(StoredStates(stored_keys, transfers), stores[0])
         return cls(managers, stores, transfers, checkpoints)
 
     @property
@@ -116,10 +113,8 @@ class CacheGroups:
         A sequence that was freed to go on goes on after all that was computed of it, if that can be had.
         """
         parked = self._parked_position(seq_id, token_ids[:num_tokens], salt, limit)
-        num_cached = parked // self.block_size * self.block_size
-        if not parked:
-            num_cached = self.num_cached_tokens(token_ids[:num_tokens], salt=salt, limit=limit)
-        start = parked or num_cached
+        start = parked or self.num_cached_tokens(token_ids[:num_tokens], salt=salt, limit=limit)
+        num_cached = start // self.block_size * self.block_size
         attached: list[BlockManager | Checkpoints] = []
         try:
             for each in self._all:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from mlx_paged.blocks.block_manager import BlockManager
 from mlx_paged.blocks.prefix_tree import PrefixNode
 from mlx_paged.blocks.stored_states import StoredStates
-from mlx_paged.blocks.transfers import StateSave
+from mlx_paged.blocks.transfers import GroupStoreIndex, StateSave
 
 _TEMPLATE_END = 8  # tokens of a prompt that the next turn may have in another form
 
@@ -55,16 +55,18 @@ class Checkpoints:
 
     window = None
 
-    def __init__(
-        self, states: StateStore, manager: BlockManager, capacity: int, stored: StoredStates | None = None
-    ) -> None:
+    def __init__(self, states: StateStore, manager: BlockManager, capacity: int) -> None:
         """manager: that of the layers that keep the whole context. capacity: the most checkpoints on the device."""
         self._states = states
         self._manager = manager
         self._capacity = capacity
-        self.stored = stored
+        self.stored: StoredStates | None = None
         """Those in the block store, if there is one."""
         self.clear()
+
+    def keep_in(self, stored: StoredStates, blocks: GroupStoreIndex) -> None:
+        """Keep states in a block store, too. blocks: what is there of the manager's."""
+        self.stored, blocks.on_save = stored, self.block_saved
 
     def __len__(self) -> int:
         """How many checkpoints there are."""
