@@ -23,8 +23,8 @@ def choose_writers(model: PatchedModel, block_size: int) -> set[Backend]:
 
     MLX knows of no kernel that changes what it is given, and nobody promises that one can. Where a pool does not show
     what a kernel has written into it, an EngineWarning says so, and MLX's scatter takes its place. So it does if the
-    environment variable MLX_PAGED_WRITE is "scatter". Raises ValueError if that is another word, and RuntimeError if it
-    asks for a kernel that does not work.
+    environment variable MLX_PAGED_WRITE is "scatter". Raises ValueError if that is "kernel" and kernels can't write, or
+    another word.
     """
     asked = os.environ.get(WRITE_VARIABLE)
     if asked and asked not in WRITERS:
@@ -41,7 +41,7 @@ def choose_writers(model: PatchedModel, block_size: int) -> set[Backend]:
                 if failure := failure_of_write(backend, layer, block_size):
                     text = f"{backend.title} kernels can't write into pools here: {failure}"
                     if asked:
-                        raise RuntimeError(f"{text} ({WRITE_VARIABLE})")
+                        raise ValueError(f"{text} ({WRITE_VARIABLE})")
                     backend.writes_in_place = False
                     warnings.warn(f"{text}; MLX's scatter takes their place, more slowly", EngineWarning, stacklevel=4)
                     break

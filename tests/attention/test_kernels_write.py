@@ -255,7 +255,7 @@ def test_what_writes_is_found_out_and_said_before_the_first_step(
     with pytest.warns(EngineWarning, match="can't write into pools here: .*error.*" + instead):
         load()
     monkeypatch.setenv(WRITE_VARIABLE, "kernel")
-    with pytest.raises(RuntimeError, match=r"can't write into pools here: .* \(MLX_PAGED_WRITE\)$"):
+    with pytest.raises(ValueError, match=r"can't write into pools here: .* \(MLX_PAGED_WRITE\)$"):
         load()
 
 

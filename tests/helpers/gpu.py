@@ -26,6 +26,7 @@ class Gpu:
     def __init__(self, name: str, device: Any) -> None:
         self.name = name
         self.backend: Any = BACKENDS[name]
+        self.backend.writes_in_place = True  # as before a model has been loaded
         self.only_simulated: Callable[[str], object] = device.only_simulated
         self.configure: Callable[..., None] = device.configure
         self.simulated: bool = device.simulated

@@ -109,6 +109,21 @@ def test_a_command_buffer_ends_by_its_operations_or_by_the_elements_of_its_disti
     assert count(scatters, sizes) == 3, "the pool counts in each buffer, by its place in memory"
 
 
+def test_the_page_on_kernels_has_the_command_buffers_that_were_counted() -> None:
+    page = " ".join((RESULTS.parents[1] / "docs" / "kernels.md").read_text().split())
+    rows = {
+        row["model"]: row
+        for row in json.loads((RESULTS / "command-buffers.json").read_text())["results"]["steps"]
+        if row["bits"] == 4 and row["chip"] == "Max, Ultra"
+    }
+    small, llama, experts = (rows[name] for name in ("Qwen3-4B", "Llama-3.1-8B", "Qwen3-30B-A3B"))
+    views, whole, scatter = "kernel, one block", "kernel, whole pools", "scatter"
+    assert f"takes {small[views]} command buffers" in page
+    assert f"it would take {small[whole]} with whole pools and {small[scatter]} with scatter" in page
+    assert f"Llama 3.1 8B {llama[views]} instead of {llama[whole]} and {llama[scatter]}" in page
+    assert f"Qwen3-30B-A3B in 4 bits goes from {experts[scatter]} to {experts[views]}" in page
+
+
 @needs_the_simulator
 def test_one_kv_head_stands_for_all() -> None:
     benchmark = importlib.import_module("kernel_traffic")
