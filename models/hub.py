@@ -150,11 +150,11 @@ def read_json(path: Path) -> dict[str, object]:
 
 def context_of(config: dict[str, Any]) -> int | None:
     """Find the longest context, in tokens, that a model's configuration names. Returns None if it names none."""
-    text_config = config.get("text_config") or {}
-    for section in (config, text_config if isinstance(text_config, dict) else vars(text_config)):
+    text_config = config.get("text_config")
+    for section in (config, text_config if isinstance(text_config, dict) else getattr(text_config, "__dict__", {})):
         for name in _CONTEXT_NAMES:
-            if isinstance(section.get(name), int):
-                return int(section[name])
+            if type(length := section.get(name)) is int and length > 0:
+                return length
     return None
 
 

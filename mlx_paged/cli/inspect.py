@@ -70,11 +70,13 @@ def analyse(
     from mlx_paged.tools import cache_cost
 
     _require_mlx()
+    from mlx_paged.attention.chunks import check_chunks
     from mlx_paged.models import hub
     from mlx_paged.runner.memory_plan import device_limit
 
     folder = hub.resolve(model, config_only=True)
     size = cache_cost.read_model(folder, dtype)
+    check_chunks([group.window for group in size.groups if group.chunked], block_size)
     if context is None:
         context = min(_DEFAULT_CONTEXT, size.context or _DEFAULT_CONTEXT)
     elif size.context is not None and context > size.context:

@@ -23,7 +23,8 @@ _CPU_SHARE = 0.10  # of RAM, for the cache
 _STATE_SHARE = 0.4  # of the cache's memory, for states at most
 _MIN_CHECKPOINTS = 32  # that are of use, however few sequences run at once
 _NEED_STEP = 1024  # tokens, to multiples of which a need is rounded up
-_MAX_BLOCKS = 1 << 16  # of a group that stores nothing, for a model that does not say how long its context is
+_MAX_BLOCKS = 1 << 16  # where they take no memory, or nobody says how long a context is
+_MOST_EMPTY_BLOCKS = 1 << 22  # that take no memory: what is noted of each on the host takes some
 
 
 class MemoryPlan(NamedTuple):
@@ -115,9 +116,12 @@ def plan_memory(
         return int(min(config.max_num_seqs + num_checkpoints, room // model.state_bytes))
 
     most = _MAX_BLOCKS if max_model_len is None else config.max_num_seqs * -(-max_model_len // config.block_size)
+    most = most if block_bytes[0] else min(most, _MAX_BLOCKS)
     most = most if num_needed is None else min(most, num_needed)  # those of use
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
+        if not block_bytes[0] and num_blocks > _MOST_EMPTY_BLOCKS:
+            raise ValueError(f"num_kv_blocks={num_blocks}: blocks that store nothing are at most {_MOST_EMPTY_BLOCKS}")
         num_states = count_states(bytes_available - num_bytes(num_blocks))
     else:
         share = int(_CPU_SHARE * device_bytes) if on_cpu else int(_GPU_SHARE * device_bytes) - weights - step_bytes

@@ -48,7 +48,11 @@ class LayerGroup(NamedTuple):
         """Count those of `num_tokens` that a query can still see."""
         if self.window is None:
             return num_tokens
-        return (num_tokens - 1) % self.window + 1 if self.chunked else min(num_tokens, self.window)
+        return (num_tokens - 1) % self.window + 1 if self.chunked else self.most_visible(num_tokens)
+
+    def most_visible(self, num_tokens: int) -> int:
+        """Count the most that any of `num_tokens` queries has seen."""
+        return num_tokens if self.window is None else min(num_tokens, self.window)
 
 
 class ModelSize(NamedTuple):
@@ -115,8 +119,8 @@ def compare(
     pairs = [(group, length) for group in groups for length in lengths]
     needed = total((group, group.visible(length)) for group, length in pairs)
     taken = {
-        "reserved": total((group, group.visible(context)) for group, _ in pairs),
-        "padded": total((group, group.visible(padded)) for group, _ in pairs),
+        "reserved": total((group, group.most_visible(context)) for group, _ in pairs),
+        "padded": total((group, group.most_visible(padded)) for group, _ in pairs),
         "blocks": total((group, in_blocks(group, length)) for group, length in pairs),
     }
     return [Reservation(name, len(lengths), num_bytes, needed) for name, num_bytes in taken.items()]

@@ -71,7 +71,7 @@ def as_text(table: Table) -> str:
     from rich.console import Console
     from rich.measure import Measurement
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # a name may have brackets
     console.width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     with console.capture() as captured:
         console.print(table)

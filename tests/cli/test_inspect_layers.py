@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.stub_llm import invoke
+from helpers.stub_llm import assert_one_line, invoke
 
 CONFIG = {
     "hidden_size": 64, "num_hidden_layers": 5, "intermediate_size": 96, "num_attention_heads": 4,
@@ -47,6 +47,8 @@ def test_layers_that_attend_in_chunks_are_said_to_and_hold_what_is_left_of_the_l
     assert "one token   4 layers in chunks of 64 tokens x 2 KV heads x (16 K + 16 V)" in text
     assert found["needed_bytes"] == 2 * 2 * 16 * 2 * (1 * 150 + 4 * (150 - 128))
     assert [layers["chunked"] for layers in found["layers"]] == [False, True]
+    refused = invoke("inspect", str(tmp_path), "--block-size", "48")
+    assert_one_line(refused, 1, "take a --block-size that divides 64, got 48")
 
 
 def test_a_family_that_mlx_lm_can_not_even_import_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -167,3 +167,17 @@ def test_models_are_listed_without_importing_mlx(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = {name.split(".")[0] for name in result.stdout.split("LOADED ")[1].split()}
     assert "huggingface_hub" in modules and not modules & {"mlx", "mlx_lm", "transformers", "numpy"}
+
+
+@pytest.mark.parametrize("odd", [{"text_config": "x"}, {"text_config": [1]}, {"max_position_embeddings": -3}], ids=str)
+def test_an_odd_configuration_in_the_cache_is_a_line_of_the_list(hub: Hub, odd: dict[str, Any]) -> None:
+    folder = model_hub.resolve("org/tiny", config_only=True)
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"model_type": "new[bold]", **odd}))
+    row = listed()["org/tiny"]
+    assert (row["family"], row["context"]) == ("new[bold]", None)
+    assert "new[bold] (untested)" in invoke("models").stdout
+
+
+def test_no_name_is_no_folder_to_pull(hub: Hub) -> None:
+    assert_one_line(invoke("pull", ""), 1, "there is no model ''")

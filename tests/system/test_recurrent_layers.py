@@ -171,8 +171,15 @@ def test_a_model_without_attention_takes_every_option_of_the_pool(
     assert len(output.outputs[0].token_ids) == (10 if max_model_len else 20)
 
 
-def test_a_model_that_has_neither_attention_nor_a_length_has_room_for_a_million_tokens() -> None:
-    assert LLM.from_model(HashModel(), block_size=16).stats().num_blocks == 1 << 16
+@pytest.mark.parametrize("max_model_len", [None, 1 << 20, 10**24])
+def test_blocks_without_attention_have_room_for_a_million_tokens_and_no_more(max_model_len: int | None) -> None:
+    """However long the context may be: what is noted of each takes memory, too."""
+    assert LLM.from_model(HashModel(), block_size=16, max_model_len=max_model_len).stats().num_blocks == 1 << 16
+
+
+def test_more_blocks_than_can_be_noted_are_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^num_kv_blocks=9999999999: blocks that store nothing are at most 4194304$"):
+        LLM.from_model(HashModel(), num_kv_blocks=9_999_999_999)
 
 
 def test_states_and_blocks_share_the_memory_that_is_given() -> None:

@@ -36,9 +36,9 @@ LLAMA_8B = {
 }
 
 
-def one_layer(window: int | None = None) -> LayerGroup:
+def one_layer(window: int | None = None, *, chunked: bool = False) -> LayerGroup:
     """A layer whose tokens take one byte."""
-    return LayerGroup(1, LayerSpec(1, 1, 0, mx.uint8), window)
+    return LayerGroup(1, LayerSpec(1, 1, 0, mx.uint8), window, chunked)
 
 
 def write_config(folder: Path, config: Any) -> Path:
@@ -72,6 +72,13 @@ def test_a_window_layer_needs_its_window_and_the_blocks_that_it_touches() -> Non
     assert taken([one_layer(window=24)], [41], 1000, 16)["blocks"] == 32  # 17..40, the third block has 40
     assert taken([one_layer(window=24)], [57], 1000, 16)["blocks"] == 32
     assert taken([one_layer(window=26)], [41], 1000, 16)["blocks"] == 48  # 15..40 touches a third
+
+
+def test_a_layer_in_chunks_is_reserved_a_whole_one_however_far_the_last_is_filled() -> None:
+    ways = compare([one_layer(window=24, chunked=True)], [40], context=49, block_size=16)
+    # A query at the end of 40 tokens sees 24..39: its chunk begins in the middle of a block, which is held whole.
+    assert [way.taken for way in ways] == [24, 24, 32]
+    assert ways[0].needed == 16
 
 
 def test_groups_of_layers_count_by_their_bytes() -> None:
