@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_paged.attention.kernel_backend import KernelBackend
 from mlx_paged.attention.kernel_plan import Launch
 from mlx_paged.attention.latent_layout import metal_layout
-from mlx_paged.attention.work_items import SCRATCH, SIMDGROUPS, Shape, Tile, decode_layout, tile_for
+from mlx_paged.attention.work_items import Shape, Tile, decode_layout, tile_for
 
 
 class MetalBackend(KernelBackend):
@@ -49,18 +49,9 @@ class MetalBackend(KernelBackend):
 
     def launch_decode(self, shape: Shape) -> Launch:
         layout = decode_layout(shape)
-        template = {
-            "VALUE_DIM": shape.value_dim,
-            "HEADS": shape.heads_per_kv_head,
-            "LANES": layout.lanes,
-            "PARTS": layout.parts,
-            "WIDTH": layout.width,
-            "BATCH": layout.batch,
-            "QUERY_IN_REGISTERS": layout.query_in_registers,
-            "SIMDGROUPS": SIMDGROUPS,
-            "SCRATCH": SCRATCH,
-        }
-        return Launch("paged_decode", 32 * SIMDGROUPS, template)
+        template = {"VALUE_DIM": shape.value_dim, "HEADS": shape.heads_per_kv_head}
+        template |= {name.upper(): value for name, value in layout._asdict().items()}
+        return Launch("paged_decode", 32 * layout.simdgroups, template)
 
     def launch_prefill(self, shape: Shape) -> Launch:
         rows, keys = self.prefill_tile(shape)

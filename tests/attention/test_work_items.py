@@ -77,16 +77,32 @@ def test_parts_cover_each_context_once() -> None:
 
 
 def test_every_shape_has_a_layout_that_fits() -> None:
-    for element_size, ratio, dim, value_dim in itertools.product((2, 4), range(1, 17), DIMS, DIMS):
+    dims = (*DIMS, 512)
+    for element_size, ratio, dim, value_dim in itertools.product((2, 4), range(1, 17), dims, dims):
         layout = decode_layout(Shape(1, ratio, dim, value_dim, element_size))
-        assert layout.register_words <= 96
-        assert dim % layout.width == value_dim % layout.width == 0
-        assert layout.lanes % layout.batch == 0
-        assert layout.width * element_size >= 8
+        heads, lanes, width, batch, simdgroups = layout
+        groups, longer = -(-ratio // heads), max(dim, value_dim)
+        of_row = -(-longer // (lanes * width)) * width
+        assert longer <= lanes * of_row and heads * of_row <= 16
+        assert dim % width == value_dim % width == 0 and width * element_size in (4, 8, 16)
+        assert lanes % batch == 0 and heads <= lanes <= 32 and simdgroups % groups == 0
+        assert simdgroups == groups or simdgroups <= 8
+        assert simdgroups <= (16 if longer > 256 else 8)
 
 
-def test_a_query_of_up_to_five_heads_is_loaded_sixteen_bytes_at_a_time() -> None:
-    for ratio, dim in itertools.product((1, 2, 4, 5), (64, 128)):
+@pytest.mark.parametrize(
+    ("heads", "dim", "of_simdgroup", "simdgroups"),
+    [(4, 128, 4, 8), (6, 256, 2, 6), (8, 256, 2, 8), (7, 64, 7, 8), (16, 128, 4, 8), (5, 128, 3, 8), (16, 512, 1, 16)],
+)
+def test_a_simdgroup_computes_query_heads_of_512_elements_and_its_neighbours_the_others(
+    heads: int, dim: int, of_simdgroup: int, simdgroups: int
+) -> None:
+    layout = decode_layout(Shape(8, heads, dim, dim, 2))
+    assert (layout.heads_per_simdgroup, layout.simdgroups) == (of_simdgroup, simdgroups)
+
+
+def test_a_query_alone_or_with_another_is_loaded_sixteen_bytes_at_a_time() -> None:
+    for ratio, dim in ((1, 64), (2, 64), (1, 128), (2, 128), (8, 256), (8, 512)):
         assert decode_layout(Shape(8, ratio, dim, dim, 2)).width * 2 == 16
 
 

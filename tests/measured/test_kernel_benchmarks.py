@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from metalsim.fixture import Metal
 from mlx_paged import paged_attention
 from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.paged_attention import BACKENDS
+from mlx_paged.attention.work_items import Shape
 
 needs_the_simulator = pytest.mark.skipif(sys.platform != "linux", reason="the simulator runs on Linux")
 
@@ -115,6 +117,14 @@ def test_one_kv_head_stands_for_all() -> None:
 
 
 @needs_the_simulator
+def test_a_thread_of_decode_keeps_at_most_72_words_whatever_the_shape() -> None:
+    register_words = importlib.import_module("kernel_launches").register_words
+    dims = (8, 40, 64, 80, 96, 128, 192, 256, 512)
+    for heads, dim, value_dim, size in itertools.product(range(1, 17), dims, dims, (2, 4)):
+        assert register_words(Shape(1, heads, dim, value_dim, size)) <= 72
+
+
+@needs_the_simulator
 def test_the_committed_results_of_the_kernels_traffic_are_those_of_these_kernels() -> None:
     benchmark = importlib.import_module("kernel_traffic")
     results = json.loads((RESULTS / "kernel-traffic.json").read_text())["results"]
@@ -123,8 +133,10 @@ def test_the_committed_results_of_the_kernels_traffic_are_those_of_these_kernels
     for row in results["decode"]:
         (heads,) = (heads for heads in benchmark.ALL_HEADS if heads.as_columns().items() <= row.items())
         plan = MetalBackend().plan_decode(np.full(row["batch"], row["context"], np.int32), None, heads.shape)
+        assert row["distinct"] == 1 and row["register_words"] <= 72
         assert row["threadgroups"] == plan.num_items * heads.num_kv_heads, "run the benchmark again"
     assert benchmark.count_decode(benchmark.LLAMA_8B, 1, 4096) == results["decode"][0], "run the benchmark again"
     assert benchmark.count_prefill(benchmark.LLAMA_8B, 4, 4092) in results["prefill"], "run the benchmark again"
     assert benchmark.count_latent(16, 1, 1, 4096) == results["latent"][0], "run the benchmark again"
     assert benchmark.bounds(quick=False) == results["bounds"]
+    assert benchmark.registers(quick=False) == results["registers"]
