@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,16 @@ def test_a_simdgroup_computes_query_heads_of_512_elements_and_its_neighbours_the
 ) -> None:
     layout = decode_layout(Shape(8, heads, dim, dim, 2))
     assert (layout.heads_per_simdgroup, layout.simdgroups) == (of_simdgroup, simdgroups)
+
+
+def test_the_page_tells_how_many_query_heads_a_simdgroup_has() -> None:
+    page = " ".join((Path(__file__).parents[2] / "docs" / "kernels.md").read_text().split())
+    heads = [decode_layout(Shape(1, 16, dim, dim, 2)).heads_per_simdgroup for dim in (64, 128, 256)]
+    assert "{} heads of 64, {} of 128, {} of 256".format(*heads) in page
+    layout = decode_layout(Shape(4, 6, 256, 256, 2))
+    assert layout.heads_per_simdgroup == 2 and layout.simdgroups == 6 and "simdgroups 3 to 5 the other" in page
+    lanes = [decode_layout(Shape(1, heads, 128, 128, 2)) for heads in (4, 1)]
+    assert [(each.lanes, each.width * 2, each.batch) for each in lanes] == [(32, 8, 8), (8, 16, 2)]
 
 
 def test_a_query_alone_or_with_another_is_loaded_sixteen_bytes_at_a_time() -> None:
