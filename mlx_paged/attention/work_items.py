@@ -133,11 +133,12 @@ class Tile(NamedTuple):
 def tile_for(shape: Shape) -> Tile:
     """Choose Metal's tile: up to 32 keys, as many as 32 KB of threadgroup memory have room for.
 
-    Rows before keys: a simdgroup has 8 of them, and fewer than four leave a core's schedulers idle.
+    Rows before keys: a simdgroup has 8 of them, and fewer than four leave a core's schedulers idle. Past 256
+    two simdgroups share 8 rows, each with half of the values' columns.
     """
     pad = 16 // shape.element_size
     longer = max(shape.head_dim, shape.value_dim)
-    rows = 16 if longer >= 192 and shape.element_size == 4 else 32
+    rows = 16 if longer > 256 or (longer >= 192 and shape.element_size == 4) else 32
     room = MAX_THREADGROUP_BYTES // shape.element_size - rows * (shape.head_dim + pad)
     return Tile(rows, next(keys for keys in (32, 16, 8) if keys * (longer + pad) <= room))
 

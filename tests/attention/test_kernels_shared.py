@@ -13,6 +13,7 @@ from helpers.attention_cases import (
     Arrays,
     Case,
     assert_close,
+    check,
     check_points,
     dense_attention,
     make_arrays,
@@ -22,6 +23,7 @@ from helpers.attention_cases import (
 from helpers.gpu import Gpu
 from helpers.planted import Mistake
 from helpers.tiny_models import VOCAB_SIZE
+from metalsim.fixture import Metal
 
 from mlx_paged import LLM, BeamSearchParams, SamplingParams
 from mlx_paged.attention import shared_prefix as shared_prefix
@@ -91,6 +93,11 @@ def test_a_step_with_prompts_reads_the_prefix_of_its_decodes_once(gpu: Gpu) -> N
     lengths = ((1, 81), (9, 30), (1, 83), (1, 84))
     gpu.check(BEAMS._replace(lengths=lengths, shared=(((0, 2, 3), 4),)))
     assert gpu.kernels_run == ["decode", "prefill", "merge", "prefill"]
+
+
+def test_heads_of_512_share_a_prefix_on_metal(metal: Metal) -> None:
+    check(Case(((1, 81), (1, 66)), (8, 1), (512, 512), shared=(((0, 1), 4),)), backend="metal")
+    assert [report.kernel.split("_")[1] for report in metal.reports] == ["decode", "prefill", "merge"]
 
 
 def test_a_shared_prefix_is_read_once(gpu: Gpu) -> None:
