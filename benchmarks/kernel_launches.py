@@ -17,7 +17,7 @@ from metalsim import simulator
 from metalsim.report import LINE_BYTES, LaunchReport
 
 from mlx_paged.attention.metal import MetalBackend
-from mlx_paged.attention.work_items import Shape
+from mlx_paged.attention.work_items import Shape, decode_layout
 from mlx_paged.cache.kv_cache import LayerPool
 
 METAL = MetalBackend()
@@ -41,6 +41,14 @@ class Heads(NamedTuple):
 
     def as_columns(self) -> Row:
         return {"heads": f"{self.num_heads}/{self.num_kv_heads}", "head_dim": self.head_dim}
+
+
+def register_words(shape: Shape) -> int:
+    """What a thread of paged_decode keeps, in words of 32 bits: as its body declares it, without addresses."""
+    heads, lanes, width, batch, _ = decode_layout(shape)
+    of_key, of_value = (-(-dim // (width * lanes)) * width for dim in (shape.head_dim, shape.value_dim))
+    query, row = heads * of_key * shape.element_size // 4, max(of_key, of_value) * shape.element_size // 4
+    return query + heads * of_value + heads + batch * (row + 1) + 2  # output; scores; rows under way; peak and total
 
 
 class Arrays(NamedTuple):
@@ -75,7 +83,9 @@ def launches(run: Callable[[], Any]) -> list[LaunchReport]:
 def counts(reports: list[LaunchReport], heads: Heads, kv_bytes: int, num_keys: int) -> Row:
     """What the launches of one KV head moved. kv_bytes, num_keys: the compulsory ones of all KV heads, and of one.
 
-    read and lines: bytes of K and V asked for, and 128-byte lines, over the compulsory ones. partial: bytes of partial
+    read and lines: bytes of K and V asked for, and 128-byte lines, over the compulsory ones. distinct: of these bytes,
+    each once; in a decode no two threadgroups have one in common, so that many come to threadgroups from outside, if
+    what a simdgroup has read is still in the core's cache when its neighbours ask for it. partial: bytes of partial
     results written and read again, over those of K and V. Barriers and simdgroup functions are those of all
     threadgroups and simdgroups, for each key.
     """

@@ -18,7 +18,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import report
-from kernel_launches import DTYPE, LINE_BYTES, METAL, Heads, counts, launches, make_arrays
+from kernel_launches import DTYPE, LINE_BYTES, METAL, Heads, counts, launches, make_arrays, register_words
 from report import Part, Row
 
 from mlx_paged import paged_attention
@@ -43,14 +43,23 @@ BANDWIDTHS = {  # GB/s, as Apple publishes them
 
 
 LLAMA_8B = Heads(32, 8, 128)
-ALL_HEADS = (  # 4, 7, 1, 5, 7 and 16 query heads to a KV head
+ALL_HEADS = (  # 4, 7, 1, 5, 7, 16, 6 and 8 query heads to a KV head
     LLAMA_8B,
     Heads(14, 2, 64),
     Heads(32, 32, 128),
     Heads(40, 8, 128),
     Heads(28, 4, 128),
     Heads(64, 4, 128),
+    Heads(24, 4, 256),
+    Heads(16, 2, 256),
 )
+WORDS_BEFORE = {  # in float16, and in float32
+    LLAMA_8B: (74, 88),
+    Heads(24, 4, 256): (90, 75),
+    Heads(16, 2, 256): (95, 93),
+    Heads(8, 1, 256): (95, 93),
+    Heads(14, 2, 64): (75, 85),
+}
 TINY = Heads(6, 2, 64)  # for --quick
 
 
@@ -64,7 +73,7 @@ def count_decode(heads: Heads, batch: int, context: int, block_size: int = 16, w
     reports = launches(lambda: METAL.run(*arrays, plan, AttentionOptions(heads.head_dim**-0.5)))
     row = {**heads.as_columns(), "batch": batch, "context": context}
     row |= counts(reports, heads, heads.kv_bytes(num_keys), num_keys)
-    return row | {"register_words": decode_layout(heads.shape).register_words}
+    return row | {"register_words": register_words(heads.shape)}
 
 
 def decode(quick: bool) -> list[Row]:
@@ -72,9 +81,26 @@ def decode(quick: bool) -> list[Row]:
     if quick:
         return [count_decode(TINY, batch, context) for batch, context in ((1, 700), (3, 41))]
     sizes = {heads: [(1, 4096), (1, 32768), (8, 4096)] for heads in ALL_HEADS}
+    for heads in ALL_HEADS[-2:]:
+        sizes[heads] = sizes[heads][:1]
     for heads in ALL_HEADS[:2]:  # it takes 10 seconds and more
         sizes[heads].append((8, 32768))
     return [count_decode(heads, *size) for heads in ALL_HEADS for size in sizes[heads]]
+
+
+def registers(quick: bool) -> list[Row]:
+    """What a thread of paged_decode keeps, and kept when a simdgroup computed all query heads of a KV head."""
+    rows = []
+    for heads, before in list(WORDS_BEFORE.items())[: 1 if quick else None]:
+        for dtype, words in zip((mx.float16, mx.float32), before, strict=True):
+            shape = heads.shape._replace(element_size=dtype.size)
+            layout, group = decode_layout(shape), shape.heads_per_kv_head
+            readers = -(-group // layout.heads_per_simdgroup)
+            row = {**heads.as_columns(), "dtype": str(dtype).removeprefix("mlx.core."), "readers": readers}
+            row |= {name: getattr(layout, name) for name in ("heads_per_simdgroup", "simdgroups", "lanes", "batch")}
+            row |= {"load_bytes": layout.width * dtype.size, "words": register_words(shape), "words_before": words}
+            rows.append(row)
+    return rows
 
 
 def blocks_and_windows(quick: bool) -> list[Row]:
@@ -217,14 +243,26 @@ _MEETINGS = {
 PARTS = (
     Part(
         decode,
-        "decode: bytes and 128-byte lines of K and V over the compulsory ones, partial results as a share of them",
+        "decode: bytes of K and V that threadgroups read, each once, over the compulsory ones; what all their "
+        "simdgroups ask for, since neighbours read a key again for other query heads, and 128-byte lines of that; "
+        "partial results as a share of the compulsory bytes",
         _HEADS
         | {"batch": ("batch", ""), "context": ("context", ",")}
         | _THREADGROUPS
-        | _READ
+        | {"distinct": ("bytes read", ".3f"), "read": ("asked for", ".3f"), "lines": ("lines", ".3f")}
         | _PARTIAL
         | _MEETINGS
         | {"register_words": ("words per thread", "")},
+    ),
+    Part(
+        registers,
+        "words of 32 bits that a thread of decode keeps, without addresses; before: when one simdgroup "
+        "computed all query heads of a KV head; readers: simdgroups that read the same keys, for other heads each",
+        _HEADS
+        | {"dtype": ("dtype", ""), "words_before": ("before", ""), "words": ("words", "")}
+        | {"heads_per_simdgroup": ("heads a simdgroup", ""), "readers": ("readers", "")}
+        | {"simdgroups": ("simdgroups", ""), "lanes": ("lanes to a row", "")}
+        | {"load_bytes": ("bytes a load", ""), "batch": ("rows at once", "")},
     ),
     Part(
         blocks_and_windows,

@@ -79,6 +79,8 @@ for way in kernel gathered; do
     MLX_PAGED_PREFILL=$way run "prefill-$way" benchmarks/attention.py --only prefill "${sizes[@]+"${sizes[@]}"}" --json "$work/prefill-$way.json"
 done
 run latent benchmarks/latent.py "${sizes[@]+"${sizes[@]}"}" --json "$work/latent.json"
+# How decode is divided among simdgroups: query heads of each, and how many of them; and what Metal gives each kernel.
+run layouts benchmarks/decode_layouts.py "${sizes[@]+"${sizes[@]}"}" --json "$work/layouts.json"
 run bench -m mlx_paged bench "${bench[@]}" -o json
 # MLX ends a command buffer at 40 or 50 million elements that its operations take and make: what if it did not?
 MLX_MAX_MB_PER_BUFFER=1000000 run bench-large-buffers -m mlx_paged bench "${bench[@]}" -o json
@@ -142,6 +144,7 @@ report = {
     "prefill_kernel": json_or_none(Path(work) / "prefill-kernel.json"),
     "prefill_gathered": json_or_none(Path(work) / "prefill-gathered.json"),
     "latent": json_or_none(Path(work) / "latent.json"),
+    "layouts": json_or_none(Path(work) / "layouts.json"),
     "bench": json_or_none(Path(work) / "bench.log"),
     "bench_large_buffers": json_or_none(Path(work) / "bench-large-buffers.log"),
     "bench_scatter": json_or_none(Path(work) / "bench-scatter.log"),

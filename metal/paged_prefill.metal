@@ -33,9 +33,10 @@
 //
 // Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items], the last items first, since the
 //                last tiles of a prompt see most keys
-// Threadgroup    TILE_ROWS / 8 simdgroups, which copy TILE_KEYS keys at a time into threadgroup memory, then as many
-//                values to the same place; all make equally many rounds
-// Simdgroup      8 rows, whose scores, softmax and output stay in its registers
+// Threadgroup    TILE_ROWS / 8 simdgroups, twice as many for values longer than 256, which copy TILE_KEYS keys at a time
+//                into threadgroup memory, then as many values to the same place; all make equally many rounds
+// Simdgroup      8 rows, whose scores, softmax and output stay in its registers. Of long values it has half of the
+//                columns, as its neighbour has the others, which computes the same scores
 // Lane           two neighbouring columns of one row of every 8x8 matrix; 4 lanes hold a row. Lane i knows where key i of
 //                a tile lies, which is looked up a tile ahead
 //
@@ -51,7 +52,10 @@ constexpr float LOG2E = 1.44269504f;
 constexpr float HIDDEN = -FLT_MAX;   // the score of a key that a row does not see
 constexpr float NOTHING = -1e30f;    // the peak of a row that has seen no key: exp2(HIDDEN - NOTHING) is 0
 
-constexpr int THREADS = TILE_ROWS * 4;
+constexpr int HALVES = VALUE_DIM > 256 ? 2 : 1;  // of the values' columns
+constexpr int COLUMNS = VALUE_DIM / HALVES;
+constexpr int THREADS = TILE_ROWS * 4 * HALVES;
+static_assert(COLUMNS % 8 == 0, "columns are computed eight at a time");
 constexpr int ADVANCE = SHARED ? 0 : 1;  // positions from a query to the next
 constexpr int PAD = 16 / sizeof(T);
 constexpr int Q_STRIDE = HEAD_DIM + PAD;
@@ -86,7 +90,8 @@ const int block_shift = metal::ctz(k_cache_shape[1]);  // a key's block is key >
 // The lane: its row of the tile, and its columns of every 8x8 matrix.
 const int thread_index = thread_index_in_threadgroup;
 const int lane = thread_index_in_simdgroup;
-const int simdgroup_row = simdgroup_index_in_threadgroup * 8;
+const int simdgroup_row = simdgroup_index_in_threadgroup / HALVES * 8;
+const int first_column = simdgroup_index_in_threadgroup % HALVES * COLUMNS;
 const int matrix_row = (lane & 16) >> 2 | (lane & 6) >> 1;
 const int column = (lane & 8) >> 1 | (lane & 1) << 1;
 const int row = simdgroup_row + matrix_row;
@@ -113,8 +118,8 @@ for (int i = thread_index; i < TILE_ROWS * PIECES; i += THREADS) {
 if (item == 0 && kv_head == 0 && thread_index < 8) read_done[thread_index] = 0;
 
 // Online softmax: `total` is the sum of the weights, relative to exp2(peak).
-float2 output[VALUE_DIM / 8];
-UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) output[j] = float2(0);
+float2 output[COLUMNS / 8];
+UNROLL for (int j = 0; j < COLUMNS / 8; j++) output[j] = float2(0);
 float peak = NOTHING;
 float total = 0;
 
@@ -162,7 +167,7 @@ for (int key = begin; key < end; key += TILE_KEYS) {
     sum += simd_shuffle_xor(sum, 8);
     total = total * correction + sum;
     peak = tile_peak;
-    UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) output[j] *= correction;
+    UNROLL for (int j = 0; j < COLUMNS / 8; j++) output[j] *= correction;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   load_keys<T, VALUE_DIM, KV_STRIDE, TILE_KEYS, THREADS>(kv_tile, v_cache, own_row, num_keys, thread_index);
@@ -170,7 +175,8 @@ for (int key = begin; key < end; key += TILE_KEYS) {
   own_row = row_of(table, min(own_key, end - 1), block_shift, num_kv_heads, kv_head);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (is_seen) {
-    Products<T>::template add_values<VALUE_DIM, TILE_KEYS, KV_STRIDE>(output, scores, kv_tile, matrix_row, column);
+    Products<T>::template add_values<COLUMNS, TILE_KEYS, KV_STRIDE>(
+        output, scores, kv_tile + first_column, matrix_row, column);
   }
 }
 
@@ -181,13 +187,13 @@ if (row < num_rows) {
     const float correction = fast::exp2(peak - highest);
     total = total * correction + fast::exp2(sink - highest);
     peak = highest;
-    UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) output[j] *= correction;
+    UNROLL for (int j = 0; j < COLUMNS / 8; j++) output[j] *= correction;
   }
   const int64_t result = int64_t(first_part + query * num_parts + part) * q_shape[1] + head;
-  if (column == 0) lse[result] = total > 0 ? peak + log2(total) : LOWEST;
+  if (first_column + column == 0) lse[result] = total > 0 ? peak + log2(total) : LOWEST;
   const float factor = total > 0 ? 1 / total : 0;
-  device T* to = out + result * VALUE_DIM + column;
-  UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) {
+  device T* to = out + result * VALUE_DIM + first_column + column;
+  UNROLL for (int j = 0; j < COLUMNS / 8; j++) {
     *reinterpret_cast<device vec<T, 2>*>(to + j * 8) = vec<T, 2>(T(output[j].x * factor), T(output[j].y * factor));
   }
 }

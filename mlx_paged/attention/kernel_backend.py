@@ -43,6 +43,8 @@ class KernelBackend(Backend):
     """Its name in messages."""
     suffix: str
     """That of the files of its kernels, which lie in the folder with its name."""
+    max_half_dim: int = MAX_HEAD_DIM
+    """The longest head of a half type. Past MAX_HEAD_DIM only multiples of 16 have a kernel."""
     latent_layout: Callable[[Shape], LatentLayout | None]
     """How paged_latent, which computes what has its V in K, divides such a shape. None: it has no V in K, or can't."""
     writes_in_place = True
@@ -101,9 +103,11 @@ class KernelBackend(Backend):
         if layer.value_in_key:
             shape = Shape(1, num_heads, *layer[1:3], layer.dtype.size, value_in_key=True)
             return unsupported_latents(self.title, shape) if self.latent_layout(shape) is None else None
+        most = self.max_half_dim if layer.dtype.size == 2 else MAX_HEAD_DIM
         for name, dim in (("head_dim", layer.key_dim), ("value_dim", layer.value_dim)):
-            if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
-                return f"no {self.title} kernel for {name} {dim}: multiples of 8 up to {MAX_HEAD_DIM} have one"
+            if dim % (8 if dim <= MAX_HEAD_DIM else 16) or not 8 <= dim <= most:
+                longer = f", in 16 bits of 16 up to {self.max_half_dim}," if self.max_half_dim > MAX_HEAD_DIM else ""
+                return f"no {self.title} kernel for {name} {dim}: multiples of 8 up to {MAX_HEAD_DIM}{longer} have one"
         if num_heads // layer.num_kv_heads > MAX_HEADS_PER_KV_HEAD:
             return (
                 f"no {self.title} kernel for {num_heads} query heads on {layer.num_kv_heads} KV heads: "

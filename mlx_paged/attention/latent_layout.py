@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 from mlx_paged.attention.kernel_plan import Launch
-from mlx_paged.attention.work_items import MAX_REGISTER_WORDS, Shape, Tile
+from mlx_paged.attention.work_items import Shape, Tile
 
 _METAL_KEYS = 16
+_METAL_WORDS = 96  # of registers, that a thread keeps
 _CUDA_KEYS = 32
 _CUDA_PADDING = 8  # elements after those of a tile's row of scores and weights
 _MOST_OF_CUDA = 576, 512  # of K and of V: 96 KB of shared memory, 64 registers for the output of 16 rows
@@ -30,7 +31,7 @@ def metal_layout(shape: Shape) -> LatentLayout | None:
         scores = -(-rows * _METAL_KEYS // (32 * simdgroups))
         words = (rows + _METAL_KEYS) // 8 * of_key * shape.element_size // 2  # Q and K
         words += rows // 8 * of_value * 2 + 4 * scores + _METAL_KEYS // 8  # output; softmax; where keys lie
-        if words <= MAX_REGISTER_WORDS:
+        if words <= _METAL_WORDS:
             template = {"VALUE_DIM": shape.value_dim, "TILE_ROWS": rows, "TILE_KEYS": _METAL_KEYS}
             launch = Launch("paged_latent", 32 * simdgroups, template | {"SIMDGROUPS": simdgroups})
             return LatentLayout(Tile(rows, _METAL_KEYS), launch)

@@ -13,10 +13,10 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from mlx_paged.attention.kernel_backend import KernelBackend
+from mlx_paged.attention.kernel_backend import MAX_HEAD_DIM, KernelBackend
 from mlx_paged.attention.kernel_plan import Launch
 from mlx_paged.attention.latent_layout import metal_layout
-from mlx_paged.attention.work_items import SCRATCH, SIMDGROUPS, Shape, Tile, decode_layout, tile_for
+from mlx_paged.attention.work_items import Shape, Tile, decode_layout, tile_for
 
 
 class MetalBackend(KernelBackend):
@@ -25,6 +25,7 @@ class MetalBackend(KernelBackend):
     name = "metal"
     title = "Metal"
     suffix = "metal"
+    max_half_dim = 512
     latent_layout = staticmethod(metal_layout)
 
     @cached_property
@@ -48,15 +49,15 @@ class MetalBackend(KernelBackend):
         return threads, second, items
 
     def launch_decode(self, shape: Shape) -> Launch:
-        layout = decode_layout(shape)._asdict() | {"value_dim": shape.value_dim, "heads": shape.heads_per_kv_head}
-        layout |= {"simdgroups": SIMDGROUPS, "scratch": SCRATCH}
-        template = {name.upper(): value for name, value in layout.items() if name != "register_words"}
-        return Launch("paged_decode", 32 * SIMDGROUPS, template)
+        layout = decode_layout(shape)
+        template = {"VALUE_DIM": shape.value_dim, "HEADS": shape.heads_per_kv_head}
+        template |= {name.upper(): value for name, value in layout._asdict().items()}
+        return Launch("paged_decode", 32 * layout.simdgroups, template)
 
     def launch_prefill(self, shape: Shape) -> Launch:
         rows, keys = self.prefill_tile(shape)
         template = {"VALUE_DIM": shape.value_dim, "TILE_ROWS": rows, "TILE_KEYS": keys}
-        return Launch("paged_prefill", 4 * rows, template)
+        return Launch("paged_prefill", (8 if shape.value_dim > MAX_HEAD_DIM else 4) * rows, template)
 
     def headers(self, kernel_name: str) -> tuple[str, ...]:
         return ("packed.h", "tiles.h") if kernel_name in ("paged_prefill", "paged_latent") else ("packed.h",)

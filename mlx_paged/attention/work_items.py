@@ -6,17 +6,17 @@ of a tile of queries (prefill), so that a few long contexts fill the device, too
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
 from mlx_paged.attention.shared_prefix import SharedPrefix
 
-MAX_REGISTER_WORDS = 96
 MAX_THREADGROUP_BYTES = 32 << 10
-SIMDGROUPS = 8  # of a threadgroup of paged_decode
-SCRATCH = 2048  # floats of threadgroup memory of paged_decode
-_TILE_KEYS = 32  # that a team of simdgroups of paged_decode computes at once
+SIMDGROUPS = 8  # of a threadgroup of paged_decode, or more where a KV head has more groups of query heads
+ELEMENTS_PER_LANE = 16  # of queries and of output, that a lane of paged_decode keeps: 512 of a simdgroup
+_TILE_KEYS = 32  # that a simdgroup of paged_decode computes at once
 _FIRST_PARTS = 8  # into so many a context is split however much merging costs
 _MIN_KEYS_PER_ROW = 16  # of a part of paged_prefill
 
@@ -56,37 +56,30 @@ class WorkItems(NamedTuple):
 
 
 class DecodeLayout(NamedTuple):
-    """Which lanes of Metal's paged_decode do what; see there."""
+    """How the threads of Metal's paged_decode divide a tile of keys; see there."""
 
+    heads_per_simdgroup: int
     lanes: int
-    parts: int
     width: int
     batch: int
-    query_in_registers: bool
-    register_words: int
-    """What a thread keeps, in words of 32 bits."""
+    simdgroups: int
 
 
 @cache
 def decode_layout(shape: Shape) -> DecodeLayout:
-    """Choose the layout with the fewest lanes to a row, so the fewest sums over lanes, whose state fits in registers.
+    """Choose as many query heads to a simdgroup as leave a lane few elements of each of queries and output to keep.
 
-    What is private grows with the query heads that share a KV head. Where it does not fit, first the rows are spread
-    over more lanes, then the queries move to threadgroup memory, then two simdgroups share the rows.
+    The others of a KV head are its neighbours'. Then come the longest loads, then the fewest lanes to a row, so the
+    fewest sums over lanes, and as many rows at once as are 64 bytes of a lane.
     """
-    heads = shape.heads_per_kv_head
-    lanes_and_parts = [(8, 1, True), (16, 1, True), (32, 1, True), (16, 1, False), (32, 1, False), (32, 2, False)]
-    choices = [(*choice, load_bytes) for sizes in ((16, 8), (4,)) for choice in lanes_and_parts for load_bytes in sizes]
-    for lanes, parts, query_in_registers, load_bytes in choices:
-        width = load_bytes // shape.element_size
-        key_loads, value_loads = (-(-dim // (width * lanes * parts)) for dim in (shape.head_dim, shape.value_dim))
-        row_bytes = max(key_loads, value_loads) * load_bytes
-        query = heads * key_loads * load_bytes // 4 if query_in_registers else 1
-        output = heads * value_loads * width
-        for batch in (8, 4, 2):
-            words = query + output + heads + batch * (row_bytes // 4 + 1) + 2
-            if batch * row_bytes <= 64 and words <= MAX_REGISTER_WORDS:
-                return DecodeLayout(lanes, parts, width, batch, query_in_registers, words)
+    heads, size, longer = shape.heads_per_kv_head, shape.element_size, max(shape.head_dim, shape.value_dim)
+    widths = [load_bytes // size for load_bytes in (16, 8, 4) if load_bytes > size]
+    for groups, width, lanes in product(range(1, heads + 1), widths, (8, 16, 32)):
+        of_simdgroup, of_row = -(-heads // groups), -(-longer // (width * lanes)) * width
+        if of_simdgroup * of_row <= ELEMENTS_PER_LANE and (of_row * size <= 32 or lanes == 32):
+            batch = next(rows for rows in (16, 8, 4, 2) if rows <= lanes and (rows * of_row * size <= 64 or rows == 2))
+            simdgroups = groups * max(1, SIMDGROUPS // groups)
+            return DecodeLayout(of_simdgroup, lanes, width, batch, simdgroups)
     raise AssertionError(f"no layout for {shape}")
 
 
@@ -94,7 +87,7 @@ def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:
     """Choose how many keys of a sequence one threadgroup of paged_decode computes: contexts are split into such parts.
 
     num_keys: [num_seqs], those each sequence attends to. Small enough to give every core 8 threadgroups, and 256 in
-    all; large enough that all simdgroups have a tile, and that writing and reading the parts is at most 2% of reading K
+    all; large enough that 8 simdgroups have a tile, and that writing and reading the parts is at most 2% of reading K
     and V. But a context of 2048 keys or more has 8 parts whatever they cost, or most of a device would be idle that has
     one sequence to compute. No context is split where the sequences' KV heads come within half of that many
     threadgroups and the longest is at most twice an equal share.
@@ -140,11 +133,12 @@ class Tile(NamedTuple):
 def tile_for(shape: Shape) -> Tile:
     """Choose Metal's tile: up to 32 keys, as many as 32 KB of threadgroup memory have room for.
 
-    Rows before keys: a simdgroup has 8 of them, and fewer than four leave a core's schedulers idle.
+    Rows before keys: a simdgroup has 8 of them, and fewer than four leave a core's schedulers idle. Past 256
+    two simdgroups share 8 rows, each with half of the values' columns.
     """
     pad = 16 // shape.element_size
     longer = max(shape.head_dim, shape.value_dim)
-    rows = 16 if longer >= 192 and shape.element_size == 4 else 32
+    rows = 16 if longer > 256 or (longer >= 192 and shape.element_size == 4) else 32
     room = MAX_THREADGROUP_BYTES // shape.element_size - rows * (shape.head_dim + pad)
     return Tile(rows, next(keys for keys in (32, 16, 8) if keys * (longer + pad) <= room))
 

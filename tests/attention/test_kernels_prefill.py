@@ -184,6 +184,7 @@ WITHOUT_KEYS = {
 }
 WAIT = "wait_for_copies<0>();"
 SYNC = "__syncthreads();"
+WIDE = Case(((9, 30),), (2, 1), (64, 512))  # two simdgroups to 8 rows
 MISTAKES: dict[str, dict[str, Mistake]] = {
     "metal": {
         "a key of the future is visible": Mistake("distance < 0", "distance < -1", PROMPT),
@@ -204,6 +205,8 @@ MISTAKES: dict[str, dict[str, Mistake]] = {
         "rows of another group size": Mistake("(first_row + row) % group", "row % 3", PROMPT),
         "each part has the sink": Mistake(" && part == 0", "", LONG._replace(sinks=True), part_size=32),
         "parts overlap": Mistake("part * rounds", "part * (rounds - 1)", LONG, part_size=32),
+        "the columns of a neighbour": Mistake("kv_tile + first_column", "kv_tile", WIDE),
+        "a neighbour with other rows": Mistake("threadgroup / HALVES * 8", "threadgroup * 8", WIDE),
         **{
             f"barrier {number} is missing": Mistake(BARRIER, "", LONG, number, finding="threadgroup memory")
             for number in range(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,16 +78,42 @@ def test_parts_cover_each_context_once() -> None:
 
 
 def test_every_shape_has_a_layout_that_fits() -> None:
-    for element_size, ratio, dim, value_dim in itertools.product((2, 4), range(1, 17), DIMS, DIMS):
+    dims = (*DIMS, 512)
+    for element_size, ratio, dim, value_dim in itertools.product((2, 4), range(1, 17), dims, dims):
         layout = decode_layout(Shape(1, ratio, dim, value_dim, element_size))
-        assert layout.register_words <= 96
-        assert dim % layout.width == value_dim % layout.width == 0
-        assert layout.lanes % layout.batch == 0
-        assert layout.width * element_size >= 8
+        heads, lanes, width, batch, simdgroups = layout
+        groups, longer = -(-ratio // heads), max(dim, value_dim)
+        of_row = -(-longer // (lanes * width)) * width
+        assert longer <= lanes * of_row and heads * of_row <= 16
+        assert dim % width == value_dim % width == 0 and width * element_size in (4, 8, 16)
+        assert lanes % batch == 0 and heads <= lanes <= 32 and simdgroups % groups == 0
+        assert simdgroups == groups or simdgroups <= 8
+        assert simdgroups <= (16 if longer > 256 else 8)
 
 
-def test_a_query_of_up_to_five_heads_is_loaded_sixteen_bytes_at_a_time() -> None:
-    for ratio, dim in itertools.product((1, 2, 4, 5), (64, 128)):
+@pytest.mark.parametrize(
+    ("heads", "dim", "of_simdgroup", "simdgroups"),
+    [(4, 128, 4, 8), (6, 256, 2, 6), (8, 256, 2, 8), (7, 64, 7, 8), (16, 128, 4, 8), (5, 128, 3, 8), (16, 512, 1, 16)],
+)
+def test_a_simdgroup_computes_query_heads_of_512_elements_and_its_neighbours_the_others(
+    heads: int, dim: int, of_simdgroup: int, simdgroups: int
+) -> None:
+    layout = decode_layout(Shape(8, heads, dim, dim, 2))
+    assert (layout.heads_per_simdgroup, layout.simdgroups) == (of_simdgroup, simdgroups)
+
+
+def test_the_page_tells_how_many_query_heads_a_simdgroup_has() -> None:
+    page = " ".join((Path(__file__).parents[2] / "docs" / "kernels.md").read_text().split())
+    heads = [decode_layout(Shape(1, 16, dim, dim, 2)).heads_per_simdgroup for dim in (64, 128, 256)]
+    assert "{} heads of 64, {} of 128, {} of 256".format(*heads) in page
+    layout = decode_layout(Shape(4, 6, 256, 256, 2))
+    assert layout.heads_per_simdgroup == 2 and layout.simdgroups == 6 and "simdgroups 3 to 5 the other" in page
+    lanes = [decode_layout(Shape(1, heads, 128, 128, 2)) for heads in (4, 1)]
+    assert [(each.lanes, each.width * 2, each.batch) for each in lanes] == [(32, 8, 8), (8, 16, 2)]
+
+
+def test_a_query_alone_or_with_another_is_loaded_sixteen_bytes_at_a_time() -> None:
+    for ratio, dim in ((1, 64), (2, 64), (1, 128), (2, 128), (8, 256), (8, 512)):
         assert decode_layout(Shape(8, ratio, dim, dim, 2)).width * 2 == 16
 
 
@@ -98,12 +125,17 @@ ONE_HEAD = Shape(8, 1, 128, 128, 2)
 @pytest.mark.parametrize("element_size", [2, 4])
 def test_tiles_fit_every_head_dim(element_size: int) -> None:
     pad = 16 // element_size
-    for head_dim, value_dim in itertools.product(range(8, 257, 8), repeat=2):
+    longest = range(272, 513, 48) if element_size == 2 else ()
+    for head_dim, value_dim in itertools.product((*range(8, 257, 8), *longest), repeat=2):
         tile = tile_for(Shape(1, 1, head_dim, value_dim, element_size))
         longer = max(head_dim, value_dim)
-        assert tile.rows == (16 if longer >= 192 and element_size == 4 else 32)
+        assert tile.rows == (16 if longer > 256 or (longer >= 192 and element_size == 4) else 32)
         assert (tile.rows * (head_dim + pad) + tile.keys * (longer + pad)) * element_size <= 32 << 10
-        assert element_size == 4 or tile.keys == (32 if 32 * (head_dim + longer + 2 * pad) <= 16 << 10 else 16)
+        assert (
+            element_size == 4
+            or longer > 256
+            or tile.keys == (32 if 32 * (head_dim + longer + 2 * pad) <= 16 << 10 else 16)
+        )
 
 
 def test_work_is_listed_sequence_by_sequence_tile_by_tile_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:

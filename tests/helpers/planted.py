@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from helpers.attention_cases import Case, split
-from mlx_paged.attention import metal as metal
 
 
 class Mistake(NamedTuple):
@@ -18,22 +17,21 @@ class Mistake(NamedTuple):
     new: str
     case: Case
     occurrence: int = 0
+    """Of `old` in a text. -1: all."""
     part_size: int | None = None
     """Keys of a part. None: as it is decided."""
-    layout: Any = None
-    """Of Metal's paged_decode, instead of the one that is decided."""
     finding: str = ""
     """Text of the error."""
 
     def set_up(self, patches: pytest.MonkeyPatch) -> None:
         """Have the case computed as the mistake needs it."""
         split(patches, self.part_size)
-        if self.layout is not None:
-            patches.setattr(metal, "decode_layout", lambda _: self.layout)
 
 
 def with_mistake(text: str, old: str, new: str, occurrence: int) -> str:
-    """The text with one occurrence of `old` replaced; as it was if it does not have so many."""
+    """The text with one occurrence of `old` replaced, or all; as it was if it does not have so many."""
+    if occurrence < 0:
+        return text.replace(old, new)
     pieces = text.split(old)
     if len(pieces) > occurrence + 1:
         before, after = pieces[occurrence : occurrence + 2]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +18,12 @@ from helpers.run_benchmark import RESULTS
 from metalsim.fixture import Metal
 
 from mlx_paged import paged_attention
+from mlx_paged.attention import work_items as work_items
 from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.paged_attention import BACKENDS
+from mlx_paged.attention.work_items import Shape, decode_layout
 
+ROOT = Path(__file__).parents[2]
 needs_the_simulator = pytest.mark.skipif(sys.platform != "linux", reason="the simulator runs on Linux")
 
 
@@ -63,6 +68,38 @@ def test_each_call_of_a_chain_takes_the_results_of_the_one_before_and_the_next_l
 
     assert benchmark.seconds_of_call(benchmark.Contender(mx.zeros(1), call, num_layers=3), num_calls=5) > 0
     assert [(queries.item(), layer) for queries, layer in calls] == [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1)]
+
+
+def test_layouts_of_decode_that_are_swept_are_those_they_say_and_right(
+    metal: Metal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark, layers = (importlib.import_module(name) for name in ("decode_layouts", "attention_layers"))
+    assert benchmark.CHOSEN in benchmark.LAYOUTS.values()
+    monkeypatch.setattr(benchmark, "LAYOUTS", {"a": (8, 4), "b": (16, 8)})
+    made = layers.Layers(layers.Case(layers.Heads(2, 1, 256, mx.bfloat16), 1, 33), 1, quick=True)
+    chosen = decode_layout(Shape(1, 2, 256, 256, 2))
+    contenders = benchmark.with_layouts(made)
+    assert all(made.error(contender, table) < 8e-3 for contender, table in contenders.values())
+    traffic = [report.traffic for report in metal.reports[2:] if report.traffic]
+    assert [each.threads // each.threadgroups for each in traffic] == [32 * 4, 32 * 8]
+    asked = [each.buffers["v_cache"].bytes_read for each in traffic]
+    assert asked[0] == 2 * asked[1]  # by two neighbours
+    assert decode_layout(Shape(1, 2, 256, 256, 2)) == chosen
+    assert (work_items.ELEMENTS_PER_LANE, work_items.SIMDGROUPS) == benchmark.CHOSEN
+
+
+def test_the_threads_that_metal_allows_are_learnt_from_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark, layers = (importlib.import_module(name) for name in ("decode_layouts", "attention_layers"))
+    made = layers.Layers(layers.Case(benchmark.TINY[0], 1, 64), 1, quick=True)
+    assert benchmark.most_threads(made, 16, 8) == 0  # no kernel here
+    backend = MetalBackend()
+
+    def too_many(*_: object) -> None:
+        raise ValueError("Thread group size (2048) is greater than  the maximum allowed threads per threadgroup (448)")
+
+    monkeypatch.setattr(backend, "run", too_many)
+    made.backend = backend
+    assert benchmark.most_threads(made, 16, 8) == 448
 
 
 @pytest.mark.parametrize("num_queries", [1, 5])
@@ -150,6 +187,22 @@ def test_one_kv_head_stands_for_all() -> None:
 
 
 @needs_the_simulator
+def test_a_thread_of_decode_keeps_what_the_page_says_whatever_the_shape() -> None:
+    register_words = importlib.import_module("kernel_launches").register_words
+    dims = (8, 40, 64, 80, 96, 128, 192, 256, 512)
+    points = itertools.product(range(1, 17), dims, dims, (2, 4))
+    most = max(register_words(Shape(1, *point)) for point in points)
+    page = " ".join((ROOT / "docs" / "kernels.md").read_text().split())
+    assert f"A thread keeps at most {most} words." in page
+    for heads in (6, 8):
+        assert register_words(Shape(1, heads, 256, 256, 2)) == 48
+    assert (
+        "a thread keeps 48 words where one simdgroup with all six heads had 90, and with 8 heads of 256 the same"
+        in page
+    )
+
+
+@needs_the_simulator
 def test_the_committed_results_of_the_kernels_traffic_are_those_of_these_kernels() -> None:
     benchmark = importlib.import_module("kernel_traffic")
     results = json.loads((RESULTS / "kernel-traffic.json").read_text())["results"]
@@ -158,8 +211,10 @@ def test_the_committed_results_of_the_kernels_traffic_are_those_of_these_kernels
     for row in results["decode"]:
         (heads,) = (heads for heads in benchmark.ALL_HEADS if heads.as_columns().items() <= row.items())
         plan = MetalBackend().plan_decode(np.full(row["batch"], row["context"], np.int32), None, heads.shape)
+        assert row["distinct"] == 1 and row["register_words"] <= 72
         assert row["threadgroups"] == plan.num_items * heads.num_kv_heads, "run the benchmark again"
     assert benchmark.count_decode(benchmark.LLAMA_8B, 1, 4096) == results["decode"][0], "run the benchmark again"
     assert benchmark.count_prefill(benchmark.LLAMA_8B, 4, 4092) in results["prefill"], "run the benchmark again"
     assert benchmark.count_latent(16, 1, 1, 4096) == results["latent"][0], "run the benchmark again"
     assert benchmark.bounds(quick=False) == results["bounds"]
+    assert benchmark.registers(quick=False) == results["registers"]
