@@ -25,6 +25,8 @@ OPTIONAL = {
     "mlx_paged/attention/cpu.py": "a backend for CPUs",
     "mlx_paged/attention/cuda.py": "a backend for NVIDIA's cards",
     "mlx_paged/attention/kernel_backend.py:unsupported": "layers that have no kernel",
+    "mlx_paged/attention/work_items.py:SharedWorkItems": "prefixes that requests share",
+    "mlx_paged/attention/work_items.py:shared_items": "prefixes that requests share",
     "mlx_paged/attention/gathered.py": "GPUs with matrix units of their own",
     "mlx_paged/blocks/checkpoints.py": "recurrent layers",
     "mlx_paged/blocks/free_lists.py:BuddyFreeBlocks": "another allocator",
