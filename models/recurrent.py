@@ -162,12 +162,12 @@ def run(
 
 
 def _arranged(kinds: list[Any], caches: Iterator[Any], state_caches: Iterator[Any]) -> list[Any]:
-    def cache_of(kind: Any) -> Any:
-        if isinstance(kind, list):
-            return list(map(cache_of, kind))
-        return next(caches if kind is None else state_caches)
-
-    return list(map(cache_of, kinds))
+    return [
+        _arranged(kind, caches, state_caches)
+        if isinstance(kind, list)
+        else next(caches if kind is None else state_caches)
+        for kind in kinds
+    ]
 
 
 def trace(

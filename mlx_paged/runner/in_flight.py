@@ -76,12 +76,12 @@ class StepRunner:
         self.model_time_s += time.perf_counter() - started
         step.launched = [step.logits, *(() if self._runner.states is None else self._runner.states.to_compute)]
         if self._runner.overlap_is_safe:
-            self._submit(step.launched)
+            self._submit_launched(step)
 
     def submit(self, step: StepInFlight) -> None:
         """Submit a launched step, if `launch` did not, now that the step before it is over."""
         if not self._runner.overlap_is_safe:
-            self._submit(step.launched)
+            self._submit_launched(step)
 
     def submit_results(self, step: StepInFlight) -> None:
         """Submit what is drawn from a step's logits."""
@@ -91,6 +91,11 @@ class StepRunner:
         self._submit(step.device_results)
         if step.prompt_logprobs is not None:
             self._submit(step.prompt_logprobs.arrays)
+
+    def _submit_launched(self, step: StepInFlight) -> None:
+        """Submit a launched step, and let go of its states, so that the next step may make its own in their place."""
+        self._submit(step.launched)
+        step.launched = []
 
     def _submit(self, arrays: list[mx.array]) -> None:
         """Give arrays to the device. A CPU has computed most of them when this returns: not the host's own time."""

@@ -16,7 +16,10 @@ from helpers.tiny_models import VOCAB_SIZE
 from mlx_lm.utils import load_tokenizer
 
 from mlx_paged import LLM, SamplingParams
+from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.errors import EngineWarning
+from mlx_paged.models.layer_cache import PagedLayerCache
+from mlx_paged.models.recurrent import StateLayerCache
 
 SMALL: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 200, "max_num_seqs": 8, "check_invariants": True}
 
@@ -142,6 +145,39 @@ def test_no_step_copies_a_pool() -> None:
     mx.reset_peak_memory()
     llm.generate([prompt_of(50, seed) for seed in range(4)] * 2, greedy(30))
     assert mx.get_peak_memory() - before < pool / 4
+
+
+@pytest.mark.parametrize("pipelining", ["submit", "build", "off"])
+def test_a_step_holds_the_states_that_it_starts_from_and_those_that_it_makes_and_no_third_ones(pipelining: Any) -> None:
+    model = family_model("falcon_h1")
+    before = active_bytes()
+    llm = LLM.from_model(model, **SMALL, pipelining=pipelining, prefix_caching=False)
+    for seed in range(4):
+        llm.engine.add_request(prompt_of(9, seed), greedy(20))
+    for _ in range(4):
+        llm.engine.step()
+    mx.synchronize()
+    mx.reset_peak_memory()
+    for _ in range(10):
+        llm.engine.step()
+    held = mx.get_peak_memory() - before - llm.stats().kv_bytes
+    assert held < 2.5 * 4 * llm._runner.plan.state_bytes
+
+
+@pytest.mark.parametrize("family", ["jamba", "llama"])
+def test_neither_start_nor_steps_leave_anything_to_the_garbage_collector(family: str) -> None:
+    """Which may come late, and pools to try out steps with are large."""
+    model, kinds = family_model(family), (PagedKVCache, PagedLayerCache, StateLayerCache)
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(each) for each in gc.get_objects() if isinstance(each, kinds)}
+        llm = LLM.from_model(model, **SMALL)
+        llm.generate([prompt_of(9)], greedy(4))
+        left = [each for each in gc.get_objects() if isinstance(each, kinds) and id(each) not in before]
+    finally:
+        gc.enable()
+    assert left == [llm._runner.kv_cache]
 
 
 # -- the memory plan ----------------------------------------------------------------------------------------------
