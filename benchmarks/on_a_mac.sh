@@ -81,6 +81,8 @@ done
 run latent benchmarks/latent.py "${sizes[@]+"${sizes[@]}"}" --json "$work/latent.json"
 # How decode is divided among simdgroups: query heads of each, and how many of them; and what Metal gives each kernel.
 run layouts benchmarks/decode_layouts.py "${sizes[@]+"${sizes[@]}"}" --json "$work/layouts.json"
+# Recurrences, which here take prompts one after the other, and mlx-lm's batch all at once with padding.
+run hybrids benchmarks/hybrids.py --only short_prompts "${sizes[@]+"${sizes[@]}"}" --json "$work/hybrids.json"
 run bench -m mlx_paged bench "${bench[@]}" -o json
 # MLX ends a command buffer at 40 or 50 million elements that its operations take and make: what if it did not?
 MLX_MAX_MB_PER_BUFFER=1000000 run bench-large-buffers -m mlx_paged bench "${bench[@]}" -o json
@@ -143,6 +145,7 @@ report = {
     "attention": json_or_none(Path(work) / "attention.json"),
     "prefill_kernel": json_or_none(Path(work) / "prefill-kernel.json"),
     "prefill_gathered": json_or_none(Path(work) / "prefill-gathered.json"),
+    "hybrids": json_or_none(Path(work) / "hybrids.json"),
     "latent": json_or_none(Path(work) / "latent.json"),
     "layouts": json_or_none(Path(work) / "layouts.json"),
     "bench": json_or_none(Path(work) / "bench.log"),

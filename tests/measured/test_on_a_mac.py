@@ -83,7 +83,7 @@ def test_a_quick_run_reports_every_step_and_the_machine(tmp_path: Path) -> None:
     assert report["profile"]["traceEvents"]
     assert report["prefill_kernel"]["results"] and report["prefill_gathered"]["results"]
     assert report["attention"]["results"] and report["latent"]["results"] and report["bench"]
-    assert report["layouts"]["results"]
+    assert report["layouts"]["results"] and report["hybrids"]["results"]
 
 
 def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: Path) -> None:
@@ -102,6 +102,7 @@ def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: 
         ("prefill-gathered", 0),
         ("latent", 0),
         ("layouts", 0),
+        ("hybrids", 0),
         ("bench", 0),
         ("bench-large-buffers", 0),
         ("bench-scatter", 0),
