@@ -10,6 +10,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 
+import mlx_paged
 from mlx_paged.models.patch import PatchedModel
 
 _CHECKSUM_PIECE = 1 << 24  # words
@@ -20,9 +21,16 @@ def fingerprint(model: PatchedModel, block_size: int) -> str:
     """Name a model's family, and in a digest its weights, settings and types, and the layout of a block and a state.
 
     Settings are whatever numbers, texts and arguments its modules keep, so that models without arguments have them too.
-    The version of mlx-lm is among them, whose code may compute the same layers otherwise.
+    The versions of mlx-lm and of this package are among them, whose code may compute the same layers otherwise.
     """
-    layout = mlx_lm.__version__, block_size, model.groups, model.stored_layers, model.state_shapes
+    layout = (
+        mlx_paged.__version__,
+        mlx_lm.__version__,
+        block_size,
+        model.groups,
+        model.stored_layers,
+        model.state_shapes,
+    )
     digest = sha256(repr(layout).encode())
     for name, module in sorted(model.model.named_modules()):
         digest.update(f"{name} {type(module).__qualname__}".encode())

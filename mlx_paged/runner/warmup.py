@@ -15,6 +15,7 @@ from mlx_paged.models.patch import PatchedModel
 from mlx_paged.scheduler.block_tables import MIN_COLUMNS
 
 _CPU_TOKENS = 8
+_TELLING_BYTES = 1 << 20  # of a pool: what a step takes varies by as much as a smaller one
 _POOL_BYTES = 8 << 20  # of one layer's K, large beside what a step of a few tokens takes
 _NUM_OVERLAPPED = 3
 
@@ -55,7 +56,7 @@ def overlap_is_safe(model: PatchedModel, config: EngineConfig, max_blocks: int =
     kv_cache, inputs = _one_sequence(model, config, 1, 1, num_blocks)
     pool_bytes = min(pool.keys.nbytes for pool in kv_cache.pools)
     alone = _bytes_alone(model, kv_cache, inputs)
-    if alone - without_pools > max(pool_bytes, 1 << 20) // 2:  # what is less may be chance
+    if pool_bytes >= _TELLING_BYTES and alone - without_pools > pool_bytes // 2:
         copies = "each step copies whole pools of KV blocks to write into them, so steps are slow and do not overlap"
         warnings.warn(copies, EngineWarning, stacklevel=4)
         return False
