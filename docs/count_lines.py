@@ -99,6 +99,7 @@ OPTIONAL = {
     "mlx_paged/runner/memory_plan.py:blocks_for_requests": "memory by need",
     "mlx_paged/runner/memory_plan.py:count_states": "recurrent layers",
     "mlx_paged/runner/memory_plan.py:fit_to_states": "recurrent layers",
+    "mlx_paged/runner/memory_plan.py:num_checkpoints": "recurrent layers",
     "mlx_paged/runner/prompt_logprobs.py": "log-probabilities of prompts",
     "mlx_paged/runner/stretches.py": "recurrent layers",
     "mlx_paged/runner/trial_writes.py": "a device on which kernels can't write",

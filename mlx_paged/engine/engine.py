@@ -67,7 +67,7 @@ class Engine:
             config.block_size,
             stored_keys=stores,
             states=runner.states,
-            num_checkpoints=runner.plan.num_state_slots - config.max_num_seqs,
+            num_checkpoints=runner.plan.num_checkpoints(config.max_num_seqs),
             chunked=runner.plan.chunked,
             allocator=config.allocator,
             prefix_caching=config.prefix_caching,

@@ -21,6 +21,7 @@ from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 _GPU_SHARE = 0.75  # of what the device recommends, for weights, activations and cache together
 _CPU_SHARE = 0.10  # of RAM, for the cache
 _STATE_SHARE = 0.4  # of the cache's memory, for states at most
+_STATES_PER_SEQUENCE = 2  # that runs: a step makes new ones of the old ones
 _MIN_CHECKPOINTS = 32  # that are of use, however few sequences run at once
 _NEED_STEP = 1024  # tokens, to multiples of which a need is rounded up
 _MAX_BLOCKS = 1 << 16  # where they take no memory, or nobody says how long a context is
@@ -44,13 +45,17 @@ class MemoryPlan(NamedTuple):
     state_bytes: int = 0
     """Of the states of recurrent layers, of one sequence; 0: there are none."""
     num_state_slots: int = 0
-    """How many such states there is room for: one per running sequence, and checkpoints."""
+    """How many such states there is room for: two of each running sequence, and checkpoints."""
     chunked: bool = False
     """Whether the windows are chunks: see `PatchedModel`."""
 
     @property
     def kv_bytes(self) -> int:
         return sum(count * size for count, size in zip(self.num_blocks, self.block_bytes, strict=True))
+
+    def num_checkpoints(self, max_num_seqs: int) -> int:
+        """Count the states that there is room for beside those of so many running sequences."""
+        return self.num_state_slots - _STATES_PER_SEQUENCE * max_num_seqs
 
     def __str__(self) -> str:
         groups = zip(self.num_blocks, self.block_bytes, self.windows, strict=True)
@@ -104,16 +109,16 @@ def plan_memory(
         return sum(count * size for count, size in zip(group_blocks(num_blocks), block_bytes, strict=True))
 
     def count_states(room: float) -> int:
-        """How many states `room` bytes hold, as many as are of use. Raises ValueError if that is less than two."""
+        """How many states `room` bytes hold, as many as are of use. Raises ValueError if that is less than three."""
         if not model.state_bytes:
             return 0
-        if room < 2 * model.state_bytes:
+        if room < (_STATES_PER_SEQUENCE + 1) * model.state_bytes:
             raise ValueError(
                 f"states of one sequence take {format_memory(model.state_bytes)}, and {format_memory(max(room, 0))} "
-                "are left for them, where two are needed: give kv_cache_memory more, or num_kv_blocks less"
+                "are left for them, where three are needed: give kv_cache_memory more, or num_kv_blocks less"
             )
         num_checkpoints = max(config.max_num_seqs, _MIN_CHECKPOINTS) if config.prefix_caching else 1
-        return int(min(config.max_num_seqs + num_checkpoints, room // model.state_bytes))
+        return int(min(_STATES_PER_SEQUENCE * config.max_num_seqs + num_checkpoints, room // model.state_bytes))
 
     most = _MAX_BLOCKS if max_model_len is None else config.max_num_seqs * -(-max_model_len // config.block_size)
     most = most if block_bytes[0] else min(most, _MAX_BLOCKS)
@@ -149,7 +154,7 @@ def plan_memory(
 
 
 def fit_to_states(config: EngineConfig, plan: MemoryPlan) -> EngineConfig:
-    """Let no more sequences run than there are states for, and one for a checkpoint. Says so in a warning.
+    """Let no more sequences run than there is room for their states, and for a checkpoint. Says so in a warning.
 
     Raises ValueError for a swap space that has no room for a state.
     """
@@ -157,12 +162,12 @@ def fit_to_states(config: EngineConfig, plan: MemoryPlan) -> EngineConfig:
     if isinstance(swap, int) and swap < plan.state_bytes:
         one = format_memory(plan.state_bytes)
         raise ValueError(f"swap_space={config.swap_space!r} holds no state of this model: one takes {one}")
-    most = min(config.max_num_seqs, plan.num_state_slots - 1)
+    most = min(config.max_num_seqs, (plan.num_state_slots - 1) // _STATES_PER_SEQUENCE)
     if most < config.max_num_seqs:
         warnings.warn(
-            f"max_num_seqs is {most} instead of {config.max_num_seqs}: there is room for the states of "
-            f"{plan.num_state_slots} sequences, checkpoints included; more with a larger kv_cache_memory, or a smaller "
-            "num_kv_blocks",
+            f"max_num_seqs is {most} instead of {config.max_num_seqs}: there is room for {plan.num_state_slots} "
+            f"states, {_STATES_PER_SEQUENCE} of each sequence that runs, checkpoints included; more with a larger "
+            "kv_cache_memory, or a smaller num_kv_blocks",
             EngineWarning,
             stacklevel=4,
         )

@@ -190,7 +190,7 @@ def test_a_model_without_attention_has_blocks_of_no_bytes(model: str) -> None:
     stats = llm.stats()
     assert (stats.num_blocks, stats.kv_bytes) == (3 * 7, 0)
     state_bytes = llm._runner.plan.state_bytes
-    assert stats.num_state_slots == min(3 + 32, int(0.4 * 8e6 / state_bytes))
+    assert stats.num_state_slots == min(2 * 3 + 32, int(0.4 * 8e6 / state_bytes))
     assert llm.describe_memory().startswith(f"KV cache: none; {stats.num_state_slots} states of ")
     (output,) = llm.generate([prompt_of(90)], greedy(20))
     assert output.outputs[0].finish_reason == "length" and len(output.outputs[0].token_ids) == 10
@@ -221,8 +221,8 @@ def test_more_blocks_than_can_be_noted_are_refused_in_one_line() -> None:
 def test_states_and_blocks_share_the_memory_that_is_given() -> None:
     llm = LLM.from_model(family_model("qwen3_next"), kv_cache_memory="2MB", max_num_seqs=8, prefix_caching=False)
     plan, stats = llm._runner.plan, llm.stats()
-    assert stats.num_state_slots == 8 + 1
-    room = 2_000_000 - 9 * plan.state_bytes
+    assert stats.num_state_slots == 2 * 8 + 1
+    room = 2_000_000 - 17 * plan.state_bytes
     assert room - plan.block_bytes[0] < stats.kv_bytes <= room
     assert f"; {stats.num_state_slots} states of " in llm.describe_memory()
 
@@ -230,8 +230,8 @@ def test_states_and_blocks_share_the_memory_that_is_given() -> None:
 def test_fewer_sequences_run_at_once_where_their_states_have_no_room() -> None:
     model = family_model("mamba2")
     size = LLM.from_model(model, **SMALL)._runner.plan.state_bytes
-    with pytest.warns(EngineWarning, match="max_num_seqs is 4 instead of 64: there is room for the states of 5 "):
-        llm = LLM.from_model(model, block_size=4, kv_cache_memory=int(5.5 * size / 0.4), max_model_len=100)
+    with pytest.warns(EngineWarning, match="max_num_seqs is 4 instead of 64: there is room for 9 states, 2 of each "):
+        llm = LLM.from_model(model, block_size=4, kv_cache_memory=int(9.5 * size / 0.4), max_model_len=100)
     llm.generate([prompt_of(9, seed) for seed in range(12)], greedy(4))
     stats = llm.stats()
     assert llm.engine.config.max_num_seqs == 4 and stats.num_checkpoints == 1
