@@ -65,6 +65,8 @@ def case_of(point: Sequence[Any]) -> Case:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(NUM_PARTS))
 def test_it_equals_dense_attention_over_the_grid(part: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.take_part(part)
+
     def attend(arrays: Arrays, part_size: int | None) -> mx.array:
         with monkeypatch.context() as patches:
             split(patches, part_size)

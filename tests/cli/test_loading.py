@@ -87,12 +87,6 @@ def test_that_fewer_sequences_run_for_want_of_memory_is_said_once_in_words_of_op
     assert " states of " in result.stderr and "max_num_seqs" not in result.stderr
 
 
-@pytest.mark.parametrize("option", ["--swap-space", "--prefix-cache-dir"])
-def test_a_store_that_would_have_no_states_is_refused_in_one_line(option: str, hybrid_folder: str) -> None:
-    result = invoke("generate", "--raw", "-q", "--model", hybrid_folder, option, "./store", "Once")
-    assert_one_line(result, 1, f"{option} stores keys and values", "leave it out")
-
-
 def test_too_little_memory_for_the_states_of_one_sequence_is_one_line(hybrid_folder: str) -> None:
     result = invoke("generate", "--raw", "-q", "--model", hybrid_folder, "--kv-cache-memory", "20KB", "Once")
     assert_one_line(result, 1, "states of one sequence take", "give --kv-cache-memory more")

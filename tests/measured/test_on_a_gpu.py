@@ -6,21 +6,32 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from cudasim import Cuda
 from cudasim.fixture import cuda as cuda
+from metalsim.order import AccessOrder
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.slow
 def test_everything_to_be_measured_on_a_card_can_be(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda.only_simulated("the benchmark is run without measuring")
+    simulator = cuda.only_simulated("the benchmark is run without measuring")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     on_a_gpu = importlib.import_module("on_a_gpu")
     monkeypatch.setattr(on_a_gpu, "run_tests", lambda files: "none failed")
+    serving = importlib.import_module("gpu_serving")
+    decode_run = serving.decode_run
+
+    def decode_anew(*arguments: Any) -> Any:
+        """Another engine's pools may lie where the last one's did, and hold the same."""
+        simulator.order = AccessOrder()
+        return decode_run(*arguments)
+
+    monkeypatch.setattr(serving, "decode_run", decode_anew)
     results = {part.run.__name__: part.run(True) for part in on_a_gpu.PARTS}
     assert [row["same"] for row in results["wrapper"]] == ["yes"] * 5
     assert all(float(row["result"].split()[-1]) < 8e-3 for row in results["correctness"][2:])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.budget import LONG
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_a_mac.sh"
@@ -69,6 +70,7 @@ def test_a_report_that_cannot_be_written_is_one_line_before_anything_runs(tmp_pa
     assert "nowhere/report.json can't be written" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(not LONG, reason="takes long: MLX_PAGED_LONG_TESTS=1 runs it")
 @pytest.mark.slow
 def test_a_quick_run_reports_every_step_and_the_machine(tmp_path: Path) -> None:
     file = tmp_path / "report.json"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -31,6 +33,16 @@ def test_a_listed_familys_reason_is_the_lists_wherever_it_is_found_out(family: s
     assert str(caught.value) == f"model family {family!r} can't be paged: {registry.FAMILIES[family].note}"
 
 
+@pytest.fixture
+def untouched_longcat() -> Iterator[None]:
+    """Its code as mlx-lm has it, whichever test has replaced some of it before."""
+    module = importlib.import_module("mlx_lm.models.longcat_flash_ngram")
+    importlib.reload(module)
+    yield
+    importlib.reload(module)
+
+
+@pytest.mark.usefixtures("untouched_longcat")
 def test_a_family_that_no_list_names_is_refused_with_what_its_code_did(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(replaced._REPLACED, "longcat_flash_ngram", {})
     monkeypatch.delitem(registry.FAMILIES, "longcat_flash_ngram")
