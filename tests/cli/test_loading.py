@@ -84,7 +84,7 @@ def test_that_fewer_sequences_run_for_want_of_memory_is_said_once_in_words_of_op
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stderr.splitlines() if "instead of" in line]
     assert line.startswith("mlx-paged: --max-num-seqs is ") and "more with a larger --kv-cache-memory" in line
-    assert " states of " in result.stderr and "max_num_seqs" not in result.stderr
+    assert " states, 2 of each sequence " in line and "max_num_seqs" not in result.stderr
 
 
 def test_too_little_memory_for_the_states_of_one_sequence_is_one_line(hybrid_folder: str) -> None:
