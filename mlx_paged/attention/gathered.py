@@ -32,8 +32,12 @@ def is_wanted(has_matrix_units: bool) -> bool:
     return has_matrix_units if asked is None else asked == "gathered"
 
 
-def is_for(q: mx.array, pool: LayerPool, options: AttentionOptions) -> bool:
-    """Whether MLX's attention computes layers like this fast."""
+def is_for(
+    q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions, has_matrix_units: bool
+) -> bool:
+    """Whether this is done for layers like this: it is wanted, which a step asks once, and MLX computes them fast."""
+    if not metadata.plan_once("gathers", lambda: is_wanted(has_matrix_units)):
+        return False
     plain = options.softcap is None and options.sinks is None and not pool.latent_dim
     dims = {pool.keys.shape[3], pool.values.shape[3]}
     return plain and q.dtype in DTYPES and pool.keys.dtype == q.dtype and len(dims) == 1 and dims <= set(HEAD_DIMS)

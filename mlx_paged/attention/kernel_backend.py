@@ -146,7 +146,7 @@ class KernelBackend(Backend):
         # The heads of one query are enough rows for paged_latent, which decodes as well.
         most = 0 if pool.latent_dim else self.max_decode_queries
         shape, window, outputs = shape_of(q, pool), options.window, []
-        gathers = gathered.is_wanted(self.has_matrix_units) and gathered.is_for(q, pool, options)
+        gathers = gathered.is_for(q, pool, metadata, options, self.has_matrix_units)
         parts: Parts = metadata.plan_once(
             ("parts", most, gathers and (shape, window)),
             lambda: split_by_kernel(metadata, most, gathers and gathered.choose(metadata, pool, window)),
