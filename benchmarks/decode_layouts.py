@@ -92,7 +92,7 @@ def most_threads(layers: Layers, elements: int, simdgroups: int) -> int:
     if not isinstance(backend, KernelBackend):
         return 0
     with planned_by(elements, simdgroups):
-        plan = backend.plan_decode(np.array([64], np.int32), None, shape_of(q, pool))
+        plan = backend.plan_decode(np.array([64]), np.arange(2), None, shape_of(q, pool))
     plan = replace(plan, launch=plan.launch._replace(threads=2048))
     try:
         mx.eval(backend.run(q, pool, layers.tables["scattered"], plan, AttentionOptions(1.0)))

@@ -68,7 +68,7 @@ TINY = Heads(6, 2, 64)  # for --quick
 
 def count_decode(heads: Heads, batch: int, context: int, block_size: int = 16, window: int | None = None) -> Row:
     arrays = make_arrays(heads, batch, context, 1, block_size)
-    plan = METAL.plan_decode(np.full(batch, context, np.int32), window, heads.shape)
+    plan = METAL.plan_decode(np.full(batch, context), np.arange(batch + 1), window, heads.shape)
     num_keys = batch * (context if window is None else min(window, context))
     reports = launches(lambda: METAL.run(*arrays, plan, AttentionOptions(heads.head_dim**-0.5)))
     row = {**heads.as_columns(), "batch": batch, "context": context}
@@ -95,9 +95,9 @@ def registers(quick: bool) -> list[Row]:
         for dtype, words in zip((mx.float16, mx.float32), before, strict=True):
             shape = heads.shape._replace(element_size=dtype.size)
             layout, group = decode_layout(shape), shape.heads_per_kv_head
-            readers = -(-group // layout.heads_per_simdgroup)
+            readers = -(-group // layout.rows_per_simdgroup)
             row = {**heads.as_columns(), "dtype": str(dtype).removeprefix("mlx.core."), "readers": readers}
-            row |= {name: getattr(layout, name) for name in ("heads_per_simdgroup", "simdgroups", "lanes", "batch")}
+            row |= {name: getattr(layout, name) for name in ("rows_per_simdgroup", "simdgroups", "lanes", "batch")}
             row |= {"load_bytes": layout.width * dtype.size, "words": register_words(shape), "words_before": words}
             rows.append(row)
     return rows
@@ -260,7 +260,7 @@ PARTS = (
         "computed all query heads of a KV head; readers: simdgroups that read the same keys, for other heads each",
         _HEADS
         | {"dtype": ("dtype", ""), "words_before": ("before", ""), "words": ("words", "")}
-        | {"heads_per_simdgroup": ("heads a simdgroup", ""), "readers": ("readers", "")}
+        | {"rows_per_simdgroup": ("heads a simdgroup", ""), "readers": ("readers", "")}
         | {"simdgroups": ("simdgroups", ""), "lanes": ("lanes to a row", "")}
         | {"load_bytes": ("bytes a load", ""), "batch": ("rows at once", "")},
     ),

@@ -1,34 +1,42 @@
-// Attention of one new token per sequence over the sequence's blocks: the body of a kernel; intrinsics.cuh and
-// tiles.cuh come before it.
+// Attention of one new token per sequence, or of up to QUERIES, over the sequence's blocks: the body of a kernel;
+// intrinsics.cuh and tiles.cuh come before it.
+//
+// The query heads that share a KV head are independent rows of the same products, and so are a sequence's queries: its
+// rows are the pairs (query, head of the group), query by query, ROWS = QUERIES * HEADS at most.
 //
 // Inputs
-//   q             [num_seqs, num_heads, HEAD_DIM], T
+//   q             [num_tokens, num_heads, HEAD_DIM], T
 //   k_cache       [num_blocks, block_size, num_kv_heads, HEAD_DIM], T; block_size is a power of two
 //   v_cache       [num_blocks, block_size, num_kv_heads, VALUE_DIM], T
 //   block_tables  [num_seqs, max_blocks], int32
-//   work          [num_items or more, 4], int32: a sequence, a first and a past the last key, 1 if these are its first
+//   work          [num_items or more, 9], int32: a sequence, its first token, its number of queries, the position of
+//                 the first of them in the context, a first and a past the last key, which part of the sequence's keys
+//                 these are, of how many, where the sequence's parts begin
+//   window        int32: how many keys a query sees, itself among them; looked at where QUERIES is more than 1, since
+//                 one query sees all keys of its items
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
 //   write_done    [8], int32: not looked at; of paged_write
 //   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
 //   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
-//   out           [num_items, num_heads, VALUE_DIM], T: the mean of the item's values; zeros without keys or a sink
-//   lse           [num_items, num_heads], float: the base-2 logarithm of the sum of its keys' exponentials
+//   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the item's values; zeros without keys or a sink.
+//                 The parts of a query lie side by side
+//   lse           [num_parts, num_heads], float: the base-2 logarithm of the sum of its keys' exponentials
 //   read_done     [8], int32: zeros, for the paged_write that comes next
-//   Where a sequence has one item each, `out` is the result; otherwise paged_merge joins the items of a sequence.
+//   Where each query has one part, `out` is the result; otherwise paged_merge joins the parts.
 //
 // Grid           blocks of one (item, KV head) each: [num_items, num_kv_heads]
 // Block          WARPS warps, which take every WARPS-th tile of TILE_KEYS keys of the item and have nothing to do with
 //                each other until their results are merged
-// Warp           the scores of a tile's keys, then their values, for all HEADS query heads of the KV head, which are
-//                the first of 16 rows. STAGES tiles are in shared memory: one is computed, the others are under way
+// Warp           the scores of a tile's keys, then their values, for all rows, which are the first of 16. STAGES tiles
+//                are in shared memory: one is computed, the others are under way
 // Lane           key i of a tile: where it lies; a sixteen-byte piece of two or more rows at a time when they are
 //                copied; of the products see tiles.cuh
 //
-// Must move      per sequence, KV head and visible key HEAD_DIM + VALUE_DIM elements, each once, whatever HEADS is; a
-//                block id per key; per item HEADS * HEAD_DIM elements of q and HEADS * (VALUE_DIM + a float) out. Keys
-//                outside begin .. end are not read, nor are blocks that have no others.
+// Must move      per sequence, KV head and visible key HEAD_DIM + VALUE_DIM elements, each once, whatever ROWS is; a
+//                block id per key; per item and query HEADS * HEAD_DIM elements of q and HEADS * (VALUE_DIM + a float)
+//                out. Keys outside begin .. end are not read, nor are blocks that have no others.
 // Shared memory  16 rows of q; for each warp STAGES times TILE_KEYS rows of K and of V, whose place the merge reuses
 //
 // Online softmax: Milakov and Gimelshein 2018; the split over the context: Flash-Decoding (Dao et al. 2023).
@@ -39,18 +47,24 @@ constexpr int VALUE_PIECES = row_elements<T, VALUE_DIM> / Element<T>::IN_PIECE;
 constexpr int KEY_STRIDE = row_stride<T, HEAD_DIM>;
 constexpr int VALUE_STRIDE = row_stride<T, VALUE_DIM>;
 constexpr int STAGE = TILE_KEYS * (KEY_STRIDE + VALUE_STRIDE);  // elements
-constexpr int ROWS_OF_LANE = HEADS > 8 ? 2 : 1;                 // rows 8 to 15 may all be padding
-static_assert(HEADS <= 16 && TILE_KEYS % 16 == 0 && 32 % TILE_KEYS == 0, "a warp has 16 rows, its lanes the keys");
+constexpr int ROWS = QUERIES * HEADS;
+constexpr int ROWS_OF_LANE = ROWS > 8 ? 2 : 1;                  // rows 8 to 15 may all be padding
+static_assert(ROWS <= 16 && TILE_KEYS % 16 == 0 && 32 % TILE_KEYS == 0, "a warp has 16 rows, its lanes the keys");
 
 const int thread = threadIdx.x;
 const int lane = thread % 32;
 const int warp = thread / 32;
 const int kv_head = blockIdx.y;
 const int item = blockIdx.x;
-const int sequence = work[4 * item];
-const int begin = work[4 * item + 1];
-const int end = work[4 * item + 2];
-const bool is_first = work[4 * item + 3] == 1;
+const int sequence = work[9 * item];
+const int first_token = work[9 * item + 1];
+const int num_rows = work[9 * item + 2] * HEADS;
+const int first_position = work[9 * item + 3];
+const int begin = work[9 * item + 4];
+const int end = work[9 * item + 5];
+const int part = work[9 * item + 6];
+const int num_parts = work[9 * item + 7];
+const int first_part = work[9 * item + 8];
 const int num_kv_heads = k_cache_shape[2];
 const int num_heads = num_kv_heads * HEADS;
 const int num_tiles = (end - begin + TILE_KEYS - 1) / TILE_KEYS;
@@ -58,6 +72,7 @@ const int block_size = k_cache_shape[1];
 const int block_shift = __ffs(block_size) - 1;  // a key's block is key >> block_shift
 const int* table = block_tables + sequence * block_tables_strides[0];
 const float logit_scale = *scale, logit_cap = *cap;
+const int window_keys = *window;
 
 extern __shared__ uint4 shared_memory[];
 T* queries = reinterpret_cast<T*>(shared_memory);
@@ -68,9 +83,9 @@ if (item == 0 && kv_head == 0 && thread < 8) read_done[thread] = 0;
 
 // ---- the queries ----
 for (int i = thread; i < 16 * KEY_PIECES; i += WARPS * 32) {
-  const int row = i / KEY_PIECES;
-  const T* from = q + sequence * q_strides[0] + (kv_head * HEADS + min(row, HEADS - 1)) * q_strides[1];
-  copy_piece<T, HEAD_DIM>(queries + row * KEY_STRIDE, from, i % KEY_PIECES, row < HEADS);
+  const int row = i / KEY_PIECES, there = min(row, num_rows - 1);
+  const T* from = q + (first_token + there / HEADS) * q_strides[0] + (kv_head * HEADS + there % HEADS) * q_strides[1];
+  copy_piece<T, HEAD_DIM>(queries + row * KEY_STRIDE, from, i % KEY_PIECES, row < num_rows);
 }
 end_copy_group();
 wait_for_copies<0>();
@@ -108,9 +123,9 @@ const auto begin_copies = [&](int tile, int stage) {
 Fragment output[1][VALUE_DIM / 8] = {};
 Softmax softmax;
 if constexpr (SINKS) {
-  if (is_first && warp == 0) {
+  if (part == 0 && warp == 0) {
     UNROLL for (int r = 0; r < ROWS_OF_LANE; r++) {
-      const int head = kv_head * HEADS + min(lane / 4 + 8 * r, HEADS - 1);
+      const int head = kv_head * HEADS + (lane / 4 + 8 * r) % HEADS;
       softmax.peak[r] = float(sinks[head]) * LOG2E;
       softmax.total[r] = lane % 4 == 0 ? 1.0f : 0.0f;
     }
@@ -133,7 +148,13 @@ for (int tile = warp; tile < num_tiles; tile += WARPS) {
     UNROLL for (int c = 0; c < 2 * ROWS_OF_LANE; c++) {
       float logit = scores[0][i][c] * logit_scale;
       if constexpr (SOFTCAP) logit = logit_cap * tanhf(logit);
-      scores[0][i][c] = begin + tile * TILE_KEYS + i * 8 + lane % 4 * 2 + c % 2 < end ? logit : LOWEST;
+      const int key = begin + tile * TILE_KEYS + i * 8 + lane % 4 * 2 + c % 2;
+      bool is_visible = key < end;
+      if constexpr (QUERIES > 1) {
+        const int distance = first_position + (lane / 4 + c / 2 * 8) / HEADS - key;
+        is_visible = is_visible && distance >= 0 && distance < window_keys;
+      }
+      scores[0][i][c] = is_visible ? logit : LOWEST;
     }
   }
 
@@ -147,7 +168,7 @@ for (int tile = warp; tile < num_tiles; tile += WARPS) {
 
 // ---- the merge of the warps, as a transpose through shared memory ----
 float* parts = reinterpret_cast<float*>(stages);
-float* peaks = parts + WARPS * HEADS * VALUE_DIM;
+float* peaks = parts + WARPS * ROWS * VALUE_DIM;
 float* totals = peaks + WARPS * 16;
 wait_for_copies<0>();
 __syncthreads();
@@ -159,6 +180,9 @@ UNROLL for (int r = 0; r < ROWS_OF_LANE; r++) {
   }
 }
 __syncthreads();
+const auto result_of = [&](int row) {
+  return size_t(first_part + row / HEADS * num_parts + part) * num_heads + kv_head * HEADS + row % HEADS;
+};
 UNROLL for (int r = 0; r < ROWS_OF_LANE; r++) {
   const int row = lane / 4 + 8 * r;
   float all_peak = LOWEST;
@@ -166,20 +190,18 @@ UNROLL for (int r = 0; r < ROWS_OF_LANE; r++) {
   UNROLL for (int w = 0; w < WARPS; w++) all_peak = fmaxf(all_peak, peaks[w * 16 + row]);
   UNROLL for (int w = 0; w < WARPS; w++) all_total += totals[w * 16 + row] * fast_exp2(peaks[w * 16 + row] - all_peak);
   const float share = all_total > 0.0f ? fast_exp2(softmax.peak[r] - all_peak) / all_total : 0.0f;
-  if (row < HEADS) {
-    if (warp == 0 && lane % 4 == 0) {
-      lse[size_t(item) * num_heads + kv_head * HEADS + row] = all_total > 0.0f ? all_peak + log2f(all_total) : LOWEST;
-    }
-    float* part = parts + (row * WARPS + warp) * VALUE_DIM + lane % 4 * 2;
+  if (row < num_rows) {
+    if (warp == 0 && lane % 4 == 0) lse[result_of(row)] = all_total > 0.0f ? all_peak + log2f(all_total) : LOWEST;
+    float* own = parts + (row * WARPS + warp) * VALUE_DIM + lane % 4 * 2;
     UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) {
-      store_pair(part + j * 8, output[0][j][2 * r] * share, output[0][j][2 * r + 1] * share);
+      store_pair(own + j * 8, output[0][j][2 * r] * share, output[0][j][2 * r + 1] * share);
     }
   }
 }
 __syncthreads();
-for (int i = thread; i < HEADS * VALUE_DIM; i += WARPS * 32) {
-  const float* part = parts + i / VALUE_DIM * WARPS * VALUE_DIM + i % VALUE_DIM;
+for (int i = thread; i < num_rows * VALUE_DIM; i += WARPS * 32) {
+  const float* summands = parts + i / VALUE_DIM * WARPS * VALUE_DIM + i % VALUE_DIM;
   float sum = 0.0f;
-  UNROLL for (int w = 0; w < WARPS; w++) sum += part[w * VALUE_DIM];
-  out[(size_t(item) * num_heads + kv_head * HEADS) * VALUE_DIM + i] = T(sum);
+  UNROLL for (int w = 0; w < WARPS; w++) sum += summands[w * VALUE_DIM];
+  out[result_of(i / VALUE_DIM) * VALUE_DIM + i % VALUE_DIM] = T(sum);
 }

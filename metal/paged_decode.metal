@@ -1,43 +1,53 @@
-// Attention of one new token per sequence over the sequence's blocks: the body of a kernel; packed.h comes before it.
+// Attention of one new token per sequence, or of up to QUERIES, over the sequence's blocks: the body of a kernel;
+// packed.h comes before it.
+//
+// The query heads that share a KV head are independent rows of the same products, and so are a sequence's queries: its
+// rows are the pairs (query, head of the group), query by query, ROWS = QUERIES * HEADS at most.
 //
 // Inputs
-//   q             [num_seqs, num_heads, HEAD_DIM], T
+//   q             [num_tokens, num_heads, HEAD_DIM], T
 //   k_cache       [num_blocks, block_size, num_kv_heads, HEAD_DIM], T; block_size is a power of two
 //   v_cache       [num_blocks, block_size, num_kv_heads, VALUE_DIM], T
 //   block_tables  [num_seqs, max_blocks], int32
-//   work          [num_items or more, 4], int32: a sequence, a first and a past the last key, 1 if these are its first
+//   work          [num_items or more, 9], int32: a sequence, its first token, its number of queries, the position of
+//                 the first of them in the context, a first and a past the last key, which part of the sequence's keys
+//                 these are, of how many, where the sequence's parts begin
+//   window        int32: how many keys a query sees, itself among them; looked at where QUERIES is more than 1, since
+//                 one query sees all keys of its items
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
 //   write_done    [8], int32: not looked at; of paged_write
 //   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
 //   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
-//   out           [num_items, num_heads, VALUE_DIM], T: the mean of the item's values; zeros without keys or a sink
-//   lse           [num_items, num_heads], float: the base-2 logarithm of the sum of its keys' exponentials
+//   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the item's values; zeros without keys or a sink.
+//                 The parts of a query lie side by side
+//   lse           [num_parts, num_heads], float: the base-2 logarithm of the sum of its keys' exponentials
 //   read_done     [8], int32: zeros, for the paged_write that comes next
-//   Where a sequence has one item each, `out` is the result; otherwise paged_merge joins the items of a sequence.
+//   Where each query has one part, `out` is the result; otherwise paged_merge joins the parts.
 //
 // Grid           threadgroups of one (KV head, item) each: [1, num_kv_heads, num_items]
 // Threadgroup    SIMDGROUPS simdgroups, in teams of GROUPS neighbours; teams take every TEAMS-th tile of 32 keys of the
-//                item, and meet only to merge. Teams of more than one are for many or long heads: see Simdgroup
-// Simdgroup      the scores of a tile's 32 keys, then their values, for H = HEADS_PER_SIMDGROUP of the HEADS query heads
-//                of the KV head, since more would not fit into registers; the same tile's for the others are its
-//                neighbours'. Lane i owns key i: where it lies, which is looked up a tile ahead, its scores, its weights
+//                item, and meet only to merge. Teams of more than one are for many or long rows: see Simdgroup
+// Simdgroup      the scores of a tile's 32 keys, then their values, for H = ROWS_PER_SIMDGROUP of the rows, since more
+//                would not fit into registers; the same tile's for the others are its neighbours'. Lane i owns key i:
+//                where it lies, which is looked up a tile ahead, its scores, its weights
 // Lanes          LANES of them read one row together, WIDTH elements (up to 16 bytes) each; BATCH rows are under way
 //                at once, of V the first ones before the weights are known. No load depends on a condition: lanes past
 //                the end of a row or of the keys read the last of them again, for nothing
-// Lane           of every one of its query heads: its elements of the query and of the output. What belongs to a head
-//                alone, its peak and total, lies in the lane of that number
+// Lane           of every one of its rows: its elements of the query and of the output. What belongs to a row alone,
+//                its peak and total, lies in the lane of that number
 //
-// Must move      per sequence, KV head and visible key HEAD_DIM + VALUE_DIM elements, each once, whatever HEADS is: what
+// Must move      per sequence, KV head and visible key HEAD_DIM + VALUE_DIM elements, each once, whatever ROWS is: what
 //                the simdgroups of a team read again, GROUPS times in all, is for the core's cache to give; a block id
-//                per lane and tile; per item HEADS * HEAD_DIM elements of q and HEADS * (VALUE_DIM + a float) out. Keys
-//                outside begin .. end are not read, nor are blocks that have no others.
+//                per lane and tile; per item and query HEADS * HEAD_DIM elements of q and HEADS * (VALUE_DIM + a float)
+//                out. Keys outside begin .. end are not read, nor are blocks that have no others.
 //
 // Online softmax: Milakov and Gimelshein 2018; the split over the context: Flash-Decoding (Dao et al. 2023).
 
-constexpr int H = HEADS_PER_SIMDGROUP;
-constexpr int GROUPS = (HEADS + H - 1) / H;           // of query heads
+constexpr int ROWS = QUERIES * HEADS;
+constexpr int H = ROWS_PER_SIMDGROUP;
+constexpr int GROUPS = (ROWS + H - 1) / H;            // of rows
 constexpr int TEAMS = SIMDGROUPS / GROUPS;
 constexpr int WORDS = WIDTH / Word<T>::COUNT;         // in a load
 constexpr int KEY_CHUNKS = HEAD_DIM / WIDTH;          // loads in a row of K, and of V
@@ -45,10 +55,10 @@ constexpr int VALUE_CHUNKS = VALUE_DIM / WIDTH;
 constexpr int KEY_LOADS = (KEY_CHUNKS + LANES - 1) / LANES;            // of one lane
 constexpr int VALUE_LOADS = (VALUE_CHUNKS + LANES - 1) / LANES;
 constexpr int LOADS = KEY_LOADS > VALUE_LOADS ? KEY_LOADS : VALUE_LOADS;
-constexpr int OUTPUTS = VALUE_LOADS * WIDTH;          // elements of the output in a lane, of a head
+constexpr int OUTPUTS = VALUE_LOADS * WIDTH;          // elements of the output in a lane, of a row
 constexpr int ROOM = 2048 / (SIMDGROUPS * VALUE_DIM) > 1 ? 2048 / (SIMDGROUPS * VALUE_DIM) : 1;
-constexpr int MERGED = ROOM < H ? ROOM : H;           // heads of a simdgroup that are merged at once
-static_assert(SIMDGROUPS == TEAMS * GROUPS && H <= LANES && LANES % BATCH == 0, "lanes own heads and keys");
+constexpr int MERGED = ROOM < H ? ROOM : H;           // rows of a simdgroup that are merged at once
+static_assert(SIMDGROUPS == TEAMS * GROUPS && H <= LANES && LANES % BATCH == 0, "lanes own rows and keys");
 
 const int lane = thread_index_in_simdgroup;
 const int simd_index = simdgroup_index_in_threadgroup;
@@ -59,10 +69,15 @@ const int row_lanes = lane / LANES * LANES;           // the first lane of those
 
 const int kv_head = threadgroup_position_in_grid.y;
 const int item = threadgroup_position_in_grid.z;
-const int sequence = work[4 * item];
-const int begin = work[4 * item + 1];
-const int end = work[4 * item + 2];
-const bool is_first = work[4 * item + 3] == 1;
+const int sequence = work[9 * item];
+const int first_token = work[9 * item + 1];
+const int num_queries = work[9 * item + 2];
+const int first_position = work[9 * item + 3];
+const int begin = work[9 * item + 4];
+const int end = work[9 * item + 5];
+const int part = work[9 * item + 6];
+const int num_parts = work[9 * item + 7];
+const int first_part = work[9 * item + 8];
 const int num_kv_heads = k_cache_shape[2];
 const int num_heads = num_kv_heads * HEADS;
 const int num_tiles = (end - begin + 31) / 32;
@@ -72,12 +87,14 @@ auto table = block_tables + sequence * block_tables_strides[0];
 
 if (item == 0 && kv_head == 0 && simd_index * 32 + lane < 8) read_done[simd_index * 32 + lane] = 0;
 
-// ---- the queries; past the last one it is that one again, and nobody asks for the result ----
-const int first_head = group * H;  // of those of the KV head
+// ---- the queries; past the last row it is that one again, and nobody asks for the result ----
+const int first_row = group * H;  // of this simdgroup's
+const int num_rows = num_queries * HEADS;
 uint query[H * KEY_LOADS * WORDS];
 UNROLL for (int g = 0; g < H; g++) {
-  const int head = kv_head * HEADS + metal::min(first_head + g, HEADS - 1);
-  const device uint* from = reinterpret_cast<const device uint*>(q + sequence * q_strides[0] + head * q_strides[1]);
+  const int row = metal::min(first_row + g, num_rows - 1);
+  const int token = first_token + row / HEADS, head = kv_head * HEADS + row % HEADS;
+  const device uint* from = reinterpret_cast<const device uint*>(q + token * q_strides[0] + head * q_strides[1]);
   UNROLL for (int i = 0; i < KEY_LOADS; i++) {
     const int chunk = column + i * LANES;
     thread uint* to = query + (g * KEY_LOADS + i) * WORDS;
@@ -95,11 +112,11 @@ float output[H][OUTPUTS];
 UNROLL for (int g = 0; g < H; g++) {
   UNROLL for (int e = 0; e < OUTPUTS; e++) output[g][e] = 0.0f;
 }
-float peak = LOWEST;   // of the head of this lane's number: its greatest logit
+float peak = LOWEST;   // of the row of this lane's number: its greatest logit
 float total = 0.0f;    // and the sum of its weights, exp2(logit - peak)
 if constexpr (SINKS) {
-  if (is_first && team == 0 && lane < H) {
-    peak = float(sinks[kv_head * HEADS + metal::min(first_head + lane, HEADS - 1)]) * M_LOG2E_F;
+  if (part == 0 && team == 0 && lane < H) {
+    peak = float(sinks[kv_head * HEADS + (first_row + lane) % HEADS]) * M_LOG2E_F;
     total = 1.0f;
   }
 }
@@ -111,7 +128,6 @@ static_assert(sizeof(query) + sizeof(output) + sizeof(scores) + sizeof(words) + 
 
 for (int tile = team; tile < num_tiles; tile += TEAMS) {
   const int key = begin + tile * 32 + lane;
-  const bool is_visible = key < end;
   const uint own_row = next_row;  // of this lane's key
   next_row = row_of(table, metal::min(key + TEAMS * 32, last_key), block_shift, num_kv_heads, kv_head);
 
@@ -137,6 +153,11 @@ for (int tile = team; tile < num_tiles; tile += TEAMS) {
 
   // weights: each exponential once
   UNROLL for (int g = 0; g < H; g++) {
+    bool is_visible = key < end;
+    if constexpr (QUERIES > 1) {
+      const int distance = first_position + (first_row + g) / HEADS - key;
+      is_visible = is_visible && distance >= 0 && distance < window;
+    }
     float logit = scores[g] * scale;
     if constexpr (SOFTCAP) logit = cap * metal::precise::tanh(logit);
     const float old_peak = simd_shuffle(peak, g);
@@ -176,7 +197,10 @@ if (lane < H) {
   totals[simd_index * H + lane] = total;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
-float share = 0.0f;  // what this team's output counts for in the head of this lane's number
+float share = 0.0f;  // what this team's output counts for in the row of this lane's number
+const auto result_of = [&](int row) {
+  return size_t(first_part + row / HEADS * num_parts + part) * num_heads + kv_head * HEADS + row % HEADS;
+};
 if (lane < H) {
   float all_peak = LOWEST;
   float all_total = 0.0f;
@@ -185,9 +209,8 @@ if (lane < H) {
     all_total += totals[i * H + lane] * metal::fast::exp2(peaks[i * H + lane] - all_peak);
   }
   share = all_total > 0.0f ? metal::fast::exp2(peak - all_peak) / all_total : 0.0f;
-  if (team == 0 && first_head + lane < HEADS) {
-    const float log_total = all_total > 0.0f ? all_peak + metal::precise::log2(all_total) : LOWEST;
-    lse[size_t(item) * num_heads + kv_head * HEADS + first_head + lane] = log_total;
+  if (team == 0 && first_row + lane < num_rows) {
+    lse[result_of(first_row + lane)] = all_total > 0.0f ? all_peak + metal::precise::log2(all_total) : LOWEST;
   }
 }
 UNROLL for (int g = 0; g < H; g++) {
@@ -197,13 +220,12 @@ UNROLL for (int g = 0; g < H; g++) {
     UNROLL for (int offset = LANES; offset < 32; offset *= 2) output[g][e] += simd_shuffle_xor(output[g][e], offset);
   }
 }
-device T* to = out + (size_t(item) * num_heads + kv_head * HEADS) * VALUE_DIM;
 if constexpr (TEAMS == 1) {
   UNROLL for (int g = 0; g < H; g++) {
     UNROLL for (int e = 0; e < OUTPUTS; e++) {
       const int chunk = column + e / WIDTH * LANES;
-      if (lane < LANES && chunk < VALUE_CHUNKS && first_head + g < HEADS) {
-        to[(first_head + g) * VALUE_DIM + chunk * WIDTH + e % WIDTH] = static_cast<T>(output[g][e]);
+      if (lane < LANES && chunk < VALUE_CHUNKS && first_row + g < num_rows) {
+        out[result_of(first_row + g) * VALUE_DIM + chunk * WIDTH + e % WIDTH] = static_cast<T>(output[g][e]);
       }
     }
   }
@@ -222,11 +244,11 @@ if constexpr (TEAMS == 1) {
     for (int i = simd_index * 32 + lane; i < count * GROUPS * VALUE_DIM; i += SIMDGROUPS * 32) {
       const int g = i / VALUE_DIM / GROUPS;
       const int of_group = i / VALUE_DIM % GROUPS;
-      const int head = of_group * H + first + g;
+      const int row = of_group * H + first + g;
       const threadgroup float* parts = scratch + (g * SIMDGROUPS + of_group) * VALUE_DIM + i % VALUE_DIM;
       float sum = 0.0f;
       UNROLL for (int t = 0; t < TEAMS; t++) sum += parts[t * GROUPS * VALUE_DIM];
-      if (head < HEADS) to[head * VALUE_DIM + i % VALUE_DIM] = static_cast<T>(sum);
+      if (row < num_rows) out[result_of(row) * VALUE_DIM + i % VALUE_DIM] = static_cast<T>(sum);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }

@@ -154,6 +154,12 @@ class PatchedModel:
             ]
         return self._backends[block_size]
 
+    def max_decode_queries(self, block_size: int) -> int:
+        """Query tokens of one sequence that every layer computes while it reads the sequence's blocks once."""
+        layers = zip(self.backends(block_size), self.layers, self.num_heads, strict=True)
+        stored = [(backend, layer, heads) for backend, layer, heads in layers if backend and layer]
+        return min((backend.max_decode_queries(layer, heads) for backend, layer, heads in stored), default=1)
+
     def __call__(self, kv_cache: PagedKVCache, inputs: ModelInputs, states: States | None = None) -> mx.array:
         """The logits of the tokens of `logits_indices`, [num_rows, vocab_size]. states: None if all start here."""
         caches: list[Any] = []

@@ -10,6 +10,9 @@ from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
 
 
+MAX_DECODE_QUERIES = 8  # a few: more are a prompt
+
+
 class AttentionOptions(NamedTuple):
     """How scores become weights, as in `paged_attention`."""
 
@@ -26,8 +29,6 @@ class Backend(ABC):
     """
 
     name: str
-    max_decode_queries: int = 1
-    """Query tokens of one sequence that its path for decodes takes."""
 
     @abstractmethod
     def is_available(self) -> bool:
@@ -36,6 +37,10 @@ class Backend(ABC):
     def unsupported(self, layer: LayerSpec, num_heads: int, block_size: int) -> str | None:
         """Why it can't compute layers like this, in one line. None if it can."""
         return None
+
+    def max_decode_queries(self, layer: LayerSpec, num_heads: int) -> int:
+        """Query tokens of one sequence that such a layer computes while it reads the sequence's blocks once."""
+        return MAX_DECODE_QUERIES
 
     def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
         """Put the K and V of a step's tokens, [num_tokens, num_kv_heads, dim], into the metadata's slots."""

@@ -66,7 +66,7 @@ class CudaBackend(KernelBackend):
             merge_bytes = 4 * warps * (shape.heads_per_kv_head * shape.value_dim + 2 * _ROWS)
             shared_bytes = _ROWS * key_bytes + max(warps * stages * stage_bytes, merge_bytes)
             if shared_bytes <= _MAX_SHARED_BYTES:
-                sizes = {"VALUE_DIM": shape.value_dim, "HEADS": shape.heads_per_kv_head, "TILE_KEYS": _DECODE_KEYS}
+                sizes = {"VALUE_DIM": shape.value_dim, "TILE_KEYS": _DECODE_KEYS}
                 return Launch("paged_decode", 32 * warps, sizes | {"WARPS": warps, "STAGES": stages}, shared_bytes)
         raise AssertionError(f"no layout for {shape}")
 

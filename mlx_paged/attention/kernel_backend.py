@@ -6,7 +6,7 @@ step's graph should not cost more on the host than what the kernels take the pla
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from importlib.resources import files
 from typing import Any
 
@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention import gathered, work_items
-from mlx_paged.attention.backend import AttentionOptions, Backend, in_order
+from mlx_paged.attention.backend import MAX_DECODE_QUERIES, AttentionOptions, Backend, in_order
 from mlx_paged.attention.kernel_plan import Launch, Parts, Plan, padded, split_by_kernel, to_device
 from mlx_paged.attention.latent_layout import LatentLayout, unsupported_latents
 from mlx_paged.attention.metadata import AttentionMetadata
@@ -26,7 +26,7 @@ from mlx_paged.cache.layer_spec import LayerSpec
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 BLOCK_SIZES = (8, 16, 32, 64)
 MAX_HEAD_DIM = 256
-MAX_HEADS_PER_KV_HEAD = 16
+MAX_DECODE_ROWS = 16  # of a KV head, pairs of a query and a query head: more fill the tiles of paged_prefill
 _LOG2E = 1.4426950408889634
 _NO_WINDOW = 1 << 30
 _SIMDGROUPS_OF_MERGE = 8
@@ -108,12 +108,13 @@ class KernelBackend(Backend):
             if dim % (8 if dim <= MAX_HEAD_DIM else 16) or not 8 <= dim <= most:
                 longer = f", in 16 bits of 16 up to {self.max_half_dim}," if self.max_half_dim > MAX_HEAD_DIM else ""
                 return f"no {self.title} kernel for {name} {dim}: multiples of 8 up to {MAX_HEAD_DIM}{longer} have one"
-        if num_heads // layer.num_kv_heads > MAX_HEADS_PER_KV_HEAD:
-            return (
-                f"no {self.title} kernel for {num_heads} query heads on {layer.num_kv_heads} KV heads: "
-                f"at most {MAX_HEADS_PER_KV_HEAD} may share one"
-            )
         return None
+
+    def max_decode_queries(self, layer: LayerSpec, num_heads: int) -> int:
+        shape = Shape(
+            layer.num_kv_heads, num_heads // layer.num_kv_heads, *layer[1:3], layer.dtype.size, layer.value_in_key
+        )
+        return _decode_queries(shape) or max(1, self._tiles(shape)[0].rows // shape.heads_per_kv_head)
 
     def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
         """Put K and V of at least one token into their slots, in the pool's own memory.
@@ -143,24 +144,19 @@ class KernelBackend(Backend):
         pool.reads_done = []
 
     def attend(self, q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions) -> mx.array:
-        # The heads of one query are enough rows for paged_latent, which decodes as well.
-        most = 0 if pool.latent_dim else self.max_decode_queries
         shape, window, outputs = shape_of(q, pool), options.window, []
+        most = _decode_queries(shape)
         gathers = gathered.is_for(q, pool, metadata, options, self.has_matrix_units)
         parts: Parts = metadata.plan_once(
             ("parts", most, gathers and (shape, window)),
             lambda: split_by_kernel(metadata, most, gathers and gathered.choose(metadata, pool, window)),
         )
         key = self.name, shape, window
-        if parts.decodes is not None:
-            tokens, part = parts.decodes
-            plan = part.plan_once(("decode", *key), lambda: self._plan_decode(part, window, shape))
-            outputs.append(self.run(q[tokens], pool, part.block_tables, plan, options))
-        if parts.prefills is not None:
-            tokens, prompts = parts.prefills
-            lengths = prompts.context_lens, prompts.cu_seqlens_q
-            plan = prompts.plan_once(("prefill", *key), lambda: self.plan_prefill(*lengths, window, shape))
-            outputs.append(self.run(q[tokens], pool, prompts.block_tables, plan, options))
+        for part in (parts.decodes, parts.short, parts.prefills):
+            if part is not None:
+                tokens, of_part = part
+                plan = of_part.plan_once(key, partial(self._plan, of_part, window, shape, part is not parts.prefills))
+                outputs.append(self.run(q[tokens], pool, of_part.block_tables, plan, options))
         if parts.gathered is not None:
             tokens, prompts = parts.gathered
             outputs.append(gathered.attend(q[tokens], pool, prompts, options.scale))
@@ -168,23 +164,41 @@ class KernelBackend(Backend):
 
     # -- plans --
 
-    def _plan_decode(self, metadata: AttentionMetadata, window: int | None, shape: Shape) -> Plan:
-        contexts, find = metadata.context_lens, metadata.find_shared_prefixes
-        shared = find(np.arange(len(contexts))) if find is not None and window is None else []
-        return self.plan_decode(contexts, window, shape, shared)
+    def _plan(self, metadata: AttentionMetadata, window: int | None, shape: Shape, is_decode: bool) -> Plan:
+        lengths, find = (metadata.context_lens, metadata.cu_seqlens_q), metadata.find_shared_prefixes
+        if not is_decode:
+            return self.plan_prefill(*lengths, window, shape)
+        shared = find(np.arange(len(lengths[0]))) if find is not None and window is None else []
+        return self.plan_decode(*lengths, window, shape, shared)
 
     def plan_decode(
-        self, context_lens: np.ndarray, window: int | None, shape: Shape, prefixes: Sequence[SharedPrefix] = ()
+        self,
+        context_lens: np.ndarray,
+        cu_seqlens_q: np.ndarray,
+        window: int | None,
+        shape: Shape,
+        prefixes: Sequence[SharedPrefix] = (),
     ) -> Plan:
-        """The plan for one query per sequence. context_lens: int32 [num_seqs]. prefixes: only without a window."""
-        num_keys = context_lens.copy() if window is None else np.minimum(context_lens, window)
+        """The plan for at most `_decode_queries` queries per sequence, int32 [num_seqs + 1], and contexts, [num_seqs].
+
+        prefixes: only without a window.
+        """
+        query_lens = np.diff(cu_seqlens_q)
+        longest = int(query_lens.max(initial=1))
+        queries = min(_decode_queries(shape), 1 << (longest - 1).bit_length())  # few kernels, not one for each number
+        num_keys = context_lens.copy() if window is None else np.minimum(context_lens, window + query_lens - 1)
         for prefix in prefixes:
             num_keys[prefix.members] -= prefix.num_tokens
-        size = work_items.keys_per_item(num_keys, shape, self.num_cores)
-        plan = to_device(work_items.decode_items(context_lens, num_keys, size), self.launch_decode(shape))
+        rows = shape._replace(heads_per_kv_head=queries * shape.heads_per_kv_head)
+        items = work_items.decode_items(
+            context_lens, cu_seqlens_q, num_keys, work_items.keys_per_item(num_keys, rows, self.num_cores)
+        )
+        plan = to_device(items, self.launch_decode(rows))
+        plan.launch.template.update(HEADS=shape.heads_per_kv_head, QUERIES=queries)
+        plan.constants["window"] = _visible(window)
         if prefixes:
             tile, launch = self._tiles(shape)
-            items, members, ranges = work_items.shared_items(prefixes, len(context_lens), shape, self.num_cores, tile)
+            items, members, ranges = work_items.shared_items(prefixes, cu_seqlens_q, shape, self.num_cores, tile)
             plan.shared, plan.ranges = self._plan_tiles(items, None, launch, padded(members)), padded(ranges)
         return plan
 
@@ -203,11 +217,10 @@ class KernelBackend(Backend):
     def _plan_tiles(self, items: WorkItems, window: int | None, launch: Launch, members: mx.array | None) -> Plan:
         """The plan of paged_prefill. members: the items are of shared prefixes, and these are its queries."""
         plan = to_device(items, launch)
-        num_visible = _NO_WINDOW if window is None else min(window, _NO_WINDOW)
         if launch.kernel_name == "paged_prefill":
             launch.template["SHARED"] = members is not None
             plan.constants["members"] = plan.work if members is None else members
-        plan.constants["window"] = mx.array(num_visible, mx.int32)
+        plan.constants["window"] = _visible(window)
         return plan
 
     # -- calls, which take q, pool, block_tables and the sinks, or None --
@@ -303,6 +316,17 @@ def shape_of(q: mx.array, pool: LayerPool) -> Shape:
     num_kv_heads, head_dim = pool.keys.shape[2:]
     group, is_latent = q.shape[1] // num_kv_heads, pool.latent_dim is not None
     return Shape(num_kv_heads, group, head_dim, pool.value_dim, q.dtype.size, is_latent)
+
+
+def _decode_queries(shape: Shape) -> int:
+    """Queries of a sequence that paged_decode takes; 0: it takes none, and one is enough rows for another kernel."""
+    is_decode = not shape.value_in_key and shape.heads_per_kv_head <= MAX_DECODE_ROWS
+    return min(MAX_DECODE_QUERIES, MAX_DECODE_ROWS // shape.heads_per_kv_head) if is_decode else 0
+
+
+def _visible(window: int | None) -> mx.array:
+    """The keys that a query sees, as kernels take them."""
+    return mx.array(_NO_WINDOW if window is None else min(window, _NO_WINDOW), mx.int32)
 
 
 @cache

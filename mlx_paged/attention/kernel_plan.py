@@ -42,7 +42,7 @@ class Plan:
     shared: "Plan | None" = None
     """Of a decode: the keys that several sequences share, which the items above leave out."""
     ranges: mx.array | None = None
-    """With `shared`: the parts of each sequence's prefix, as in `SharedWorkItems`."""
+    """With `shared`: the parts of each query's prefix, as in `SharedWorkItems`."""
     calls: dict[Any, Callable[..., mx.array]] = field(default_factory=dict)
     """What has been prepared for the layers that are alike."""
 
@@ -59,6 +59,9 @@ class Parts(NamedTuple):
     token_order: mx.array | None
     """The row of each token in the parts' outputs. None: the same as in q."""
     decodes: Part | None
+    """Of one query each."""
+    short: Part | None
+    """Of a few queries each, which paged_decode takes, too."""
     prefills: Part | None
     gathered: Part | None
     """Long stretches of prompts, for MLX's own attention."""
@@ -66,15 +69,17 @@ class Parts(NamedTuple):
 
 def split_by_kernel(metadata: AttentionMetadata, max_decode_queries: int, is_gathered: np.ndarray | bool) -> Parts:
     """Which sequences go to which kernel. is_gathered: bool [num_seqs], or of all."""
-    is_decode = (metadata.query_lens > 0) & (metadata.query_lens <= max_decode_queries)
-    members = is_decode, ~is_decode & np.logical_not(is_gathered), ~is_decode & is_gathered
+    query_lens = metadata.query_lens
+    is_decode = (query_lens > 0) & (query_lens <= max_decode_queries)
+    is_one, is_longer = query_lens == 1, ~is_decode
+    members = is_decode & is_one, is_decode & ~is_one, is_longer & np.logical_not(is_gathered), is_longer & is_gathered
     if any(each.all() for each in members):
         whole = Part(slice(None), metadata) if len(is_decode) else None
         return Parts(None, *(whole if each.all() else None for each in members))
     parts, all_tokens = [], []
     for each in members:
         seqs = np.flatnonzero(each)
-        lengths = metadata.query_lens[seqs]
+        lengths = query_lens[seqs]
         cu_seqlens_q = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         tokens = np.repeat(metadata.cu_seqlens_q[seqs] - cu_seqlens_q[:-1], lengths) + np.arange(cu_seqlens_q[-1])
         parts.append(Part(index_rows(tokens), metadata.select(seqs, cu_seqlens_q)) if len(seqs) else None)

@@ -26,8 +26,8 @@ class AttentionMetadata:
     """int32 [num_seqs + 1]: the queries of sequence i, the last tokens of its context, are tokens cu_seqlens_q[i] to
     cu_seqlens_q[i + 1] of the step."""
     find_shared_prefixes: FindSharedPrefixes | None = None
-    """Given the numbers of sequences with one query each, returns the prefixes that they share, whose members are
-    indices into these. None: nobody looks for any."""
+    """Given the numbers of sequences, returns the prefixes that they share and that all their queries see, whose
+    members are indices into these. None: nobody looks for any."""
     slot_block_ids: mx.array | None = None
     """int32 [num_tokens]: the block that each token's K and V go into. None: they are in place already."""
     slot_offsets: mx.array | None = None

@@ -50,8 +50,7 @@ class MetalBackend(KernelBackend):
 
     def launch_decode(self, shape: Shape) -> Launch:
         layout = decode_layout(shape)
-        template = {"VALUE_DIM": shape.value_dim, "HEADS": shape.heads_per_kv_head}
-        template |= {name.upper(): value for name, value in layout._asdict().items()}
+        template = {"VALUE_DIM": shape.value_dim} | {name.upper(): n for name, n in layout._asdict().items()}
         return Launch("paged_decode", 32 * layout.simdgroups, template)
 
     def launch_prefill(self, shape: Shape) -> Launch:

@@ -115,7 +115,7 @@ def _checked_metadata(
     num_tokens: int, num_blocks: int, block_size: int, arrays: dict[str, mx.array | np.ndarray]
 ) -> AttentionMetadata:
     """Check, on the host, the arrays of `paged_attention` that say where tokens lie. Raises ValueError or TypeError."""
-    host = {name: np.array(array) for name, array in arrays.items()}
+    host = {name: np.array(array, order="C") for name, array in arrays.items()}
     for name, array in host.items():
         if array.dtype != np.int32:
             raise TypeError(f"{name} must be int32, got {array.dtype}")
@@ -139,6 +139,7 @@ def _checked_metadata(
     used = np.arange(tables.shape[1])[None, :] < -(-contexts // block_size)[:, None]
     if (bad := tables[used & ((tables < 0) | (tables >= num_blocks))]).size:
         raise ValueError(f"block_tables names block {bad[0]}; the cache has blocks 0 to {num_blocks - 1}")
+    seen = contexts - lengths + 1  # by first queries
     return AttentionMetadata(
-        mx.array(tables), contexts, starts, lambda seqs: find_shared_prefixes(tables[seqs], contexts[seqs], block_size)
+        mx.array(tables), contexts, starts, lambda seqs: find_shared_prefixes(tables[seqs], seen[seqs], block_size)
     )

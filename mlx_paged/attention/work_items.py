@@ -1,7 +1,7 @@
 """How a step's attention is divided among the threadgroups of a GPU: arithmetic on host arrays, for any device.
 
-Both kernels work on items: a threadgroup per item and KV head. An item is a part of the keys of one query (decode) or
-of a tile of queries (prefill), so that a few long contexts fill the device, too. What parts compute is then merged.
+Both kernels work on items: a threadgroup per item and KV head. An item is a part of the keys of a few queries (decode)
+or of a tile of queries (prefill), so that a few long contexts fill the device, too. What parts compute is then merged.
 """
 
 from collections.abc import Sequence
@@ -52,13 +52,13 @@ class WorkItems(NamedTuple):
         return self.num_parts >= len(self.cu_parts)
 
 
-# ---- decode: one query per sequence ----
+# ---- decode: one query per sequence, or a few ----
 
 
 class DecodeLayout(NamedTuple):
     """How the threads of Metal's paged_decode divide a tile of keys; see there."""
 
-    heads_per_simdgroup: int
+    rows_per_simdgroup: int
     lanes: int
     width: int
     batch: int
@@ -67,17 +67,18 @@ class DecodeLayout(NamedTuple):
 
 @cache
 def decode_layout(shape: Shape) -> DecodeLayout:
-    """Choose as many query heads to a simdgroup as leave a lane few elements of each of queries and output to keep.
+    """Choose as many rows to a simdgroup as leave a lane few elements of each of queries and output to keep.
 
-    The others of a KV head are its neighbours'. Then come the longest loads, then the fewest lanes to a row, so the
+    shape: with the rows of a KV head, pairs of a query and a query head, as its heads. The others of a KV head are its
+    neighbours'. Then come the longest loads, then the fewest lanes to a row, so the
     fewest sums over lanes, and as many rows at once as are 64 bytes of a lane.
     """
-    heads, size, longer = shape.heads_per_kv_head, shape.element_size, max(shape.head_dim, shape.value_dim)
+    rows, size, longer = shape.heads_per_kv_head, shape.element_size, max(shape.head_dim, shape.value_dim)
     widths = [load_bytes // size for load_bytes in (16, 8, 4) if load_bytes > size]
-    for groups, width, lanes in product(range(1, heads + 1), widths, (8, 16, 32)):
-        of_simdgroup, of_row = -(-heads // groups), -(-longer // (width * lanes)) * width
+    for groups, width, lanes in product(range(1, rows + 1), widths, (8, 16, 32)):
+        of_simdgroup, of_row = -(-rows // groups), -(-longer // (width * lanes)) * width
         if of_simdgroup * of_row <= ELEMENTS_PER_LANE and (of_row * size <= 32 or lanes == 32):
-            batch = next(rows for rows in (16, 8, 4, 2) if rows <= lanes and (rows * of_row * size <= 64 or rows == 2))
+            batch = next(n for n in (16, 8, 4, 2) if n <= lanes and (n * of_row * size <= 64 or n == 2))
             simdgroups = groups * max(1, SIMDGROUPS // groups)
             return DecodeLayout(of_simdgroup, lanes, width, batch, simdgroups)
     raise AssertionError(f"no layout for {shape}")
@@ -105,18 +106,24 @@ def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:
     return max(step, equal_share // step * step, least)
 
 
-def decode_items(context_lens: np.ndarray, num_keys: np.ndarray, size: int) -> WorkItems:
+def decode_items(context_lens: np.ndarray, cu_seqlens_q: np.ndarray, num_keys: np.ndarray, size: int) -> WorkItems:
     """Cut the last `num_keys` keys of each sequence's context into parts of `size`. No keys are one empty part.
 
-    Columns: sequence, first key, past the last key, 1 if it is the sequence's first part.
+    Columns: sequence, its first token in q, its number of queries, the position of the first one in the context, the
+    first key, past the last key, the part, the number of parts, where the sequence's parts begin. The parts of a query
+    lie side by side.
     """
     contexts, num_keys = context_lens.astype(np.int64), num_keys.astype(np.int64)
+    first_tokens, query_lens = cu_seqlens_q[:-1], np.diff(cu_seqlens_q)
     num_parts = np.maximum(1, -(-num_keys // size))
+    cu_parts = _cumulative(np.repeat(num_parts, query_lens))
     sequence = np.repeat(np.arange(len(contexts)), num_parts)
     part = _ranges(num_parts)
-    begin = (contexts - num_keys)[sequence] + part * size
-    end = np.minimum(begin + size, contexts[sequence])
-    return WorkItems(_columns(sequence, begin, end, part == 0), _cumulative(num_parts))
+    of_sequence = (first_tokens, query_lens, contexts - query_lens, contexts - num_keys, contexts, num_parts)
+    first, queries, position, begin, end, parts = (values[sequence] for values in of_sequence)
+    begin = begin + part * size
+    end = np.minimum(begin + size, end)
+    return WorkItems(_columns(sequence, first, queries, position, begin, end, part, parts, cu_parts[first]), cu_parts)
 
 
 # ---- prefill: several queries per sequence ----
@@ -204,21 +211,23 @@ class SharedWorkItems(NamedTuple):
     items: WorkItems
     """Of paged_prefill, which takes the members of a prefix for its queries."""
     members: np.ndarray
-    """int32: those of all prefixes."""
+    """int32: the queries of all prefixes' members."""
     ranges: np.ndarray
-    """int32 [num_seqs, 2]: the first and past the last of the parts of each sequence's prefix."""
+    """int32 [num_tokens, 2]: the first and past the last of the parts of each query's prefix."""
 
 
 def shared_items(
-    prefixes: Sequence[SharedPrefix], num_seqs: int, shape: Shape, num_cores: int, tile: Tile
+    prefixes: Sequence[SharedPrefix], cu_seqlens_q: np.ndarray, shape: Shape, num_cores: int, tile: Tile
 ) -> SharedWorkItems:
-    """List the tiles of each prefix: its members are a run of queries, which all see all of its keys."""
-    counts = np.array([len(prefix.members) for prefix in prefixes])
+    """List the tiles of each prefix: its members' queries are a run of queries, which all see all of its keys."""
+    query_lens = np.diff(cu_seqlens_q)
+    counts = np.array([query_lens[prefix.members].sum() for prefix in prefixes])
     lengths = np.array([prefix.num_tokens for prefix in prefixes])
-    members = np.concatenate([prefix.members for prefix in prefixes])
-    first_members = members[np.cumsum(counts) - counts]
+    sequences = np.concatenate([prefix.members for prefix in prefixes])
+    members = np.repeat(cu_seqlens_q[sequences], query_lens[sequences]) + _ranges(query_lens[sequences])
+    first_members = np.array([prefix.members[0] for prefix in prefixes])
     items = _tiles(first_members, counts, lengths - 1, lengths, shape, num_cores, tile)
-    ranges = np.zeros((num_seqs, 2), np.int32)
+    ranges = np.zeros((cu_seqlens_q[-1], 2), np.int32)
     ranges[members] = np.stack([items.cu_parts[:-1], items.cu_parts[1:]], axis=1)
     return SharedWorkItems(items, members.astype(np.int32), ranges)
 

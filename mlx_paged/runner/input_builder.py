@@ -62,7 +62,7 @@ class InputBuilder:
         num_columns = max(MIN_COLUMNS, -(-int(context_lens[context_lens.argmax()]) // block_size))
 
         def find_shared(seqs: np.ndarray) -> list[SharedPrefix]:
-            return self._shared_prefixes.find(rows[seqs], context_lens[seqs])
+            return self._shared_prefixes.find(rows[seqs], starts[seqs] + 1)
 
         groups, slot_offsets = [], mx.array(positions % block_size)
         for tables in self._tables:
@@ -144,7 +144,10 @@ class _SharedPrefixes:
         self._prefixes: list[SharedPrefix] = []
 
     def find(self, rows: np.ndarray, context_lens: np.ndarray) -> list[SharedPrefix]:
-        """Return the prefixes that sequences in these rows share; members are indices into `rows`."""
+        """Return the prefixes that sequences in these rows share; members are indices into `rows`.
+
+        context_lens: of each sequence what its first query sees.
+        """
         now = (self._batch.version, self._tables.num_rewrites)
         if now != self._found_for or not np.array_equal(rows, self._rows):
             num_columns = -(-int(context_lens.max(initial=0)) // self._batch.block_size)

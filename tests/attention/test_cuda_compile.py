@@ -47,8 +47,8 @@ def check_all(calls: Sequence[Call], architectures: Sequence[str]) -> None:
 
 @pytest.mark.slow
 def test_decode_kernels_compile_and_keep_their_state_in_registers() -> None:
-    points = points_of(heads=[16, 5], **CONSTANTS, architecture=ARCHITECTURES)
-    check_all([record("decode", *point[:-1]) for point in points], [point[-1] for point in points])
+    points = points_of(kind=["decode", "decode", "several"], heads=[16, 5, 4], **CONSTANTS, architecture=ARCHITECTURES)
+    check_all([record(*point[:-1]) for point in points], [point[-1] for point in points])
 
 
 @pytest.mark.slow

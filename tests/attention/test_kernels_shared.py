@@ -97,6 +97,21 @@ def test_a_step_with_prompts_reads_the_prefix_of_its_decodes_once(gpu: Gpu) -> N
     assert gpu.kernels_run == ["decode", "prefill", "merge", "prefill"]
 
 
+@pytest.mark.parametrize(("heads", "part_size"), [((4, 2), None), ((4, 4), 32)])
+def test_sequences_of_several_queries_share_what_all_of_these_see(
+    heads: tuple[int, int], part_size: int | None, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split(monkeypatch, part_size)
+    lengths = ((2, 70), (8, 81), (4, 66), (3, 34), (1, 81), (1, 66))
+    shared = (((0, 1, 2, 4, 5), 4),)
+    arrays = make_arrays(Case(lengths, heads, sinks=True, dtype="float32", shared=shared))
+    assert_close(arrays.attend(backend=gpu.name), dense_attention(arrays))
+    assert gpu.kernels_run == ["decode", "prefill", "merge"] * 2  # of one query each, then of several
+    read = gpu.reports[4].traffic.buffers
+    assert read["members"].distinct_bytes_read == (2 + 8 + 4) * 4
+    assert read["k_cache"].distinct_bytes_read == 48 * heads[1] * 64 * 4  # the third's first query sees 63 tokens
+
+
 def test_heads_of_512_share_a_prefix_on_metal(metal: Metal) -> None:
     check(Case(((1, 81), (1, 66)), (8, 1), (512, 512), shared=(((0, 1), 4),)), backend="metal")
     assert [report.kernel.split("_")[1] for report in metal.reports] == ["decode", "prefill", "merge"]

@@ -65,13 +65,13 @@ def test_one_context_that_is_much_longer_than_the_others_is_split() -> None:
 def test_parts_cover_each_context_once() -> None:
     contexts = np.array([100, 0, 33, 64, 1], np.int32)
     for size, window in itertools.product((32, 64, 100), (None, 1, 40)):
-        items = decode_items(contexts, np.minimum(contexts, window or contexts), size)
+        items = decode_items(contexts, np.arange(6), np.minimum(contexts, window or contexts), size)
         assert items.work.dtype == items.cu_parts.dtype == np.int32
         for i, context in enumerate(contexts):
             runs = items.work[items.work[:, 0] == i]
-            keys = [key for _, begin, end, _ in runs for key in range(begin, end)]
+            keys = [key for begin, end in runs[:, 4:6] for key in range(begin, end)]
             assert keys == list(range(max(0, context - (window or context)), context))
-            assert runs[:, 3].tolist() == [1] + [0] * (len(runs) - 1)
+            assert runs[:, 6].tolist() == list(range(len(runs))) and set(runs[:, 7]) == {len(runs)}
             assert items.cu_parts[i + 1] - items.cu_parts[i] == len(runs)
         assert items.is_split == (len(items.work) > len(contexts))
         assert items.num_parts == len(items.work)
@@ -99,15 +99,15 @@ def test_a_simdgroup_computes_query_heads_of_512_elements_and_its_neighbours_the
     heads: int, dim: int, of_simdgroup: int, simdgroups: int
 ) -> None:
     layout = decode_layout(Shape(8, heads, dim, dim, 2))
-    assert (layout.heads_per_simdgroup, layout.simdgroups) == (of_simdgroup, simdgroups)
+    assert (layout.rows_per_simdgroup, layout.simdgroups) == (of_simdgroup, simdgroups)
 
 
 def test_the_page_tells_how_many_query_heads_a_simdgroup_has() -> None:
     page = " ".join((Path(__file__).parents[2] / "docs" / "kernels.md").read_text().split())
-    heads = [decode_layout(Shape(1, 16, dim, dim, 2)).heads_per_simdgroup for dim in (64, 128, 256)]
+    heads = [decode_layout(Shape(1, 16, dim, dim, 2)).rows_per_simdgroup for dim in (64, 128, 256)]
     assert "{} heads of 64, {} of 128, {} of 256".format(*heads) in page
     layout = decode_layout(Shape(4, 6, 256, 256, 2))
-    assert layout.heads_per_simdgroup == 2 and layout.simdgroups == 6 and "simdgroups 3 to 5 the other" in page
+    assert layout.rows_per_simdgroup == 2 and layout.simdgroups == 6 and "simdgroups 3 to 5 the other" in page
     lanes = [decode_layout(Shape(1, heads, 128, 128, 2)) for heads in (4, 1)]
     assert [(each.lanes, each.width * 2, each.batch) for each in lanes] == [(32, 8, 8), (8, 16, 2)]
 

@@ -65,6 +65,11 @@ class Arrays(NamedTuple):
     latent: bool = False
 
     @property
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """As plans take them."""
+        return self.context_lens, self.cu_seqlens_q
+
+    @property
     def pool(self) -> LayerPool:
         """As a layer has its K and V."""
         if self.latent:

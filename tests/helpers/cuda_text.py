@@ -129,10 +129,11 @@ def record(
 ) -> Call:
     """The call of a kernel for `heads` query heads on one KV head.
 
-    kind: "decode", "prefill", "latent", or "shared", the prefill's for a prefix that two sequences share. dims: head
-    sizes of keys and of values.
+    kind: "decode", "several", that of several queries, "prefill", "latent", or "shared", the prefill's for a prefix
+    that two sequences share. dims: head sizes of keys and of values.
     """
-    q = mx.zeros((2, heads, dims[0]), dtype)
+    queries = 16 // heads if kind == "several" else 1
+    q = mx.zeros((2 * queries, heads, dims[0]), dtype)
     pool = LayerPool.zeros(LayerSpec(1, *dims, dtype, value_in_key=kind == "latent"), 2, 16)
     tables, shape = mx.zeros((2, 2), mx.int32), shape_of(q, pool)
     options = AttentionOptions(1.0, None, softcap, mx.zeros(heads, dtype) if sinks else None)
@@ -143,7 +144,7 @@ def record(
             plan = CudaBackend().plan_prefill(context_lens[:1], np.array([0, 2], np.int32), None, shape)
             CudaBackend().run(q, pool, tables[:1], plan, options)
         else:
-            plan = CudaBackend().plan_decode(context_lens, None, shape, prefixes)
+            plan = CudaBackend().plan_decode(context_lens, np.arange(3) * queries, None, shape, prefixes)
             CudaBackend().run(q, pool, tables, plan, options)
     return calls[1 if kind == "shared" else 0]
 

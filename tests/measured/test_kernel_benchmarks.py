@@ -210,7 +210,9 @@ def test_the_committed_results_of_the_kernels_traffic_are_those_of_these_kernels
     assert all(row["read"] + row["partial"] <= 1.1 for row in results["shared"] if row["sequences"] == 4)
     for row in results["decode"]:
         (heads,) = (heads for heads in benchmark.ALL_HEADS if heads.as_columns().items() <= row.items())
-        plan = MetalBackend().plan_decode(np.full(row["batch"], row["context"], np.int32), None, heads.shape)
+        plan = MetalBackend().plan_decode(
+            np.full(row["batch"], row["context"]), np.arange(row["batch"] + 1), None, heads.shape
+        )
         assert row["distinct"] == 1 and row["register_words"] <= 72
         assert row["threadgroups"] == plan.num_items * heads.num_kv_heads, "run the benchmark again"
     assert benchmark.count_decode(benchmark.LLAMA_8B, 1, 4096) == results["decode"][0], "run the benchmark again"
