@@ -1,24 +1,26 @@
-// Latent attention over a sequence's blocks, of one query or of several: the body of a kernel; intrinsics.cuh and
+// Attention of long rows over a sequence's blocks, of one query or of several: the body of a kernel; intrinsics.cuh and
 // tiles.cuh come before it.
 //
-// A key is a row of HEAD_DIM elements, of which the first VALUE_DIM are its value as well, so K and V are read at once.
+// With VALUE_IN_KEY attention is latent: a key is a row of HEAD_DIM elements, of which the first VALUE_DIM are its value
+// as well, so K and V are read at once. Without, these are heads longer than 256.
 // All query heads of a KV head have the same keys: as in paged_prefill the rows of a sequence are its pairs (query,
 // head), query by query, and a tile of TILE_ROWS of them reads each key once. A decode is a prompt of one query.
 //
-// Rows of K are long and rows of Q are many: warps share the columns of both. Each has its columns of Q in registers,
-// K lies in shared memory once for the scores and for the values, and what warps exchange are scores.
+// Rows of K are long: warps share the columns of K, V and Q. Each has its columns of Q in registers, a tile of K and of V
+// lies in shared memory for all of them, and what warps exchange are scores.
 //
 // Inputs
 //   q             [num_tokens, num_heads, HEAD_DIM], T
 //   k_cache       [num_blocks, block_size, num_kv_heads, HEAD_DIM], T; block_size is a power of two
+//   v_cache       [num_blocks, block_size, num_kv_heads, VALUE_DIM], T, without VALUE_IN_KEY
 //   block_tables  [num_seqs, max_blocks], int32
 //   work          [num_items or more, 8], int32: as of paged_prefill
 //   window        int32: how many keys a query sees, itself among them
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
 //   write_done    [8], int32: not looked at; of paged_write
-//   The cache is contiguous, and one block of it is given, at whose address all others lie, too. Of q and block_tables
-//   the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
+//   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
+//   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
 //   out           [num_parts, num_heads, VALUE_DIM], T: the mean of the values; zeros without keys. Those of a query
 //                 lie side by side
@@ -29,17 +31,18 @@
 // Grid           blocks of one (item, KV head) each: [num_items, num_kv_heads], the last items first, since the last
 //                tiles of a prompt see most keys
 // Block          4 * MATRICES warps, which go through the keys together, TILE_KEYS at a time; the next ones are copied
-//                meanwhile
+//                meanwhile, or the values while the scores are computed and the next keys while the values are summed
 // Warp           a fourth of the columns, for the products of Q with one of MATRICES parts of the keys, which are added
 //                up over warps in shared memory; then its columns of the output, for MATRICES times 16 rows
 // Thread         of each tile 4 scores of one row, whose weights it computes for all
 // Lane           of the products see tiles.cuh
 //
-// Must move      per item and KV head: each key that a row of the tile sees in this part, HEAD_DIM elements, once; q
-//                and out of the rows. So for a sequence at most ceil(num_queries * group / TILE_ROWS) times its keys.
-//                Keys that no row sees are not read, nor are blocks that have no others.
-// Shared memory  2 times TILE_KEYS keys, the second also for Q at first; 4 times TILE_ROWS x TILE_KEYS scores; the
-//                weights; a number per row
+// Must move      per item and KV head: each key that a row of the tile sees in this part, HEAD_DIM elements, and its
+//                value where it is another row, once; q and out of the rows. So for a sequence at most
+//                ceil(num_queries * group / TILE_ROWS) times its K and V. Keys that no row sees are not read, nor are
+//                blocks that have no others.
+// Shared memory  2 times TILE_KEYS keys, or as many keys and as many values, the second also for Q at first; 4 times
+//                TILE_ROWS x TILE_KEYS scores; the weights; a number per row
 //
 // The method: FlashAttention-2 (Dao 2023) with DeepSeek-V2's absorbed projections (2024).
 
@@ -48,7 +51,8 @@ constexpr int MATRICES = TILE_ROWS / 16;
 constexpr int WARPS = 4 * MATRICES;
 constexpr int KEY_PIECES = row_elements<T, HEAD_DIM> / Element<T>::IN_PIECE;
 constexpr int KEY_STRIDE = row_stride<T, HEAD_DIM>;
-constexpr int STAGE = TILE_KEYS * KEY_STRIDE;            // elements
+constexpr int VALUE_STRIDE = VALUE_IN_KEY ? KEY_STRIDE : row_stride<T, VALUE_DIM>;
+constexpr int STAGE = TILE_KEYS * (KEY_STRIDE > VALUE_STRIDE ? KEY_STRIDE : VALUE_STRIDE);  // elements
 constexpr int STEPS = (row_elements<T, HEAD_DIM> / 16 + 3) / 4;  // of 16 columns of a product, of a warp
 constexpr int OWN_KEYS = TILE_KEYS / MATRICES;           // of a warp's products
 constexpr int PAIRS = (VALUE_DIM + 16 * WARPS - 1) / (16 * WARPS);  // of 8 columns of the output, of a warp
@@ -132,10 +136,19 @@ for (int key = begin; key < end; key += TILE_KEYS) {
   wait_for_copies<0>();
   __syncthreads();
   const T* keys = stages + stage * STAGE;
-  stage = 1 - stage;
-  if (key + TILE_KEYS < end) {
-    begin_tile_copies<T, HEAD_DIM, TILE_KEYS, WARPS * 32>(
-        stages + stage * STAGE, k_cache, num_kv_heads, kv_head, table, block_shift, key + TILE_KEYS, end, thread);
+  const T* values = VALUE_IN_KEY ? keys : stages + STAGE;
+  const auto begin_next_keys = [&]() {
+    if (key + TILE_KEYS < end) {
+      begin_tile_copies<T, HEAD_DIM, TILE_KEYS, WARPS * 32>(
+          stages + stage * STAGE, k_cache, num_kv_heads, kv_head, table, block_shift, key + TILE_KEYS, end, thread);
+    }
+  };
+  if constexpr (VALUE_IN_KEY) {
+    stage = 1 - stage;
+    begin_next_keys();
+  } else {
+    begin_tile_copies<T, VALUE_DIM, TILE_KEYS, WARPS * 32>(
+        stages + STAGE, v_cache, num_kv_heads, kv_head, table, block_shift, key, end, thread);
   }
 
   // scores: what this warp's columns add to them
@@ -190,7 +203,9 @@ for (int key = begin; key < end; key += TILE_KEYS) {
   store_pair(weights + score_row * SCORE_STRIDE + score_key, logits[0], logits[1]);
   store_pair(weights + score_row * SCORE_STRIDE + score_key + 2, logits[2], logits[3]);
   if (score_key == 0) factors[score_row] = correction;
+  if constexpr (!VALUE_IN_KEY) wait_for_copies<0>();
   __syncthreads();
+  if constexpr (!VALUE_IN_KEY) begin_next_keys();
 
   // values: this warp's columns
   UNROLL for (int m = 0; m < MATRICES; m++) {
@@ -208,7 +223,7 @@ for (int key = begin; key < end; key += TILE_KEYS) {
       if ((j * WARPS + warp) * 16 < VALUE_DIM) {
         unsigned value[4];
         load_matrices_transposed(
-            value, keys + (i * 16 + lane % 16) * KEY_STRIDE + lane / 16 * 8 + (j * WARPS + warp) * 16);
+            value, values + (i * 16 + lane % 16) * VALUE_STRIDE + lane / 16 * 8 + (j * WARPS + warp) * 16);
         UNROLL for (int m = 0; m < MATRICES; m++) {
           multiply_accumulate(output[m][2 * j], of_keys[m], value[0], value[1], T());
           multiply_accumulate(output[m][2 * j + 1], of_keys[m], value[2], value[3], T());

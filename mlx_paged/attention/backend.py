@@ -9,7 +9,6 @@ from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
 
-
 MAX_DECODE_QUERIES = 8  # a few: more are a prompt
 
 

@@ -26,6 +26,7 @@ from mlx_paged.cache.layer_spec import LayerSpec
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 BLOCK_SIZES = (8, 16, 32, 64)
 MAX_HEAD_DIM = 256
+MAX_HALF_DIM = 512  # of float16 and bfloat16; past MAX_HEAD_DIM only multiples of 16 have a kernel
 MAX_DECODE_ROWS = 16  # of a KV head, pairs of a query and a query head: more fill the tiles of paged_prefill
 _LOG2E = 1.4426950408889634
 _NO_WINDOW = 1 << 30
@@ -43,10 +44,8 @@ class KernelBackend(Backend):
     """Its name in messages."""
     suffix: str
     """That of the files of its kernels, which lie in the folder with its name."""
-    max_half_dim: int = MAX_HEAD_DIM
-    """The longest head of a half type. Past MAX_HEAD_DIM only multiples of 16 have a kernel."""
     latent_layout: Callable[[Shape], LatentLayout | None]
-    """How paged_latent, which computes what has its V in K, divides such a shape. None: it has no V in K, or can't."""
+    """How paged_latent, which computes what has its V in K, divides such a shape. None: it does not compute this."""
     writes_in_place = True
     """Whether `write` is by a kernel, which MLX does not know to change the pools. Otherwise MLX scatters, which copies
     a pool that an earlier step still reads."""
@@ -103,18 +102,18 @@ class KernelBackend(Backend):
         if layer.value_in_key:
             shape = Shape(1, num_heads, *layer[1:3], layer.dtype.size, value_in_key=True)
             return unsupported_latents(self.title, shape) if self.latent_layout(shape) is None else None
-        most = self.max_half_dim if layer.dtype.size == 2 else MAX_HEAD_DIM
+        most = MAX_HALF_DIM if layer.dtype.size == 2 else MAX_HEAD_DIM
         for name, dim in (("head_dim", layer.key_dim), ("value_dim", layer.value_dim)):
             if dim % (8 if dim <= MAX_HEAD_DIM else 16) or not 8 <= dim <= most:
-                longer = f", in 16 bits of 16 up to {self.max_half_dim}," if self.max_half_dim > MAX_HEAD_DIM else ""
-                return f"no {self.title} kernel for {name} {dim}: multiples of 8 up to {MAX_HEAD_DIM}{longer} have one"
+                have = f"multiples of 8 up to {MAX_HEAD_DIM}, in 16 bits of 16 up to {MAX_HALF_DIM}, have one"
+                return f"no {self.title} kernel for {name} {dim} of {8 * layer.dtype.size} bits: {have}"
         return None
 
     def max_decode_queries(self, layer: LayerSpec, num_heads: int) -> int:
         shape = Shape(
             layer.num_kv_heads, num_heads // layer.num_kv_heads, *layer[1:3], layer.dtype.size, layer.value_in_key
         )
-        return _decode_queries(shape) or max(1, self._tiles(shape)[0].rows // shape.heads_per_kv_head)
+        return self._decode_queries(shape) or max(1, self._tiles(shape)[0].rows // shape.heads_per_kv_head)
 
     def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
         """Put K and V of at least one token into their slots, in the pool's own memory.
@@ -130,7 +129,7 @@ class KernelBackend(Backend):
         keys, values = (mx.contiguous(rows.astype(dtype)) for rows in (keys, values))
         before = pool.reads_done or [mx.zeros(8, mx.int32) if pool.write_done is None else pool.write_done]
         slots: dict[str, Any] = {"block_ids": metadata.slot_block_ids, "offsets": metadata.slot_offsets}
-        inputs = dict.fromkeys(("k_cache", "v_cache"), values) | pool.views() | {"keys": keys, "values": values} | slots
+        inputs = _caches(pool, values) | {"keys": keys, "values": values} | slots
         inputs["reads_done"] = reduce(mx.add, before)
         num_groups = -(-(keys.nbytes + values.nbytes) // (16 * _THREADS_OF_WRITE))
         (pool.write_done,) = self.make_kernel("paged_write", inputs, ("write_done",))(
@@ -145,7 +144,7 @@ class KernelBackend(Backend):
 
     def attend(self, q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions) -> mx.array:
         shape, window, outputs = shape_of(q, pool), options.window, []
-        most = _decode_queries(shape)
+        most = self._decode_queries(shape)
         gathers = gathered.is_for(q, pool, metadata, options, self.has_matrix_units)
         parts: Parts = metadata.plan_once(
             ("parts", most, gathers and (shape, window)),
@@ -163,6 +162,10 @@ class KernelBackend(Backend):
         return in_order(outputs, parts.token_order, q.shape[0], (q.shape[1], shape.value_dim), q.dtype)
 
     # -- plans --
+
+    def _decode_queries(self, shape: Shape) -> int:
+        """Queries of a sequence that paged_decode takes. 0: one has rows enough for the kernels of prompts."""
+        return 0 if self.latent_layout(shape) else min(MAX_DECODE_QUERIES, MAX_DECODE_ROWS // shape.heads_per_kv_head)
 
     def _plan(self, metadata: AttentionMetadata, window: int | None, shape: Shape, is_decode: bool) -> Plan:
         lengths, find = (metadata.context_lens, metadata.cu_seqlens_q), metadata.find_shared_prefixes
@@ -185,7 +188,7 @@ class KernelBackend(Backend):
         """
         query_lens = np.diff(cu_seqlens_q)
         longest = int(query_lens.max(initial=1))
-        queries = min(_decode_queries(shape), 1 << (longest - 1).bit_length())  # few kernels, not one for each number
+        queries = min(self._decode_queries(shape), 1 << (longest - 1).bit_length())  # of few kernels
         num_keys = context_lens.copy() if window is None else np.minimum(context_lens, window + query_lens - 1)
         for prefix in prefixes:
             num_keys[prefix.members] -= prefix.num_tokens
@@ -263,7 +266,7 @@ class KernelBackend(Backend):
             "scale": mx.array(scale * _LOG2E if softcap is None else scale / softcap, mx.float32),
             "cap": mx.array(0 if softcap is None else softcap * _LOG2E, mx.float32),
         } | plan.constants
-        names = ("q", *pool.views(), "block_tables", *constants, "sinks", "write_done")
+        names = ("q", *_caches(pool, q), "block_tables", *constants, "sinks", "write_done")
         kernel = self.make_kernel(launch.kernel_name, names, ("out", "lse", "read_done"), launch.shared_bytes)
         template: dict[str, Any] = {"T": q.dtype, "HEAD_DIM": q.shape[2]}
         template |= {"SOFTCAP": softcap is not None, "SINKS": sinks is not None} | launch.template
@@ -280,8 +283,15 @@ class KernelBackend(Backend):
         }
 
         def call(q: mx.array, pool: LayerPool, block_tables: mx.array, sinks: mx.array | None) -> Partial:
-            write_done, views = constants["work"] if pool.write_done is None else pool.write_done, pool.views().values()
-            inputs = [q, *views, block_tables, *constants.values(), q if sinks is None else sinks, write_done]
+            write_done = constants["work"] if pool.write_done is None else pool.write_done
+            inputs = [
+                q,
+                *_caches(pool, q).values(),
+                block_tables,
+                *constants.values(),
+                q if sinks is None else sinks,
+                write_done,
+            ]
             *parts, read_done = kernel(inputs=inputs, **settings)
             if pool.write_done is not None:
                 pool.reads_done.append(read_done)
@@ -318,15 +328,14 @@ def shape_of(q: mx.array, pool: LayerPool) -> Shape:
     return Shape(num_kv_heads, group, head_dim, pool.value_dim, q.dtype.size, is_latent)
 
 
-def _decode_queries(shape: Shape) -> int:
-    """Queries of a sequence that paged_decode takes; 0: it takes none, and one is enough rows for another kernel."""
-    is_decode = not shape.value_in_key and shape.heads_per_kv_head <= MAX_DECODE_ROWS
-    return min(MAX_DECODE_QUERIES, MAX_DECODE_ROWS // shape.heads_per_kv_head) if is_decode else 0
-
-
 def _visible(window: int | None) -> mx.array:
     """The keys that a query sees, as kernels take them."""
     return mx.array(_NO_WINDOW if window is None else min(window, _NO_WINDOW), mx.int32)
+
+
+def _caches(pool: LayerPool, other: mx.array) -> dict[str, mx.array]:
+    """The inputs of a kernel that are a pool's arrays. other: in place of V where that is not stored."""
+    return dict.fromkeys(("k_cache", "v_cache"), other) | pool.views()
 
 
 @cache

@@ -1,5 +1,6 @@
 """How paged_latent, on Metal and on CUDA, divides what it computes among threads, and which rows it takes."""
 
+from functools import cache
 from typing import NamedTuple
 
 from mlx_paged.attention.kernel_plan import Launch
@@ -19,6 +20,7 @@ class LatentLayout(NamedTuple):
     launch: Launch
 
 
+@cache
 def metal_layout(shape: Shape) -> LatentLayout | None:
     """Choose as many rows and simdgroups as a thread's registers and the columns of a row are enough for."""
     if not shape.value_in_key or shape.head_dim % 8 or shape.value_dim % 8:
@@ -38,16 +40,18 @@ def metal_layout(shape: Shape) -> LatentLayout | None:
     return None
 
 
+@cache
 def cuda_layout(shape: Shape) -> LatentLayout | None:
-    """Choose 16 rows, or 32 where one query has more heads, of half types."""
+    """Choose 16 rows, or 32 where one query has more heads, of half types: of latents, or of heads longer than 256."""
     dims = shape.head_dim, shape.value_dim
     fits = all(dim % 8 == 0 and dim <= most for dim, most in zip(dims, _MOST_OF_CUDA, strict=True))
-    if not shape.value_in_key or shape.element_size != 2 or not fits:
+    if not (shape.value_in_key or max(dims) > 256) or shape.element_size != 2 or not fits:
         return None
     rows, stride = 32 if shape.heads_per_kv_head > 16 else 16, _CUDA_KEYS + _CUDA_PADDING
-    key_bytes = -(-shape.head_dim // 16) * 32 + 16  # from a row to the next: row_stride of tiles.cuh
-    shared_bytes = 2 * _CUDA_KEYS * key_bytes + rows * (4 * stride * 4 + stride * 2 + 4)
+    row_bytes = -(-max(dims) // 16) * 32 + 16  # from a row to the next: row_stride of tiles.cuh
+    shared_bytes = 2 * _CUDA_KEYS * row_bytes + rows * (4 * stride * 4 + stride * 2 + 4)
     template = {"VALUE_DIM": shape.value_dim, "TILE_ROWS": rows, "TILE_KEYS": _CUDA_KEYS}
+    template |= {"VALUE_IN_KEY": shape.value_in_key}
     return LatentLayout(Tile(rows, _CUDA_KEYS), Launch("paged_latent", 8 * rows, template, shared_bytes))
 
 

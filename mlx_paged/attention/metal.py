@@ -25,7 +25,6 @@ class MetalBackend(KernelBackend):
     name = "metal"
     title = "Metal"
     suffix = "metal"
-    max_half_dim = 512
     latent_layout = staticmethod(metal_layout)
 
     @cached_property

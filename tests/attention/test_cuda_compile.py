@@ -61,6 +61,8 @@ def test_prefill_kernels_compile_and_keep_their_state_in_registers() -> None:
 def test_latent_kernels_compile_and_keep_their_state_in_registers() -> None:
     grid = CONSTANTS | {"dtype": [mx.float16, mx.bfloat16], "dims": [(576, 512), (288, 256), (24, 16)]}
     points = points_of(kind=["latent"], heads=[128, 16], **grid, architecture=ARCHITECTURES)
+    longer = points_of(kind=["long"], heads=[8, 32], **grid | {"dims": [(512, 512), (320, 512)]}, on=ARCHITECTURES)
+    points += longer
     check_all([record(*point[:-1]) for point in points], [point[-1] for point in points])
 
 

@@ -13,7 +13,6 @@ from helpers.attention_cases import (
     Arrays,
     Case,
     assert_close,
-    check,
     check_points,
     decodes,
     dense_attention,
@@ -24,16 +23,12 @@ from helpers.attention_cases import (
 )
 from helpers.gpu import Gpu
 from helpers.planted import Mistake
-from metalsim.fixture import Metal
 
 from mlx_paged.attention.backend import AttentionOptions
-from mlx_paged.attention.cuda import CudaBackend
-from mlx_paged.attention.kernel_backend import KernelBackend, shape_of
+from mlx_paged.attention.kernel_backend import shape_of
 from mlx_paged.attention.metadata import AttentionMetadata
-from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.work_items import Shape
 from mlx_paged.cache.kv_cache import LayerPool
-from mlx_paged.cache.layer_spec import LayerSpec
 
 GRID: dict[str, list[Any]] = {
     "lengths": [
@@ -182,42 +177,6 @@ def test_keys_and_values_leave_memory_once_in_whole_lines(ratio: int, head_dim: 
     assert partial <= (0.02 if ratio <= 9 else 0.033) * 2 * compulsory
     assert decode.threadgroup_memory <= (32 if gpu.name == "metal" else 96) << 10
     assert decode.threads // decode.threadgroups <= 1024
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(decodes(70, 0, 300), (8, 1), (512, 512), sinks=True, dtype="bfloat16"),
-        Case(decodes(97), (16, 1), (320, 512), window=70, softcap=50.0),
-        Case(((1, 40), (9, 30), (2, 2)), (4, 2), (512, 512), window=20),
-        Case(((70, 100),), (6, 1), (512, 272), sinks=True, dtype="bfloat16"),
-    ],
-    ids=["decode", "decode of 16 heads", "decode and prefill", "prefill"],
-)
-def test_heads_longer_than_256_have_kernels_on_metal(case: Case, metal: Metal) -> None:
-    check(case, backend="metal")
-    assert {report.kernel.split("_")[0] for report in metal.reports} == {"paged"}
-
-
-@pytest.mark.parametrize(
-    ("backend", "dim", "dtype", "refused"),
-    [
-        (MetalBackend(), 512, mx.bfloat16, False),
-        (MetalBackend(), 320, mx.float16, False),
-        (MetalBackend(), 264, mx.float16, True),
-        (MetalBackend(), 528, mx.float16, True),
-        (MetalBackend(), 512, mx.float32, True),
-        (CudaBackend(), 512, mx.bfloat16, True),
-        (CudaBackend(), 256, mx.float32, False),
-    ],
-)
-def test_what_is_longer_than_256_has_a_kernel_in_16_bits_on_metal(
-    backend: KernelBackend, dim: int, dtype: mx.Dtype, refused: bool
-) -> None:
-    for layer in (LayerSpec(1, dim, 64, dtype), LayerSpec(1, 64, dim, dtype)):
-        reason = backend.unsupported(layer, 8, 16)
-        assert (reason is not None) == refused
-        assert reason is None or f"{dim}: multiples of 8 up to 256" in reason
 
 
 # -- mistakes --

@@ -123,7 +123,8 @@ def test_the_command_line_generates_the_same_text_through_the_kernels(
         (
             {"head_dim": 20},
             {},
-            "no Metal kernel for head_dim 20: multiples of 8 up to 256, in 16 bits of 16 up to 512, have one",
+            "no Metal kernel for head_dim 20 of 32 bits: multiples of 8 up to 256, in 16 bits of 16 up to 512, "
+            "have one",
         ),
     ],
 )

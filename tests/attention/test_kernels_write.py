@@ -249,7 +249,7 @@ def test_what_writes_is_found_out_and_said_before_the_first_step(
         llm = load()
     assert not gpu.backend.writes_in_place
     before = len(gpu.kernels_run)
-    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3, ignore_eos=True))
+    llm.generate([[1, 2, 3] * 3], SamplingParams(max_tokens=3, ignore_eos=True))
     assert set(gpu.kernels_run[before:]) == {"prefill", "decode"}
     plant(gpu, "const int key_pieces", "not int key_pieces", monkeypatch)
     with pytest.warns(EngineWarning, match="can't write into pools here: .*error.*" + instead):
@@ -268,7 +268,9 @@ def test_scatter_is_used_where_it_is_asked_for(
     for asked, kernels in (("scatter", {"decode", "prefill"}), ("kernel", {"write", "decode", "prefill"})):
         monkeypatch.setenv(WRITE_VARIABLE, asked)
         before = len(gpu.kernels_run)
-        texts.append(load().generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].token_ids)
+        texts.append(
+            load().generate([[1, 2, 3] * 3], SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].token_ids
+        )
         assert set(gpu.kernels_run[before:]) == kernels
     assert texts[0] == texts[1]
     monkeypatch.setenv(WRITE_VARIABLE, "pencil")

@@ -108,6 +108,8 @@ def test_the_page_tells_how_many_query_heads_a_simdgroup_has() -> None:
     assert "{} heads of 64, {} of 128, {} of 256".format(*heads) in page
     layout = decode_layout(Shape(4, 6, 256, 256, 2))
     assert layout.rows_per_simdgroup == 2 and layout.simdgroups == 6 and "simdgroups 3 to 5 the other" in page
+    layout = decode_layout(Shape(8, 4 * 4, 128, 128, 2))
+    assert layout.rows_per_simdgroup == 4 and layout.simdgroups == 8 and "simdgroups 4 to 7 the other" in page
     lanes = [decode_layout(Shape(1, heads, 128, 128, 2)) for heads in (4, 1)]
     assert [(each.lanes, each.width * 2, each.batch) for each in lanes] == [(32, 8, 8), (8, 16, 2)]
 

@@ -129,8 +129,8 @@ def record(
 ) -> Call:
     """The call of a kernel for `heads` query heads on one KV head.
 
-    kind: "decode", "several", that of several queries, "prefill", "latent", or "shared", the prefill's for a prefix
-    that two sequences share. dims: head sizes of keys and of values.
+    kind: "decode", "several", that of several queries, "prefill", "latent", "long", that of heads longer than 256,
+    or "shared", the prefill's for a prefix that two sequences share. dims: head sizes of keys and of values.
     """
     queries = 16 // heads if kind == "several" else 1
     q = mx.zeros((2 * queries, heads, dims[0]), dtype)
@@ -140,7 +140,7 @@ def record(
     context_lens = np.array([20, 20], np.int32)
     prefixes = [SharedPrefix(np.arange(2), 16)] if kind == "shared" else []
     with recorded_calls() as calls:
-        if kind in ("prefill", "latent"):
+        if kind in ("prefill", "latent", "long"):
             plan = CudaBackend().plan_prefill(context_lens[:1], np.array([0, 2], np.int32), None, shape)
             CudaBackend().run(q, pool, tables[:1], plan, options)
         else:
