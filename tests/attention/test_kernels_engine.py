@@ -77,6 +77,19 @@ def test_a_model_of_latent_attention_generates_the_same_tokens_through_its_kerne
     assert set(gpu.kernels_run) == {"latent", "merge", "write"}
 
 
+def test_gemma_4_with_heads_of_512_generates_the_same_tokens_through_the_kernels(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers with windows have heads of 16 here, those that see everything of 512, in float16 as both are made for."""
+    model = family_model("gemma4_text", global_head_dim=512)
+    model.set_dtype(mx.float16)
+    monkeypatch.setenv(attention.BACKEND_VARIABLE, "reference")
+    expected = generate(model)
+    monkeypatch.setenv(attention.BACKEND_VARIABLE, gpu.name)
+    assert generate(model) == expected
+    assert set(gpu.kernels_run) >= {"decode", "prefill", "write"} | ({"latent"} if gpu.name == "cuda" else set())
+
+
 def test_a_model_that_attends_in_chunks_generates_the_same_tokens_through_the_kernels(
     gpu: Gpu, steps: list[set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
