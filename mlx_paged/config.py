@@ -15,7 +15,9 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*|%)")
 
 ALLOCATORS = ("lru", "fifo", "buddy")
 DTYPES = ("float32", "float16", "bfloat16")
+KV_CACHE_DTYPES = ("int8", "k8v4", "fp8")
 PIPELINING = ("auto", "submit", "build", "off")
+_CHOICES = {"allocator": ALLOCATORS, "dtype": DTYPES, "kv_cache_dtype": KV_CACHE_DTYPES, "pipelining": PIPELINING}
 
 
 def parse_memory(size: int | str, total: int | None = None, *, name: str = "memory size") -> int:
@@ -121,6 +123,8 @@ class EngineConfig(Settings):
     the disk's free space, this folder's included; None: 10%. The blocks used least recently go first."""
     dtype: str | None = None
     """Of weights and cache: "float32", "float16" or "bfloat16"; None: as stored, and float32 on a CPU."""
+    kv_cache_dtype: str | None = None
+    """What K and V are quantised to: "int8", "k8v4" (V in 4 bits) or "fp8"; None: they are kept in `dtype`."""
     adapter_path: str | os.PathLike[str] | None = None
     """A folder with an adapter for the model: LoRA or DoRA, as mlx-lm trains and loads them."""
     seed: int = 0
@@ -164,9 +168,9 @@ class EngineConfig(Settings):
             parse_memory(self.prefix_cache_size, total=1 << 40, name="prefix_cache_size")
         if not self.prefix_caching and (self.swap_space is not None or self.prefix_cache_dir is not None):
             raise ValueError("swap_space and prefix_cache_dir find blocks by prefixes: not with prefix_caching=False")
-        for name, choices in (("allocator", ALLOCATORS), ("dtype", DTYPES), ("pipelining", PIPELINING)):
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices and (name, value) != ("dtype", None):
+            if value not in choices and (value is not None or "dtype" not in name):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}")

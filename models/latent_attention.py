@@ -38,7 +38,7 @@ class LatentLayerCache(PagedLayerCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         """Put latents and rotated keys, [num_tokens, 1, 1, dim] each, into their slots."""
         super().update_and_fetch(mx.concatenate([keys, values], axis=-1), keys)
-        dtype = self._pool.keys.dtype
+        dtype = self._pool.dtype
         return PagedKV(self, dtype), RotaryKeys(self, dtype, values.shape[-1])
 
     def attend(self, queries: mx.array, scale: float, mask: Any, sinks: Any, softcap: float | None = None) -> mx.array:

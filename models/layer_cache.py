@@ -53,7 +53,7 @@ class PagedLayerCache:
 
     def keys_and_values(self) -> tuple[PagedKV, PagedKV]:
         """Handles of what is stored, for layers that share it."""
-        dtype = self._pool.keys.dtype
+        dtype = self._pool.dtype
         return PagedKV(self, dtype), PagedKV(self, dtype)
 
     def make_mask(self, N: int, *, return_array: bool = False, window_size: int | None = None) -> PagedMask | None:
@@ -65,6 +65,6 @@ class PagedLayerCache:
         """Attention of queries [num_tokens, num_heads, 1, head_dim]. Returns [num_tokens, num_heads, 1, value_dim]."""
         window = min(filter(None, (self._window, mask and mask.window)), default=None)
         options = AttentionOptions(scale, window, softcap, sinks)
-        q = queries.squeeze(2).astype(self._pool.keys.dtype)
+        q = queries.squeeze(2).astype(self._pool.dtype)
         out = self._backend.attend(q, self._pool, self._metadata, options)
         return mx.expand_dims(out, 2).astype(queries.dtype)

@@ -11,8 +11,8 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -141,6 +141,16 @@ class PatchedModel:
         """What is stored, with the group it belongs to."""
         pairs = zip(self.layers, self.windows, strict=True)
         return [(shape, self.groups.index(window)) for shape, window in pairs if shape is not None]
+
+    def quantised(self, kv_cache_dtype: str) -> Self:
+        """The same with its K and V quantised: the states of recurrent layers are kept as they are.
+
+        Raises ValueError if it has none, or such as are not quantised.
+        """
+        if not self.stored_layers:
+            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: this model keeps states and neither keys nor values")
+        layers = [None if layer is None else layer.quantised(kv_cache_dtype) for layer in self.layers]
+        return replace(self, layers=layers, _backends={})
 
     def backends(self, block_size: int) -> list[Backend | None]:
         """Choose, at the first call, what computes the attention to each cache: None where nothing is stored.

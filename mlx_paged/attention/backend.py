@@ -43,9 +43,8 @@ class Backend(ABC):
 
     def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
         """Put the K and V of a step's tokens, [num_tokens, num_kv_heads, dim], into the metadata's slots."""
-        slots = metadata.slot_block_ids, metadata.slot_offsets
-        for array, rows in zip(pool.arrays.values(), (keys, values), strict=False):
-            array[slots] = rows
+        assert metadata.slot_block_ids is not None and metadata.slot_offsets is not None
+        pool.write(metadata.slot_block_ids, metadata.slot_offsets, keys, values)
 
     @abstractmethod
     def attend(self, q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions) -> mx.array:

@@ -53,19 +53,19 @@ class CpuBackend(ReferenceBackend):
             return super().average(scores, values, sinks)
         return _average_and_total(scores, values, sinks)[0]
 
-    def products(self, queries: mx.array, keys: mx.array, tile: Tile) -> mx.array:
+    def products(self, queries: mx.array, pool: LayerPool, tile: Tile) -> mx.array:
         """Of decodes with float32 keys: with whole blocks where they lie, [block_size, num_kv_heads * dim] each.
 
         A query has zeros in the place of the other heads. That multiplies num_kv_heads times as often and still is
         faster, up to some number of them: memory is what this waits for.
         """
         num_seqs, num_kv_heads, num_keys = tile.rows.shape
-        if tile.block_ids is None or keys.dtype != mx.float32:
-            return super().products(queries, keys, tile)
+        if tile.block_ids is None or pool.codes is not None or pool.dtype != mx.float32:
+            return super().products(queries, pool, tile)
         heads = mx.eye(num_kv_heads).reshape(num_kv_heads, 1, num_kv_heads, 1)
         spread = (queries[:, :, :, None] * heads).reshape(num_seqs, -1, num_kv_heads * queries.shape[3])
         seqs = mx.broadcast_to(mx.arange(num_seqs, dtype=mx.uint32)[:, None], tile.block_ids.shape)
-        products = mx.gather_mm(spread, keys.flatten(2, 3).swapaxes(1, 2), seqs, tile.block_ids)
+        products = mx.gather_mm(spread, pool.keys.flatten(2, 3).swapaxes(1, 2), seqs, tile.block_ids)
         products = products.swapaxes(1, 2).reshape(*queries.shape[:3], -1)[..., :num_keys]
         return mx.where(tile.bias[:, 0] == 0, products, 0)  # what unused slots hold may be NaN
 
@@ -78,7 +78,7 @@ class CpuBackend(ReferenceBackend):
         first_keys: np.ndarray | None = None,
     ) -> tuple[list[Tile], mx.array | None]:
         tiles, order = super().plan(metadata, num_heads, pool, window, first_keys)
-        _, block_size, num_kv_heads, _ = pool.keys.shape
+        block_size, num_kv_heads, *_ = pool.block_shape
         if window is not None or num_kv_heads > _MAX_HEADS_IN_PLACE:
             return tiles, order
         for i, tile in enumerate(tiles):
@@ -114,8 +114,8 @@ class CpuBackend(ReferenceBackend):
         self, metadata: AttentionMetadata, prefixes: list[tuple[np.ndarray, int]], num_heads: int, pool: LayerPool
     ) -> tuple[tuple[list[Tile], mx.array | None], list[Tile]]:
         """As `plan`, without the prefixes' keys, and tiles of one sequence with those and all members' queries."""
-        _, _, num_kv_heads, key_dim = pool.keys.shape
-        bytes_per_key = 4 * num_kv_heads * (key_dim + pool.value_dim)
+        _, num_kv_heads, *dims = pool.block_shape
+        bytes_per_key = 4 * num_kv_heads * sum(dims)
         first_keys, shared = np.zeros_like(metadata.context_lens), []
         for members, num_tokens in prefixes:
             first_keys[members] = num_tokens

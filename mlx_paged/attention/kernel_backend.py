@@ -95,6 +95,8 @@ class KernelBackend(Backend):
         return _make(make, **names, header=header, source=source, ensure_row_contiguous=False, **settings)
 
     def unsupported(self, layer: LayerSpec, num_heads: int, block_size: int) -> str | None:
+        if layer.codes is not None:
+            return f"no {self.title} kernel reads kv_cache_dtype={layer.codes.name!r}"
         if layer.dtype not in DTYPES:
             return f"no {self.title} kernel for dtype {layer.dtype}: float16, bfloat16 and float32 have one"
         if block_size not in BLOCK_SIZES:

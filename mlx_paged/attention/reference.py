@@ -31,7 +31,7 @@ class Tile(NamedTuple):
     tokens: mx.array
     """int32 [num_seqs, num_queries]: the rows of the queries in q."""
     rows: mx.array
-    """int32 [num_seqs, num_kv_heads, num_keys]: the rows of their keys in a pool as [-1, dim]."""
+    """int32 [num_seqs, num_kv_heads, num_keys]: the rows of their keys in a pool: `LayerPool.row_numbers`."""
     bias: mx.array
     """float32 [num_seqs, 1, 1, num_queries, num_keys]: 0 for keys that a query sees, otherwise -inf."""
     block_ids: mx.array | None = None
@@ -66,18 +66,18 @@ class ReferenceBackend(Backend):
         by_head = (num_seqs, num_kv_heads, q.shape[1] // num_kv_heads, tile.tokens.shape[1], num_keys)
         scale, _, softcap, sinks = options
         queries = q[tile.tokens].astype(mx.float32).swapaxes(1, 2).reshape(num_seqs, num_kv_heads, -1, q.shape[2])
-        scores = self.products(queries * scale, pool.keys, tile)
+        scores = self.products(queries * scale, pool, tile)
         if softcap is not None:
             scores = mx.tanh(scores / softcap) * softcap
         scores = (scores.reshape(by_head) + tile.bias).reshape(scores.shape)
         if sinks is not None:
             sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, num_kv_heads, -1, 1, 1), (*by_head[:4], 1))
             sinks = sinks.reshape(*scores.shape[:3], 1)
-        return scores, _gather(pool.values, tile)[..., : pool.value_dim], sinks
+        return scores, pool.gather("v", tile.rows)[..., : pool.value_dim], sinks
 
-    def products(self, queries: mx.array, keys: mx.array, tile: Tile) -> mx.array:
+    def products(self, queries: mx.array, pool: LayerPool, tile: Tile) -> mx.array:
         """Of queries [num_seqs, num_kv_heads, num_rows, dim] with a tile's keys."""
-        return queries @ _gather(keys, tile).swapaxes(2, 3)
+        return queries @ pool.gather("k", tile.rows).swapaxes(2, 3)
 
     def average(self, scores: mx.array, values: mx.array, sinks: mx.array | None) -> mx.array:
         """The mean of values [..., num_keys, dim] with weights exp(scores), [..., num_rows, num_keys].
@@ -95,7 +95,7 @@ class ReferenceBackend(Backend):
 
     def plan_key(self, q: mx.array, pool: LayerPool) -> tuple[Any, ...]:
         """What a plan depends on, beside the step's metadata and the window."""
-        return self.name, q.shape[1], *pool.keys.shape[1:], pool.value_dim
+        return self.name, q.shape[1], *pool.block_shape
 
     def plan(
         self,
@@ -109,11 +109,11 @@ class ReferenceBackend(Backend):
 
         first_keys: int32 [num_seqs], keys before these are left out.
         """
-        _, _, num_kv_heads, key_dim = pool.keys.shape
+        _, num_kv_heads, *dims = pool.block_shape
         contexts, query_lens = metadata.context_lens, metadata.query_lens
         window = _NO_WINDOW if window is None else min(window, _NO_WINDOW)
         first_keys = np.zeros_like(contexts) if first_keys is None else first_keys
-        max_keys = MAX_BYTES // (4 * num_kv_heads * (key_dim + pool.value_dim))
+        max_keys = MAX_BYTES // (4 * num_kv_heads * sum(dims))
         tiles: list[Tile] = []
         tokens: list[np.ndarray] = []
         for num_queries in np.unique(query_lens[query_lens > 0]).tolist():
@@ -137,11 +137,6 @@ class ReferenceBackend(Backend):
         return tiles, None if (order == np.arange(len(order))).all() else mx.array(order)
 
 
-def _gather(cache: mx.array, tile: Tile) -> mx.array:
-    """Float32 [num_seqs, num_kv_heads, num_keys, dim]."""
-    return cache.flatten(0, 2)[tile.rows].astype(mx.float32)
-
-
 def by_token(array: mx.array, tile: Tile) -> mx.array:
     """[num_seqs, num_kv_heads, num_rows, dim] of a tile as [num_seqs * num_queries, num_heads, dim]."""
     num_seqs, num_queries = tile.tokens.shape
@@ -149,14 +144,10 @@ def by_token(array: mx.array, tile: Tile) -> mx.array:
 
 
 def rows_of(metadata: AttentionMetadata, seqs: np.ndarray, positions: mx.array, pool: LayerPool) -> mx.array:
-    """Where the pool as [-1, dim] has the keys at `positions`, [n, num_keys], of `seqs`, [n].
-
-    Returns int32 [n, num_kv_heads, num_keys], which is wide enough: an array of MLX has fewer than 2**31 such rows.
-    """
-    _, block_size, num_kv_heads, _ = pool.keys.shape
-    block, offset = mx.divmod(positions, block_size)
-    slots = metadata.block_tables[mx.array(seqs[:, None].astype(np.int32)), block] * block_size + offset
-    return slots[:, None] * num_kv_heads + mx.arange(num_kv_heads, dtype=mx.int32)[:, None]
+    """Where the pool has the keys at `positions`, [n, num_keys], of `seqs`, [n]: see `LayerPool.row_numbers`."""
+    block, offset = mx.divmod(positions, pool.block_shape[0])
+    block_ids = metadata.block_tables[mx.array(seqs[:, None].astype(np.int32)), block]
+    return pool.row_numbers(block_ids, offset)
 
 
 def _similar_lengths(seqs: np.ndarray, num_keys: np.ndarray, max_keys: int) -> list[np.ndarray]:

@@ -6,10 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_paged.cache.codes import KVCodes
 from mlx_paged.cache.layer_spec import LayerSpec
 
 BlockContent = dict[str, mx.array]
-"""A block in all layers of a cache group: "k0", "v0", "k1", ... [block_size, num_kv_heads, dim]."""
+"""A block in all layers of a cache group: "k0", "v0", "k1", ..., without the first dimension of the pools' arrays."""
 
 
 @dataclass(eq=False)
@@ -28,13 +29,13 @@ class LayerPool:
     """What is there once the last `Backend.write` is over, where MLX does not know of it by itself."""
     reads_done: list[mx.array] = field(default_factory=list)
     """Likewise of all that has read since then, for the next one."""
+    codes: KVCodes | None = None
+    """How K and V are quantised. None: `keys` and `values` are there."""
 
     @classmethod
     def zeros(cls, spec: LayerSpec, num_blocks: int, block_size: int) -> "LayerPool":
-        rows = (num_blocks, block_size, spec.num_kv_heads)
-        dims = zip("k" if spec.value_in_key else "kv", spec[1:3], strict=False)
-        arrays = {name: mx.zeros((*rows, dim), spec.dtype) for name, dim in dims}
-        return cls(arrays, latent_dim=spec.value_dim if spec.value_in_key else None)
+        arrays = {name: mx.zeros(*each) for name, each in spec.shapes(num_blocks, block_size).items()}
+        return cls(arrays, spec.value_dim if spec.value_in_key else None, codes=spec.codes)
 
     @property
     def keys(self) -> mx.array:
@@ -47,12 +48,51 @@ class LayerPool:
         return self.arrays.get("v", self.keys)
 
     @property
+    def block_shape(self) -> tuple[int, int, int, int]:
+        """How many slots a block has, KV heads, and numbers in a head's K and in its V."""
+        if self.codes is not None:
+            return self.codes.block_shape(self.arrays)
+        block_size, num_kv_heads, key_dim = self.keys.shape[1:]
+        return block_size, num_kv_heads, key_dim, self.latent_dim or self.values.shape[3]
+
+    @property
     def value_dim(self) -> int:
-        return self.latent_dim or self.values.shape[3]
+        return self.block_shape[3]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of K and V before they are stored."""
+        return [*self.arrays.values()][-1].dtype  # codes come before their parameters
 
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
+
+    def write(self, block_ids: mx.array, offsets: mx.array, keys: mx.array, values: mx.array) -> None:
+        """Put K and V, [num_tokens, num_kv_heads, dim], into slots, int32 [num_tokens]."""
+        slots, rows = (block_ids, offsets), [keys, values]
+        if self.codes is not None:
+            slots = self.codes.slots(block_ids, offsets, keys.shape[1])
+            rows = self.codes.quantise(keys.astype(self.dtype), values.astype(self.dtype))
+        for array, each in zip(self.arrays.values(), rows, strict=False):
+            array[slots] = each
+
+    def row_numbers(self, block_ids: mx.array, offsets: mx.array) -> mx.array:
+        """Where the arrays as [-1, ...] have the K and V of slots, [n, num_keys]. Returns [n, num_kv_heads, num_keys].
+
+        int32 is wide enough: an array of MLX has fewer than 2**31 such rows.
+        """
+        block_size, num_kv_heads, *_ = self.block_shape
+        heads = mx.arange(num_kv_heads, dtype=mx.int32)[:, None]
+        if self.codes is not None:
+            return (block_ids[:, None] * num_kv_heads + heads) * block_size + offsets[:, None]
+        return (block_ids * block_size + offsets)[:, None] * num_kv_heads + heads
+
+    def gather(self, name: str, rows: mx.array) -> mx.array:
+        """K ("k") or V ("v") of these rows, int32 [...]. Returns float32 [..., dim]."""
+        if self.codes is not None:
+            return self.codes.gather(self.arrays, name, rows)
+        return self.arrays.get(name, self.keys).flatten(0, 2)[rows].astype(mx.float32)
 
     def views(self) -> dict[str, mx.array]:
         """The first block of each array, in place of all: for kernels, which go by the address, as their inputs.

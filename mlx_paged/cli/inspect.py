@@ -12,7 +12,7 @@ import click
 
 from mlx_paged.blocks.block_manager import BlockManager
 from mlx_paged.cli.options import parse_numbers
-from mlx_paged.config import DTYPES, format_memory, parse_memory
+from mlx_paged.config import DTYPES, KV_CACHE_DTYPES, format_memory, parse_memory
 
 _DEFAULT_CONTEXT, _DEFAULT_CONCURRENCY = 8192, 16
 _PICTURE_PROMPTS = [100, 75, 140, 54]
@@ -33,7 +33,8 @@ def inspect_cache(*, name: str | None, model: str | None, blocks: bool, svg: str
     model = model if name is None else name
     root = settings.pop("prefix_cache_dir")
     given = {"MODEL": model, "--lengths": lengths, "--json": settings["as_json"], "--blocks": blocks, "--svg": svg}
-    given |= {f"--{option}": settings[option] for option in ("context", "concurrency", "memory", "dtype")}
+    names = ("context", "concurrency", "memory", "dtype", "kv_cache_dtype")
+    given |= {f"--{option.replace('_', '-')}": settings[option] for option in names}
     if root is not None:
         _refuse_others(given, "--prefix-cache-dir lists what is saved there and", ("--json",))
         return list_saved(Path(root).expanduser(), as_json=settings["as_json"])
@@ -42,8 +43,10 @@ def inspect_cache(*, name: str | None, model: str | None, blocks: bool, svg: str
         return draw(lengths or _PICTURE_PROMPTS, block_size=settings["block_size"], svg=svg)
     if svg is not None:
         raise click.UsageError("--svg saves what --blocks draws: give both")
-    if settings["dtype"] not in (None, *DTYPES):
-        raise click.UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {settings['dtype']!r}")
+    for option, choices in (("dtype", DTYPES), ("kv_cache_dtype", KV_CACHE_DTYPES)):
+        if settings[option] not in (None, *choices):
+            name = option.replace("_", "-")
+            raise click.UsageError(f"--{name} must be one of {', '.join(choices)}, got {settings[option]!r}")
     return analyse(model, lengths=lengths, **settings)
 
 
@@ -63,6 +66,7 @@ def analyse(
     block_size: int,
     memory: str | None,
     dtype: str | None,
+    kv_cache_dtype: str | None,
     as_json: bool,
 ) -> int:
     """Show what the caches of some requests take, held in three ways. Raises ModelError and click.UsageError."""
@@ -75,7 +79,7 @@ def analyse(
     from mlx_paged.runner.memory_plan import device_limit
 
     folder = hub.resolve(model, config_only=True)
-    size = cache_cost.read_model(folder, dtype)
+    size = cache_cost.read_model(folder, dtype, kv_cache_dtype)
     check_chunks([group.window for group in size.groups if group.chunked], block_size)
     if context is None:
         context = min(_DEFAULT_CONTEXT, size.context or _DEFAULT_CONTEXT)
@@ -100,6 +104,7 @@ def analyse(
         "model": model or "the demo model",
         "family": size.family,
         "dtype": size.dtype,
+        "kv_cache_dtype": kv_cache_dtype,
         "max_context": size.context,
         "context": context,
         "block_size": block_size,
@@ -111,6 +116,7 @@ def analyse(
                 "value_dim": group.shape.value_dim,
                 "value_in_key": group.shape.value_in_key,
                 "element_bytes": group.shape.dtype.size,
+                "codes": [codes._asdict() for codes in group.shape.codes[1:]] if group.shape.codes else None,
                 "window": group.window,
                 "chunked": group.chunked and group.window is not None,
                 "bytes_per_token": group.bytes_per_token,
@@ -141,16 +147,14 @@ def _as_text(report: dict[str, Any]) -> str:
 
     from mlx_paged.tools.report import as_text
 
-    kept = f"K and V in {report['dtype']}" if report["layers"] else "no K and V"
+    kept = f"K and V in {report['kv_cache_dtype'] or report['dtype']}" if report["layers"] else "no K and V"
     lines = [f"{report['model']}: {report['family']}, {kept}", ""]
     for layers in report["layers"]:
         heads = f"{layers['num_kv_heads']} KV head" + "s" * (layers["num_kv_heads"] > 1)
-        numbers = f"{layers['key_dim']} K" + (", V in it" if layers["value_in_key"] else f" + {layers['value_dim']} V")
         kind = "in chunks" if layers["chunked"] else "with a window"
         window = "" if layers["window"] is None else f" {kind} of {layers['window']:,} tokens"
         lines += [
-            f"one token   {layers['num_layers']} layers{window} x {heads} x "
-            f"({numbers}) x {layers['element_bytes']} bytes = "
+            f"one token   {layers['num_layers']} layers{window} x {heads} x {_head(layers)} = "
             f"{layers['bytes_per_token']:,} bytes",
             f"one block   {report['block_size']} tokens x {layers['bytes_per_token']:,} bytes = "
             f"{layers['bytes_per_block']:,} bytes",
@@ -185,6 +189,18 @@ def _as_text(report: dict[str, Any]) -> str:
         "Kwon et al. 2023 measured under 4% of waste in blocks of 16, 62 to 80% in systems that reserve.\n",
     ]
     return "\n".join(lines)
+
+
+def _head(layers: dict[str, Any]) -> str:
+    """Say what a token takes in one head."""
+    keys, values, element_bytes = layers["key_dim"], layers["value_dim"], layers["element_bytes"]
+    if layers["codes"] is None:
+        numbers = f"{keys} K" + (", V in it" if layers["value_in_key"] else f" + {values} V")
+        return f"({numbers}) x {element_bytes} bytes"
+    pairs = list(zip((keys, values), layers["codes"], strict=True))
+    scales = element_bytes * sum(dim // each["group_size"] * each["num_params"] for dim, each in pairs)
+    bits = [each["bits"] for each in layers["codes"]]
+    return f"({keys} K x {bits[0]} bits + {values} V x {bits[1]} bits + {scales} bytes of scales)"
 
 
 def _weights(report: dict[str, Any]) -> str:

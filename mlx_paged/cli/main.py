@@ -250,6 +250,7 @@ def serve(terminal: Terminal, model: str | None, **settings: Any) -> int:
 @options.int_option("--block-size", default=16, help="Tokens per block. Default: 16.")
 @options.text("--memory", metavar="SIZE", help="Plan for 16GB, say, or 50%. Default: what this machine has.")
 @options.dtype_option
+@options.kv_cache_dtype_option
 @options.flag("--json", "as_json", help="One JSON object.")
 @options.text("--prefix-cache-dir", metavar="FOLDER", help="List the saved prompts of a folder instead, by model.")
 @options.flag("--blocks", help="Draw the block pool of a small workload instead; --lengths are its prompts.")

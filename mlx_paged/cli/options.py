@@ -13,7 +13,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from mlx_paged.config import ALLOCATORS, DTYPES
+from mlx_paged.config import ALLOCATORS, DTYPES, KV_CACHE_DTYPES
 from mlx_paged.models.aliases import ALIASES
 from mlx_paged.tools.random_models import SHAPES
 from mlx_paged.tools.report import FORMATS
@@ -91,6 +91,10 @@ model_option: Option = text(
 dtype_option: Option = text(
     "--dtype", metavar="|".join(DTYPES), help="Of weights and KV cache. Default: as stored; CPU: float32.",
     shell_complete=completing(*DTYPES),
+)  # fmt: skip
+kv_cache_dtype_option: Option = text(
+    "--kv-cache-dtype", metavar="|".join(KV_CACHE_DTYPES), shell_complete=completing(*KV_CACHE_DTYPES),
+    help="Quantise K and V: a quarter to two fifths of float32's memory. Default: as --dtype.",
 )  # fmt: skip
 
 
@@ -200,6 +204,7 @@ engine_options: Option = options(
                  "prompts. 0: any time. Default: five steps without."),
     int_option("--max-model-len", help="Longest prompt plus output. Default: the model's limit."),
     dtype_option,
+    kv_cache_dtype_option,
     flag("--no-prefix-caching", help="Don't reuse the blocks of equal prefixes."),
     text("--allocator", metavar="|".join(ALLOCATORS), help="Order in which free blocks are reused. Default: lru.",
          shell_complete=completing(*ALLOCATORS)),

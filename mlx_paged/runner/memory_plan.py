@@ -48,6 +48,8 @@ class MemoryPlan(NamedTuple):
     """How many such states there is room for: two of each running sequence, and checkpoints."""
     chunked: bool = False
     """Whether the windows are chunks: see `PatchedModel`."""
+    kv_cache_dtype: str | None = None
+    """As in `EngineConfig`."""
 
     @property
     def kv_bytes(self) -> int:
@@ -65,9 +67,9 @@ class MemoryPlan(NamedTuple):
             if size
         ]
         per_token = format_memory(sum(self.block_bytes) / self.block_size)
-        cache = (
-            f"{' and '.join(pools)} of {self.block_size} tokens, {format_memory(self.kv_bytes)} ({per_token} per token)"
-        )
+        kind = f" in {self.kv_cache_dtype}" if self.kv_cache_dtype else ""
+        size = f"{format_memory(self.kv_bytes)} ({per_token} per token)"
+        cache = f"{' and '.join(pools)} of {self.block_size} tokens{kind}, {size}"
         states = f"; {self.num_state_slots} states of {format_memory(self.state_bytes)}" if self.state_bytes else ""
         return (
             f"KV cache: {cache if pools else 'none'}{states}; weights {format_memory(self.weight_bytes)}, "
@@ -149,7 +151,7 @@ def plan_memory(
         )
     return MemoryPlan(
         group_blocks(num_blocks), block_bytes, windows, config.block_size, weights, step_bytes, device_bytes, device,
-        model.state_bytes, num_states, model.chunked,
+        model.state_bytes, num_states, model.chunked, config.kv_cache_dtype,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ class ModelRunner:
         self, model: PatchedModel, config: EngineConfig, max_model_len: int | None, num_needed: int | None = None
     ) -> None:
         """num_needed: blocks of a pool for which no size is given, if fewer than a share of the memory has room for."""
-        self._model = model
+        self._model = model = model if config.kv_cache_dtype is None else model.quantised(config.kv_cache_dtype)
         self.backends = {backend.name for backend in choose_writers(model, config.block_size)}
         self.plan = plan_memory(model, config, max_model_len, num_needed)
         self.config = config if self.plan.state_bytes == 0 else fit_to_states(config, self.plan)

@@ -16,7 +16,7 @@ from mlx_paged.scheduler.block_tables import MIN_COLUMNS
 
 _CPU_TOKENS = 8
 _TELLING_BYTES = 1 << 20  # of a pool: what a step takes varies by as much as a smaller one
-_POOL_BYTES = 8 << 20  # of one layer's K, large beside what a step of a few tokens takes
+_POOL_BYTES = 16 << 20  # of one layer's K and V, large beside what a step of a few tokens takes
 _NUM_OVERLAPPED = 3
 
 
@@ -48,13 +48,13 @@ def overlap_is_safe(model: PatchedModel, config: EngineConfig, max_blocks: int =
     if config.pipelining != "auto":
         return config.pipelining == "submit"
     layers = [layer for layer, _ in model.stored_layers]
-    smallest = min((layer.num_kv_heads * layer.key_dim * layer.dtype.size for layer in layers), default=0)
+    smallest = min((layer.bytes_per_token for layer in layers), default=0)
     if not smallest:
         return True
     num_blocks = min(max_blocks, max(1, _POOL_BYTES // (smallest * config.block_size)))
     without_pools = _bytes_alone(model, *_one_sequence(model, config, 1, 1))
     kv_cache, inputs = _one_sequence(model, config, 1, 1, num_blocks)
-    pool_bytes = min(pool.keys.nbytes for pool in kv_cache.pools)
+    pool_bytes = min(max(array.nbytes for array in pool.arrays.values()) for pool in kv_cache.pools)
     alone = _bytes_alone(model, kv_cache, inputs)
     if pool_bytes >= _TELLING_BYTES and alone - without_pools > pool_bytes // 2:
         copies = "each step copies whole pools of KV blocks to write into them, so steps are slow and do not overlap"

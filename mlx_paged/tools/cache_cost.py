@@ -139,11 +139,12 @@ def typical_lengths(num_requests: int, context: int, seed: int = 0) -> list[int]
     return [min(context, log_normal(TYPICAL_PROMPT) + log_normal(TYPICAL_OUTPUT)) for _ in range(num_requests)]
 
 
-def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
+def read_model(folder: Path, dtype: str | None = None, kv_cache_dtype: str | None = None) -> ModelSize:
     """Measure the model whose config.json, and perhaps whose weights, are in `folder`, as it would run on this machine.
 
-    dtype: of weights and cache; None: as stored, float32 on a CPU. Raises ModelError if mlx-lm can't build the model,
-    its weights are there and not whole, or its cache can't be paged.
+    dtype: of weights and cache; None: as stored, float32 on a CPU. kv_cache_dtype: as in `EngineConfig`. Raises
+    ModelError if mlx-lm can't build the model, its weights are there and not whole, or its cache can't be paged,
+    ValueError if it can't be quantised.
     """
     from mlx.utils import tree_flatten
     from mlx_lm.utils import load_config, load_model
@@ -164,6 +165,7 @@ def read_model(folder: Path, dtype: str | None = None) -> ModelSize:
         raise ModelError(f"{folder / 'config.json'} describes no model that mlx-lm can build: {reason}") from error
     loading.set_dtype(model, dtype)
     patched = patch_model(model, hub.context_of(config))
+    patched = patched if kv_cache_dtype is None else patched.quantised(kv_cache_dtype)
     stored = config.get("quantization_config")
     layers = sorted(zip(patched.layers, patched.windows, strict=True), key=lambda layer: layer[1] or 0)
     counts = Counter((shape, window) for shape, window in layers if shape is not None)
