@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_paged.attention import gathered, work_items
 from mlx_paged.attention.backend import AttentionOptions, Backend, in_order
+from mlx_paged.attention.found_at_load import FoundAtLoad
 from mlx_paged.attention.kernel_plan import Launch, Parts, Plan, padded, split_by_kernel, to_device
 from mlx_paged.attention.latent_layout import LatentLayout, unsupported_latents
 from mlx_paged.attention.metadata import AttentionMetadata
@@ -50,6 +51,9 @@ class KernelBackend(Backend):
     writes_in_place = True
     """Whether `write` is by a kernel, which MLX does not know to change the pools. Otherwise MLX scatters, which copies
     a pool that an earlier step still reads."""
+
+    def __init__(self) -> None:
+        self.found = FoundAtLoad()
 
     def is_available(self) -> bool:
         on_cpu_by_choice = mx.is_available(mx.gpu) and mx.default_device() == mx.cpu
@@ -171,7 +175,7 @@ class KernelBackend(Backend):
     def _plan_decode(self, metadata: AttentionMetadata, window: int | None, shape: Shape) -> Plan:
         contexts, find = metadata.context_lens, metadata.find_shared_prefixes
         shared = find(np.arange(len(contexts))) if find is not None and window is None else []
-        return self.plan_decode(contexts, window, shape, shared)
+        return self.plan_decode(contexts, window, shape, self.found.worth_sharing(shared, shape, self.tiles))
 
     def plan_decode(
         self, context_lens: np.ndarray, window: int | None, shape: Shape, prefixes: Sequence[SharedPrefix] = ()
@@ -181,9 +185,10 @@ class KernelBackend(Backend):
         for prefix in prefixes:
             num_keys[prefix.members] -= prefix.num_tokens
         size = work_items.keys_per_item(num_keys, shape, self.num_cores)
-        plan = to_device(work_items.decode_items(context_lens, num_keys, size), self.launch_decode(shape))
+        launch = self.found.fitted(self.launch_decode(shape), shape)
+        plan = to_device(work_items.decode_items(context_lens, num_keys, size), launch)
         if prefixes:
-            tile, launch = self._tiles(shape)
+            tile, launch = self.tiles(shape)
             items, members, ranges = work_items.shared_items(prefixes, len(context_lens), shape, self.num_cores, tile)
             plan.shared, plan.ranges = self._plan_tiles(items, None, launch, padded(members)), padded(ranges)
         return plan
@@ -192,13 +197,14 @@ class KernelBackend(Backend):
         self, context_lens: np.ndarray, cu_seqlens_q: np.ndarray, window: int | None, shape: Shape
     ) -> Plan:
         """The plan for any number of queries per sequence, int32 [num_seqs + 1], and contexts, int32 [num_seqs]."""
-        tile, launch = self._tiles(shape)
+        tile, launch = self.tiles(shape)
         items = work_items.prefill_items(context_lens, cu_seqlens_q, window, shape, self.num_cores, tile)
         return self._plan_tiles(items, window, launch, None)
 
-    def _tiles(self, shape: Shape) -> tuple[Tile, Launch]:
+    def tiles(self, shape: Shape) -> LatentLayout:
         """What a threadgroup of paged_prefill or paged_latent computes at once, and how it is launched."""
-        return self.latent_layout(shape) or LatentLayout(self.prefill_tile(shape), self.launch_prefill(shape))
+        chosen = self.latent_layout(shape) or LatentLayout(self.prefill_tile(shape), self.launch_prefill(shape))
+        return self.found.fitted_tiles(chosen, shape)
 
     def _plan_tiles(self, items: WorkItems, window: int | None, launch: Launch, members: mx.array | None) -> Plan:
         """The plan of paged_prefill. members: the items are of shared prefixes, and these are its queries."""
@@ -300,9 +306,8 @@ class KernelBackend(Backend):
 
 def shape_of(q: mx.array, pool: LayerPool) -> Shape:
     """What a plan for these arrays depends on."""
-    num_kv_heads, head_dim = pool.keys.shape[2:]
-    group, is_latent = q.shape[1] // num_kv_heads, pool.latent_dim is not None
-    return Shape(num_kv_heads, group, head_dim, pool.value_dim, q.dtype.size, is_latent)
+    heads, dim = pool.keys.shape[2:]
+    return Shape(heads, q.shape[1] // heads, dim, pool.value_dim, q.dtype.size, pool.latent_dim is not None)
 
 
 @cache
