@@ -58,7 +58,7 @@ class LayerKind:
     options: AttentionOptions
     """Of one of the layers; the others' have other numbers in the same places."""
     numbers: list[int] = field(default_factory=list)
-    """Of the layers."""
+    """Of what they attend to, among all that a model stores: those of its attention layers, unless some share it."""
 
     @property
     def shape(self) -> Shape:
@@ -82,11 +82,12 @@ def kinds_of(model: PatchedModel, block_size: int) -> list[LayerKind]:
             for num_heads, options in model.uses[number]:
                 _, window, softcap, sinks = options
                 key = layer, num_heads, window is None, softcap is None, None if sinks is None else sinks.dtype
-                kinds.setdefault(key, LayerKind(backend, layer, num_heads, options)).numbers.append(number)
+                numbers = kinds.setdefault(key, LayerKind(backend, layer, num_heads, options)).numbers
+                numbers += [] if number in numbers else [number]
     return list(kinds.values())
 
 
 def named(numbers: list[int]) -> str:
-    """Write the numbers of layers: the first of many."""
+    """Write the numbers of attention layers: the first of many."""
     first, more = ", ".join(map(str, numbers[:_NUM_NAMED])), len(numbers) - _NUM_NAMED
-    return f"{'layer' if len(numbers) == 1 else 'layers'} {first}" + f" and {more} more" * (more > 0)
+    return f"attention layer{'s' * (len(numbers) > 1)} {first}" + f" and {more} more" * (more > 0)
