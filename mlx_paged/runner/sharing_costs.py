@@ -85,4 +85,4 @@ def _rule(kind: LayerKind) -> str:
         why = f"a key takes {times} {keys} {costs.start:.0f} us, measured at load"
     else:
         why = f"a key counts as much for each sequence as {keys} as {costs.start:.0f} keys, assumed without a GPU"
-    return f"{'computed once ' + ', '.join(worth) if worth else 'read by each sequence'}: {why}"
+    return f"{'computed once ' + ', '.join(worth) if worth else 'hardly ever computed once'}: {why}"
