@@ -15,6 +15,7 @@ from mlx_paged.runner.layer_kinds import LayerKind, TrialStep, kinds_of, named
 _SHORT, _LONG = 512, 4096  # tokens of a prefix
 _BYTES = 128 << 20  # of K and V that a chain goes through: a GPU's caches have forgotten those it comes back to
 _TOLD = 1024, 8192  # tokens
+_MOST_REGIONS = 64  # for tiny layers, each of which has to be planned
 _CHAIN_S = 5e-3
 _NUM_CHAINS = 3  # of which the fastest counts: clocks have to rise first
 _APART, _TOGETHER = SharingCosts(0.0, 1.0, 1.0, "us"), SharingCosts(1.0, 0.0, 0.0, "us")  # that leave no choice
@@ -32,13 +33,15 @@ def measure_costs(kind: LayerKind, block_size: int) -> SharingCosts:
     times: dict[tuple[SharingCosts, int], float] = {}
     for length in (_SHORT, _LONG):
         step = TrialStep(num_seqs, 1, length + 1, length)
-        num_regions = -(-_BYTES // (kind.layer.bytes_per_token * step.context_len))
+        num_regions = min(_MOST_REGIONS, -(-_BYTES // (kind.layer.bytes_per_token * step.context_len)))
         pool = LayerPool.zeros(kind.layer, num_regions * step.num_blocks(block_size), block_size)
         mx.eval(pool.arrays)
         for way in (_APART, _TOGETHER):
             costs[shape] = way
             regions = [step.metadata(block_size, i * step.num_blocks(block_size)) for i in range(num_regions)]
             times[way, length] = 1e6 * _seconds(kind, pool, regions)
+    del pool
+    mx.clear_cache()
     apart, together = ((times[way, _LONG] - times[way, _SHORT]) / (_LONG - _SHORT) for way in (_APART, _TOGETHER))
     start = times[_TOGETHER, _SHORT] - times[_APART, _SHORT] + (apart - together) * _SHORT
     return SharingCosts(max(0.0, apart / num_seqs), max(0.0, together / num_tiles), max(0.0, start), "us")
