@@ -151,7 +151,7 @@ def count_shared(heads: Heads, batch: int, prefix: int, own: int) -> Row:
 def shared(quick: bool) -> list[Row]:
     """Beams with one prompt; requests with one system prompt, whose queries make several tiles."""
     if quick:
-        return [count_shared(TINY, 3, 512, 9)]
+        return [count_shared(TINY, 6, 512, 9)]
     return [
         count_shared(LLAMA_8B, 4, 4096, 64),
         count_shared(Heads(14, 2, 64), 4, 4096, 64),

@@ -290,6 +290,10 @@ class LLM:
         """Say in one line how the device's memory is divided."""
         return str(self._runner.plan)
 
+    def describe_shared_prefixes(self) -> list[str]:
+        """Say, in a line for each kind of layers, which shared prefixes are computed once for all, and why."""
+        return self._runner.describe_sharing()
+
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     """Return a list of prompts, where there may be a single one. Raises TypeError for what is neither."""

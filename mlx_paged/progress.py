@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _REFRESH_S = 0.1
+_SLOW_S = 1.0
 
 
 class Running(Protocol):
@@ -30,6 +31,40 @@ class Running(Protocol):
 
     @property
     def finished(self) -> bool: ...
+
+
+class LoadingLine:
+    """Say in a line at the bottom of stderr how far something has come, if it takes more than a second.
+
+    Nothing of it stays behind. Nothing is written if stderr is not a terminal, or the environment's
+    HF_HUB_DISABLE_PROGRESS_BARS takes away the bars of downloads, too.
+    """
+
+    def __init__(self, text: str, total: int) -> None:
+        self._text, self._total = text, total
+        is_silenced = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
+        self._shown = not is_silenced and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._num_done = self._length = 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> LoadingLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._length:
+            self._write(" " * self._length)
+
+    def advance(self) -> None:
+        """Count one of the total as done."""
+        self._num_done += 1
+        if self._shown and time.monotonic() - self._started > _SLOW_S:
+            line = f"{self._text}: {self._num_done} of {self._total}"
+            self._length = max(self._length, len(line))
+            self._write(line)
+
+    def _write(self, line: str) -> None:
+        sys.stderr.write(f"\r{line}\r")
+        sys.stderr.flush()
 
 
 class ProgressBar:

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models import base
 from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_paged.attention.backend import Backend
+from mlx_paged.attention.backend import AttentionOptions, Backend
 from mlx_paged.attention.chunks import cut_into_chunks
 from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.attention.paged_attention import choose_backend
@@ -58,7 +58,7 @@ class ShapeRecorder(PagedLayerCache):
         self.offset = inputs.positions
         self._window = window
         self.shape: LayerSpec | None = None
-        self.num_heads = 0  # of the layers that attend to it
+        self.uses: list[tuple[int, AttentionOptions]] = []
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PagedKV, PagedKV]:
         self.shape = LayerSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
@@ -80,10 +80,11 @@ class ShapeRecorder(PagedLayerCache):
         assert self.shape is not None
         if self.shape.value_in_key:
             queries, mask = join_queries(queries, scale, mask), None
-        self.num_heads = max(self.num_heads, queries.shape[1])
+        window = mask.window if mask else self._window
+        self.uses.append((queries.shape[1], AttentionOptions(scale, window, softcap, sinks)))
         _expect_shape(queries, (self._num_tokens, queries.shape[1], 1, self.shape.key_dim))
-        if mask and self._window and mask.window > self._window:
-            raise ValueError(f"a layer attends to {mask.window} tokens and its cache keeps {self._window}")
+        if window and self._window and window > self._window:
+            raise ValueError(f"a layer attends to {window} tokens and its cache keeps {self._window}")
         return mx.zeros((*queries.shape[:3], self.shape.value_dim), queries.dtype)
 
     @property
@@ -110,8 +111,8 @@ class PatchedModel:
     """Likewise: the most keys that a cache keeps, None for all."""
     chunked: bool
     """Whether these windows do not move with each query, but begin at the last multiple of their size."""
-    num_heads: list[int]
-    """Likewise: the query heads of the layers that attend to what a cache stores."""
+    uses: list[list[tuple[int, AttentionOptions]]]
+    """Likewise: with how many query heads layers attend to what a cache stores, and how."""
     vocab_size: int
     selects_logits: bool
     """Whether the model itself returns only the rows of `logits_indices`."""
@@ -159,15 +160,15 @@ class PatchedModel:
         """
         if block_size not in self._backends:
             self._backends[block_size] = [
-                None if layer is None else choose_backend(layer, num_heads, block_size)
-                for layer, num_heads in zip(self.layers, self.num_heads, strict=True)
+                None if layer is None else choose_backend(layer, max(dict(uses), default=0), block_size)
+                for layer, uses in zip(self.layers, self.uses, strict=True)
             ]
         return self._backends[block_size]
 
     def max_decode_queries(self, block_size: int) -> int:
         """Query tokens of one sequence that every layer computes while it reads the sequence's blocks once."""
-        layers = zip(self.backends(block_size), self.layers, self.num_heads, strict=True)
-        stored = [(backend, layer, heads) for backend, layer, heads in layers if backend and layer]
+        layers = zip(self.backends(block_size), self.layers, self.uses, strict=True)
+        stored = [(backend, layer, max(dict(uses))) for backend, layer, uses in layers if backend and layer and uses]
         return min((backend.max_decode_queries(layer, heads) for backend, layer, heads in stored), default=1)
 
     def __call__(self, kv_cache: PagedKVCache, inputs: ModelInputs, states: States | None = None) -> mx.array:
@@ -265,10 +266,8 @@ def _trace(model: nn.Module, name: str, windows: list[int | None], kinds: list[A
         _expect_shape(logits, (len(_TRACED_ROWS) if selects_logits else _NUM_TRACED_TOKENS, 1, logits.shape[-1]))
     except Exception as error:  # whatever a model's code does to an opaque object
         raise refusal(name, error) from error
-    shapes, num_heads = [cache.shape for cache in caches], [cache.num_heads for cache in caches]
-    return PatchedModel(
-        model, shapes, windows, name == _CHUNKED, num_heads, logits.shape[-1], selects_logits, kinds, states
-    )
+    shapes, uses = [cache.shape for cache in caches], [cache.uses for cache in caches]
+    return PatchedModel(model, shapes, windows, name == _CHUNKED, uses, logits.shape[-1], selects_logits, kinds, states)
 
 
 def _expect_shape(array: mx.array, expected: tuple[int, ...]) -> None:

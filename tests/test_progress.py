@@ -13,7 +13,7 @@ import pytest
 
 from mlx_paged.cli.terminal import Terminal
 from mlx_paged.outputs import CompletionOutput, RequestOutput
-from mlx_paged.progress import ProgressBar
+from mlx_paged.progress import LoadingLine, ProgressBar
 from mlx_paged.sampling_params import SamplingParams
 
 
@@ -138,3 +138,34 @@ def test_nothing_at_all_is_written_where_it_is_not_wanted(why: str, monkeypatch:
         bar.count(output(3))
         bar.show()
     assert screen.getvalue() == ""
+
+
+# -- the line while a model is loaded --
+
+
+def test_loading_that_takes_more_than_a_second_says_how_far_it_is_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screen = open_screen(monkeypatch)  # where each look at the clock takes a second
+    with LoadingLine("preparing kernels", 4) as line:
+        line.advance()
+        assert screen.text == ""
+        line.advance()
+        line.advance()
+        assert screen.text == "\rpreparing kernels: 2 of 4\r\rpreparing kernels: 3 of 4\r"
+    assert screen.text.endswith("\r" + " " * len("preparing kernels: 3 of 4") + "\r")
+
+
+@pytest.mark.parametrize("silence", [("TERM", "dumb"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), None])
+def test_nobody_sees_it_who_sees_no_other_bars(
+    silence: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = open_screen(monkeypatch)
+    if silence is None:
+        monkeypatch.setattr(screen, "isatty", lambda: False)
+    else:
+        monkeypatch.setenv(*silence)
+    with LoadingLine("preparing kernels", 4) as line:
+        for _ in range(4):
+            line.advance()
+    assert screen.text == ""

@@ -31,7 +31,7 @@ from mlx_paged.cpu.exponential import exp, exp_is_slow
 _CACHED_BYTES = 2 << 20  # of scores
 _MIN_TILE = 16  # queries: with fewer the products are too small
 _MIN_OWN_EXP = 8192  # scores: with fewer its operations cost more than they save
-_MIN_SAVED = 4096  # keys that are not read again: a prefix costs some twenty operations in each layer
+MIN_SAVED = 4096  # keys that are not read again: a prefix costs some twenty operations in each layer
 _MAX_PREFIXES = 4
 _MIN_KEYS_IN_PLACE = 1024  # of a batch of decodes: with fewer, gathering them costs no more
 _MAX_HEADS_IN_PLACE = 8
@@ -147,4 +147,4 @@ def _worth_sharing(metadata: AttentionMetadata) -> list[tuple[np.ndarray, int]]:
         return []
     seqs = np.flatnonzero((metadata.query_lens == 1) & (metadata.context_lens > 0))
     prefixes = sorted(metadata.find_shared_prefixes(seqs), key=lambda prefix: prefix.num_saved, reverse=True)
-    return [(seqs[each.members], each.num_tokens) for each in prefixes[:_MAX_PREFIXES] if each.num_saved >= _MIN_SAVED]
+    return [(seqs[each.members], each.num_tokens) for each in prefixes[:_MAX_PREFIXES] if each.num_saved >= MIN_SAVED]

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_paged.attention import gathered, work_items
 from mlx_paged.attention.backend import MAX_DECODE_QUERIES, AttentionOptions, Backend, in_order
+from mlx_paged.attention.found_at_load import FoundAtLoad
 from mlx_paged.attention.kernel_plan import Launch, Parts, Plan, padded, split_by_kernel, to_device
 from mlx_paged.attention.latent_layout import LatentLayout, unsupported_latents
 from mlx_paged.attention.metadata import AttentionMetadata
@@ -49,6 +50,9 @@ class KernelBackend(Backend):
     writes_in_place = True
     """Whether `write` is by a kernel, which MLX does not know to change the pools. Otherwise MLX scatters, which copies
     a pool that an earlier step still reads."""
+
+    def __init__(self) -> None:
+        self.found = FoundAtLoad()
 
     def is_available(self) -> bool:
         on_cpu_by_choice = mx.is_available(mx.gpu) and mx.default_device() == mx.cpu
@@ -115,7 +119,7 @@ class KernelBackend(Backend):
         shape = Shape(
             layer.num_kv_heads, num_heads // layer.num_kv_heads, *layer[1:3], layer.dtype.size, layer.value_in_key
         )
-        return self._decode_queries(shape) or max(1, self._tiles(shape)[0].rows // shape.heads_per_kv_head)
+        return self._decode_queries(shape) or max(1, self.tiles(shape).tile.rows // shape.heads_per_kv_head)
 
     def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
         """Put K and V of at least one token into their slots, in the pool's own memory.
@@ -174,7 +178,7 @@ class KernelBackend(Backend):
         if not is_decode:
             return self.plan_prefill(*lengths, window, shape)
         shared = find(np.arange(len(lengths[0]))) if find is not None and window is None else []
-        return self.plan_decode(*lengths, window, shape, shared)
+        return self.plan_decode(*lengths, window, shape, self.found.worth_sharing(shared, shape, self.tiles))
 
     def plan_decode(
         self,
@@ -198,11 +202,11 @@ class KernelBackend(Backend):
         items = work_items.decode_items(
             context_lens, cu_seqlens_q, num_keys, work_items.keys_per_item(num_keys, rows, self.num_cores)
         )
-        plan = to_device(items, self.launch_decode(rows))
+        plan = to_device(items, self.found.fitted(self.launch_decode(rows), shape))
         plan.launch.template.update(HEADS=shape.heads_per_kv_head, QUERIES=queries)
         plan.constants["window"] = _visible(window)
         if prefixes:
-            tile, launch = self._tiles(shape)
+            tile, launch = self.tiles(shape)
             items, members, ranges = work_items.shared_items(prefixes, cu_seqlens_q, shape, self.num_cores, tile)
             plan.shared, plan.ranges = self._plan_tiles(items, None, launch, padded(members)), padded(ranges)
         return plan
@@ -211,13 +215,14 @@ class KernelBackend(Backend):
         self, context_lens: np.ndarray, cu_seqlens_q: np.ndarray, window: int | None, shape: Shape
     ) -> Plan:
         """The plan for any number of queries per sequence, int32 [num_seqs + 1], and contexts, int32 [num_seqs]."""
-        tile, launch = self._tiles(shape)
+        tile, launch = self.tiles(shape)
         items = work_items.prefill_items(context_lens, cu_seqlens_q, window, shape, self.num_cores, tile)
         return self._plan_tiles(items, window, launch, None)
 
-    def _tiles(self, shape: Shape) -> tuple[Tile, Launch]:
+    def tiles(self, shape: Shape) -> LatentLayout:
         """What a threadgroup of paged_prefill or paged_latent computes at once, and how it is launched."""
-        return self.latent_layout(shape) or LatentLayout(self.prefill_tile(shape), self.launch_prefill(shape))
+        chosen = self.latent_layout(shape) or LatentLayout(self.prefill_tile(shape), self.launch_prefill(shape))
+        return self.found.fitted_tiles(chosen, shape)
 
     def _plan_tiles(self, items: WorkItems, window: int | None, launch: Launch, members: mx.array | None) -> Plan:
         """The plan of paged_prefill. members: the items are of shared prefixes, and these are its queries."""
@@ -325,9 +330,8 @@ class KernelBackend(Backend):
 
 def shape_of(q: mx.array, pool: LayerPool) -> Shape:
     """What a plan for these arrays depends on."""
-    num_kv_heads, head_dim = pool.keys.shape[2:]
-    group, is_latent = q.shape[1] // num_kv_heads, pool.latent_dim is not None
-    return Shape(num_kv_heads, group, head_dim, pool.value_dim, q.dtype.size, is_latent)
+    heads, dim = pool.keys.shape[2:]
+    return Shape(heads, q.shape[1] // heads, dim, pool.value_dim, q.dtype.size, pool.latent_dim is not None)
 
 
 def _visible(window: int | None) -> mx.array:

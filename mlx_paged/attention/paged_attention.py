@@ -18,8 +18,7 @@ from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.errors import EngineWarning
 
-_ALL: tuple[Backend, ...] = (MetalBackend(), CudaBackend(), CpuBackend(), ReferenceBackend())
-BACKENDS = {backend.name: backend for backend in _ALL}
+BACKENDS: dict[str, Backend] = {kind.name: kind() for kind in (MetalBackend, CudaBackend, CpuBackend, ReferenceBackend)}
 """By name, the best first."""
 BACKEND_VARIABLE = "MLX_PAGED_BACKEND"
 

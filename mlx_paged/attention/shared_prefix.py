@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-MIN_KEYS_SAVED = 512  # that are not read again: fewer are not worth another launch and the merging of its results
-
 
 class SharedPrefix(NamedTuple):
     """The first `num_tokens` tokens of `members`, numbers of sequences in ascending order, lie in the same blocks."""
@@ -35,7 +33,7 @@ class _Grouping(NamedTuple):
 
 
 def find_shared_prefixes(tables: np.ndarray, context_lens: np.ndarray, block_size: int) -> list[SharedPrefix]:
-    """Group sequences, each in one group at most, so that together they save the most reads.
+    """Group sequences, each in one group at most, so that together they save the most reads, however few.
 
     tables: int [num_seqs, max_blocks]; context_lens: int [num_seqs]. Of a sequence only whole blocks count, and its
     last token stays its own.
@@ -61,8 +59,7 @@ def find_shared_prefixes(tables: np.ndarray, context_lens: np.ndarray, block_siz
         with_own_group = _Grouping(num_saved - length, [*groups, own_group], [])
         return [max(each, with_own_group, key=lambda g: (g.num_saved, -len(g.groups))) for each in groupings]
 
-    groups = best(np.arange(len(tables)), [0])[0].groups if len(tables) > 1 else []
-    return [group for group in groups if group.num_saved >= MIN_KEYS_SAVED]
+    return best(np.arange(len(tables)), [0])[0].groups if len(tables) > 1 else []
 
 
 def _joined(unshared: np.ndarray, level: int, groupings: Sequence[_Grouping]) -> _Grouping:

@@ -54,7 +54,7 @@ def measure_model(
         if loaded.max_model_len is not None and longest > loaded.max_model_len:
             raise ValueError(f"{longest} tokens are more than the {loaded.max_model_len} the model was made for")
         llm = LLM.from_model(loaded.model, **engine)
-    terminal.note(llm.describe_memory())
+    terminal.note(llm.describe_memory(), *(llm.describe_shared_prefixes() if terminal.verbose else ()))
     sizes = num_prompt, num_output, batch_sizes, repetitions
     try:
         terminal.progress("a short run, to see how long it will take ...")

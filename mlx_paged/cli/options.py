@@ -254,7 +254,7 @@ bench_options: Option = options(
 )  # fmt: skip
 report_options: Option = options(
     flag("-v", "--verbose", help="Timing and memory on stderr, tracebacks of failures; of serve, why prompts were not "
-         "cached."),
+         "cached; of bench, which shared prefixes are computed once, and why."),
     flag("-q", "--quiet", help="Nothing on stderr but failures."),
 )  # fmt: skip
 profile_option: Option = text(

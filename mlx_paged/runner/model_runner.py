@@ -11,7 +11,7 @@ from mlx_paged.config import EngineConfig, parse_memory
 from mlx_paged.models.patch import PatchedModel
 from mlx_paged.runner.fingerprint import fingerprint
 from mlx_paged.runner.memory_plan import fit_to_states, plan_memory
-from mlx_paged.runner.trial_writes import choose_writers
+from mlx_paged.runner.prepare_kernels import prepare_kernels
 from mlx_paged.runner.warmup import overlap_is_safe
 
 
@@ -23,7 +23,7 @@ class ModelRunner:
     ) -> None:
         """num_needed: blocks of a pool for which no size is given, if fewer than a share of the memory has room for."""
         self._model = model = model if config.kv_cache_dtype is None else model.quantised(config.kv_cache_dtype)
-        self.backends = {backend.name for backend in choose_writers(model, config.block_size)}
+        self.backends = prepare_kernels(model, config.block_size)
         self.plan = plan_memory(model, config, max_model_len, num_needed)
         self.config = config if self.plan.state_bytes == 0 else fit_to_states(config, self.plan)
         """With no more sequences at once than there is room for."""
@@ -48,6 +48,12 @@ class ModelRunner:
         with contextlib.suppress(Exception):  # what is still in flight may fail like what was
             mx.synchronize()
         self.kv_cache.clear()
+
+    def describe_sharing(self) -> list[str]:
+        """Say which prefixes that sequences share are computed once for all of them, and why."""
+        from mlx_paged.runner.sharing_costs import describe_sharing
+
+        return describe_sharing(self._model, self.config.block_size)
 
     def fingerprint(self) -> str:
         """Name what saved blocks and states depend on beside their tokens."""

@@ -6,7 +6,6 @@ import warnings
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.attention.backend import Backend
 from mlx_paged.attention.kernel_backend import KernelBackend
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.cache.kv_cache import LayerPool
@@ -18,8 +17,8 @@ WRITE_VARIABLE = "MLX_PAGED_WRITE"
 WRITERS = ("kernel", "scatter")
 
 
-def choose_writers(model: PatchedModel, block_size: int) -> set[Backend]:
-    """Have the backends of a model's layers write with their kernels where that works. Returns the backends.
+def choose_writers(model: PatchedModel, block_size: int) -> None:
+    """Have the backends of a model's layers write with their kernels where that works.
 
     MLX knows of no kernel that changes what it is given, and nobody promises that one can. Where a pool does not show
     what a kernel has written into it, an EngineWarning says so, and MLX's scatter takes its place. So it does if the
@@ -29,23 +28,20 @@ def choose_writers(model: PatchedModel, block_size: int) -> set[Backend]:
     asked = os.environ.get(WRITE_VARIABLE)
     if asked and asked not in WRITERS:
         raise ValueError(f"{WRITE_VARIABLE} must be one of {', '.join(WRITERS)}, got {asked!r}")
-    pairs = zip(model.backends(block_size), model.layers, strict=True)
-    layers_of: dict[Backend, set[LayerSpec]] = {}
-    for backend, layer in pairs:
-        if backend is not None and layer is not None:
+    layers_of: dict[KernelBackend, set[LayerSpec]] = {}
+    for backend, layer in zip(model.backends(block_size), model.layers, strict=True):
+        if isinstance(backend, KernelBackend) and layer is not None:
             layers_of.setdefault(backend, set()).add(layer)
     for backend, layers in layers_of.items():
-        if isinstance(backend, KernelBackend):
-            backend.writes_in_place = asked != "scatter"
-            for layer in layers if backend.writes_in_place else ():
-                if failure := failure_of_write(backend, layer, block_size):
-                    text = f"{backend.title} kernels can't write into pools here: {failure}"
-                    if asked:
-                        raise ValueError(f"{text} ({WRITE_VARIABLE})")
-                    backend.writes_in_place = False
-                    warnings.warn(f"{text}; MLX's scatter takes their place, more slowly", EngineWarning, stacklevel=4)
-                    break
-    return set(layers_of)
+        backend.writes_in_place = asked != "scatter"
+        for layer in layers if backend.writes_in_place else ():
+            if failure := failure_of_write(backend, layer, block_size):
+                text = f"{backend.title} kernels can't write into pools here: {failure}"
+                if asked:
+                    raise ValueError(f"{text} ({WRITE_VARIABLE})")
+                backend.writes_in_place = False
+                warnings.warn(f"{text}; MLX's scatter takes their place, more slowly", EngineWarning, stacklevel=5)
+                break
 
 
 def failure_of_write(backend: KernelBackend, layer: LayerSpec, block_size: int) -> str | None:

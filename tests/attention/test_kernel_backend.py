@@ -11,8 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.attention_cases import split
+from helpers.fake_device import FakeDevice
+from helpers.fake_device import device as device
 
-from mlx_paged import LLM, SamplingParams, paged_attention
+from mlx_paged import paged_attention
 from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.cuda import CudaBackend
@@ -23,45 +25,6 @@ from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.work_items import Shape
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.errors import EngineWarning
-from mlx_paged.runner import trial_writes as trial_writes
-
-
-class FakeDevice:
-    """Takes the place of `mx.fast.metal_kernel`: remembers what is made and called, and computes zeros."""
-
-    def __init__(self) -> None:
-        self.made: list[str] = []
-        self.options: list[dict[str, Any]] = []
-        self.calls: list[tuple[str, dict[str, Any]]] = []
-
-    def metal_kernel(
-        self, *, name: str, input_names: Any, output_names: Any, source: str, header: str, **options: Any
-    ) -> Any:
-        self.made.append(name)
-        self.options.append(options)
-
-        def call(**arguments: Any) -> list[mx.array]:
-            self.calls.append((name, arguments))
-            shapes = zip(arguments["output_shapes"], arguments["output_dtypes"], strict=True)
-            return [mx.zeros(shape, dtype) for shape, dtype in shapes]
-
-        return call
-
-    def compiled(self, name: str) -> set[str]:
-        """What MLX compiles a kernel for: its inputs of fewer than 8 elements are in another address space."""
-        calls = [arguments for other, arguments in self.calls if other == name]
-        return {str((call["template"], [(x.dtype, x.ndim == 0, x.size < 8) for x in call["inputs"]])) for call in calls}
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
-    fake = FakeDevice()
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx.fast, "metal_kernel", fake.metal_kernel)
-    monkeypatch.delenv(attention.BACKEND_VARIABLE, raising=False)
-    attention._warn_once.cache_clear()
-    return fake
-
 
 METAL = MetalBackend()
 SHAPE = Shape(2, 2, 16, 24, 4)
@@ -193,20 +156,6 @@ def test_items_and_parts_are_never_so_few_that_another_kernel_is_compiled(
     for num_seqs in (1, 2, 30):
         call(num_seqs=num_seqs, max_blocks=8)
     assert len(device.compiled(call.__name__.replace("call", "paged"))) == 1
-
-
-def test_no_kernel_is_compiled_for_the_first_time_while_texts_are_generated(
-    device: FakeDevice, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One request whose context outgrows a few blocks, then several: as loading has compiled them."""
-    monkeypatch.setattr(trial_writes, "seems_written", lambda *_: True)
-    llm = LLM.from_model(tiny_model("llama"), block_size=8, max_num_seqs=4)
-    loaded = {name: device.compiled(name) for name in ("paged_prefill", "paged_decode", "paged_write")}
-    params = SamplingParams(max_tokens=70, ignore_eos=True)
-    for prompts in ([[1, 2]], [[1, 2, 3], [4, 5], [6]]):
-        llm.generate(prompts, params)
-    for name, variants in loaded.items():
-        assert len(variants) == (2 if name == "paged_write" else 1) and device.compiled(name) == variants
 
 
 def test_the_number_of_cores_is_told_from_the_architecture(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:

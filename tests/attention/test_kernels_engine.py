@@ -80,7 +80,7 @@ def test_a_model_of_latent_attention_generates_the_same_tokens_through_its_kerne
 def test_gemma_4_with_heads_of_512_generates_the_same_tokens_through_the_kernels(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its layers with windows have heads of 16 here, those that see everything of 512, in float16 as both are made for."""
+    """Its layers with windows have heads of 16 here, those that see everything of 512; in float16, as is needed."""
     model = family_model("gemma4_text", global_head_dim=512)
     model.set_dtype(mx.float16)
     monkeypatch.setenv(attention.BACKEND_VARIABLE, "reference")

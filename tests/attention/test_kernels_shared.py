@@ -18,6 +18,7 @@ from helpers.attention_cases import (
     dense_attention,
     make_arrays,
     points_of,
+    share_all,
     split,
 )
 from helpers.gpu import Gpu
@@ -26,7 +27,6 @@ from helpers.tiny_models import VOCAB_SIZE
 from metalsim.fixture import Metal
 
 from mlx_paged import LLM, BeamSearchParams, SamplingParams
-from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention import work_items as work_items
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
@@ -54,7 +54,7 @@ BEAMS = Case(((1, 81), (1, 83), (1, 84)), (4, 2), shared=(((0, 1, 2), 4),), dtyp
 
 @pytest.fixture(autouse=True)
 def short_prefixes_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_prefix, "MIN_KEYS_SAVED", 1)
+    share_all(monkeypatch)
 
 
 def case_of(point: Sequence[Any]) -> Case:

@@ -9,14 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.attention_cases import DTYPES, FAR_BLOCK, Case, exact, points_of
+from helpers.attention_cases import DTYPES, FAR_BLOCK, Case, exact, points_of, share_all
 from helpers.cuda_text import slots_of
 from helpers.gpu import Gpu
 from helpers.planted import Mistake
 from metalsim.order import UnorderedAccess
 
 from mlx_paged import LLM, BeamSearchParams, SamplingParams
-from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import BACKEND_VARIABLE, _warn_once
@@ -194,7 +193,7 @@ def test_samples_beams_and_chunks_are_the_same_over_pools_that_kernels_write(
     gpu: Gpu, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of several chunks, of which the second copies blocks, and prefixes that are read once for all samples."""
-    monkeypatch.setattr(shared_prefix, "MIN_KEYS_SAVED", 1)
+    share_all(monkeypatch)
     model, prompts = tiny_model("gpt_oss", num_hidden_layers=2), [list(range(1, 40)), [5, 6]]
 
     def generated() -> list[Any]:

@@ -16,7 +16,6 @@ from helpers.attention_cases import DTYPES, Case, assert_close, check, dense_att
 from mlx_paged import paged_attention
 from mlx_paged.attention import cpu as cpu
 from mlx_paged.attention import reference as reference
-from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.shared_prefix import SharedPrefix
@@ -321,8 +320,7 @@ SHARING = (
 def test_prefixes_that_are_computed_once_for_all_change_no_result(
     case: Case, max_bytes: int, slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_prefix, "MIN_KEYS_SAVED", 1)
-    monkeypatch.setattr(cpu, "_MIN_SAVED", 1)
+    monkeypatch.setattr(cpu, "MIN_SAVED", 1)
     monkeypatch.setattr(cpu, "exp_is_slow", lambda: slow)
     monkeypatch.setattr(cpu, "MAX_BYTES", max_bytes)
     monkeypatch.setattr(reference, "MAX_BYTES", max_bytes)

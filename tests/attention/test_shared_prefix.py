@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention.shared_prefix import SharedPrefix, find_shared_prefixes
 
 
@@ -20,26 +18,21 @@ def found(tables: list[list[int]], context_lens: list[int], block_size: int) -> 
     return sorted((prefix.members.tolist(), prefix.num_tokens) for prefix in prefixes)
 
 
-@pytest.fixture
-def any_saving_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_prefix, "MIN_KEYS_SAVED", 1)
-
-
-def test_beams_share_the_blocks_of_their_prompt(any_saving_counts: None) -> None:
+def test_beams_share_the_blocks_of_their_prompt() -> None:
     assert found([[5, 6, 7], [5, 6, 8], [5, 6, 9]], [10, 11, 9], 4) == [([0, 1, 2], 8)]
 
 
-def test_only_whole_blocks_before_the_last_token_are_shared(any_saving_counts: None) -> None:
+def test_only_whole_blocks_before_the_last_token_are_shared() -> None:
     assert found([[5, 6], [5, 6]], [8, 8], 4) == [([0, 1], 4)]
     assert found([[5, 6], [5, 6]], [9, 8], 4) == [([0, 1], 4)]
     assert found([[5, 6], [5, 6]], [4, 3], 4) == []
 
 
-def test_later_blocks_that_happen_to_be_the_same_are_not_a_prefix(any_saving_counts: None) -> None:
+def test_later_blocks_that_happen_to_be_the_same_are_not_a_prefix() -> None:
     assert found([[1, 5, 6], [2, 5, 6]], [12, 12], 4) == []
 
 
-def test_two_conversations_with_one_system_prompt_are_read_by_what_saves_more(any_saving_counts: None) -> None:
+def test_two_conversations_with_one_system_prompt_are_read_by_what_saves_more() -> None:
     system, one, other = [1], [2, 3, 4, 5], [6, 7, 8, 9]
     tables = [[*system, *one], [*system, *one], [*system, *other], [*system, *other], [*system, 10]]
     assert found(tables, [21, 21, 21, 21, 6], 4) == [([0, 1], 20), ([2, 3], 20)]
@@ -47,16 +40,9 @@ def test_two_conversations_with_one_system_prompt_are_read_by_what_saves_more(an
     assert found(tables, [17] * 6 + [22] * 2, 4) == [(list(range(8)), 16)]
 
 
-def test_what_a_group_leaves_out_joins_one_with_a_shorter_prefix(any_saving_counts: None) -> None:
+def test_what_a_group_leaves_out_joins_one_with_a_shorter_prefix() -> None:
     tables = [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2], [1]]
     assert found(tables, [13, 13, 7, 4], 3) == [([0, 1], 12), ([2, 3], 3)]
-
-
-def test_what_would_save_little_is_left_alone() -> None:
-    tables = [[*range(40), 100], [*range(40), 101]]
-    least = shared_prefix.MIN_KEYS_SAVED
-    assert found(tables, [33 * 16] * 2, 16) == [([0, 1], 512)] and least == 512
-    assert found(tables, [32 * 16] * 2, 16) == []
 
 
 def test_no_sequences_share_nothing() -> None:
@@ -91,9 +77,7 @@ def test_no_other_way_to_group_the_sequences_saves_more(branches: list[list[int]
             length += 1
         return (len(group) - 1) * length * 3
 
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(shared_prefix, "MIN_KEYS_SAVED", 1)
-        groups = found(tables, contexts, 3)
+    groups = found(tables, contexts, 3)
     for members, num_tokens in groups:
         assert len({shareable[i][: num_tokens // 3] for i in members}) == 1 and num_tokens % 3 == 0
         assert all(len(shareable[i]) * 3 >= num_tokens for i in members)

@@ -76,6 +76,22 @@ def test_the_other_forms_hold_the_same_rows() -> None:
     assert all(float(row["tokens_per_s"]) > 0 for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("backend", "rule"),
+    [("cpu", "computed once where that saves reading 4,096 keys or more"), ("reference", "read by each sequence")],
+)
+def test_verbose_says_what_becomes_of_shared_prefixes_where_there_are_no_kernels(
+    backend: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mx.default_device() != mx.cpu:
+        pytest.skip("this is a GPU")
+    monkeypatch.setenv("MLX_PAGED_BACKEND", backend)
+    line = f"shared prefixes: {rule}; no kernel is used here, and plain operations are not timed"
+    smallest = ("--random-weights", "qwen2-tiny", "-p", 1, "-g", 0, "-b", 1, "-n", 1)
+    assert line in run(*smallest, "-v").stderr.splitlines()
+    assert "shared prefixes" not in run(*smallest).stderr
+
+
 def test_prompts_or_decoding_can_be_left_out() -> None:
     for args, tests in ((("-p", 0), ["tg5"]), (("-g", 0), ["pp9"])):
         report = json.loads(run_well(*SMALL, *args, "-b", 2, "-n", 1, "-o", "json"))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_paged import paged_attention
-from mlx_paged.attention import work_items
+from mlx_paged.attention import found_at_load, work_items
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import BACKENDS
@@ -176,6 +176,12 @@ def split(patches: pytest.MonkeyPatch, part_size: int | None) -> None:
     if part_size is not None:
         patches.setattr(work_items, "keys_per_item", lambda *_: part_size)
         patches.setattr(work_items, "num_key_splits", lambda _, num_keys, *__: (-(-num_keys // part_size)).clip(1))
+
+
+def share_all(patches: pytest.MonkeyPatch) -> None:
+    """Have every prefix that sequences share computed once, short ones too, however few rows see it."""
+    patches.setattr(found_at_load, "MIN_ROWS", 1)
+    patches.setattr(found_at_load, "ASSUMED", found_at_load.SharingCosts(1.0, 0.0, 0.0, "keys"))
 
 
 def decodes(*context_lens: int) -> tuple[tuple[int, int], ...]:

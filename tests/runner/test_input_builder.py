@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from mlx_paged import SamplingParams
-from mlx_paged.attention import shared_prefix
 from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.outputs import RequestMetrics
 from mlx_paged.request import Request, Sequence
@@ -180,8 +179,7 @@ def test_what_is_drawn_for_a_row_that_has_changed_hands_since_is_nobodys(is_same
     assert np.array(inputs.token_ids).tolist() == [50, 13, 52]
 
 
-def test_prefixes_are_looked_for_again_once_a_table_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_prefix, "MIN_KEYS_SAVED", 1)
+def test_prefixes_are_looked_for_again_once_a_table_is_another() -> None:
     batch = make_batch()
     builder, schedule = InputBuilder(batch), decodes(batch, [0, 2], [1, 1])
 
