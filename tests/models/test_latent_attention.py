@@ -59,7 +59,7 @@ def test_batches_with_shared_prefixes_give_the_unpaged_results(
     settings: dict[str, Any], backend: str, model: nn.Module, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLX_PAGED_BACKEND", backend)
-    monkeypatch.setattr("mlx_paged.attention.cpu._MIN_SAVED", 1)
+    monkeypatch.setattr("mlx_paged.attention.cpu.MIN_SAVED", 1)
     monkeypatch.setattr("mlx_paged.attention.cpu._MIN_KEYS_IN_PLACE", 1)
     llm = LLM.from_model(model, check_invariants=True, **settings)
     outputs = [*llm.generate(prompts, GREEDY), *llm.generate(prompts[::-1], GREEDY)[::-1]]  # then from the cache
