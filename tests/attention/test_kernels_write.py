@@ -19,7 +19,7 @@ from mlx_paged import LLM, BeamSearchParams, SamplingParams
 from mlx_paged.attention import shared_prefix as shared_prefix
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
-from mlx_paged.attention.paged_attention import BACKEND_VARIABLE, _warn_once
+from mlx_paged.attention.paged_attention import _warn_once
 from mlx_paged.cache.kv_cache import LayerPool, PagedKVCache
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.errors import EngineWarning
