@@ -35,6 +35,7 @@ ROOMS = (
     "request",
     "sampling",
     "blocks",
+    "kernels",
     "cpu",
     "progress",
     "outputs",

@@ -15,7 +15,6 @@ from mlx_paged.attention.kernel_plan import Launch
 from mlx_paged.attention.latent_layout import cuda_layout
 from mlx_paged.attention.work_items import Shape, Tile
 
-_AMPERE = 8  # the first with the instructions of intrinsics.cuh
 _HOPPER = 9
 _MAX_SHARED_BYTES = 96 << 10  # of a block, which every card since Ampere has
 _ROWS = 16  # that a warp computes at once with its matrix instructions
@@ -30,9 +29,6 @@ class CudaBackend(KernelBackend):
     suffix = "cu"
     latent_layout = staticmethod(cuda_layout)
 
-    def is_available(self) -> bool:
-        return super().is_available() and int(mx.device_info().get("compute_capability_major", _AMPERE)) >= _AMPERE
-
     @cached_property
     def num_cores(self) -> int:
         """A fourth of the card's multiprocessors: eight blocks to a "core" are then two to a multiprocessor, as many as
@@ -46,7 +42,7 @@ class CudaBackend(KernelBackend):
     @cached_property
     def has_matrix_units(self) -> bool:
         """Since Hopper, whose matrix units take whole warp groups."""
-        return int(mx.device_info().get("compute_capability_major", _AMPERE)) >= _HOPPER
+        return int(mx.device_info().get("compute_capability_major", 0)) >= _HOPPER
 
     def prefill_tile(self, shape: Shape) -> Tile:
         """The largest whose scores and output a thread's 255 registers hold: benchmarks/cuda_registers.py."""

@@ -6,13 +6,13 @@ step's graph should not cost more on the host than what the kernels take the pla
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial, reduce
-from importlib.resources import files
+from functools import partial, reduce
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_paged import kernels
 from mlx_paged.attention import gathered, work_items
 from mlx_paged.attention.backend import MAX_DECODE_QUERIES, AttentionOptions, Backend, in_order
 from mlx_paged.attention.found_at_load import FoundAtLoad
@@ -34,7 +34,6 @@ _NO_WINDOW = 1 << 30
 _SIMDGROUPS_OF_MERGE = 8
 _THREADS_OF_WRITE = 256
 
-Kernel = Callable[..., list[mx.array]]
 Partial = list[mx.array]  # of parts: means [num_parts, num_heads, value_dim], logs of sums [num_parts, num_heads]
 
 
@@ -55,8 +54,7 @@ class KernelBackend(Backend):
         self.found = FoundAtLoad()
 
     def is_available(self) -> bool:
-        on_cpu_by_choice = mx.is_available(mx.gpu) and mx.default_device() == mx.cpu
-        return getattr(mx, self.name).is_available() and not on_cpu_by_choice
+        return kernels.is_available(self.name)
 
     @property
     @abstractmethod
@@ -88,15 +86,10 @@ class KernelBackend(Backend):
 
     def make_kernel(
         self, kernel_name: str, inputs: Iterable[str], outputs: tuple[str, ...], shared_bytes: int = 0
-    ) -> Kernel:
+    ) -> kernels.Kernel:
         """The kernel with inputs of these names. Raises RuntimeError if there is no device."""
-        if not getattr(mx, self.name).is_available():
-            raise RuntimeError(f"{self.title} kernels need a {self.title} device, and there is none here")
-        make = getattr(mx.fast, f"{self.name}_kernel")
-        header, source = _texts(self.name, self.headers(kernel_name), f"{kernel_name}.{self.suffix}")
-        names = {"name": kernel_name, "input_names": tuple(inputs), "output_names": outputs}
-        settings = {"shared_memory": shared_bytes} if shared_bytes else {}
-        return _make(make, **names, header=header, source=source, ensure_row_contiguous=False, **settings)
+        texts = *self.headers(kernel_name), f"{kernel_name}.{self.suffix}"
+        return kernels.make_kernel(self.name, texts, inputs, outputs, shared_bytes)
 
     def unsupported(self, layer: LayerSpec, num_heads: int, block_size: int) -> str | None:
         if layer.codes is not None:
@@ -291,14 +284,8 @@ class KernelBackend(Backend):
 
         def call(q: mx.array, pool: LayerPool, block_tables: mx.array, sinks: mx.array | None) -> Partial:
             write_done = constants["work"] if pool.write_done is None else pool.write_done
-            inputs = [
-                q,
-                *_caches(pool, q).values(),
-                block_tables,
-                *constants.values(),
-                q if sinks is None else sinks,
-                write_done,
-            ]
+            last = q if sinks is None else sinks, write_done
+            inputs = [q, *_caches(pool, q).values(), block_tables, *constants.values(), *last]
             *parts, read_done = kernel(inputs=inputs, **settings)
             if pool.write_done is not None:
                 pool.reads_done.append(read_done)
@@ -342,15 +329,3 @@ def _visible(window: int | None) -> mx.array:
 def _caches(pool: LayerPool, other: mx.array) -> dict[str, mx.array]:
     """The inputs of a kernel that are a pool's arrays. other: in place of V where that is not stored."""
     return dict.fromkeys(("k_cache", "v_cache"), other) | pool.views()
-
-
-@cache
-def _make(make: Callable[..., Kernel], **arguments: Any) -> Kernel:
-    """Make a kernel with `mx.fast`'s function for it, once."""
-    return make(**arguments)
-
-
-@cache
-def _texts(folder: str, headers: tuple[str, ...], source: str) -> tuple[str, str]:
-    texts = [files(f"mlx_paged.{folder}").joinpath(file).read_text() for file in (*headers, source)]
-    return "\n".join(texts[:-1]), texts[-1]

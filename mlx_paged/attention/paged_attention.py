@@ -17,10 +17,10 @@ from mlx_paged.attention.shared_prefix import find_shared_prefixes
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.errors import EngineWarning
+from mlx_paged.kernels import BACKEND_VARIABLE
 
 BACKENDS: dict[str, Backend] = {kind.name: kind() for kind in (MetalBackend, CudaBackend, CpuBackend, ReferenceBackend)}
 """By name, the best first."""
-BACKEND_VARIABLE = "MLX_PAGED_BACKEND"
 
 
 def paged_attention(

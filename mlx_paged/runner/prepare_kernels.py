@@ -13,10 +13,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_paged.attention.found_at_load import MIN_ROWS, MOST_HALVINGS
-from mlx_paged.attention.kernel_backend import Kernel, KernelBackend
+from mlx_paged.attention.kernel_backend import KernelBackend
 from mlx_paged.attention.paged_attention import BACKEND_VARIABLE, BACKENDS
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.errors import EngineWarning, one_line
+from mlx_paged.kernels import Kernel
 from mlx_paged.models.patch import PatchedModel
 from mlx_paged.progress import LoadingLine
 from mlx_paged.runner.layer_kinds import LayerKind, TrialStep, kinds_of, named

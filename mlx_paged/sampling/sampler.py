@@ -9,13 +9,16 @@ new. A stage works on the rows that need it, and is skipped where none does.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_paged.cpu.exponential import logsumexp
+from mlx_paged.sampling.draw_kernel import KernelRows, choose_kind
+from mlx_paged.sampling.draws import RandomRows, column, indices, mix, on_rows
 from mlx_paged.sampling.token_counts import TokenCounts
 from mlx_paged.sampling_params import SamplingParams
 
@@ -52,26 +55,13 @@ class _PenaltyRows(NamedTuple):
     frequency: mx.array
 
 
-class _RandomRows(NamedTuple):
-    """Rows of a batch that are not greedy; each float32 [num_random_rows, 1] unless said otherwise."""
-
-    rows: slice | mx.array  # in the batch
-    row_numbers: np.ndarray  # in the batch
-    sample_seeds: np.ndarray  # uint64 [num_random_rows]
-    temperature: mx.array
-    log_min_p: mx.array | None
-    cut_rows: slice | mx.array  # those of the random rows that have a top_k or a top_p
-    top_k: mx.array | None  # int32, of the cut rows; None: there are none
-    top_p: mx.array | None  # of the cut rows
-
-
 class _Batch(NamedTuple):
     """What the rows of a step ask for; None for a stage that no row needs."""
 
     rows: np.ndarray
     bias: tuple[mx.array, mx.array, mx.array] | None  # row in the batch, token, value
     penalties: _PenaltyRows | None
-    random: _RandomRows | None
+    random: RandomRows | KernelRows | None
     num_top: int
 
 
@@ -86,6 +76,8 @@ class Sampler:
         self._bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the rows that have it: tokens, values
         self._counts = TokenCounts(max_num_seqs, vocab_size)
         self._batch: _Batch | None = None
+        kind = choose_kind()
+        self._gather_random = RandomRows.gather if kind is None else partial(KernelRows.gather, kind)
 
     def set_row(
         self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int], output: Sequence[int]
@@ -145,7 +137,8 @@ class Sampler:
             scores = scores.at[row, token].add(value)
         if batch.penalties is not None:
             scores = _penalise(scores, batch.penalties, *self._counts.read(batch.penalties.device_count_rows))
-        token_ids = _draw(scores, batch.random, positions)
+        random = batch.random
+        token_ids = mx.argmax(scores, axis=-1) if random is None else random.draw(scores, positions)
         if batch.penalties is not None:
             self._counts.add(batch.penalties.count_rows, token_ids[batch.penalties.rows])
 
@@ -166,7 +159,7 @@ class Sampler:
             number_of_each = np.repeat(np.array(numbers, np.int32), [len(t) for t in tokens])
             bias = mx.array(number_of_each), mx.array(np.concatenate(tokens)), mx.array(np.concatenate(values))
         penalties = _gather_penalties(params, self._counts.count_rows[rows])
-        random = _gather_random(params, self._vocab_size)
+        random = self._gather_random(params, self._vocab_size) if (params["temperature"] > 0).any() else None
         return _Batch(rows.copy(), bias, penalties, random, int(params["num_top"].max()))
 
 
@@ -199,14 +192,7 @@ def best_tokens(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
 def sample_seed(seed: int, index: int) -> int:
     """Derive the 64-bit seed of sample `index` of a request with `seed` (splitmix64, Steele 2014)."""
     seed_bits, index_bits = np.array([[seed & _UINT64], [index & _UINT64]], np.uint64)
-    return int(_mix(_mix(seed_bits) + index_bits)[0])
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return int(mix(mix(seed_bits) + index_bits)[0])
 
 
 def _sort_keys(logits: mx.array) -> mx.array:
@@ -226,43 +212,7 @@ def _gather_penalties(params: np.ndarray, count_rows: np.ndarray) -> _PenaltyRow
         return None
     params, count_rows = params[chosen], count_rows[chosen]
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    return _PenaltyRows(_index(chosen), count_rows, mx.array(count_rows), *(_column(params[name]) for name in names))
-
-
-def _gather_random(params: np.ndarray, vocab_size: int) -> _RandomRows | None:
-    chosen = params["temperature"] > 0
-    if not chosen.any():
-        return None
-    params = params[chosen]
-    cut = (params["top_k"] < vocab_size) | (params["top_p"] < 1)
-    top_k, top_p = params["top_k"][cut], params["top_p"][cut]
-    return _RandomRows(
-        rows=_index(chosen),
-        row_numbers=np.flatnonzero(chosen),
-        sample_seeds=params["sample_seed"].copy(),
-        temperature=_column(params["temperature"]),
-        log_min_p=_column(params["log_min_p"]) if (params["log_min_p"] > -np.inf).any() else None,
-        cut_rows=_index(cut),
-        top_k=_column(top_k) if cut.any() else None,
-        top_p=_column(top_p) if (top_p < 1).any() else None,
-    )
-
-
-def _index(chosen: np.ndarray) -> slice | mx.array:
-    return slice(None) if chosen.all() else mx.array(np.flatnonzero(chosen).astype(np.int32))
-
-
-def _column(values: np.ndarray) -> mx.array:
-    return mx.array(np.ascontiguousarray(values)[:, None])
-
-
-def _on_rows(rows: slice | mx.array, x: mx.array, function: Callable[[mx.array], mx.array]) -> mx.array:
-    """Apply `function` to some rows of `x`; the others come back as they are."""
-    if isinstance(rows, slice):
-        return function(x)
-    result = mx.array(x)  # so that the assignment leaves `x` as it is
-    result[rows] = function(x[rows])
-    return result
+    return _PenaltyRows(indices(chosen), count_rows, mx.array(count_rows), *(column(params[name]) for name in names))
 
 
 def _mask(logits: mx.array, masks: np.ndarray) -> mx.array:
@@ -280,49 +230,4 @@ def _penalise(scores: mx.array, penalties: _PenaltyRows, occurs: mx.array, num_o
         scores = mx.where(occurs, repeated, scores)
         return scores - penalties.frequency * num_out - penalties.presence * (num_out > 0)
 
-    return _on_rows(penalties.rows, scores, penalised)
-
-
-def _draw(scores: mx.array, random: _RandomRows | None, positions: np.ndarray) -> mx.array:
-    """Take the best token of greedy rows, draw one for the others. Returns uint32 [n]."""
-    if random is None:
-        return mx.argmax(scores, axis=-1)
-    draws = _mix(random.sample_seeds + positions[random.row_numbers].astype(np.uint64))
-    weights = _truncate(scores[random.rows] / random.temperature, random)
-    drawn = mx.argmax(weights + _gumbel(draws, scores.shape[-1]), axis=-1)
-    if isinstance(random.rows, slice):
-        return drawn
-    token_ids = mx.argmax(scores, axis=-1)
-    token_ids[random.rows] = drawn
-    return token_ids
-
-
-def _truncate(scores: mx.array, random: _RandomRows) -> mx.array:
-    """Set what min-p, then top-k, then top-p rule out to -inf. Equal scores stay or go together."""
-    if random.log_min_p is not None:
-        scores = mx.where(scores < scores.max(axis=-1, keepdims=True) + random.log_min_p, -mx.inf, scores)
-    top_k, top_p = random.top_k, random.top_p
-    if top_k is None:
-        return scores
-
-    def cut(scores: mx.array) -> mx.array:
-        descending = -mx.sort(-scores, axis=-1)
-        kth = mx.take_along_axis(descending, top_k - 1, axis=-1)
-        scores = mx.where(scores < kth, -mx.inf, scores)
-        if top_p is None:
-            return scores
-        probabilities = mx.softmax(mx.where(descending < kth, -mx.inf, descending), axis=-1, precise=True)
-        before = mx.cumsum(probabilities, axis=-1) - probabilities
-        num_kept = mx.maximum((before < top_p).sum(axis=-1, keepdims=True), 1)
-        least = mx.take_along_axis(descending, num_kept - 1, axis=-1)
-        # A top_p of 1 keeps everything, also what rounding in the sum would drop.
-        return mx.where((scores < least) & (top_p < 1), -mx.inf, scores)
-
-    return _on_rows(random.cut_rows, scores, cut)
-
-
-def _gumbel(draws: np.ndarray, vocab_size: int) -> mx.array:
-    """Draw standard Gumbel noise, float32 [num_rows, vocab_size]; `draws`, uint64 [num_rows], are the rows' keys."""
-    words = draws.view(np.uint32).reshape(-1, 2)
-    keys = mx.array(np.ascontiguousarray(words[:, ::-1]))  # the high word first
-    return mx.vmap(lambda key: mx.random.gumbel(shape=(vocab_size,), key=key))(keys)
+    return on_rows(penalties.rows, scores, penalised)

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention.found_at_load import FoundAtLoad
+from mlx_paged.sampling import sampler
 
 
 class FakeDevice:
@@ -63,5 +64,6 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     monkeypatch.setattr(mx.fast, "metal_kernel", fake.metal_kernel)
     monkeypatch.delenv(attention.BACKEND_VARIABLE, raising=False)
     monkeypatch.setattr(attention.BACKENDS["metal"], "found", FoundAtLoad())
+    monkeypatch.setattr(sampler, "choose_kind", lambda: None)  # whose zeros would be taken for what can't draw
     attention._warn_once.cache_clear()
     return fake

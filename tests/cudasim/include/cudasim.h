@@ -30,8 +30,11 @@ const void* metalsim_exchange(const void* data, int size, int kind, int site);
 uint32_t metalsim_lane();
 
 float exp2f(float);
+float expf(float);
 float fmaxf(float, float);
+float fminf(float, float);
 float log2f(float);
+float logf(float);
 float tanhf(float);
 }
 
@@ -41,13 +44,21 @@ struct float2 {
 struct float4 {
   float x, y, z, w;
 } __attribute__((aligned(16)));
+struct uint2 {
+  unsigned x, y;
+} __attribute__((aligned(8)));
 struct uint4 {
   unsigned x, y, z, w;
 } __attribute__((aligned(16)));
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
+inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
+inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
 using __half = _Float16;
