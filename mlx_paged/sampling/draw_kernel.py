@@ -19,7 +19,10 @@ from mlx_paged.sampling.draws import RandomRows, mix, random_keys
 
 THREADS = 512
 """Of a row."""
-_TEXTS = {"metal": ("packed.h", "draw.h", "draw_tokens.metal"), "cuda": ("intrinsics.cuh", "draw.cuh", "draw_tokens.cu")}
+_TEXTS = {
+    "metal": ("packed.h", "draw.h", "draw_tokens.metal"),
+    "cuda": ("intrinsics.cuh", "draw.cuh", "draw_tokens.cu"),
+}
 _SHARED_WORDS = THREADS // 32 * 18 + 16  # 16 sums, a least and a most key of each simdgroup, and 16 totals
 _TRIAL_SIZE = 67
 
@@ -87,7 +90,7 @@ def _failure(kind: str, make: object) -> str | None:
     names = [("temperature", "f4"), ("log_min_p", "f4"), ("top_p", "f4"), ("top_k", "i4"), ("sample_seed", "u8")]
     params = np.array(
         [(1, -np.inf, 1, _TRIAL_SIZE, 1), (0, -np.inf, 1, _TRIAL_SIZE, 2), (2, -1, 1, 9, 3), (1.5, -9, 0.8, 12, 4)],
-        np.dtype(names),  # type: ignore[arg-type]
+        np.dtype(names),
     )
     scores = mx.array(np.sin(np.arange(4 * _TRIAL_SIZE, dtype=np.float32) ** 2).reshape(4, -1) * 3)
     ways = RandomRows.gather(params, _TRIAL_SIZE), KernelRows.gather(kind, params, _TRIAL_SIZE)

@@ -24,6 +24,7 @@ from mlx_paged.attention.work_items import Shape
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.errors import EngineWarning
 from mlx_paged.runner import trial_writes as trial_writes
+from mlx_paged.sampling import draw_kernel as draw_kernel
 
 
 class FakeDevice:
@@ -200,9 +201,11 @@ def test_no_kernel_is_compiled_for_the_first_time_while_texts_are_generated(
     device: FakeDevice, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request whose context outgrows a few blocks, then several: as loading has compiled them."""
+    try_to_draw = draw_kernel._failure
     monkeypatch.setattr(trial_writes, "seems_written", lambda *_: True)
+    monkeypatch.setattr(draw_kernel, "_failure", lambda *arguments: None if try_to_draw(*arguments) else None)
     llm = LLM.from_model(tiny_model("llama"), block_size=8, max_num_seqs=4)
-    loaded = {name: device.compiled(name) for name in ("paged_prefill", "paged_decode", "paged_write")}
+    loaded = {name: device.compiled(name) for name in ("paged_prefill", "paged_decode", "paged_write", "draw_tokens")}
     params = SamplingParams(max_tokens=70, ignore_eos=True)
     for prompts in ([[1, 2]], [[1, 2, 3], [4, 5], [6]]):
         llm.generate(prompts, params)
