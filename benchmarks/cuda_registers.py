@@ -37,6 +37,7 @@ def calls(quick: bool) -> Iterator[tuple[str, Any]]:
             yield f"{name} 576/512, {heads} heads", cuda_text.record("latent", heads, dtype, (576, 512))
         yield f"{name} {DIMS[-1][0]}", cuda_text.record_merge(dtype, DIMS[-1][0])
         yield f"{name} {DIMS[-1][0]}/{DIMS[-1][1]}", cuda_text.record_write(dtype, DIMS[-1])
+    yield "a vocabulary", cuda_text.record_draw()
 
 
 def registers(quick: bool) -> list[report.Row]:

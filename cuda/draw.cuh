@@ -15,8 +15,8 @@ __device__ inline unsigned key_of(float x) {
 
 __device__ inline float of_key(unsigned key) { return __uint_as_float(key >> 31 ? key ^ ZERO : ~key); }
 
-// The key of pivot i, above `low` and below `high` where there are any, rising with i. The first pivots are `low` itself
-// and scores that lie so far below the best one; later ones divide what is left evenly.
+// The key of pivot i, from `low` to `high` and rising with i. The first pivots are `low` itself and scores that lie so far
+// below the best one; later ones divide what is left evenly.
 __device__ inline unsigned pivot_of(int i, bool is_first, unsigned low, unsigned high, float best) {
   if (!is_first) {
     const unsigned width = high - low;

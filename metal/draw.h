@@ -15,8 +15,8 @@ METAL_FUNC uint key_of(float x) {
 
 METAL_FUNC float of_key(uint key) { return as_type<float>(key >> 31 ? key ^ ZERO : ~key); }
 
-// The key of pivot i, above `low` and below `high` where there are any, rising with i. The first pivots are `low` itself
-// and scores that lie so far below the best one; later ones divide what is left evenly.
+// The key of pivot i, from `low` to `high` and rising with i. The first pivots are `low` itself and scores that lie so far
+// below the best one; later ones divide what is left evenly.
 METAL_FUNC uint pivot_of(int i, bool is_first, uint low, uint high, float best) {
   if (!is_first) {
     const uint width = high - low;

@@ -1,12 +1,12 @@
 // Draws a token for each row of scores, after min-p, top-k and top-p: the body of a kernel; packed.h and draw.h come
 // before it.
 //
-// No score is sorted and no noise is stored. Scores are compared as keys, integers in the floats' order, and all that
-// min-p, top-k and top-p say is one key: what lies above `low` is kept. It is found by narrowing: a pass over the scores
-// counts, and weighs, what lies above each of eight pivots between a key that is known to be too low and one that is
-// not, and the next pass divides what is left. Scores of half types have many ties, so it is over as soon as all that is
-// left is one score, however often it comes. The noise of a token is made where it is used, from the row's key and the
-// token: MLX's own random words, of which one call makes those of two tokens.
+// No score is sorted and no noise is stored. Scores are compared as keys, integers in the order of the floats, and what
+// min-p, top-k and top-p say is one key, `low`: what lies above it is kept. The search narrows: a pass over the scores
+// counts, and weighs, what lies above each of eight pivots between a key that is too low and one that is not, and the
+// next pass divides what is left between two of them. It is over when one score is left, however often it comes: half
+// types have many ties. A token's noise is made where it is used, of the row's key and the token, as MLX makes it; one
+// call makes the random words of two tokens.
 //
 // Inputs
 //   scores        [num_rows, vocab_size], float
@@ -23,9 +23,9 @@
 // Thread        tokens i, i + THREADS, ... of the row; of a draw also those half a vocabulary further on, whose random
 //               words come from the same call
 //
-// Must move     vocab_size floats per row and pass: one for a row that is greedy or has no cut, one more for min-p, and
-//               for each of top-k and top-p those that find its cut: 2 to 6 as a rule, at most 13. Only the first comes
-//               from memory if a cache holds the row.
+// Must move     vocab_size floats per row and pass: one pass without a cut, two with a min-p, and with a top-k or a top-p
+//               5 to 10 as a rule. All but the first find the row in a cache, if that has room for it; and most scores
+//               lie outside of what is left, where a pass does nothing but compare.
 
 constexpr int SIMDGROUPS = THREADS / 32;
 constexpr int NUM_SUMS = 2 * NUM_PIVOTS;

@@ -13,7 +13,7 @@ import pytest
 from helpers import nvrtc
 from helpers.attention_cases import DTYPES
 from helpers.budget import LONG
-from helpers.cuda_text import Call, kernel_text, record, record_merge, record_write
+from helpers.cuda_text import Call, kernel_text, record, record_draw, record_merge, record_write
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or nvrtc.folder() is None, reason="NVIDIA's compiler is not installed"
@@ -76,6 +76,10 @@ def test_write_kernels_compile() -> None:
     grid = {"dtype": CONSTANTS["dtype"], "dims": CONSTANTS["dims"], "is_latent": [False, True]}
     points = points_of(**grid, architecture=ARCHITECTURES)
     check_all([record_write(*point[:-1]) for point in points], [point[-1] for point in points])
+
+
+def test_the_kernel_that_draws_compiles() -> None:
+    check_all([record_draw()] * len(ARCHITECTURES), ARCHITECTURES)
 
 
 # -- the text around a kernel --

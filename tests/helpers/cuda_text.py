@@ -23,6 +23,7 @@ from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.shared_prefix import SharedPrefix
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
+from mlx_paged.sampling.draw_kernel import draw_tokens
 
 _TYPES = {
     mx.float16: "__half",
@@ -164,6 +165,13 @@ def record_write(dtype: mx.Dtype, dims: tuple[int, int], is_latent: bool = False
     new = [mx.zeros((3, 2, dim), dtype) for dim in dims]
     with recorded_calls() as calls:
         CudaBackend().write(pool, slots_of(np.zeros(3, np.int32), np.zeros(3, np.int32)), *new)
+    return calls[0]
+
+
+def record_draw(vocab_size: int = 1000) -> Call:
+    """The call of the kernel that draws a token for each of two rows."""
+    with recorded_calls() as calls:
+        draw_tokens("cuda", mx.zeros((2, vocab_size)), np.zeros((2, 8), np.uint32))
     return calls[0]
 
 

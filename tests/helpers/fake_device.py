@@ -10,7 +10,7 @@ import pytest
 
 from mlx_paged.attention import paged_attention as attention
 from mlx_paged.attention.found_at_load import FoundAtLoad
-from mlx_paged.sampling import sampler
+from mlx_paged.sampling import draw_kernel
 
 
 class FakeDevice:
@@ -64,6 +64,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     monkeypatch.setattr(mx.fast, "metal_kernel", fake.metal_kernel)
     monkeypatch.delenv(attention.BACKEND_VARIABLE, raising=False)
     monkeypatch.setattr(attention.BACKENDS["metal"], "found", FoundAtLoad())
-    monkeypatch.setattr(sampler, "choose_kind", lambda: None)  # whose zeros would be taken for what can't draw
+    try_to_draw = draw_kernel._failure  # zeros are other tokens than plain operations draw
+    monkeypatch.setattr(draw_kernel, "_failure", lambda *arguments: try_to_draw(*arguments) and None)
     attention._warn_once.cache_clear()
     return fake

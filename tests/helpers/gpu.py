@@ -48,8 +48,8 @@ class Gpu:
 
     @property
     def kernels_run(self) -> list[str]:
-        """ "decode", "prefill", "merge" or "write", one per launch."""
-        return [report.kernel.split("_")[1] for report in self.reports]
+        """ "decode", "prefill", "merge" or "write", one per launch of a kernel over blocks."""
+        return [name.removeprefix("paged_") for report in self.reports if (name := report.kernel).startswith("paged_")]
 
     def check(self, case: Case, seed: int = 0) -> None:
         """The kernels' result for a case against the dense one."""

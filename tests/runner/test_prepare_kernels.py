@@ -64,7 +64,7 @@ def test_no_kernel_is_compiled_for_the_first_time_while_texts_are_generated(
     assert not device.compiled() - built
     used = {name for name, _ in device.calls[before:]}
     attention = {"paged_latent"} if family == "glm4_moe_lite" else {"paged_decode", "paged_prefill"}
-    assert used == attention | {"paged_write", "paged_merge"}
+    assert used == attention | {"paged_write", "paged_merge", "draw_tokens"}
     shared = [dict(call["template"]).get("SHARED") for name, call in device.calls[before:] if name == "paged_prefill"]
     assert any(shared) == (family != "glm4_moe_lite")
 
@@ -83,10 +83,11 @@ def test_a_kernel_that_may_have_fewer_threads_is_launched_with_fewer_from_the_st
     sizes = {(name, call["threadgroup"]) for name, call in device.calls if name in ("paged_decode", "paged_prefill")}
     assert sizes == {("paged_decode", (256, 1, 1)), ("paged_prefill", (128, 1, 1))}
     assert whole.attention_backends == ["metal"]
+    drawing = device.compiled("draw_tokens")
     device.calls.clear()
     device.limits = {"paged_decode": 200, "paged_prefill": 40}
     llm = load(tiny_model("llama"))
-    built = device.compiled()
+    built = device.compiled() | drawing
     run_all_sorts(llm, monkeypatch)
     assert not device.compiled() - built and llm.attention_backends == ["metal"]
     (decode,) = {(call["threadgroup"], dict(call["template"])["SIMDGROUPS"]) for call in device.use("paged_decode")}
