@@ -85,6 +85,13 @@ class KVCodes(NamedTuple):
         codes, params = (arrays[f"{name}_{kind}"].flatten(0, 2)[rows] for kind in ("codes", "params"))
         return (self.keys if name == "k" else self.values).dequantise(codes, params)
 
+    def gather_blocks(self, arrays: dict[str, mx.array], name: str, block_ids: mx.array) -> mx.array:
+        """The numbers of blocks, int32 [n], in their order. Returns float32 [num_kv_heads, n * block_size, dim]."""
+        codes, params = (
+            arrays[f"{name}_{kind}"][block_ids].swapaxes(0, 1).flatten(1, 2) for kind in ("codes", "params")
+        )
+        return (self.keys if name == "k" else self.values).dequantise(codes, params)
+
 
 def choose_codes(kv_cache_dtype: str, key_dim: int, value_dim: int) -> KVCodes:
     """How heads of these sizes are stored. Raises ValueError for sizes that are no whole number of groups."""

@@ -94,12 +94,20 @@ class LayerPool:
             return self.codes.gather(self.arrays, name, rows)
         return self.arrays.get(name, self.keys).flatten(0, 2)[rows].astype(mx.float32)
 
+    def gather_blocks(self, name: str, block_ids: mx.array) -> mx.array:
+        """K ("k") or V ("v") of blocks, int32 [n], in their order. Returns [num_kv_heads, n * block_size, dim]."""
+        if self.codes is not None:
+            return self.codes.gather_blocks(self.arrays, name, block_ids).astype(self.dtype)
+        return self.arrays[name][block_ids].flatten(0, 1).swapaxes(0, 1)
+
     def views(self) -> dict[str, mx.array]:
         """The first block of each array, in place of all: for kernels, which go by the address, as their inputs.
 
-        MLX ends a command buffer, or a graph, by the size of what is read in it, so each pool would end one.
+        MLX ends a command buffer, or a graph, by the size of what is read in it, so each pool would end one. Their names
+        are "k_cache" and "v_cache", or those of codes and parameters.
         """
-        return {f"{name}_cache": array[:1] for name, array in self.arrays.items()}
+        suffix = "_cache" if self.codes is None else ""
+        return {name + suffix: array[:1] for name, array in self.arrays.items()}
 
 
 class PagedKVCache:
