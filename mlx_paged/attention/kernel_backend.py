@@ -112,7 +112,8 @@ class KernelBackend(Backend):
         return None
 
     def max_decode_queries(self, layer: LayerSpec, num_heads: int) -> int:
-        shape = Shape(layer.num_kv_heads, num_heads // layer.num_kv_heads, *layer[1:3], layer.dtype.size, *layer[4:])
+        heads, dim, value_dim, dtype, *kind = layer
+        shape = Shape(heads, num_heads // heads, dim, value_dim, dtype.size, *kind)
         return self._decode_queries(shape) or max(1, self.tiles(shape).tile.rows // shape.heads_per_kv_head)
 
     def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
@@ -322,8 +323,8 @@ class KernelBackend(Backend):
 
 def shape_of(q: mx.array, pool: LayerPool) -> Shape:
     """What a plan for these arrays depends on."""
-    _, heads, *dims = pool.block_shape
-    return Shape(heads, q.shape[1] // heads, *dims, q.dtype.size, pool.latent_dim is not None, pool.codes)
+    _, heads, dim, value_dim = pool.block_shape
+    return Shape(heads, q.shape[1] // heads, dim, value_dim, q.dtype.size, pool.latent_dim is not None, pool.codes)
 
 
 def _visible(window: int | None) -> mx.array:

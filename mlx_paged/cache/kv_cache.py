@@ -103,8 +103,8 @@ class LayerPool:
     def views(self) -> dict[str, mx.array]:
         """The first block of each array, in place of all: for kernels, which go by the address, as their inputs.
 
-        MLX ends a command buffer, or a graph, by the size of what is read in it, so each pool would end one. Their names
-        are "k_cache" and "v_cache", or those of codes and parameters.
+        MLX ends a command buffer, or a graph, by the size of what is read in it, so each pool would end one. They are
+        named "k_cache" and "v_cache", or as codes and parameters are.
         """
         suffix = "_cache" if self.codes is None else ""
         return {name + suffix: array[:1] for name, array in self.arrays.items()}
