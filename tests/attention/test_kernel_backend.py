@@ -203,7 +203,7 @@ def test_no_kernel_is_compiled_for_the_first_time_while_texts_are_generated(
     """One request whose context outgrows a few blocks, then several: as loading has compiled them."""
     try_to_draw = draw_kernel._failure
     monkeypatch.setattr(trial_writes, "seems_written", lambda *_: True)
-    monkeypatch.setattr(draw_kernel, "_failure", lambda *arguments: None if try_to_draw(*arguments) else None)
+    monkeypatch.setattr(draw_kernel, "_failure", lambda *arguments: (try_to_draw(*arguments), None)[1])
     llm = LLM.from_model(tiny_model("llama"), block_size=8, max_num_seqs=4)
     loaded = {name: device.compiled(name) for name in ("paged_prefill", "paged_decode", "paged_write", "draw_tokens")}
     params = SamplingParams(max_tokens=70, ignore_eos=True)

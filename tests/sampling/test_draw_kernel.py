@@ -21,7 +21,7 @@ from mlx_paged.errors import EngineWarning
 from mlx_paged.kernels import BACKEND_VARIABLE, TITLES
 from mlx_paged.sampling.draw_kernel import KernelRows, choose_kind
 from mlx_paged.sampling.draws import RandomRows
-from mlx_paged.sampling.sampler import _ROW as PARAMETERS
+from mlx_paged.sampling.sampler import PARAMETERS
 
 pytestmark = pytest.mark.filterwarnings("error::mlx_paged.errors.EngineWarning")  # that the kernel is not used
 
