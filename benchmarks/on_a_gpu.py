@@ -11,12 +11,13 @@
 4. `prefill`: the same, and its share of the rate of a large matrix product, by the kernel, and by MLX's attention over
    gathered keys where `gathered.py` takes the layer
 5. `latent`: attention whose V is part of K, beside MLX's own over the same rows (latent.py)
-6. `writes`: new keys and values written by the kernel for it and by MLX's scatter, when a step is submitted before and
+6. `draws`: tokens of a step by the kernel that draws, and by plain operations (draws.py)
+7. `writes`: new keys and values written by the kernel for it and by MLX's scatter, when a step is submitted before and
    after the one before it is over: tokens per second, and memory beside the pools
-7. `submission`: the same model where MLX ends a graph by the size of its inputs, pools among them, and where not
-8. `uploads`: what an array costs that the host has made for a step, as those of positions and slots are
-9. `memory`: what an engine takes by default, how much of it serving really takes, and whether that grows
-10. `end_to_end`: equal and mixed requests, 8, 32 and 128 at a time, beside mlx-lm's own batches
+8. `submission`: the same model where MLX ends a graph by the size of its inputs, pools among them, and where not
+9. `uploads`: what an array costs that the host has made for a step, as those of positions and slots are
+10. `memory`: what an engine takes by default, how much of it serving really takes, and whether that grows
+11. `end_to_end`: equal and mixed requests, 8, 32 and 128 at a time, beside mlx-lm's own batches
 
 Parts 3 and 4 give medians of repetitions, each of several calls that are evaluated together, one after another. Each
 part runs in a process of its own; `--only` with the same `--json` adds one to what is there. TF32 is off: with it MLX
@@ -36,8 +37,11 @@ from unittest import mock
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import report
 from comparison.compare import COLUMNS
+from draws import COLUMNS as DRAW_COLUMNS
+from draws import draws
 from gpu_serving import ROOT, end_to_end, memory, run_python, submission, uploads, writes
 from gpu_steps import CUDA, make_step, name_of, relative_error, seconds, slots_of, step_at_the_end_of_a_pool
 from latent import COLUMNS as LATENT_COLUMNS
@@ -47,6 +51,7 @@ from report import Part, Row
 from mlx_paged.attention import gathered
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
+from mlx_paged.sampling.draw_kernel import draw_tokens
 from mlx_paged.tools import speed as bench
 
 EXACT = {"MLX_ENABLE_TF32": "0"}
@@ -64,6 +69,7 @@ def wrapper(quick: bool) -> list[Row]:
         "paged_latent": cuda_text.record("latent", 4, mx.float16, (64, 48)).text,
         "paged_merge": cuda_text.record_merge(mx.float16, 64).text,
         "paged_write": cuda_text.record_write(mx.float16, (64, 64)).text,
+        "draw_tokens": cuda_text.record_draw().text,
     }
     real, rows = mx.fast.cuda_kernel, []
 
@@ -84,7 +90,7 @@ def wrapper(quick: bool) -> list[Row]:
             pool = LayerPool.zeros(LayerSpec(2, 64, 64, mx.float16), 3, 16)
             metadata = slots_of(mx.arange(3), mx.arange(3))
             CUDA.write(pool, metadata, pool.keys[0, :3], pool.values[0, :3])
-            mx.eval(pool.write_done)
+            mx.eval(pool.write_done, draw_tokens("cuda", mx.zeros((2, 1000)), np.zeros((2, 8), np.uint32)))
         finally:
             os.dup2(saved, 1)
             os.close(saved)
@@ -108,7 +114,8 @@ def without_names(text: str) -> str:
 TESTS = {
     "kernels": ["attention/test_kernels_decode.py", "attention/test_kernels_prefill.py",
                 "attention/test_kernels_shared.py", "attention/test_kernels_latent.py",
-                "attention/test_kernels_engine.py", "attention/test_kernels_write.py"],
+                "attention/test_kernels_engine.py", "attention/test_kernels_write.py",
+                "sampling/test_draw_kernel.py"],
     "engine": ["attention/test_paged_attention.py", "system/test_parity.py", "cache/test_kv_cache.py",
                "system/test_pipelining.py", "system/test_memory_flat.py", "engine/test_beams_in_engine.py",
                "cache/test_block_store.py", "models/test_demo.py"],
@@ -244,6 +251,7 @@ PARTS = [
         },
     ),
     Part(latent, "Latent attention, bfloat16 (µs)", LATENT_COLUMNS),
+    Part(draws, "Draws of a step's tokens (µs)", DRAW_COLUMNS),
     Part(
         writes,
         "Writes of keys and values, and steps submitted before the one before is over",

@@ -61,7 +61,7 @@ run() {  # run NAME ARGUMENTS...: a step in the environment
 }
 
 tests=(tests/attention/test_kernels_*.py tests/attention/test_kernel_backend.py tests/attention/test_paged_attention.py tests/system/test_parity.py tests/cache/test_kv_cache.py)
-tests+=(tests/system/test_memory_flat.py tests/system/test_pipelining*.py tests/models/test_demo.py)
+tests+=(tests/sampling/test_draw_kernel.py tests/system/test_memory_flat.py tests/system/test_pipelining*.py tests/models/test_demo.py)
 sizes=()
 bench=(-p 512 -g 128 -b 1,8,32 -n 5)
 if [ -n "$quick" ]; then
@@ -79,6 +79,8 @@ for way in kernel gathered; do
     MLX_PAGED_PREFILL=$way run "prefill-$way" benchmarks/attention.py --only prefill "${sizes[@]+"${sizes[@]}"}" --json "$work/prefill-$way.json"
 done
 run latent benchmarks/latent.py "${sizes[@]+"${sizes[@]}"}" --json "$work/latent.json"
+# Tokens drawn by the kernel, and by plain operations.
+run draws benchmarks/draws.py "${sizes[@]+"${sizes[@]}"}" --json "$work/draws.json"
 # How decode is divided among simdgroups: query heads of each, and how many of them; and what Metal gives each kernel.
 run layouts benchmarks/decode_layouts.py "${sizes[@]+"${sizes[@]}"}" --json "$work/layouts.json"
 # Recurrences, which here take prompts one after the other, and mlx-lm's batch all at once with padding.
@@ -147,6 +149,7 @@ report = {
     "prefill_gathered": json_or_none(Path(work) / "prefill-gathered.json"),
     "hybrids": json_or_none(Path(work) / "hybrids.json"),
     "latent": json_or_none(Path(work) / "latent.json"),
+    "draws": json_or_none(Path(work) / "draws.json"),
     "layouts": json_or_none(Path(work) / "layouts.json"),
     "bench": json_or_none(Path(work) / "bench.log"),
     "bench_large_buffers": json_or_none(Path(work) / "bench-large-buffers.log"),

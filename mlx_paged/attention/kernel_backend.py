@@ -112,8 +112,8 @@ class KernelBackend(Backend):
         return None
 
     def max_decode_queries(self, layer: LayerSpec, num_heads: int) -> int:
-        heads, dim, value_dim, dtype, *kind = layer
-        shape = Shape(heads, num_heads // heads, dim, value_dim, dtype.size, *kind)
+        heads, dim, value_dim, dtype, is_latent, codes = layer
+        shape = Shape(heads, num_heads // heads, dim, value_dim, dtype.size, is_latent, codes)
         return self._decode_queries(shape) or max(1, self.tiles(shape).tile.rows // shape.heads_per_kv_head)
 
     def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:

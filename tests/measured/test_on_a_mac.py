@@ -85,6 +85,7 @@ def test_a_quick_run_reports_every_step_and_the_machine(tmp_path: Path) -> None:
     assert report["profile"]["traceEvents"]
     assert report["prefill_kernel"]["results"] and report["prefill_gathered"]["results"]
     assert report["attention"]["results"] and report["latent"]["results"] and report["bench"]
+    assert report["draws"]["results"]
     assert report["layouts"]["results"] and report["hybrids"]["results"]
 
 
@@ -103,6 +104,7 @@ def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: 
         ("prefill-kernel", 0),
         ("prefill-gathered", 0),
         ("latent", 0),
+        ("draws", 0),
         ("layouts", 0),
         ("hybrids", 0),
         ("bench", 0),
