@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -90,6 +91,47 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class SpeculativeConfig(Settings):
+    """How tokens are guessed that a step then verifies, with vLLM's keys. Raises ValueError for a value out of range."""
+
+    method: str = "ngram"
+    """"ngram": what followed the last tokens earlier in the prompt or the output."""
+    num_speculative_tokens: int = 4
+    """The most guesses of a sequence in a step."""
+    prompt_lookup_max: int = 5
+    """Tokens of the longest n-gram that is looked up."""
+    prompt_lookup_min: int = 2
+    """Of the shortest."""
+    adaptive: bool = True
+    """Guess only where that is likely to be faster; if not, always."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Read what `LLM` is given. Raises ValueError for what is not known or out of range."""
+        known = ", ".join(vars(cls)["__dataclass_fields__"])
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise ValueError(f"speculative_config must be a dictionary with some of {known}, got {excerpt(given)}")
+        try:
+            return cls(**given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"speculative_config: {error}") from None
+
+    def __post_init__(self) -> None:
+        if self.method != "ngram":
+            raise ValueError(f"method must be ngram, got {excerpt(self.method)}")
+        for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {excerpt(value)}")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min ({self.prompt_lookup_min}) is more than prompt_lookup_max ({self.prompt_lookup_max})"
+            )
+        if not isinstance(self.adaptive, bool):
+            raise ValueError(f"adaptive must be True or False, got {excerpt(self.adaptive)}")
+
+
+@dataclass(frozen=True)
 class EngineConfig(Settings):
     """Everything `LLM` takes beside the model. Raises ValueError for a value out of range."""
 
@@ -136,10 +178,14 @@ class EngineConfig(Settings):
     pipelining: str = "auto"
     """What happens while a step runs on the device: the next one is built and submitted ("submit"), only built
     ("build"), or neither ("off"). "auto" tries at start whether submitting is safe here: it must copy no pool."""
+    speculative_config: Mapping[str, Any] | None = None
+    """Guess next tokens, to verify several in a step: a dictionary of `SpeculativeConfig`'s fields."""
     profile: bool = False
     """Keep where each step's time goes, for `LLM.profile`."""
 
     def __post_init__(self) -> None:
+        if self.speculative_config is not None:
+            SpeculativeConfig.of(self.speculative_config)
         for name in ("block_size", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             value = getattr(self, name)
             if value is None and name in ("num_kv_blocks", "max_model_len"):

@@ -36,8 +36,9 @@ from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.sampling.sampler import sample_seed
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
-from mlx_paged.scheduler.schedule import Schedule
+from mlx_paged.scheduler.schedule import Drafts, Schedule
 from mlx_paged.scheduler.scheduler import Scheduler
+from mlx_paged.speculation.speculator import make_speculator
 
 _LOG = logging.getLogger(__name__)
 _UNSEEDED = 1 << 40  # a sample index that no request has: keeps the engine's own seeds apart from users'
@@ -89,6 +90,7 @@ class Engine:
         self._sampling = SamplingStep(
             self._batch, runner.vocab_size, self._forking, self._outputs, self._steps, self.profile
         )
+        self._speculator = make_speculator(runner, config, self._batch)
         self._view = EngineView(self.cache_groups, self._scheduler, self._outputs, runner)
         self._arrivals: deque[Request] = deque()
         self._pending_aborts: deque[int] = deque()
@@ -199,11 +201,11 @@ class Engine:
     def _schedule(self) -> Schedule:
         """Choose the next step's tokens. If that takes somebody's blocks, it has to be known first who has ended."""
         with self.profile.part("schedule"):
-            schedule = self._scheduler.schedule(can_preempt=self._in_flight is None)
+            schedule = self._scheduler.schedule(self._in_flight is None, self._propose())
         if schedule is None:
             self._receive(self._in_flight)
             with self.profile.part("schedule"):
-                schedule = self._scheduler.schedule()
+                schedule = self._scheduler.schedule(True, self._propose())
             assert schedule is not None
         num_used = self.block_manager.num_blocks - self.block_manager.num_free_blocks
         self._peak_used_blocks = max(self._peak_used_blocks, num_used)  # the step's blocks are taken, none given back
@@ -211,6 +213,10 @@ class Engine:
             num_tokens=schedule.num_tokens, num_decodes=len(schedule.rows), num_chunks=len(schedule.chunks)
         )
         return schedule
+
+    def _propose(self) -> Drafts | None:
+        """Return drafts for the next step, where the engine has any."""
+        return None if self._speculator is None else self._speculator.propose(self.block_manager.num_free_blocks)
 
     def _launch(self, schedule: Schedule) -> StepInFlight | None:
         """Have the device compute a schedule's logits. Returns None if there is nothing to compute."""
@@ -242,10 +248,16 @@ class Engine:
             self._steps.submit(launched)
         if step is None:
             return
+        if self._speculator is not None and not step.schedule.chunks:
+            self._speculator.costs.add(step.schedule.num_tokens, step.seconds)
         with self.profile.part("tokens"):
             if step.sampled_rows is not None:
                 tokens = results[:-2] if step.beams else results
-                self._outputs.process_tokens(step.sampled_rows, step.sampled_version, tokens)
+                if step.schedule.drafts and self._speculator is not None:
+                    drawn, drafts = (step.sampled_rows, step.sampled_version, tokens), step.schedule.drafts
+                    self._speculator.process(*drawn, drafts, self._outputs.process_tokens, self._sampling.count)
+                else:
+                    self._outputs.process_tokens(step.sampled_rows, step.sampled_version, tokens)
             if step.beams:
                 self._forking.process_beams(step.beams, *results[-2:])
                 self._sampling.register_rows()

@@ -30,11 +30,17 @@ class Rules(NamedTuple):
 
 
 def apply_rules(
-    logits: mx.array, sources: np.ndarray, rows: np.ndarray, batch: RunningBatch, outputs: OutputProcessor
+    logits: mx.array,
+    sources: np.ndarray,
+    rows: np.ndarray,
+    batch: RunningBatch,
+    outputs: OutputProcessor,
+    ahead: list[list[int]],
 ) -> tuple[np.ndarray, np.ndarray, Rules]:
     """Apply the rules of rows of the batch that have some.
 
-    sources: the row of the logits of each row. Returns both without the rows whose sequences end here.
+    sources: the row of the logits of each row. ahead: of each row of the logits, the drafts before it, if there are
+    any. Returns both without the rows whose sequences end here, and without drafts that would end them.
     """
     sequences = [batch.sequences[row] for row in rows.tolist()]
     vocab_size = logits.shape[-1]
@@ -42,10 +48,15 @@ def apply_rules(
     masks[:, -1] >>= np.uint32(-vocab_size % 32)
     everything = masks[0].copy()
     processed: dict[int, mx.array] = {}
+    is_dropped = np.zeros(len(rows), bool)
     for i in np.flatnonzero(batch.has_rules[rows]).tolist():
         sequence = sequences[i]
         assert sequence is not None
         if sequence.finished:  # with another sample of its request
+            continue
+        if ahead and (drafts := ahead[sources[i]]):
+            is_after_dropped = len(drafts) > 1 and is_dropped[i - 1]
+            is_dropped[i] = is_after_dropped or not _forbid_after(drafts, sequence, masks[i], outputs)
             continue
         params = sequence.request.params
         assert isinstance(params, SamplingParams)
@@ -61,7 +72,7 @@ def apply_rules(
             outputs.fail_sequence(sequence, error)
         if not (sequence.matcher is not None or params.bad_words or params.logits_processors):
             batch.has_rules[rows[i]] = sequence.row >= 0 and sequence.num_output_tokens < params.min_tokens
-    kept = np.array([sequence is not None and not sequence.finished for sequence in sequences], bool)
+    kept = np.array([sequence is not None and not sequence.finished for sequence in sequences], bool) & ~is_dropped
     sources, rows, masks = sources[kept], rows[kept], masks[kept]
     scores = None
     if len(rows) and any(kept[i] for i in processed):
@@ -85,6 +96,30 @@ def _process(sequence: Sequence, row: mx.array, params: SamplingParams) -> mx.ar
     if bool(mx.isnan(row).any().item()) or not bool((row > -mx.inf).any().item()):
         raise ValueError("the logits processors leave no token that could be drawn: all are -inf, or one is NaN")
     return row
+
+
+def _forbid_after(drafts: list[int], sequence: Sequence, allowed: np.ndarray, outputs: OutputProcessor) -> bool:
+    """Do as `_forbid`, as if a sequence had drafts for its next tokens. Returns whether there is a token after them.
+
+    Where there is none, which may be an error of the sequence, that is found once the drafts are known to be right.
+    """
+    matcher, params = sequence.matcher, sequence.request.params
+    assert isinstance(params, SamplingParams)
+    sequence.token_ids += drafts
+    try:
+        if matcher is not None:
+            sequence.matcher = matcher.copy()
+            for token_id in drafts:
+                sequence.matcher.advance(token_id)
+                if sequence.matcher.is_finished:
+                    return False
+        _forbid(sequence, params, allowed, outputs)
+    except Exception:
+        return False
+    finally:
+        del sequence.token_ids[-len(drafts) :]
+        sequence.matcher = matcher
+    return True
 
 
 def _forbid(sequence: Sequence, params: SamplingParams, allowed: np.ndarray, outputs: OutputProcessor) -> None:

@@ -61,6 +61,10 @@ class SamplingStep:
         stop_ids = self._outputs.stop_ids(request)
         self._batch.set_stop_checks(sequence.row, self._outputs.needs_every_token(sequence), stop_ids)
 
+    def count(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
+        """Count another token of each of these rows for penalties: drafts that were right came before it."""
+        self._sampler.count(rows, token_ids)
+
     def draw(self, step: StepInFlight | None) -> StepInFlight | None:
         """Have the next tokens drawn of the rows of a step that still run. Returns the step."""
         failed, self._failed = self._failed, []
@@ -73,7 +77,7 @@ class SamplingStep:
             batch, rows = self._batch, step.rows
             assert step.logits is not None
             sources = beams = None  # sources: the logits of `rows`; None: all
-            rules = Rules()
+            ahead, rules = step.drafts_ahead, Rules()
             if batch.version != step.version or batch.has_special_rows:
                 is_current = batch.row_version[step.rows] <= step.version
                 is_beam = batch.is_beam[step.rows]
@@ -84,22 +88,26 @@ class SamplingStep:
                     sources, rows = self._forking.fork_samples(sources, rows)
                     self.register_rows()
                 if batch.has_rules[rows].any():
-                    sources, rows, rules = apply_rules(step.logits, sources, rows, batch, self._outputs)
+                    sources, rows, rules = apply_rules(step.logits, sources, rows, batch, self._outputs, ahead)
             started = time.perf_counter()
             if len(rows):
-                self._draw_tokens(step, sources, rows, rules)
+                self._draw_tokens(step, sources, rows, rules, ahead)
             if beams is not None and len(beams):
                 self._choose_candidates(step, beams)
             self._steps.model_time_s += time.perf_counter() - started
             self._steps.submit_results(step)
         return step
 
-    def _draw_tokens(self, step: StepInFlight, sources: np.ndarray | None, rows: np.ndarray, rules: Rules) -> None:
+    def _draw_tokens(
+        self, step: StepInFlight, sources: np.ndarray | None, rows: np.ndarray, rules: Rules, ahead: list[list[int]]
+    ) -> None:
+        """Have tokens drawn from these rows of the logits; ahead: the drafts before each of them, if there are any."""
         logits, num_tokens = step.logits, self._batch.num_tokens[rows]
         assert logits is not None
         if sources is not None and not np.array_equal(sources, np.arange(len(logits))):
-            logits = logits[mx.array(sources)]
-        step.sampled_tokens = self._sampler.sample(logits, rows, num_tokens - self._batch.num_prompt[rows], *rules)
+            logits, ahead = logits[mx.array(sources)], [ahead[i] for i in sources] if ahead else ahead
+        positions = num_tokens - self._batch.num_prompt[rows] + ([len(each) for each in ahead] if ahead else 0)
+        step.sampled_tokens = self._sampler.sample(logits, rows, positions, *rules, ahead)
         self._batch.num_tokens[rows] = num_tokens + 1
         step.sampled_rows, step.sampled_version = rows, self._batch.version
 

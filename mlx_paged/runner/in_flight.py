@@ -14,7 +14,7 @@ from mlx_paged.request import Sequence
 from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.runner.prompt_logprobs import PromptLogprobs
 from mlx_paged.sampling.sampler import SampledTokens
-from mlx_paged.scheduler.schedule import Schedule
+from mlx_paged.scheduler.schedule import Schedule, offsets_of
 
 
 class Timer(Protocol):
@@ -45,8 +45,18 @@ class StepInFlight:
     """Token ids and log-probabilities to go on with, [len(beams), k]."""
     prompt_logprobs: PromptLogprobs | None = None
     """Those that it computes, if any are asked for."""
+    begun_at: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+    """From then, or from the end of the step before it, to its own."""
     device_results: list[mx.array] = field(default_factory=list)
     """All that is to come to the host; the logits if nothing is drawn."""
+
+    @property
+    def drafts_ahead(self) -> list[list[int]]:
+        """Of each row of the logits the drafts that its token comes after; nothing if there are none at all."""
+        drafts = self.schedule.drafts
+        places = zip(self.rows.tolist(), offsets_of(self.rows).tolist(), strict=True) if drafts else ()
+        return [drafts.get(row, [])[:offset] for row, offset in places]
 
 
 class StepRunner:
@@ -61,6 +71,7 @@ class StepRunner:
         """Host time spent in building graphs, submitting them and waiting for the device."""
         self._runner = runner
         self._timer = timer
+        self._ended_at = 0.0
 
     def begin(self, schedule: Schedule, version: int) -> StepInFlight:
         """Return the step of a schedule; from here on an error is that of its sequences."""
@@ -115,7 +126,9 @@ class StepRunner:
                 mx.synchronize()  # nothing reads the pools any more: the next step may write them in place
             if step.prompt_logprobs is not None:
                 step.prompt_logprobs.hand_out()
-        self.model_time_s += time.perf_counter() - started
+        now = time.perf_counter()
+        self.model_time_s += now - started
+        step.seconds, self._ended_at = now - max(self._ended_at, step.begun_at), now
         self.sizes.add(step.schedule.num_tokens)
         self.unfinished.remove(step)
         return results

@@ -78,12 +78,13 @@ class InputBuilder:
         stretches = () if self._checkpoints is None else make_stretches(schedule, batch, self._checkpoints)
         inputs = ModelInputs(self._token_ids(schedule, in_flight), mx.array(positions), None, groups, stretches)
         if not chunks:
-            return inputs, rows
-        seqs = np.flatnonzero([*[True] * len(schedule.rows), *[chunk.needs_logits for chunk in chunks]])
-        logits_rows = rows[seqs]
-        if len(seqs) == 0:
-            seqs = np.array([len(rows) - 1])  # a step needs a result that can be waited for
-        return inputs._replace(logits_indices=mx.array(cu_seqlens_q[1:][seqs] - 1)), logits_rows
+            return inputs, token_rows
+        num_decodes, ends = schedule.num_tokens - sum(c.num_tokens for c in chunks), cu_seqlens_q[-len(chunks) :] - 1
+        tokens = np.append(np.arange(num_decodes, dtype=np.int32), ends[[chunk.needs_logits for chunk in chunks]])
+        logits_rows = token_rows[tokens]
+        if len(tokens) == 0:
+            tokens = ends[-1:]  # a step needs a result that can be waited for
+        return inputs._replace(logits_indices=mx.array(tokens)), logits_rows
 
     def _token_ids(self, schedule: Schedule, in_flight: StepInFlight | None) -> mx.array:
         """Return int32 [num_tokens]: from the host what is known there, the rest from what is being drawn."""
@@ -92,22 +93,25 @@ class InputBuilder:
         if in_flight is not None and in_flight.sampled_rows is not None and in_flight.sampled_tokens is not None:
             sampled_rows, version = in_flight.sampled_rows, in_flight.sampled_version
             drawn = in_flight.sampled_tokens.token_ids
-            if rows is sampled_rows and not chunks and batch.version == version:
+            if rows is sampled_rows and not (chunks or schedule.drafts) and batch.version == version:
                 return drawn.astype(mx.int32)
             places = np.full(len(batch.sequences), -1)
             current = np.nonzero(batch.row_version[sampled_rows] <= version)[0]
             places[sampled_rows[current]] = current
             pending = places[rows]
-            if not chunks and (pending >= 0).all():
+            if not (chunks or schedule.drafts) and (pending >= 0).all():
                 return drawn[mx.array(pending)].astype(mx.int32)
-        known = batch.last_token[rows]
+        known, firsts = batch.last_token[rows], np.cumsum(schedule.query_lens) - schedule.query_lens
+        if schedule.drafts:
+            drafts = (schedule.drafts.get(row, []) for row in rows.tolist())
+            known = np.concatenate([[last, *draft] for last, draft in zip(known, drafts, strict=True)]).astype(np.int32)
         if chunks:
             parts = [c.sequence.token_ids[c.start : c.start + c.num_tokens] for c in chunks]
             known = np.concatenate([known, *(np.array(part, np.int32) for part in parts)])
         token_ids = mx.array(known)
         places = np.nonzero(pending >= 0)[0]
         if drawn is not None and len(places):
-            token_ids[mx.array(places)] = drawn[mx.array(pending[places])].astype(mx.int32)
+            token_ids[mx.array(firsts[places])] = drawn[mx.array(pending[places])].astype(mx.int32)
         return token_ids
 
 

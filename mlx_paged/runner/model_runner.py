@@ -1,6 +1,7 @@
 """Runs a patched model over the paged KV cache."""
 
 import contextlib
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -12,7 +13,7 @@ from mlx_paged.models.patch import PatchedModel
 from mlx_paged.runner.fingerprint import fingerprint
 from mlx_paged.runner.memory_plan import fit_to_states, plan_memory
 from mlx_paged.runner.prepare_kernels import prepare_kernels
-from mlx_paged.runner.warmup import overlap_is_safe
+from mlx_paged.runner.warmup import overlap_is_safe, step_seconds
 
 
 class ModelRunner:
@@ -42,6 +43,10 @@ class ModelRunner:
     def run(self, inputs: ModelInputs) -> mx.array:
         """Build the graph of a step, K and V written with it. Returns its logits, [num_rows, vocab_size]."""
         return self._model(self.kv_cache, inputs, self.states)
+
+    def measure_steps(self, sizes: Sequence[int]) -> dict[int, float]:
+        """Measure the seconds of steps of so many tokens, logits for all of them. The last sizes may be left out."""
+        return step_seconds(self._model, self.config, sizes)
 
     def reset(self) -> None:
         """Make new pools after an error, of which the old ones may be part."""

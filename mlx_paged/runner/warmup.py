@@ -1,7 +1,8 @@
 """What can only be found out by running a model before its cache is made: memory beside the cache, safe overlap."""
 
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,8 @@ _CPU_TOKENS = 8
 _TELLING_BYTES = 1 << 20  # of a pool: what a step takes varies by as much as a smaller one
 _POOL_BYTES = 16 << 20  # of one layer's K and V, large beside what a step of a few tokens takes
 _NUM_OVERLAPPED = 3
+_NUM_MEASURED = 4  # the first of them compiles
+_MEASURE_S = 2.0
 
 
 def measure_step_bytes(model: PatchedModel, config: EngineConfig, max_model_len: int | None, on_cpu: bool) -> int:
@@ -70,6 +73,22 @@ def overlap_is_safe(model: PatchedModel, config: EngineConfig, max_blocks: int =
         mx.eval(steps)
 
     return _peak_bytes(run_overlapped) < busy + _NUM_OVERLAPPED * alone + pool_bytes // 2
+
+
+def step_seconds(model: PatchedModel, config: EngineConfig, sizes: Sequence[int]) -> dict[int, float]:
+    """Measure, as the best of a few times, steps of so many tokens of one sequence, as long as there is time for it."""
+    found, started = dict[int, float](), time.perf_counter()
+    for size in sizes:
+        if size > config.max_num_batched_tokens or (found and time.perf_counter() - started > _MEASURE_S):
+            break
+        kv_cache, inputs = _one_sequence(model, config, size, size)
+        times = []
+        for _ in range(_NUM_MEASURED):
+            before = time.perf_counter()
+            mx.eval(mx.argmax(model(kv_cache, inputs), axis=-1))
+            times.append(time.perf_counter() - before)
+        found[size] = min(times)
+    return found
 
 
 def _bytes_alone(model: PatchedModel, kv_cache: PagedKVCache, inputs: ModelInputs) -> int:

@@ -112,13 +112,16 @@ class Sampler:
         positions: np.ndarray,
         masks: np.ndarray | None = None,
         scores: mx.array | None = None,
+        ahead: Sequence[Sequence[int]] = (),
     ) -> SampledTokens:
         """Choose a token for each of `rows`. Returns lazy arrays: nothing is evaluated here.
 
-        logits: [n, vocab_size], any float type. rows: int [n], whose logits they are, in any order, each at most once.
+        logits: [n, vocab_size], any float type. rows: int [n], whose logits they are, in any order, each at most once
+        but for drafts.
         positions: int [n], the indices in the rows' outputs of the tokens to draw. masks: 32-bit
         [n, ceil(vocab_size / 32)], where bit t % 32 of word t // 32 allows token t. scores: float32 of the logits'
-        shape, to draw from instead of them.
+        shape, to draw from instead of them. ahead: of each row, tokens that come before and are not counted yet: drafts,
+        if any row has some.
 
         Log-probabilities are those of the logits, without a mask. A row with a logit of NaN or +inf gets the
         log-probability NaN and a token that means nothing.
@@ -136,17 +139,28 @@ class Sampler:
             row, token, value = batch.bias
             scores = scores.at[row, token].add(value)
         if batch.penalties is not None:
-            scores = _penalise(scores, batch.penalties, *self._counts.read(batch.penalties.device_count_rows))
+            counted = np.flatnonzero(self._counts.count_rows[rows] >= 0)
+            more = [(i, token) for i, number in enumerate(counted) for token in ahead[number]] if ahead else []
+            counts = self._counts.read(batch.penalties.device_count_rows, more)
+            scores = _penalise(scores, batch.penalties, *counts)
         random = batch.random
         token_ids = mx.argmax(scores, axis=-1) if random is None else random.draw(scores, positions)
         if batch.penalties is not None:
-            self._counts.add(batch.penalties.count_rows, token_ids[batch.penalties.rows])
+            count_rows, drawn = batch.penalties.count_rows, token_ids[batch.penalties.rows]
+            if ahead:  # of what comes after drafts it is not known whether it counts
+                firsts = np.array([i for i, number in enumerate(counted) if not ahead[number]], np.int32)
+                count_rows, drawn = count_rows[firsts], drawn[mx.array(firsts)]
+            self._counts.add(count_rows, drawn)
 
         logprobs = (mx.take_along_axis(logits, token_ids[:, None], axis=-1) - normaliser)[:, 0]
         if batch.num_top == 0:
             return SampledTokens(token_ids, logprobs, None, None)
         top, top_logits = likeliest(logits, batch.num_top)
         return SampledTokens(token_ids, logprobs, top, top_logits - normaliser)
+
+    def count(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
+        """Count a token of each of these rows, if it has penalties."""
+        self._counts.add_known(rows, token_ids)
 
     def _gather_params(self, rows: np.ndarray) -> _Batch:
         """Put together what these rows ask for, once for all the steps in which they come."""

@@ -26,6 +26,7 @@ class TokenCounts:
         self._counts = mx.zeros((0, vocab_size), mx.int32)
         self._resets: dict[int, np.ndarray] = {}  # what the next `read` writes into count rows
         self._pending: tuple[np.ndarray, mx.array] | None = None  # count rows, tokens that `read` adds
+        self._known: list[tuple[int, int]] = []  # the same, a pair each
 
     def set(self, row: int, prompt: Sequence[int], output: Sequence[int]) -> None:
         """Count the tokens of a sequence that takes `row`."""
@@ -43,16 +44,17 @@ class TokenCounts:
         self.count_rows[row] = -1
         self._free_count_rows.append(count_row)
         self._resets.pop(count_row, None)
+        self._known = [pair for pair in self._known if pair[0] != count_row]
         if self._pending is not None:
             count_rows, tokens = self._pending
             kept = np.flatnonzero(count_rows != count_row)
             if len(kept) < len(count_rows):
                 self._pending = (count_rows[kept], tokens[mx.array(kept)]) if len(kept) else None
 
-    def read(self, count_rows: mx.array) -> tuple[mx.array, mx.array]:
+    def read(self, count_rows: mx.array, drafts: Sequence[tuple[int, int]] = ()) -> tuple[mx.array, mx.array]:
         """Read the counts of some count rows, int32 [n].
 
-        Returns two lazy arrays [n, vocab_size]: bool, whether a token occurs at all; int32, how often it was put out.
+        drafts: pairs of one of the n, and a token that is counted there once more, this time. Returns two lazy arrays [n, vocab_size]: bool, whether a token occurs at all; int32, how often it was put out.
         """
         if self._resets:
             num_count_rows = self._counts.shape[0]
@@ -67,8 +69,18 @@ class TokenCounts:
             pending_rows, tokens = self._pending
             self._counts = self._counts.at[mx.array(pending_rows), tokens].add(2)
             self._pending = None
+        if self._known:
+            self._counts = self._counts.at[tuple(map(mx.array, zip(*self._known, strict=True)))].add(2)
+            self._known = []
         counts = self._counts[count_rows]
+        if drafts:
+            counts = counts.at[tuple(map(mx.array, zip(*drafts, strict=True)))].add(2)
         return counts > 0, counts >> 1
+
+    def add_known(self, rows: np.ndarray, tokens: np.ndarray) -> None:
+        """Count a token for each of these rows that has a count row, at the next `read`."""
+        pairs = zip(self.count_rows[rows].tolist(), tokens.tolist(), strict=True)
+        self._known += [pair for pair in pairs if pair[0] >= 0]
 
     def add(self, count_rows: np.ndarray, tokens: mx.array) -> None:
         """Count one token for each of `count_rows` at the next `read`; the tokens may be lazy.

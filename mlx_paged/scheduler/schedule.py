@@ -31,6 +31,17 @@ class Chunk(NamedTuple):
         return self.end == len(self.sequence.token_ids)
 
 
+class Drafts(NamedTuple):
+    """Guesses at the next tokens of rows of the running batch."""
+
+    tokens: dict[int, list[int]]
+    """By row."""
+    waiting: np.ndarray
+    """Rows that can't have any before their last token is known, and are left out of the step. bool [num_rows]."""
+    query_lens: np.ndarray
+    """Tokens that each row would compute, its last one included. int32 [num_rows]."""
+
+
 @dataclass
 class Schedule:
     """What one step computes: the next tokens of the rows that decode, then chunks of prompts."""
@@ -39,6 +50,8 @@ class Schedule:
     """The rows of the running batch that decode, in the order in which they are served."""
     query_lens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """How many tokens each of these rows computes: its last one, and drafts after it."""
+    drafts: dict[int, list[int]] = field(default_factory=dict)
+    """By row."""
     chunks: list[Chunk] = field(default_factory=list)
     num_tokens: int = 0
     published: dict[Sequence, Published] = field(default_factory=dict)
@@ -66,3 +79,11 @@ class Schedule:
         self.chunks = [chunk for chunk in self.chunks if chunk.sequence not in sequences]
         self.rows, self.query_lens = self.rows[rows_left], self.query_lens[rows_left]
         self.num_tokens = int(self.query_lens.sum()) + sum(chunk.num_tokens for chunk in self.chunks)
+
+
+def offsets_of(rows: np.ndarray) -> np.ndarray:
+    """Count of each entry how many of the same row are right before it."""
+    places = np.arange(len(rows))
+    is_first = np.ones(len(rows), bool)
+    is_first[1:] = rows[1:] != rows[:-1]
+    return places - np.maximum.accumulate(np.where(is_first, places, 0))

@@ -18,7 +18,7 @@ from mlx_paged.errors import OutOfBlocks
 from mlx_paged.request import Sequence, common_prefix_len
 from mlx_paged.scheduler.kept_prompts import KeptPrompts
 from mlx_paged.scheduler.running_batch import RunningBatch
-from mlx_paged.scheduler.schedule import Chunk, Schedule
+from mlx_paged.scheduler.schedule import Chunk, Drafts, Schedule
 from mlx_paged.scheduler.step_budget import StepBudget
 
 
@@ -101,16 +101,18 @@ class Scheduler:
         for sequence in self.running:
             self._sync(sequence)
 
-    def schedule(self, can_preempt: bool = True) -> Schedule | None:
+    def schedule(self, can_preempt: bool = True, drafts: Drafts | None = None) -> Schedule | None:
         """Choose the next step's tokens and take the blocks for them. Nothing is scheduled if nothing waits or runs.
 
-        can_preempt: whether sequences may lose their blocks for it. If not, what would need that is put off: returns
+        drafts: to be verified. can_preempt: whether sequences may lose their blocks for it. If not, what would need that is put off: returns
         None if these are decodes, sets `is_short_of_blocks` for prompts.
         """
         batch, schedule = self.batch, Schedule(max_num_tokens=self._max_num_tokens)
         running = self._running_rows()
-        rows, is_prefilling = self._rows_to_decode(running)
+        rows, is_prefilling = self._rows_to_decode(running, drafts)
         query_lens = self._query_lens[: len(rows)]
+        if drafts is not None:
+            query_lens, schedule.drafts = drafts.query_lens[rows], drafts.tokens
         schedule.rows, schedule.query_lens, schedule.num_tokens = rows, query_lens, int(query_lens.sum())
         try:
             self._allocate_slots(rows, query_lens)
@@ -162,15 +164,18 @@ class Scheduler:
             self._copy_block_table(sequence, 0)
         return num_moves
 
-    def _rows_to_decode(self, running: np.ndarray) -> tuple[np.ndarray, bool]:
+    def _rows_to_decode(self, running: np.ndarray, drafts: Drafts | None) -> tuple[np.ndarray, bool]:
         """Return the rows that decode, as many as fit a step, and whether any row still computes its prompt."""
         batch, most = self.batch, self._max_num_tokens
         self._num_all_decode_steps -= 1
-        if batch.version == self._all_decode_version and self._num_all_decode_steps >= 0:
+        if batch.version == self._all_decode_version and self._num_all_decode_steps >= 0 and drafts is None:
             return running, False  # the same array as before, which says that nothing has changed
         # Over all rows, free ones included, since that is faster than picking the others.
         is_ready = (batch.num_computed < batch.num_tokens) & (batch.num_tokens < batch.max_num_tokens)
         is_ready &= ~batch.is_prefilling
+        if drafts is not None:
+            self._all_decode_version = -1  # a row comes to more than a token in a step
+            return running[(is_ready & ~drafts.waiting)[running]][:most], bool(np.count_nonzero(batch.is_prefilling))
         is_prefilling = bool(np.count_nonzero(batch.is_prefilling))
         if np.count_nonzero(is_ready) < len(running):
             return running[is_ready[running]][:most], is_prefilling
@@ -183,7 +188,7 @@ class Scheduler:
     def _allocate_slots(self, rows: np.ndarray, query_lens: np.ndarray) -> None:
         """Give each row slots for its next tokens. Raises OutOfBlocks; what was given until then is kept."""
         batch = self.batch
-        while len(short := rows[(batch.num_computed + query_lens.max(initial=0) > batch.num_slots)[rows]]):
+        while len(short := rows[batch.num_computed[rows] + query_lens > batch.num_slots[rows]]):
             grown = self.groups.append_blocks(batch.seq_id[short].tolist(), batch.num_computed[short].tolist())
             columns = batch.num_slots[short] // batch.block_size
             for tables, block_ids in zip(batch.tables, grown, strict=True):

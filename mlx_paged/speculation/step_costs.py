@@ -1,0 +1,39 @@
+"""What a step takes by how many tokens it computes: whether verifying drafts pays depends on that alone. Knows no mlx."""
+
+from bisect import bisect_left
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of tokens that costs are kept for; between them they are interpolated."""
+_WEIGHT = 0.2  # of a new measurement
+_MOST = 3.0  # times what was expected: more is somebody else's load
+
+
+class StepCosts:
+    """Seconds of decoding steps: measured at load, and kept up to date by those that run."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        """seconds: by numbers of tokens, 1 among them."""
+        self._sizes = sorted(seconds)
+        self._seconds = [seconds[size] for size in self._sizes]
+        for i in range(1, len(self._seconds)):  # more tokens take no less time, whatever was measured
+            self._seconds[i] = max(self._seconds[i - 1 : i + 1])
+
+    def of(self, num_tokens: int) -> float:
+        """Return the seconds of a step of so many tokens."""
+        place = bisect_left(self._sizes, num_tokens)
+        if place == len(self._sizes):  # beyond what was measured: in proportion
+            return self._seconds[-1] * num_tokens / self._sizes[-1]
+        if self._sizes[place] == num_tokens or place == 0:
+            return self._seconds[place]
+        low, high = self._sizes[place - 1 : place + 1]
+        share = (num_tokens - low) / (high - low)
+        return self._seconds[place - 1] * (1 - share) + self._seconds[place] * share
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        """Learn from a step. Longer contexts make all steps dearer: sizes that do not come up change in proportion."""
+        expected = self.of(num_tokens)
+        ratio = min(seconds / expected, _MOST)
+        near = min(range(len(self._sizes)), key=lambda i: abs(self._sizes[i] - num_tokens))
+        for i in range(len(self._seconds)):
+            weight = _WEIGHT if i == near else _WEIGHT / 4
+            self._seconds[i] *= 1 + weight * (ratio - 1)
