@@ -92,7 +92,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SpeculativeConfig(Settings):
-    """How tokens are guessed that a step then verifies, with vLLM's keys. Raises ValueError for a value out of range."""
+    """How tokens are guessed for a step to verify, with vLLM's keys. Raises ValueError for a value out of range."""
 
     method: str = "ngram"
     """"ngram": what followed the last tokens earlier in the prompt or the output."""
@@ -124,9 +124,8 @@ class SpeculativeConfig(Settings):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {excerpt(value)}")
         if self.prompt_lookup_min > self.prompt_lookup_max:
-            raise ValueError(
-                f"prompt_lookup_min ({self.prompt_lookup_min}) is more than prompt_lookup_max ({self.prompt_lookup_max})"
-            )
+            least, most = self.prompt_lookup_min, self.prompt_lookup_max
+            raise ValueError(f"prompt_lookup_min ({least}) is more than prompt_lookup_max ({most})")
         if not isinstance(self.adaptive, bool):
             raise ValueError(f"adaptive must be True or False, got {excerpt(self.adaptive)}")
 

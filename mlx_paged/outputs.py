@@ -206,6 +206,10 @@ class EngineStats:
     """Tokens that were put out, those of beams that were given up too."""
     num_steps: int
     """Steps that computed something."""
+    num_draft_tokens: int
+    """Guesses at next tokens that steps verified: see `SpeculativeConfig`."""
+    num_accepted_tokens: int
+    """Those that were right, and so were put out beside a step's own tokens."""
     step_sizes: "StepSizes"
     """How many tokens each of them computed, of prompts and of outputs."""
     host_time_s: float

@@ -321,6 +321,11 @@ def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
     engine = {name: value for name in names & settings.keys() if (value := settings.pop(name)) is not None}
     if settings.pop("no_prefix_caching"):
         engine["prefix_caching"] = False
+    asked = {"method": settings.pop("speculative"), "num_speculative_tokens": settings.pop("num_speculative_tokens")}
+    if given := {name: value for name, value in asked.items() if value is not None}:
+        if "method" not in given:
+            raise click.UsageError("--num-speculative-tokens limits guesses: give --speculative ngram, too")
+        engine["speculative_config"] = given
     with _as_usage_error():
         EngineConfig(**engine)
     return engine

@@ -14,7 +14,7 @@ from mlx_paged.progress import ProgressBar
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
-    from mlx_paged.outputs import BeamHypothesis, CompletionOutput, Output
+    from mlx_paged.outputs import BeamHypothesis, CompletionOutput, EngineStats, Output
     from mlx_paged.request import Request
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
@@ -154,12 +154,19 @@ class RunSummary:
             f"{prompt}; {generation}{memory}",
             *filter(None, [", ".join(latency)]),
             f"blocks {stats.peak_used_blocks}/{stats.num_blocks} at the most",
+            *_speculation(stats),
             f"attention: {', '.join(map(_BACKENDS.__getitem__, llm.attention_backends))}"
             + (f"; matrices: {stats.blas}" if stats.blas else ""),
         ]
 
     def _longest_sample(self, output: Output) -> int:
         return max((self._lengths[output.request_id, number] for number in range(len(samples_of(output)))), default=0)
+
+
+def _speculation(stats: EngineStats) -> list[str]:
+    """Say what became of drafts, if there were any."""
+    drafts, accepted = stats.num_draft_tokens, stats.num_accepted_tokens
+    return [f"speculation: {accepted} of {drafts} drafts right, {stats.num_steps} steps"] if drafts else []
 
 
 def excerpt(text: str, limit: int = 60) -> str:

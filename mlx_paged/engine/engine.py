@@ -36,7 +36,7 @@ from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.sampling.sampler import sample_seed
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
-from mlx_paged.scheduler.schedule import Drafts, Schedule
+from mlx_paged.scheduler.schedule import Schedule
 from mlx_paged.scheduler.scheduler import Scheduler
 from mlx_paged.speculation.speculator import make_speculator
 
@@ -73,9 +73,8 @@ class Engine:
             allocator=config.allocator,
             prefix_caching=config.prefix_caching,
         )
-        num_blocks = max_blocks = self.block_manager.num_blocks
-        if max_model_len is not None:
-            max_blocks = min(max_blocks, -(-max_model_len // config.block_size))
+        num_blocks = self.block_manager.num_blocks
+        max_blocks = min(num_blocks, -(-(max_model_len or num_blocks * config.block_size) // config.block_size))
         num_seqs = config.max_num_seqs
         self._batch = RunningBatch(num_seqs, len(runner.plan.windows), max_blocks, config.block_size)
         self._scheduler = Scheduler(self.cache_groups, self._batch, config)
@@ -87,9 +86,8 @@ class Engine:
         detokenizer, eos_token_ids = self.input_processor.detokenizer, self.input_processor.eos_token_ids
         self._outputs = OutputProcessor(detokenizer, eos_token_ids, self._batch, self._scheduler, self.profile)
         self._forking = Forking(self.block_manager, self._batch, self._scheduler, self._block_mover, self._outputs)
-        self._sampling = SamplingStep(
-            self._batch, runner.vocab_size, self._forking, self._outputs, self._steps, self.profile
-        )
+        parts = self._forking, self._outputs, self._steps, self.profile
+        self._sampling = SamplingStep(self._batch, runner.vocab_size, *parts)
         self._speculator = make_speculator(runner, config, self._batch)
         self._view = EngineView(self.cache_groups, self._scheduler, self._outputs, runner)
         self._arrivals: deque[Request] = deque()
@@ -168,10 +166,9 @@ class Engine:
     def step(self, wanted: Container[int] | None = None) -> list[Output]:
         """Launch the next step, then process the one before it. Returns finished outputs and stream deltas.
 
-        wanted: the ids of requests, if the outputs of others are to be kept for another call. There may be none for
-        several steps. An error while computing ends the requests that took part, with
-        finish_reason "error"; the others go on. After a KeyboardInterrupt everything can go on: it waits for the end
-        of the step. Raises RuntimeError if a step was torn by a second one, or in a fork of the engine's process.
+        wanted: the ids of requests, if the outputs of others are to be kept for another call. An error while computing
+        ends the requests that took part, with finish_reason "error". After a KeyboardInterrupt, which waits for the end
+        of the step, everything can go on. Raises RuntimeError if a step was torn by a second one, or in a fork.
         """
         with self._exclusive(), defer_interrupts(), self.profile.step():
             self._require_whole()
@@ -201,11 +198,12 @@ class Engine:
     def _schedule(self) -> Schedule:
         """Choose the next step's tokens. If that takes somebody's blocks, it has to be known first who has ended."""
         with self.profile.part("schedule"):
-            schedule = self._scheduler.schedule(self._in_flight is None, self._propose())
+            drafts = self._speculator.propose(self.block_manager.num_free_blocks)
+            schedule = self._scheduler.schedule(self._in_flight is None, drafts)
         if schedule is None:
             self._receive(self._in_flight)
             with self.profile.part("schedule"):
-                schedule = self._scheduler.schedule(True, self._propose())
+                schedule = self._scheduler.schedule()
             assert schedule is not None
         num_used = self.block_manager.num_blocks - self.block_manager.num_free_blocks
         self._peak_used_blocks = max(self._peak_used_blocks, num_used)  # the step's blocks are taken, none given back
@@ -213,10 +211,6 @@ class Engine:
             num_tokens=schedule.num_tokens, num_decodes=len(schedule.rows), num_chunks=len(schedule.chunks)
         )
         return schedule
-
-    def _propose(self) -> Drafts | None:
-        """Return drafts for the next step, where the engine has any."""
-        return None if self._speculator is None else self._speculator.propose(self.block_manager.num_free_blocks)
 
     def _launch(self, schedule: Schedule) -> StepInFlight | None:
         """Have the device compute a schedule's logits. Returns None if there is nothing to compute."""
@@ -248,16 +242,10 @@ class Engine:
             self._steps.submit(launched)
         if step is None:
             return
-        if self._speculator is not None and not step.schedule.chunks:
-            self._speculator.costs.add(step.schedule.num_tokens, step.seconds)
         with self.profile.part("tokens"):
             if step.sampled_rows is not None:
                 tokens = results[:-2] if step.beams else results
-                if step.schedule.drafts and self._speculator is not None:
-                    drawn, drafts = (step.sampled_rows, step.sampled_version, tokens), step.schedule.drafts
-                    self._speculator.process(*drawn, drafts, self._outputs.process_tokens, self._sampling.count)
-                else:
-                    self._outputs.process_tokens(step.sampled_rows, step.sampled_version, tokens)
+                self._speculator.process(step, tokens, self._outputs.process_tokens, self._sampling.count)
             if step.beams:
                 self._forking.process_beams(step.beams, *results[-2:])
                 self._sampling.register_rows()
@@ -315,8 +303,7 @@ class Engine:
         """Move the blocks in use to the start of the pool: the free space is one run then. Returns how many moved."""
         with self._exclusive():
             self._require_whole()
-            num_moves = self._scheduler.compact()
-            self._block_mover.run()
+            num_moves, _ = self._scheduler.compact(), self._block_mover.run()
             return num_moves
 
     def stats(self) -> EngineStats:
@@ -330,6 +317,8 @@ class Engine:
                 num_swapped_blocks=self._block_mover.num_swapped_blocks,
                 num_swapped_states=self._block_mover.num_swapped_states,
                 num_steps=self._num_steps,
+                num_draft_tokens=self._speculator.num_draft_tokens,
+                num_accepted_tokens=self._speculator.num_accepted_tokens,
                 step_sizes=self._steps.sizes.copy(),
                 host_time_s=self._host_time_s,
                 model_time_s=self._steps.model_time_s,

@@ -67,10 +67,7 @@ class InputBuilder:
         groups, slot_offsets = [], mx.array(positions % block_size)
         for tables in self._tables:
             host = tables.host
-            if chunks or schedule.num_tokens > len(rows):
-                block_ids = host.matrix[token_rows, positions // block_size]
-            else:
-                block_ids = host.last_block[rows]
+            block_ids = host.matrix[token_rows, positions // block_size]
             used = tables.update()[:, :num_columns][self._last_device_rows]
             find = find_shared if tables is self._tables[0] else None
             slots = mx.array(block_ids), slot_offsets

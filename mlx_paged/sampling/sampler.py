@@ -120,8 +120,8 @@ class Sampler:
         but for drafts.
         positions: int [n], the indices in the rows' outputs of the tokens to draw. masks: 32-bit
         [n, ceil(vocab_size / 32)], where bit t % 32 of word t // 32 allows token t. scores: float32 of the logits'
-        shape, to draw from instead of them. ahead: of each row, tokens that come before and are not counted yet: drafts,
-        if any row has some.
+        shape, to draw from instead of them. ahead: of each row, drafts that come before its token and are not counted
+        yet; nothing if no row has any.
 
         Log-probabilities are those of the logits, without a mask. A row with a logit of NaN or +inf gets the
         log-probability NaN and a token that means nothing.

@@ -54,7 +54,8 @@ class TokenCounts:
     def read(self, count_rows: mx.array, drafts: Sequence[tuple[int, int]] = ()) -> tuple[mx.array, mx.array]:
         """Read the counts of some count rows, int32 [n].
 
-        drafts: pairs of one of the n, and a token that is counted there once more, this time. Returns two lazy arrays [n, vocab_size]: bool, whether a token occurs at all; int32, how often it was put out.
+        drafts: pairs of one of the n, and a token that is counted there once more, this time. Returns two lazy arrays
+        [n, vocab_size]: bool, whether a token occurs at all; int32, how often it was put out.
         """
         if self._resets:
             num_count_rows = self._counts.shape[0]

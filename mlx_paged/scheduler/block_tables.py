@@ -14,29 +14,23 @@ class BlockTables:
 
     matrix: np.ndarray
     """int32 [num_rows, num_columns]."""
-    last_block: np.ndarray
-    """int32 [num_rows]: where the next token of a decode goes."""
     num_rewrites: int
     """How often a table became another in other ways than by growing at its end."""
 
     def __init__(self, num_rows: int, max_blocks: int) -> None:
         self.matrix = np.zeros((num_rows, max(MIN_COLUMNS, max_blocks)), np.int32)
-        self.last_block = np.zeros(num_rows, np.int32)
         self.num_rewrites = 0
         self._entries = self.matrix.reshape(-1)
         self._changed: list[tuple[np.ndarray, np.ndarray]] = []
 
     def append_blocks(self, rows: np.ndarray, columns: np.ndarray, block_ids: Sequence[int]) -> None:
         """Let the tables of `rows`, each of them once, end with block_ids[i] at columns[i]."""
-        ids = np.array(block_ids, np.int32)
-        self.last_block[rows] = ids
-        self._write(rows * self.matrix.shape[1] + columns, ids)
+        self._write(rows * self.matrix.shape[1] + columns, np.array(block_ids, np.int32))
 
     def rewrite(self, row: int, start: int, block_ids: Sequence[int]) -> None:
         """Set the entries of a row from `start` on."""
         self.num_rewrites += 1
         if len(block_ids):
-            self.last_block[row] = block_ids[-1]
             first = row * self.matrix.shape[1] + start
             self._write(np.arange(first, first + len(block_ids)), np.array(block_ids, np.int32))
 

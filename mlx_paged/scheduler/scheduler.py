@@ -3,8 +3,8 @@
 Sequences are served by priority, and in the order of their requests' arrival. When blocks run out the last one is
 preempted: its blocks are freed and its tokens computed again later, which finds in the prefix tree, or in the block
 store, what is still there. The first sequence can always take the blocks of all others, and a request that would not
-fit the pool alone is refused when it arrives, so something always moves on. Decodes are handled as arrays: only a
-sequence that needs a block costs work of its own. Knows no mlx.
+fit the pool alone is refused when it arrives, so something always moves on. Decodes are handled as arrays. Knows no
+mlx.
 """
 
 from bisect import insort
@@ -41,8 +41,7 @@ class Scheduler:
         self.step_budget = StepBudget(config.block_size, config.max_step_ms)
         self._rows: np.ndarray | None = np.zeros(0, np.int64)  # of `running`, in order; None: not up to date
         self._query_lens = np.ones(config.max_num_seqs, np.int32)
-        self._all_decode_version = -1  # of the batch: as long as it stays, all rows decode
-        self._num_all_decode_steps = 0  # for so many steps
+        self._all_decode_version, self._num_all_decode_steps = -1, 0  # of the batch: for so many steps all rows decode
         self._num_reserved_rows = 0  # for sequences that are still to be forked
         self._blocked_head: dict[Sequence, int] = {}  # the first one waiting did not fit so many free blocks
         self.kept_prompts = KeptPrompts(groups)
@@ -104,8 +103,8 @@ class Scheduler:
     def schedule(self, can_preempt: bool = True, drafts: Drafts | None = None) -> Schedule | None:
         """Choose the next step's tokens and take the blocks for them. Nothing is scheduled if nothing waits or runs.
 
-        drafts: to be verified. can_preempt: whether sequences may lose their blocks for it. If not, what would need that is put off: returns
-        None if these are decodes, sets `is_short_of_blocks` for prompts.
+        can_preempt: whether sequences may lose their blocks for it. If not, what would need that is put off: returns
+        None if these are decodes, sets `is_short_of_blocks` for prompts. drafts: what decodes are to verify.
         """
         batch, schedule = self.batch, Schedule(max_num_tokens=self._max_num_tokens)
         running = self._running_rows()
@@ -170,14 +169,13 @@ class Scheduler:
         self._num_all_decode_steps -= 1
         if batch.version == self._all_decode_version and self._num_all_decode_steps >= 0 and drafts is None:
             return running, False  # the same array as before, which says that nothing has changed
-        # Over all rows, free ones included, since that is faster than picking the others.
         is_ready = (batch.num_computed < batch.num_tokens) & (batch.num_tokens < batch.max_num_tokens)
         is_ready &= ~batch.is_prefilling
-        if drafts is not None:
-            self._all_decode_version = -1  # a row comes to more than a token in a step
-            return running[(is_ready & ~drafts.waiting)[running]][:most], bool(np.count_nonzero(batch.is_prefilling))
         is_prefilling = bool(np.count_nonzero(batch.is_prefilling))
-        if np.count_nonzero(is_ready) < len(running):
+        if drafts is not None:  # then a row may come to more than a token in a step
+            is_ready &= ~drafts.waiting
+            self._all_decode_version = -1
+        if drafts is not None or np.count_nonzero(is_ready) < len(running):
             return running[is_ready[running]][:most], is_prefilling
         if not 0 < len(running) <= most:
             return running[:most], is_prefilling

@@ -1,4 +1,4 @@
-"""What a step takes by how many tokens it computes: whether verifying drafts pays depends on that alone. Knows no mlx."""
+"""What a step takes, by how many tokens it computes: whether verifying drafts pays depends on that. Knows no mlx."""
 
 from bisect import bisect_left
 
