@@ -157,7 +157,7 @@ def test_copies_and_stores_move_codes_as_they_are(kv_cache_dtype: str) -> None:
 )
 def test_a_model_that_can_not_be_quantised_is_refused_in_one_line(make: Callable[[], nn.Module], words: str) -> None:
     model = make()
-    with pytest.raises(ValueError, match="^kv_cache_dtype='int8': ") as raised:
+    with pytest.raises(ValueError, match=r"^kv_cache_dtype='int8': ") as raised:
         LLM.from_model(model, num_kv_blocks=4, kv_cache_dtype="int8")
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
