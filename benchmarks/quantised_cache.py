@@ -40,6 +40,7 @@ PARSER.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "LI
 PARSER.add_argument("--tokens", type=int, default=900, metavar="N", help="that are read for the quality: 900")
 PARSER.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of a prompt for the speed: 4096")
 PARSER.add_argument("--dtype", help="of the weights and a plain cache: as the engine's")
+PARSER.add_argument("--keep-spaces", action="store_true", help="and line ends of the text, instead of its words alone")
 OPTIONS = PARSER.parse_known_args()[0]
 
 BLOCK_SIZE, CHUNK = 16, 96  # tokens
@@ -49,7 +50,8 @@ NUM_OUTPUT = 64
 def load(least: int) -> tuple[nn.Module, list[int]]:
     """Load the model, and make at least so many tokens of the text's words, repeated if they are fewer."""
     loaded = loading.load(OPTIONS.model, OPTIONS.dtype)
-    tokens = loaded.tokenizer.encode(" ".join(OPTIONS.text.read_text().split()))
+    text = OPTIONS.text.read_text()
+    tokens = loaded.tokenizer.encode(text if OPTIONS.keep_spaces else " ".join(text.split()))
     return loaded.model, tokens * -(-least // len(tokens))
 
 

@@ -15,6 +15,9 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
     "fair-steps-linux-cpu.json": ("fair_steps", "A stream beside a long prompt", ()),
     "hybrids-linux-cpu.json": ("hybrids", "Models whose layers keep states", ()),
+    "quantised-cache-smollm2-linux-cpu.json": ("quantised_cache", "A quantised cache of SmolLM2-135M-Instruct", ()),
+    "quantised-cache-gemma3-linux-cpu.json": ("quantised_cache", "A quantised cache of Gemma 3 270M", ()),
+    "quantised-cache-speed-linux-cpu.json": ("quantised_cache", "What a quantised cache takes", ()),
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
     "server-smollm2-linux-cpu.json": ("server", "A server of SmolLM2-135M-Instruct", ()),

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from helpers import tiny_models
+from helpers.families import family_model
 from helpers.llms import samples
 from helpers.tiny_models import VOCAB_SIZE, Unpaged, make_model, unpaged_greedy
 from mlx_lm.models.cache import make_prompt_cache
@@ -113,6 +114,16 @@ def test_weights_may_be_quantised_too(prompts: list[list[int]], monkeypatch: pyt
     llm = LLM.from_model(model, num_kv_blocks=64, kv_cache_dtype="int8")
     output = llm.generate([prompts[0]], SamplingParams(temperature=0, max_tokens=MAX_TOKENS, logprobs=0))[0]
     assert check_against(unpaged(model, prompts[0], "int8", monkeypatch), output)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "llama4"])
+def test_states_and_chunks_of_attention_are_as_they_were_beside_it(family: str, prompts: list[list[int]]) -> None:
+    model = family_model(family)
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    config: dict[str, Any] = {"num_kv_blocks": 96, "block_size": 8, "kv_cache_dtype": "fp8", "check_invariants": True}
+    alone = [samples(LLM.from_model(model, **config).generate(prompt, params)[0]) for prompt in prompts]
+    llm = LLM.from_model(model, max_num_batched_tokens=48, **config)
+    assert list(map(samples, llm.generate(prompts, params))) == alone
 
 
 def test_beams_and_samples_are_the_same_in_other_blocks_and_another_batch(
