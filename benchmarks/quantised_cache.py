@@ -6,7 +6,8 @@
 `quality` reads the first tokens of a text with K and V kept as they are and with each kind of quantised ones, of the
 same model over the same tokens: the perplexity is that of the next token of the text, the divergence that of a plain
 cache's distribution from a quantised one's, in nats, and a greedy token is equal if the likeliest next one is the same.
-`speed` continues the text, by this engine and by mlx-lm, whose quantised cache serves one request at a time.
+`speed` continues the text, by this engine and by mlx-lm, whose quantised cache serves one request at a time;
+`attention` is that of one layer alone, with heads as SmolLM2-135M has them.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from report import Part, Row
 
+from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
-from mlx_paged.cache.kv_cache import PagedKVCache
+from mlx_paged.attention.paged_attention import choose_backend
+from mlx_paged.cache.kv_cache import LayerPool, PagedKVCache
+from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.config import KV_CACHE_DTYPES
 from mlx_paged.models import loading
 from mlx_paged.models.patch import PatchedModel, patch_model
@@ -39,12 +43,14 @@ PARSER.add_argument("--model", help="a folder or a name of Hugging Face; the bun
 PARSER.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "LICENSE", help="prose, UTF-8")
 PARSER.add_argument("--tokens", type=int, default=900, metavar="N", help="that are read for the quality: 900")
 PARSER.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of a prompt for the speed: 4096")
+PARSER.add_argument("--repetitions", type=int, default=3, metavar="N", help="of what is timed: 3")
 PARSER.add_argument("--dtype", help="of the weights and a plain cache: as the engine's")
 PARSER.add_argument("--keep-spaces", action="store_true", help="and line ends of the text, instead of its words alone")
 OPTIONS = PARSER.parse_known_args()[0]
 
 BLOCK_SIZE, CHUNK = 16, 96  # tokens
-NUM_OUTPUT = 64
+NUM_OUTPUT = 32
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 
 
 def load(least: int) -> tuple[nn.Module, list[int]]:
@@ -130,7 +136,7 @@ def speed(quick: bool) -> list[Row]:
 
     Seconds are medians, of the CPU, which other processes disturb less; where a GPU computes they say nothing.
     """
-    context, num_output, repetitions = (48, 8, 1) if quick else (OPTIONS.context, NUM_OUTPUT, 3)
+    context, num_output, repetitions = (48, 8, 1) if quick else (OPTIONS.context, NUM_OUTPUT, OPTIONS.repetitions)
     model, tokens = load(context)
     prompt = tokens[:context]
     systems: dict[str, Any] = {}
@@ -210,6 +216,37 @@ def _num_equal(tokens: list[int], expected: list[int]) -> int:
     return next((i for i, (token, other) in pairs if token != other), len(expected))
 
 
+def attention(quick: bool) -> list[Row]:
+    """Best of some repetitions, in milliseconds of the CPU."""
+    cases = ((1, 1, 1024), (16, 1, 1024), (1, 1, 8192), (1, 1024, 1024)) if not quick else ((2, 1, 64),)
+    return [
+        {"sequences": count, "queries": num_queries, "context": context}
+        | {name: attention_ms(count, num_queries, context, name) for name in ("plain", *KV_CACHE_DTYPES)}
+        for count, num_queries, context in cases
+    ]
+
+
+def attention_ms(count: int, num_queries: int, context: int, kind: str) -> float:
+    """Of the last queries of so many sequences, with blocks in random order."""
+    layer = LayerSpec(KV_HEADS, HEAD_DIM, HEAD_DIM, mx.float32)
+    layer = layer if kind == "plain" else layer.quantised(kind)
+    backend, num_blocks = choose_backend(layer, HEADS, BLOCK_SIZE), count * context // BLOCK_SIZE
+    pool, slots = LayerPool.zeros(layer, num_blocks, BLOCK_SIZE), mx.arange(num_blocks * BLOCK_SIZE, dtype=mx.int32)
+    rows = (mx.random.normal((slots.size, KV_HEADS, HEAD_DIM)) for _ in range(2))
+    pool.write(slots // BLOCK_SIZE, slots % BLOCK_SIZE, *rows)
+    tables = mx.random.permutation(num_blocks).reshape(count, -1).astype(mx.int32)
+    q = mx.random.normal((count * num_queries, HEADS, HEAD_DIM))
+    mx.eval(pool.arrays, q, tables)
+    times = []
+    for _ in range(1 + 3 * OPTIONS.repetitions):
+        starts = np.arange(count + 1, dtype=np.int32) * num_queries
+        metadata = AttentionMetadata(tables, np.full(count, context, np.int32), starts)
+        started = time.process_time()
+        mx.eval(backend.attend(q, pool, metadata, AttentionOptions(HEAD_DIM**-0.5)))
+        times.append(1e3 * (time.process_time() - started))
+    return min(times)
+
+
 PARTS = [
     Part(
         quality,
@@ -235,6 +272,12 @@ PARTS = [
             "kv_bytes": ("bytes of K and V", ",d"),
             "equal": ("greedy tokens before one differs from mlx-lm's", ""),
         },
+    ),
+    Part(
+        attention,
+        "Attention of one layer, CPU ms",
+        {"sequences": ("sequences", "d"), "queries": ("queries of each", ",d"), "context": ("context", ",d")}
+        | {name: (name, ".1f") for name in ("plain", *KV_CACHE_DTYPES)},
     ),
 ]
 
