@@ -1,4 +1,4 @@
-"""What a quantised cache costs: a run measures all kinds, and what is committed keeps to the bounds that pages claim."""
+"""What a quantised cache costs: a run measures all kinds; what is committed keeps to the bounds that pages claim."""
 
 from __future__ import annotations
 
