@@ -70,12 +70,11 @@ class LayerPool:
 
     def write(self, block_ids: mx.array, offsets: mx.array, keys: mx.array, values: mx.array) -> None:
         """Put K and V, [num_tokens, num_kv_heads, dim], into slots, int32 [num_tokens]."""
-        slots, rows = (block_ids, offsets), [keys, values]
         if self.codes is not None:
-            slots = self.codes.slots(block_ids, offsets, keys.shape[1])
-            rows = self.codes.quantise(keys.astype(self.dtype), values.astype(self.dtype))
-        for array, each in zip(self.arrays.values(), rows, strict=False):
-            array[slots] = each
+            self.codes.write(self.arrays, block_ids, offsets, keys.astype(self.dtype), values.astype(self.dtype))
+            return
+        for array, rows in zip(self.arrays.values(), (keys, values), strict=False):
+            array[block_ids, offsets] = rows
 
     def row_numbers(self, block_ids: mx.array, offsets: mx.array) -> mx.array:
         """Where the arrays as [-1, ...] have the K and V of slots, [n, num_keys]. Returns [n, num_kv_heads, num_keys].
