@@ -56,9 +56,7 @@ class Engine:
 
         max_model_len: the most tokens of prompt and output together, None if only the pool bounds them.
         """
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_model_len = max_model_len
+        self.config, self.tokenizer, self.max_model_len = config, tokenizer, max_model_len
         self.profile = Profile(config.profile)
         self._runner = runner
         stores = open_stores(config, runner.fingerprint)
@@ -303,7 +301,8 @@ class Engine:
         """Move the blocks in use to the start of the pool: the free space is one run then. Returns how many moved."""
         with self._exclusive():
             self._require_whole()
-            num_moves, _ = self._scheduler.compact(), self._block_mover.run()
+            num_moves = self._scheduler.compact()
+            self._block_mover.run()
             return num_moves
 
     def stats(self) -> EngineStats:

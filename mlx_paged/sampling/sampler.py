@@ -139,7 +139,7 @@ class Sampler:
             row, token, value = batch.bias
             scores = scores.at[row, token].add(value)
         if batch.penalties is not None:
-            counted = np.flatnonzero(self._counts.count_rows[rows] >= 0)
+            counted = np.flatnonzero(self._counts.count_rows[rows] >= 0).tolist()
             more = [(i, token) for i, number in enumerate(counted) for token in ahead[number]] if ahead else []
             counts = self._counts.read(batch.penalties.device_count_rows, more)
             scores = _penalise(scores, batch.penalties, *counts)

@@ -8,7 +8,6 @@ mlx.
 """
 
 from bisect import insort
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -29,8 +28,7 @@ def _order(sequence: Sequence) -> tuple[int, int, int]:
 class Scheduler:
     """Holds waiting and running sequences, both in the order in which they are served."""
 
-    storing_pays: bool = True
-    """Whether blocks of preempted sequences are worth keeping in the block store."""
+    storing_pays: bool = True  # whether blocks of preempted sequences are worth keeping in the block store
 
     def __init__(self, groups: CacheGroups, batch: RunningBatch, config: EngineConfig) -> None:
         self.groups, self.batch = groups, batch
@@ -85,7 +83,7 @@ class Scheduler:
         self.num_preemptions += len(preempted)
         return preempted
 
-    def restart(self, sequences: Iterable[Sequence]) -> None:
+    def restart(self, sequences: list[Sequence]) -> None:
         """Forget all that is computed: `sequences`, all that have not ended, wait for their turn."""
         self.groups.clear()
         self.kept_prompts.clear()

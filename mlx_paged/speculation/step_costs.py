@@ -1,6 +1,7 @@
 """What a step takes, by how many tokens it computes: whether verifying drafts pays depends on that. Knows no mlx."""
 
 from bisect import bisect_left
+from itertools import accumulate
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of tokens that costs are kept for; between them they are interpolated."""
@@ -14,9 +15,7 @@ class StepCosts:
     def __init__(self, seconds: dict[int, float]) -> None:
         """seconds: by numbers of tokens, 1 among them."""
         self._sizes = sorted(seconds)
-        self._seconds = [seconds[size] for size in self._sizes]
-        for i in range(1, len(self._seconds)):  # more tokens take no less time, whatever was measured
-            self._seconds[i] = max(self._seconds[i - 1 : i + 1])
+        self._seconds = list(accumulate((seconds[size] for size in self._sizes), max))  # more tokens take no less time
 
     def of(self, num_tokens: int) -> float:
         """Return the seconds of a step of so many tokens."""
@@ -30,10 +29,10 @@ class StepCosts:
         return self._seconds[place - 1] * (1 - share) + self._seconds[place] * share
 
     def add(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a step. Longer contexts make all steps dearer: sizes that do not come up change in proportion."""
-        expected = self.of(num_tokens)
-        ratio = min(seconds / expected, _MOST)
+        """Learn from a step. Longer contexts make all steps dearer: those of other sizes follow, a quarter as fast."""
+        change = min(seconds / self.of(num_tokens), _MOST) - 1
         near = min(range(len(self._sizes)), key=lambda i: abs(self._sizes[i] - num_tokens))
         for i in range(len(self._seconds)):
-            weight = _WEIGHT if i == near else _WEIGHT / 4
-            self._seconds[i] *= 1 + weight * (ratio - 1)
+            self._seconds[i] *= 1 + change * (_WEIGHT if i == near else _WEIGHT / 4)
+        known = self._seconds[near]
+        self._seconds = [min(each, known) if i < near else max(each, known) for i, each in enumerate(self._seconds)]

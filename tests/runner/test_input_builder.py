@@ -111,10 +111,27 @@ def test_chunks_follow_the_rows_that_decode(query_lens: list[int]) -> None:
     add_chunk(schedule, batch, 2, 7)
     inputs, rows = InputBuilder(batch).build(schedule, None)
     assert_layout(inputs, [(0, 9, query_lens[0]), (1, 3, query_lens[1]), (2, 1, 7)])
-    assert rows.tolist() == rows_of(batch, 0, 1).tolist(), "the chunk does not end its prompt"
-    ends = np.cumsum(query_lens) - 1
+    expected = np.repeat(rows_of(batch, 0, 1), query_lens)
+    assert rows.tolist() == expected.tolist(), "the chunk does not end its prompt"
     assert inputs.logits_indices is not None
-    assert np.array(inputs.logits_indices).tolist() == ends.tolist()
+    assert np.array(inputs.logits_indices).tolist() == [*range(sum(query_lens))]
+
+
+@pytest.mark.parametrize("with_chunk", [False, True])
+def test_drafts_follow_the_last_token_of_their_row(with_chunk: bool) -> None:
+    batch = make_batch()
+    schedule = decodes(batch, [0, 1, 2], [1, 3, 2])
+    first, second, third = rows_of(batch, 0, 1, 2).tolist()
+    schedule.drafts = {second: [71, 72], third: [73]}
+    last = {row: int(batch.last_token[row]) for row in (first, second, third)}
+    expected = [last[first], last[second], 71, 72, last[third], 73]
+    if with_chunk:
+        schedule = decodes(batch, [0, 1], [1, 3])
+        schedule.drafts = {second: [71, 72]}
+        add_chunk(schedule, batch, 2, 2)
+        expected = [*expected[:4], 21, 22]
+    inputs, _ = InputBuilder(batch).build(schedule, None)
+    assert np.array(inputs.token_ids).tolist() == expected
 
 
 def test_a_chunk_that_ends_its_prompt_has_logits_of_its_last_token() -> None:

@@ -1,0 +1,31 @@
+"""What a step takes by its tokens: between what was measured, beyond it, and as it changes."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_paged.speculation.step_costs import StepCosts
+
+
+def test_between_two_sizes_a_step_takes_what_lies_between_and_beyond_the_last_in_proportion() -> None:
+    costs = StepCosts({1: 1.0, 2: 1.2, 4: 2.0})
+    assert [costs.of(n) for n in (1, 2, 3, 4, 8)] == pytest.approx([1.0, 1.2, 1.6, 2.0, 4.0])
+
+
+def test_more_tokens_never_take_less_time() -> None:
+    costs = StepCosts({1: 1.0, 2: 0.5, 4: 0.7})
+    assert [costs.of(n) for n in (1, 2, 4)] == [1.0, 1.0, 1.0]
+
+
+def test_it_comes_to_what_steps_take_and_one_that_was_held_up_hardly_counts() -> None:
+    costs = StepCosts({1: 1.0, 4: 2.0})
+    for _ in range(60):
+        costs.add(4, 6.0)
+    assert costs.of(4) == pytest.approx(6.0, rel=0.05)
+    assert 1.2 < costs.of(1) < 6.0, "other sizes follow, more slowly"
+    for _ in range(60):
+        costs.add(4, 1.0)
+    assert costs.of(1) <= costs.of(4) < 1.1, "fewer tokens never take more time"
+    before = costs.of(4)
+    costs.add(4, 1000.0)
+    assert costs.of(4) < 1.5 * before
