@@ -209,6 +209,7 @@ def test_every_command_that_runs_a_model_takes_an_adapter(run: Run, tmp_path: Pa
         "--block-size 0", "--num-kv-blocks 0", "--kv-cache-memory 4XB", "--kv-cache-memory 200%", "--max-num-seqs 0",
         "--dtype int3", "--kv-cache-dtype int4", "--max-num-batched-tokens 0", "--max-model-len 0", "--no-such-option",
         "--num-kv-blocks 9 --kv-cache-memory 1GB", "--swap-space=-5GB", "--swap-space=", "--swap-space=50%",
+        "--speculative eagle", "--num-speculative-tokens 3", "--speculative ngram --num-speculative-tokens 0",
         "--prefix-cache-dir=", "--prefix-cache-size 1GB", "--prefix-cache-size lots --prefix-cache-dir x",
     ],
 )  # fmt: skip
