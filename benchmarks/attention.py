@@ -52,6 +52,7 @@ from mlx_paged.runner.memory_plan import device_limit
 
 LLAMA_8B = Heads(32, 8, 128, mx.float32 if ON_CPU else mx.bfloat16)
 QWEN2_500M = Heads(14, 2, 64, mx.float32 if ON_CPU else mx.float16)
+TINY = Heads(4, 1, 64, LLAMA_8B.dtype)
 
 
 # -- what the device can do --------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def few_queries(quick: bool) -> Iterator[Row]:
     """Some tokens of one sequence after a long context, as when guesses at its next ones are verified."""
     context = 100 if quick else 1024 if ON_CPU else 16384
     of_one: dict[Heads, float] = {}
-    for num_queries, heads in product((1, 2, 4, 8), (LLAMA_8B, QWEN2_500M)):
+    for num_queries, heads in product((1, 2, 4, 8), (TINY,) if quick else (LLAMA_8B, QWEN2_500M)):
         if heads is QWEN2_500M and num_queries > 2:
             continue  # more rows than decode takes, of 7 heads to a KV head: as LLAMA_8B's with 8
         case = Case(heads, 1, context, num_queries)
@@ -173,8 +174,8 @@ def shared_prefix(quick: bool) -> Iterator[Row]:
     The compulsory bytes are those of the same blocks: what they share is read once.
     """
     sizes = [(8, 1024, 64)] if ON_CPU else [(8, 4096, 256), (32, 4096, 256)]
-    for batch, prefix, own in [(4, 160, 9)] if quick else sizes:
-        case = Case(LLAMA_8B, batch, prefix + own, prefix=prefix)
+    for batch, prefix, own in [(4, 192, 9)] if quick else sizes:
+        case = Case(TINY if quick else LLAMA_8B, batch, prefix + own, prefix=prefix)
         if (row := compare(case, with_prefix, quick)) is not None:
             row["compulsory_bytes"] = case.compulsory_bytes()
             row["gb_per_s"] = case.compulsory_bytes() / row["once_us"] / 1e3

@@ -90,11 +90,12 @@ def seconds_in_window(contender: Contender, num_calls: int, window: float) -> fl
 
 def measure(contenders: dict[str, Contender], quick: bool) -> dict[str, float]:
     """Median seconds of a call of each, and `spread`: the widest range of their windows, over the median."""
-    num_calls, num_rounds, warm = dict.fromkeys(contenders, 2), 0, time.perf_counter() + WARM_SECONDS
+    num_calls, num_rounds = dict.fromkeys(contenders, 1 if quick else 2), 0
+    warm = time.perf_counter() + WARM_SECONDS
     while num_rounds < (1 if quick else 2) or (not quick and time.perf_counter() < warm):
         for name in contenders:  # at first what is not the calls themselves is most of it
             seconds = seconds_of_call(contenders[name], num_calls[name])
-            num_calls[name] = 2 if quick else max(1, min(MOST_CALLS, round(CHAIN_SECONDS / seconds)))
+            num_calls[name] = 1 if quick else max(1, min(MOST_CALLS, round(CHAIN_SECONDS / seconds)))
         num_rounds += 1
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for window in range(2 if quick else NUM_WINDOWS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -35,8 +36,10 @@ def run_tests(files: Sequence[str], but_not: str, limit_s: float, **variables: s
     command = [sys.executable, "-m", "pytest", "-q", "-ra", "-k", f"not {but_not}"]
     command += [str(ROOT / "tests" / file) for file in files]
     ended = run_limited(command, limit_s, {"PYTHONPATH": path} | variables)
-    lines = ended.output.strip().splitlines() or ["nothing was printed"]
-    return {"result": f"{ended.word}: {lines[-1].strip('= ')}", "log": ended.output[-20_000:]}
+    counts = re.findall(
+        r"^=* ?(.*\d+ (?:passed|failed|skipped|errors?|deselected)\b.*? in [\d.]+s.*?) ?=*$", ended.output, re.M
+    )
+    return {"result": f"{ended.word}: {counts[-1] if counts else 'no test has ended'}", "log": ended.output[-20_000:]}
 
 
 def writer(quick: bool) -> Iterator[Row]:

@@ -71,7 +71,7 @@ def run_limited(
     finally:
         _signal(process, signal.SIGKILL)
         process.wait()
-        reader.join()
+        reader.join(1.0)  # not for what has left the group and still could write
     return Ended(exit_code, time.monotonic() - began, "".join(written))
 
 
