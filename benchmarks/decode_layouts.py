@@ -90,18 +90,18 @@ def threads(quick: bool) -> Iterator[Row]:
     """Of a threadgroup, at most. 0: there is no kernel here, or the launch did not fail."""
     for heads in [TINY] if quick else [*HEADS, Heads(8, 1, 512, mx.bfloat16)]:
         layers = Layers(Case(heads, 1, 64), 1, quick=True)
-        row = {"backend": layers.backend.name} | heads.as_columns()
+        of_heads = {"backend": layers.backend.name} | heads.as_columns()
         for name, constants in list(LAYOUTS.items())[: 1 if quick else None]:
             with planned_by(*constants):
                 found = most_threads(layers.backend, partial(decode_once, layers))
-            yield row | {"kernel": f"paged_decode, {name}"} | found.get("paged_decode", NOTHING)
+            yield of_heads | {"kernel": f"paged_decode, {name}"} | found.get("paged_decode", NOTHING)
         found = most_threads(layers.backend, partial(fill_and_prefill, layers))
         for name in ("paged_write", "paged_prefill", "paged_merge"):
-            yield row | {"kernel": name} | found.get(name, NOTHING)
+            yield of_heads | {"kernel": name} | found.get(name, NOTHING)
     latents = LayerSpec(1, 576, 512, mx.bfloat16, value_in_key=True)
     backend = choose_backend(latents, 16, BLOCK_SIZE)
     found = most_threads(backend, attend_to_latents)
-    row = {"backend": backend.name, "heads": "16/1", "head_dim": 576, "dtype": "bfloat16"}
+    row: Row = {"backend": backend.name, "heads": "16/1", "head_dim": 576, "dtype": "bfloat16"}
     yield row | {"kernel": "paged_latent"} | found.get("paged_latent", NOTHING)
     kind = next((kind for kind in kernels.TITLES if kernels.is_available(kind)), None)
     found = most_threads(backend, lambda _: draw_tokens(str(kind), mx.zeros((2, 1000)), np.zeros((2, 8), np.uint32)))

@@ -25,9 +25,8 @@ from mlx_paged.runner.trial_writes import failure_of_write
 
 ROOT = Path(__file__).parents[1]
 BLOCK_SIZE = 16
-LAYERS = [(LayerSpec(*sizes, mx.bfloat16), heads) for *sizes, heads in (
-    (8, 128, 128, 32), (4, 256, 256, 24), (2, 64, 64, 14), (1, 512, 512, 8)
-)]  # fmt: skip
+HEADS = ((32, 8, 128), (24, 4, 256), (14, 2, 64), (8, 1, 512))
+LAYERS = [(LayerSpec(kv_heads, dim, dim, mx.bfloat16), num_heads) for num_heads, kv_heads, dim in HEADS]
 
 
 def run_tests(files: Sequence[str], but_not: str, limit_s: float, **variables: str) -> Row:
@@ -65,7 +64,7 @@ def sharing_costs(quick: bool) -> Iterator[Row]:
             continue
         kind = LayerKind(backend, layer, num_heads, AttentionOptions(layer.key_dim**-0.5))
         costs = measure_costs(kind, BLOCK_SIZE) if is_gpu() else ASSUMED
-        row = {"heads": f"{num_heads}/{layer.num_kv_heads} x {layer.key_dim}", "unit": costs.unit}
+        row: Row = {"heads": f"{num_heads}/{layer.num_kv_heads} x {layer.key_dim}", "unit": costs.unit}
         row |= {"decode_key": costs.decode_key, "tile_key": costs.tile_key, "start": costs.start}
         tile = backend.tiles(kind.shape).tile
         for length in (1024, 8192):

@@ -71,7 +71,7 @@ def generate(quick: bool) -> Iterator[Row]:
     """The model that comes with the project, and a profile of its steps."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
-        command = [sys.executable, "-m", "mlx_paged", "generate", "--verbose", "--profile", trace]
+        command = [sys.executable, "-m", "mlx_paged", "generate", "--verbose", "--profile", str(trace)]
         ended = run_limited([*command, "Tell me a story.", "Write a story about Tom."], 12)
         profile = json.loads(trace.read_text()) if trace.exists() else None
     yield {"result": ended.word, "output": ended.output[-20_000:], "profile": profile}

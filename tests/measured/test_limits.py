@@ -143,3 +143,15 @@ def test_the_parts_of_a_whole_run_keep_within_ten_minutes_and_each_asks_somethin
     limits = {part.run.__name__: part.limit_s for part in chosen}
     room = {"correctness": sum(tests.values())} if script == "on_a_gpu" else tests
     assert all(seconds + grace + 8 < limits[name] for name, seconds in room.items()), "what tests came to is kept"
+
+
+def test_the_page_says_what_each_part_asks_and_how_long_it_may_take() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    said = {name.strip("`"): limits for name, _, *limits in rows}
+    asked = {question for _, question, *_ in rows}
+    on_a_mac, on_a_gpu = (importlib.import_module(name).PARTS for name in ("on_a_mac", "on_a_gpu"))
+    of_mac, of_card = ({part.run.__name__: f"{part.limit_s:.0f} s" for part in each} for each in (on_a_mac, on_a_gpu))
+    assert said == {name: [of_mac.get(name, ""), of_card.get(name, "")] for name in of_mac | of_card}
+    only_here = [part for part in on_a_gpu if part.run.__name__ not in of_mac]
+    assert asked == {part.question for part in (*on_a_mac, *only_here)}
