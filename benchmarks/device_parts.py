@@ -32,7 +32,7 @@ LAYERS = [(LayerSpec(kv_heads, dim, dim, mx.bfloat16), num_heads) for num_heads,
 def run_tests(files: Sequence[str], but_not: str, limit_s: float, **variables: str) -> Row:
     """What the tests in these files came to in that time, without those whose names have the word `but_not`."""
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "pytest", "-q", "-ra", "-k", f"not {but_not}"]
+    command = [sys.executable, "-m", "pytest", "-ra", "-k", f"not {but_not}"]
     command += [str(ROOT / "tests" / file) for file in files]
     ended = run_limited(command, limit_s, {"PYTHONPATH": path} | variables)
     counts = re.findall(

@@ -72,6 +72,7 @@ def generate(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         command = [sys.executable, "-m", "mlx_paged", "generate", "--verbose", "--profile", str(trace)]
+        command += ["--max-tokens", "16"] if quick else []
         ended = run_limited([*command, "Tell me a story.", "Write a story about Tom."], 12)
         profile = json.loads(trace.read_text()) if trace.exists() else None
     yield {"result": ended.word, "output": ended.output[-20_000:], "profile": profile}
