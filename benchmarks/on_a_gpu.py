@@ -15,6 +15,7 @@ The parts, the most telling first; `question` of each is printed before it runs:
 - `end_to_end`: equal and mixed requests of models with random weights, beside mlx-lm's own batches on this card
 - `prefill`: its share of the rate of a large matrix product, by the kernel, and by MLX's attention over gathered keys
   where `gathered.py` takes the layer
+- `draws`: tokens of a step by the kernel that draws, and by plain operations (draws.py)
 - `writer`, `writes`: whether kernels can write into what they are given; new keys and values written by the kernel and
   by MLX's scatter, when a step is submitted before and after the one before it is over
 - `submission`: the same model where MLX ends a graph by the size of its inputs, pools among them, and where not
@@ -44,8 +45,10 @@ from unittest import mock
 import attention
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import report
 from device_parts import ROOT, SHARING, WRITER, run_tests
+from draws import DRAWS
 from gpu_serving import END_TO_END, MEMORY, SUBMISSION, UPLOADS, WRITES
 from gpu_steps import CUDA, make_step, name_of, relative_error, seconds, slots_of, step_at_the_end_of_a_pool
 from latent import LATENT
@@ -54,6 +57,7 @@ from report import Part, Row
 from mlx_paged.attention import gathered
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
+from mlx_paged.sampling.draw_kernel import draw_tokens
 
 EXACT = {"MLX_ENABLE_TF32": "0"}
 
@@ -70,6 +74,7 @@ def wrapper(quick: bool) -> list[Row]:
         "paged_latent": cuda_text.record("latent", 4, mx.float16, (64, 48)).text,
         "paged_merge": cuda_text.record_merge(mx.float16, 64).text,
         "paged_write": cuda_text.record_write(mx.float16, (64, 64)).text,
+        "draw_tokens": cuda_text.record_draw().text,
     }
     real, rows = mx.fast.cuda_kernel, []
 
@@ -90,7 +95,7 @@ def wrapper(quick: bool) -> list[Row]:
             pool = LayerPool.zeros(LayerSpec(2, 64, 64, mx.float16), 3, 16)
             metadata = slots_of(mx.arange(3), mx.arange(3))
             CUDA.write(pool, metadata, pool.keys[0, :3], pool.values[0, :3])
-            mx.eval(pool.write_done)
+            mx.eval(pool.write_done, draw_tokens("cuda", mx.zeros((2, 1000)), np.zeros((2, 8), np.uint32)))
         finally:
             os.dup2(saved, 1)
             os.close(saved)
@@ -114,7 +119,8 @@ def without_names(text: str) -> str:
 TESTS = {
     "kernels": ["attention/test_kernels_decode.py", "attention/test_kernels_prefill.py",
                 "attention/test_kernels_shared.py", "attention/test_kernels_latent.py",
-                "attention/test_kernels_engine.py", "attention/test_kernels_write.py"],
+                "attention/test_kernels_engine.py", "attention/test_kernels_write.py",
+                "sampling/test_draw_kernel.py"],
     "engine": ["attention/test_paged_attention.py", "system/test_parity.py", "cache/test_kv_cache.py",
                "system/test_pipelining.py", "system/test_memory_flat.py", "engine/test_beams_in_engine.py",
                "cache/test_block_store.py", "models/test_demo.py"],
@@ -266,6 +272,7 @@ PARTS = [
         "Which share of a product's rate do prompts reach, by the kernel and gathered?",
         35,
     ),
+    DRAWS._replace(limit_s=25),
     WRITER._replace(limit_s=15),
     WRITES._replace(limit_s=30),
     SUBMISSION._replace(limit_s=40),

@@ -24,6 +24,7 @@ import mlx.core as mx
 import mlx_lm
 import report
 from device_parts import ROOT, SHARING, WRITER, run_tests
+from draws import DRAWS
 from gpu_serving import END_TO_END, SUBMISSION, WRITES, end_to_end
 from latent import LATENT
 from limited import run_limited
@@ -34,7 +35,7 @@ import mlx_paged
 KERNEL_TESTS = ["decode", "write", "prefill", "shared", "latent", "engine"]
 TESTS = {
     "kernel_tests": [f"attention/test_kernels_{name}.py" for name in KERNEL_TESTS]
-    + ["attention/test_kernel_backend.py"],
+    + ["sampling/test_draw_kernel.py", "attention/test_kernel_backend.py"],
     "engine_tests": ["models/test_demo.py", "system/test_memory_flat.py", "system/test_pipelining.py",
                      "system/test_parity.py", "attention/test_paged_attention.py", "cache/test_kv_cache.py"],
 }  # fmt: skip
@@ -97,6 +98,7 @@ PARTS = [
     WRITES._replace(limit_s=30),
     OF_ATTENTION["few_queries"]._replace(limit_s=40),
     OF_ATTENTION["prefill"]._replace(limit_s=40),
+    DRAWS._replace(limit_s=20),
     SHARING._replace(limit_s=12),
     OF_ATTENTION["shared_prefix"]._replace(limit_s=16),
     OF_ATTENTION["long_heads"]._replace(limit_s=20),

@@ -15,6 +15,9 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
     "fair-steps-linux-cpu.json": ("fair_steps", "A stream beside a long prompt", ()),
     "hybrids-linux-cpu.json": ("hybrids", "Models whose layers keep states", ()),
+    "quantised-cache-smollm2-linux-cpu.json": ("quantised_cache", "A quantised cache of SmolLM2-135M-Instruct", ()),
+    "quantised-cache-gemma3-linux-cpu.json": ("quantised_cache", "A quantised cache of Gemma 3 270M", ()),
+    "quantised-cache-speed-linux-cpu.json": ("quantised_cache", "What a quantised cache takes", ()),
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
     "server-smollm2-linux-cpu.json": ("server", "A server of SmolLM2-135M-Instruct", ()),
@@ -28,8 +31,8 @@ HEAD = """# Results
 
 The tables of the files in this folder, written by `python benchmarks/results_page.py`.
 [docs/benchmarks.md](../../docs/benchmarks.md) says what is claimed of them. Nothing was measured on a Mac or on an
-NVIDIA card. What was timed, but for the server's tables, was timed with the engine of commit 3b85ee2 or an earlier one,
-which had more tricks for MLX's CPU build than today's.
+NVIDIA card. What was timed, but for the tables of the server and of quantised caches, was timed with the engine of
+commit 3b85ee2 or an earlier one, which had more tricks for MLX's CPU build than today's.
 """
 
 

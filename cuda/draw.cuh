@@ -5,6 +5,8 @@ constexpr int NUM_PIVOTS = 8;
 constexpr unsigned LEAST_KEY = 0x007fffffu;  // the keys of -inf and of 0
 constexpr unsigned ZERO = 0x80000000u;
 constexpr float LEAST_NOISE = -4.0f;  // a word of 0 would make it -inf, any other one makes it -3.1 or more
+__device__ constexpr float BELOW[NUM_PIVOTS] = {0.0f, 24.0f, 16.0f, 11.0f, 7.0f, 4.0f, 2.0f, 1.0f};  // the best score
+__device__ constexpr unsigned ROTATIONS[8] = {13, 15, 26, 6, 17, 29, 16, 24};
 
 // An integer that rises with the float, the same for both zeros.
 __device__ inline unsigned key_of(float x) {
@@ -23,7 +25,6 @@ __device__ inline unsigned pivot_of(int i, bool is_first, unsigned low, unsigned
     return low + min(width - 1, max(1u, width / (NUM_PIVOTS + 1)) * unsigned(i + 1));
   }
   if (i == 0) return low;
-  constexpr float BELOW[NUM_PIVOTS] = {0.0f, 24.0f, 16.0f, 11.0f, 7.0f, 4.0f, 2.0f, 1.0f};
   return min(high, max(low, key_of(best - BELOW[i])));
 }
 
@@ -54,7 +55,6 @@ __device__ inline unsigned warp_min(unsigned value) { return ~warp_max(~value); 
 
 // Threefry-2x32 of 20 rounds (Salmon et al. 2011), MLX's generator: two random words for a key and a counter.
 __device__ inline uint2 random_words(uint2 key, uint2 counter) {
-  constexpr unsigned ROTATIONS[8] = {13, 15, 26, 6, 17, 29, 16, 24};
   const unsigned keys[3] = {key.x, key.y, key.x ^ key.y ^ 0x1bd11bdau};
   unsigned x = counter.x + keys[0], y = counter.y + keys[1];
   UNROLL for (unsigned four = 0; four < 5; four++) {

@@ -116,6 +116,7 @@ OPTIONAL = {
     "mlx_paged/sampling/beam_search.py": "beams",
     "mlx_paged/sampling/compilations.py": "structured output",
     "mlx_paged/sampling/draw_kernel.py": "sampling by a GPU's own kernel",
+    "mlx_paged/sampling/draws.py": "draws at random",
     "mlx_paged/sampling/grammar.py": "structured output",
     "mlx_paged/sampling/sampler.py:best_tokens": "beams",
     "mlx_paged/sampling/sampler.py:_sort_keys": "beams",

@@ -5,6 +5,8 @@ constant constexpr int NUM_PIVOTS = 8;
 constant constexpr uint LEAST_KEY = 0x007fffffu;  // the keys of -inf and of 0
 constant constexpr uint ZERO = 0x80000000u;
 constant constexpr float LEAST_NOISE = -4.0f;  // a word of 0 would make it -inf, any other one makes it -3.1 or more
+constant constexpr float BELOW[NUM_PIVOTS] = {0.0f, 24.0f, 16.0f, 11.0f, 7.0f, 4.0f, 2.0f, 1.0f};  // the best score
+constant constexpr uint ROTATIONS[8] = {13, 15, 26, 6, 17, 29, 16, 24};
 
 // An integer that rises with the float, the same for both zeros.
 METAL_FUNC uint key_of(float x) {
@@ -23,13 +25,11 @@ METAL_FUNC uint pivot_of(int i, bool is_first, uint low, uint high, float best) 
     return low + metal::min(width - 1, metal::max(1u, width / (NUM_PIVOTS + 1)) * uint(i + 1));
   }
   if (i == 0) return low;
-  constexpr float BELOW[NUM_PIVOTS] = {0.0f, 24.0f, 16.0f, 11.0f, 7.0f, 4.0f, 2.0f, 1.0f};
   return metal::min(high, metal::max(low, key_of(best - BELOW[i])));
 }
 
 // Threefry-2x32 of 20 rounds (Salmon et al. 2011), MLX's generator: two random words for a key and a counter.
 METAL_FUNC uint2 random_words(uint2 key, uint2 counter) {
-  constexpr uint ROTATIONS[8] = {13, 15, 26, 6, 17, 29, 16, 24};
   const uint keys[3] = {key.x, key.y, key.x ^ key.y ^ 0x1bd11bdau};
   uint x = counter.x + keys[0], y = counter.y + keys[1];
   UNROLL for (uint four = 0; four < 5; four++) {

@@ -75,8 +75,8 @@ class CudaBackend(KernelBackend):
             "paged_prefill", 2 * rows // matrices, template, rows * key_bytes + keys * (key_bytes + value_bytes)
         )
 
-    def headers(self, kernel_name: str) -> tuple[str, ...]:
-        return "intrinsics.cuh", "tiles.cuh"
+    def headers(self, kernel_name: str, with_codes: bool) -> tuple[str, ...]:
+        return "intrinsics.cuh", "tiles.cuh", *(("codes.cuh",) if with_codes else ())
 
 
 def _row_bytes(shape: Shape) -> tuple[int, int]:

@@ -39,14 +39,14 @@ def is_for(
     if not metadata.plan_once("gathers", lambda: is_wanted(has_matrix_units)):
         return False
     plain = options.softcap is None and options.sinks is None and not pool.latent_dim
-    dims = {pool.keys.shape[3], pool.values.shape[3]}
-    return plain and q.dtype in DTYPES and pool.keys.dtype == q.dtype and len(dims) == 1 and dims <= set(HEAD_DIMS)
+    dims = {*pool.block_shape[2:]}
+    return plain and q.dtype in DTYPES and pool.dtype == q.dtype and len(dims) == 1 and dims <= set(HEAD_DIMS)
 
 
 def choose(metadata: AttentionMetadata, pool: LayerPool, window: int | None) -> np.ndarray:
     """Say of which sequences the queries are computed so, bool [num_seqs]."""
-    _, _, num_kv_heads, head_dim = pool.keys.shape
-    most_keys = MAX_BYTES // (num_kv_heads * head_dim * pool.keys.dtype.size)
+    _, num_kv_heads, head_dim, _ = pool.block_shape
+    most_keys = MAX_BYTES // (num_kv_heads * head_dim * pool.dtype.size)
     if window is not None:
         most_keys = min(most_keys, window)
     return (metadata.query_lens >= MIN_QUERIES) & (metadata.context_lens <= most_keys)
@@ -57,12 +57,10 @@ def attend(q: mx.array, pool: LayerPool, metadata: AttentionMetadata, scale: flo
     outputs = []
     for seq, num_keys in enumerate(metadata.context_lens.tolist()):
         first, last = metadata.cu_seqlens_q[seq : seq + 2].tolist()
-        block_ids = metadata.block_tables[seq, : -(-num_keys // pool.keys.shape[1])]
+        block_ids = metadata.block_tables[seq, : -(-num_keys // pool.block_shape[0])]
         if pool.write_done is not None:  # MLX does not know that the pools are written: the ids wait for it
             block_ids = block_ids + 0 * pool.write_done[:1]
-        keys, values = (
-            array[block_ids].flatten(0, 1)[:num_keys].swapaxes(0, 1)[None] for array in (pool.keys, pool.values)
-        )
+        keys, values = (pool.gather_blocks(name, block_ids)[None, :, :num_keys] for name in "kv")
         queries = q[first:last].swapaxes(0, 1)[None]
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
         outputs.append(out[0].swapaxes(0, 1))

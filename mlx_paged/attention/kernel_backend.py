@@ -21,6 +21,7 @@ from mlx_paged.attention.latent_layout import LatentLayout, unsupported_latents
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.shared_prefix import SharedPrefix
 from mlx_paged.attention.work_items import Shape, Tile, WorkItems
+from mlx_paged.cache.codes import KVCodes
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
 
@@ -46,6 +47,8 @@ class KernelBackend(Backend):
     """That of the files of its kernels, which lie in the folder with its name."""
     latent_layout: Callable[[Shape], LatentLayout | None]
     """How paged_latent, which computes what has its V in K, divides such a shape. None: it does not compute this."""
+    reads_codes = False
+    """Whether its kernels compute over K and V that are quantised."""
     writes_in_place = True
     """Whether `write` is by a kernel, which MLX does not know to change the pools. Otherwise MLX scatters, which copies
     a pool that an earlier step still reads."""
@@ -81,18 +84,18 @@ class KernelBackend(Backend):
     def launch_prefill(self, shape: Shape) -> Launch: ...
 
     @abstractmethod
-    def headers(self, kernel_name: str) -> tuple[str, ...]:
-        """The files that a kernel's text begins with."""
+    def headers(self, kernel_name: str, with_codes: bool) -> tuple[str, ...]:
+        """The files that a kernel's text begins with. with_codes: K and V are quantised."""
 
     def make_kernel(
         self, kernel_name: str, inputs: Iterable[str], outputs: tuple[str, ...], shared_bytes: int = 0
     ) -> kernels.Kernel:
         """The kernel with inputs of these names. Raises RuntimeError if there is no device."""
-        texts = *self.headers(kernel_name), f"{kernel_name}.{self.suffix}"
+        texts = *self.headers(kernel_name, "k_codes" in inputs), f"{kernel_name}.{self.suffix}"
         return kernels.make_kernel(self.name, texts, inputs, outputs, shared_bytes)
 
     def unsupported(self, layer: LayerSpec, num_heads: int, block_size: int) -> str | None:
-        if layer.codes is not None:
+        if layer.codes is not None and not self.reads_codes:
             return f"no {self.title} kernel reads kv_cache_dtype={layer.codes.name!r}"
         if layer.dtype not in DTYPES:
             return f"no {self.title} kernel for dtype {layer.dtype}: float16, bfloat16 and float32 have one"
@@ -109,9 +112,8 @@ class KernelBackend(Backend):
         return None
 
     def max_decode_queries(self, layer: LayerSpec, num_heads: int) -> int:
-        shape = Shape(
-            layer.num_kv_heads, num_heads // layer.num_kv_heads, *layer[1:3], layer.dtype.size, layer.value_in_key
-        )
+        heads, dim, value_dim, dtype, is_latent, codes = layer
+        shape = Shape(heads, num_heads // heads, dim, value_dim, dtype.size, is_latent, codes)
         return self._decode_queries(shape) or max(1, self.tiles(shape).tile.rows // shape.heads_per_kv_head)
 
     def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
@@ -124,16 +126,19 @@ class KernelBackend(Backend):
         if not self.writes_in_place:
             super().write(pool, metadata, keys, values)
             return
-        dtype, value_dim = pool.keys.dtype, 0 if pool.latent_dim else values.shape[2]
+        dtype, value_dim = pool.dtype, 0 if pool.latent_dim else values.shape[2]
         keys, values = (mx.contiguous(rows.astype(dtype)) for rows in (keys, values))
         before = pool.reads_done or [mx.zeros(8, mx.int32) if pool.write_done is None else pool.write_done]
         slots: dict[str, Any] = {"block_ids": metadata.slot_block_ids, "offsets": metadata.slot_offsets}
         inputs = _caches(pool, values) | {"keys": keys, "values": values} | slots
         inputs["reads_done"] = reduce(mx.add, before)
-        num_groups = -(-(keys.nbytes + values.nbytes) // (16 * _THREADS_OF_WRITE))
-        (pool.write_done,) = self.make_kernel("paged_write", inputs, ("write_done",))(
+        # 16 bytes of a thread; or the K, or the V, of a token in one head of a simdgroup.
+        num_threads = (keys.nbytes + values.nbytes) // 16 if pool.codes is None else 64 * len(keys) * keys.shape[1]
+        num_groups = -(-num_threads // _THREADS_OF_WRITE)
+        kernel_name = "paged_write" if pool.codes is None else "paged_write_codes"
+        (pool.write_done,) = self.make_kernel(kernel_name, inputs, ("write_done",))(
             inputs=list(inputs.values()),
-            template=[("T", dtype), ("HEAD_DIM", keys.shape[2]), ("VALUE_DIM", value_dim)],
+            template=[("T", dtype), ("HEAD_DIM", keys.shape[2]), ("VALUE_DIM", value_dim), *_sizes(pool.codes)],
             grid=(num_groups * _THREADS_OF_WRITE, 1, 1),
             threadgroup=(_THREADS_OF_WRITE, 1, 1),
             output_shapes=[(8,)],
@@ -270,9 +275,10 @@ class KernelBackend(Backend):
         kernel = self.make_kernel(launch.kernel_name, names, ("out", "lse", "read_done"), launch.shared_bytes)
         template: dict[str, Any] = {"T": q.dtype, "HEAD_DIM": q.shape[2]}
         template |= {"SOFTCAP": softcap is not None, "SINKS": sinks is not None} | launch.template
+        template |= dict(_sizes(pool.codes))
         settings: dict[str, Any] = {
             "template": list(template.items()),
-            "grid": self.grid(launch.threads, pool.keys.shape[2], plan.num_items),
+            "grid": self.grid(launch.threads, pool.block_shape[1], plan.num_items),
             "threadgroup": (launch.threads, 1, 1),
             "output_shapes": [
                 (plan.num_parts, q.shape[1], launch.template["VALUE_DIM"]),
@@ -317,8 +323,8 @@ class KernelBackend(Backend):
 
 def shape_of(q: mx.array, pool: LayerPool) -> Shape:
     """What a plan for these arrays depends on."""
-    heads, dim = pool.keys.shape[2:]
-    return Shape(heads, q.shape[1] // heads, dim, pool.value_dim, q.dtype.size, pool.latent_dim is not None)
+    _, heads, dim, value_dim = pool.block_shape
+    return Shape(heads, q.shape[1] // heads, dim, value_dim, q.dtype.size, pool.latent_dim is not None, pool.codes)
 
 
 def _visible(window: int | None) -> mx.array:
@@ -328,4 +334,13 @@ def _visible(window: int | None) -> mx.array:
 
 def _caches(pool: LayerPool, other: mx.array) -> dict[str, mx.array]:
     """The inputs of a kernel that are a pool's arrays. other: in place of V where that is not stored."""
-    return dict.fromkeys(("k_cache", "v_cache"), other) | pool.views()
+    return pool.views() if pool.codes else dict.fromkeys(("k_cache", "v_cache"), other) | pool.views()
+
+
+def _sizes(codes: KVCodes | None) -> list[tuple[str, int]]:
+    """Template arguments of kernels for K and V that are quantised."""
+    if codes is None:
+        return []
+    pairs = zip(("KEY", "VALUE"), codes[1:], strict=True)
+    each = [(f"{of}_{name}", size) for of, sizes in pairs for name, size in zip(("BITS", "GROUP"), sizes, strict=False)]
+    return [*each, ("NUM_PARAMS", codes.keys.num_params)]

@@ -57,5 +57,6 @@ class MetalBackend(KernelBackend):
         template = {"VALUE_DIM": shape.value_dim, "TILE_ROWS": rows, "TILE_KEYS": keys}
         return Launch("paged_prefill", (8 if shape.value_dim > MAX_HEAD_DIM else 4) * rows, template)
 
-    def headers(self, kernel_name: str) -> tuple[str, ...]:
-        return ("packed.h", "tiles.h") if kernel_name in ("paged_prefill", "paged_latent") else ("packed.h",)
+    def headers(self, kernel_name: str, with_codes: bool) -> tuple[str, ...]:
+        tiles = ("tiles.h",) if kernel_name in ("paged_prefill", "paged_latent") else ()
+        return "packed.h", *(("codes.h",) if with_codes else ()), *tiles

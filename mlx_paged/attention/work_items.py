@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_paged.attention.shared_prefix import SharedPrefix
+from mlx_paged.cache.codes import KVCodes
 
 MAX_THREADGROUP_BYTES = 32 << 10
 SIMDGROUPS = 8  # of a threadgroup of paged_decode, or more where a KV head has more groups of query heads
@@ -32,6 +33,8 @@ class Shape(NamedTuple):
     """Bytes of an element of q, K and V."""
     value_in_key: bool = False
     """Latent attention: V is the first part of K."""
+    codes: KVCodes | None = None
+    """How K and V are quantised, if they are."""
 
 
 class WorkItems(NamedTuple):

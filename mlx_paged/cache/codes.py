@@ -69,20 +69,30 @@ class KVCodes(NamedTuple):
     def block_shape(self, arrays: dict[str, mx.array]) -> tuple[int, int, int, int]:
         """How many slots a block has, KV heads, and numbers in a head's K and in its V."""
         _, num_kv_heads, block_size, *_ = arrays["k_codes"].shape
-        dims = (arrays[f"{name}_codes"].shape[3] * 32 // each.bits for name, each in zip("kv", self[1:], strict=True))
-        return block_size, num_kv_heads, *dims
+        key_dim, value_dim = (
+            arrays[f"{name}_codes"].shape[3] * 32 // each.bits for name, each in zip("kv", self[1:], strict=True)
+        )
+        return block_size, num_kv_heads, key_dim, value_dim
 
-    def slots(self, block_ids: mx.array, offsets: mx.array, num_kv_heads: int) -> tuple[mx.array, mx.array, mx.array]:
-        """An index of tokens' slots, [num_tokens, num_kv_heads], in the arrays."""
-        return block_ids[:, None], mx.arange(num_kv_heads), offsets[:, None]
-
-    def quantise(self, keys: mx.array, values: mx.array) -> list[mx.array]:
-        """What goes into these slots, for each array, of K and V [num_tokens, num_kv_heads, dim]."""
-        return [*self.keys.quantise(keys), *self.values.quantise(values)]
+    def write(
+        self, arrays: dict[str, mx.array], block_ids: mx.array, offsets: mx.array, keys: mx.array, values: mx.array
+    ) -> None:
+        """Put K and V, [num_tokens, num_kv_heads, dim], as codes into slots, int32 [num_tokens]."""
+        slots = block_ids[:, None], mx.arange(keys.shape[1]), offsets[:, None]
+        rows = (*self.keys.quantise(keys), *self.values.quantise(values))
+        for array, each in zip(arrays.values(), rows, strict=True):
+            array[slots] = each
 
     def gather(self, arrays: dict[str, mx.array], name: str, rows: mx.array) -> mx.array:
         """The numbers of `rows`, int32 [...], of the arrays as [-1, ...]. Returns float32 [..., dim]."""
         codes, params = (arrays[f"{name}_{kind}"].flatten(0, 2)[rows] for kind in ("codes", "params"))
+        return (self.keys if name == "k" else self.values).dequantise(codes, params)
+
+    def gather_blocks(self, arrays: dict[str, mx.array], name: str, block_ids: mx.array) -> mx.array:
+        """The numbers of blocks, int32 [n], in their order. Returns float32 [num_kv_heads, n * block_size, dim]."""
+        codes, params = (
+            arrays[f"{name}_{kind}"][block_ids].swapaxes(0, 1).flatten(1, 2) for kind in ("codes", "params")
+        )
         return (self.keys if name == "k" else self.values).dequantise(codes, params)
 
 

@@ -70,12 +70,11 @@ class LayerPool:
 
     def write(self, block_ids: mx.array, offsets: mx.array, keys: mx.array, values: mx.array) -> None:
         """Put K and V, [num_tokens, num_kv_heads, dim], into slots, int32 [num_tokens]."""
-        slots, rows = (block_ids, offsets), [keys, values]
         if self.codes is not None:
-            slots = self.codes.slots(block_ids, offsets, keys.shape[1])
-            rows = self.codes.quantise(keys.astype(self.dtype), values.astype(self.dtype))
-        for array, each in zip(self.arrays.values(), rows, strict=False):
-            array[slots] = each
+            self.codes.write(self.arrays, block_ids, offsets, keys.astype(self.dtype), values.astype(self.dtype))
+            return
+        for array, rows in zip(self.arrays.values(), (keys, values), strict=False):
+            array[block_ids, offsets] = rows
 
     def row_numbers(self, block_ids: mx.array, offsets: mx.array) -> mx.array:
         """Where the arrays as [-1, ...] have the K and V of slots, [n, num_keys]. Returns [n, num_kv_heads, num_keys].
@@ -94,12 +93,20 @@ class LayerPool:
             return self.codes.gather(self.arrays, name, rows)
         return self.arrays.get(name, self.keys).flatten(0, 2)[rows].astype(mx.float32)
 
+    def gather_blocks(self, name: str, block_ids: mx.array) -> mx.array:
+        """K ("k") or V ("v") of blocks, int32 [n], in their order. Returns [num_kv_heads, n * block_size, dim]."""
+        if self.codes is not None:
+            return self.codes.gather_blocks(self.arrays, name, block_ids).astype(self.dtype)
+        return self.arrays[name][block_ids].flatten(0, 1).swapaxes(0, 1)
+
     def views(self) -> dict[str, mx.array]:
         """The first block of each array, in place of all: for kernels, which go by the address, as their inputs.
 
-        MLX ends a command buffer, or a graph, by the size of what is read in it, so each pool would end one.
+        MLX ends a command buffer, or a graph, by the size of what is read in it, so each pool would end one. They are
+        named "k_cache" and "v_cache", or as codes and parameters are.
         """
-        return {f"{name}_cache": array[:1] for name, array in self.arrays.items()}
+        suffix = "_cache" if self.codes is None else ""
+        return {name + suffix: array[:1] for name, array in self.arrays.items()}
 
 
 class PagedKVCache:

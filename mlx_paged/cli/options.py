@@ -94,7 +94,7 @@ dtype_option: Option = text(
 )  # fmt: skip
 kv_cache_dtype_option: Option = text(
     "--kv-cache-dtype", metavar="|".join(KV_CACHE_DTYPES), shell_complete=completing(*KV_CACHE_DTYPES),
-    help="Quantise K and V: a quarter to two fifths of float32's memory. Default: as --dtype.",
+    help="Quantise K and V, to about half of what they take in 16 bits. Default: as --dtype.",
 )  # fmt: skip
 
 

@@ -76,12 +76,11 @@ def choose_kind() -> str | None:
     """
     asked = os.environ.get(BACKEND_VARIABLE)
     kind = next((kind for kind in TITLES if asked in (None, "", kind) and is_available(kind)), None)
-    failure = kind and _failure(kind, getattr(mx.fast, f"{kind}_kernel"))
-    if failure:
-        text = f"{TITLES[kind or '']} kernels can't draw tokens here: {failure}"
-        warnings.warn(f"{text}; plain MLX operations take their place, more slowly", EngineWarning, stacklevel=4)
-        return None
-    return kind
+    if kind is None or (failure := _failure(kind, getattr(mx.fast, f"{kind}_kernel"))) is None:
+        return kind
+    text = f"{TITLES[kind]} kernels can't draw tokens here: {failure}"
+    warnings.warn(f"{text}; plain MLX operations take their place, more slowly", EngineWarning, stacklevel=4)
+    return None
 
 
 @cache

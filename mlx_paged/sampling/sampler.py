@@ -24,7 +24,7 @@ from mlx_paged.sampling_params import SamplingParams
 
 _LARGE = 1e30  # a larger parameter means no more than this, and might overflow float32
 _UINT64 = (1 << 64) - 1
-_ROW = np.dtype(  # temperature 0: greedy; top_k vocab_size: all
+PARAMETERS = np.dtype(  # of a row; temperature 0: greedy; top_k vocab_size: all
     [(name, np.float32) for name in ("temperature", "log_min_p", "top_p")]
     + [(name, np.float32) for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")]
     + [("top_k", np.int32), ("num_top", np.int32), ("sample_seed", np.uint64)]
@@ -72,7 +72,7 @@ class Sampler:
         self.num_rebuilds = 0
         """How often the parameters of a batch had to be gathered."""
         self._vocab_size = vocab_size
-        self._params = np.zeros(max_num_seqs, _ROW)
+        self._params = np.zeros(max_num_seqs, PARAMETERS)
         self._bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the rows that have it: tokens, values
         self._counts = TokenCounts(max_num_seqs, vocab_size)
         self._batch: _Batch | None = None

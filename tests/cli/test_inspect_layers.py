@@ -80,3 +80,36 @@ def test_a_hybrids_state_is_said_beside_its_blocks_and_counted_for_every_request
     worth = f", as much as {state / per_token:,.0f} tokens" if num_attentions else ""
     assert f"one state   {state:,} bytes for a sequence of any length{worth}\n" in text
     assert ("no K and V" in text) == (num_attentions == 0)
+
+
+def test_a_model_that_is_not_there_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    for args in (["qwen22"], [str(tmp_path)], ["--model", str(tmp_path / "nowhere")]):
+        assert_one_line(invoke("inspect", *args), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "codes", "per_token"),
+    [
+        ("int8", "(64 K x 8 bits + 64 V x 8 bits + 8 bytes of scales)", [(8, 64, 2)] * 2, 136),
+        ("k8v4", "(64 K x 8 bits + 64 V x 4 bits + 12 bytes of scales)", [(8, 64, 2), (4, 32, 2)], 108),
+        ("fp8", "(64 K x 8 bits + 64 V x 8 bits + 4 bytes of scales)", [(8, 64, 1)] * 2, 132),
+    ],
+)
+def test_codes_and_scales_of_a_quantised_cache_are_counted_to_the_byte(
+    kind: str, text: str, codes: list[tuple[int, int, int]], per_token: int, tmp_path: Path
+) -> None:
+    found, words = inspect(tmp_path, {"model_type": "llama", "head_dim": 64}, "--kv-cache-dtype", kind)
+    assert f"llama, K and V in {kind}" in words
+    assert f"5 layers x 2 KV heads x {text} = {10 * per_token:,} bytes" in words
+    assert (found["kv_cache_dtype"], found["bytes_per_token"]) == (kind, 10 * per_token)
+    named = [dict(zip(("bits", "group_size", "num_params"), each, strict=True)) for each in codes]
+    assert found["layers"][0]["codes"] == named
+
+
+def test_a_cache_that_can_not_be_quantised_and_a_kind_that_is_none_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "llama"}))
+    refused = invoke("inspect", str(tmp_path), "--kv-cache-dtype", "int8")
+    assert_one_line(refused, 1, "--kv-cache-dtype 'int8': a head_dim must be a multiple of 32", "has one of 16")
+    unknown = "--kv-cache-dtype must be one of int8, k8v4, fp8, got 'int4'"
+    assert_one_line(invoke("inspect", str(tmp_path), "--kv-cache-dtype", "int4"), 2, unknown)
+    assert_one_line(invoke("inspect", "--blocks", "--kv-cache-dtype", "int8"), 2, "takes no --kv-cache-dtype")

@@ -182,6 +182,16 @@ def test_engine_options_reach_the_model_and_those_not_given_stay_its_own(run: Ru
     }  # fmt: skip
 
 
+def test_every_command_that_has_or_shows_a_cache_takes_its_kind(run: Run) -> None:
+    takes = {
+        name for name, command in cli.commands.items() for each in command.params if "--kv-cache-dtype" in each.opts
+    }
+    assert takes == {"generate", "beam-search", "chat", "serve", "bench", "inspect"}
+    for command in ("generate", "beam-search"):
+        run(command, "--kv-cache-dtype", "k8v4", "Hi")
+        assert run.made[-1].settings == {"kv_cache_dtype": "k8v4"}
+
+
 def test_every_command_that_runs_a_model_takes_an_adapter(run: Run, tmp_path: Path) -> None:
     takes = {name for name, command in cli.commands.items() for each in command.params if "--adapter-path" in each.opts}
     assert takes == {"generate", "beam-search", "chat", "serve", "bench"}
@@ -197,7 +207,7 @@ def test_every_command_that_runs_a_model_takes_an_adapter(run: Run, tmp_path: Pa
         "-n 0", "--repetition-penalty 0", "--presence-penalty 9", "--logprobs -1 --json", "--logprobs 3",
         "--min-tokens -1", "--min-tokens 5 -m 3", "--bad-words=", "--max-thinking-tokens -1",
         "--block-size 0", "--num-kv-blocks 0", "--kv-cache-memory 4XB", "--kv-cache-memory 200%", "--max-num-seqs 0",
-        "--dtype int3", "--max-num-batched-tokens 0", "--max-model-len 0", "--no-such-option",
+        "--dtype int3", "--kv-cache-dtype int4", "--max-num-batched-tokens 0", "--max-model-len 0", "--no-such-option",
         "--num-kv-blocks 9 --kv-cache-memory 1GB", "--swap-space=-5GB", "--swap-space=", "--swap-space=50%",
         "--prefix-cache-dir=", "--prefix-cache-size 1GB", "--prefix-cache-size lots --prefix-cache-dir x",
     ],
@@ -255,6 +265,7 @@ def test_an_option_that_a_message_names_exists() -> None:
         ("pull qwen3.5", "plain,qwen3.5-4b"),
         ("generate --adapter-path ./", "dir,./"),
         ("generate --dtype f", "plain,float16"),
+        ("inspect --kv-cache-dtype k", "plain,k8v4"),
         ("generate --allocator ", "plain,buddy"),
         ("generate --swap-space ", "dir,"),
         ("generate --gram", "plain,--grammar-file"),

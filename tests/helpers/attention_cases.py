@@ -17,7 +17,9 @@ from mlx_paged.attention import found_at_load, work_items
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import BACKENDS
+from mlx_paged.attention.shared_prefix import SharedPrefix, find_shared_prefixes
 from mlx_paged.cache.kv_cache import LayerPool
+from mlx_paged.cache.layer_spec import LayerSpec
 
 if TYPE_CHECKING:
     from helpers.gpu import Gpu
@@ -36,7 +38,7 @@ class Case(NamedTuple):
 
     lengths: (queries, context) of each sequence; heads: (query, KV) heads; head_dim: that of keys and of values;
     consecutive: whether a sequence's blocks lie side by side; shared: (sequences, blocks), the first blocks of these
-    sequences are those of the first one; latent: V is the first part of K.
+    sequences are those of the first one; latent: V is the first part of K; codes: the type that K and V are stored as.
     """
 
     lengths: Sequence[tuple[int, int]]
@@ -50,6 +52,7 @@ class Case(NamedTuple):
     consecutive: bool = False
     shared: Sequence[tuple[Sequence[int], int]] = ()
     latent: bool = False
+    codes: str | None = None
 
 
 class Arrays(NamedTuple):
@@ -63,6 +66,8 @@ class Arrays(NamedTuple):
     cu_seqlens_q: np.ndarray
     options: dict[str, Any]
     latent: bool = False
+    quantised: LayerPool | None = None
+    """With the K and V above, which are then float32, as codes."""
 
     @property
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
@@ -72,16 +77,36 @@ class Arrays(NamedTuple):
     @property
     def pool(self) -> LayerPool:
         """As a layer has its K and V."""
+        if self.quantised is not None:
+            return self.quantised
         if self.latent:
             return LayerPool({"k": self.k_cache}, latent_dim=self.v_cache.shape[3])
         return LayerPool({"k": self.k_cache, "v": self.v_cache})
 
+    def _find_shared(self, seqs: np.ndarray) -> list[SharedPrefix]:
+        seen = (self.context_lens - np.diff(self.cu_seqlens_q) + 1)[seqs]
+        return find_shared_prefixes(np.array(self.block_tables)[seqs], seen, self.pool.block_shape[0])
+
     def attend(self, **options: Any) -> mx.array:
-        """`paged_attention` of them; of latents, which are a layer's own affair, by the backend of that name."""
-        if self.latent:
-            metadata = AttentionMetadata(*self[3:6])
+        """`paged_attention` of them; of latents and codes, a layer's own affair, by the backend of that name."""
+        if self.latent or self.quantised is not None:
+            metadata = AttentionMetadata(*self[3:6], self._find_shared)
             return BACKENDS[options["backend"]].attend(self.q, self.pool, metadata, AttentionOptions(**self.options))
         return paged_attention(*self[:6], **self.options, **options)
+
+
+def quantised(case: Case, k_cache: mx.array, v_cache: mx.array, unused: np.ndarray) -> LayerPool:
+    """These K and V as codes, with NaN for parameters of what no token has."""
+    assert case.codes is not None
+    layer = LayerSpec(case.heads[1], *case.head_dim, DTYPES[case.dtype]).quantised(case.codes)
+    pool = LayerPool.zeros(layer, *unused.shape)
+    block_ids, offsets = (mx.array(each.astype(np.int32)) for each in np.nonzero(~unused))
+    pool.write(block_ids, offsets, k_cache[block_ids, offsets], v_cache[block_ids, offsets])
+    for name, array in pool.arrays.items():
+        if name.endswith("params"):
+            shape = (unused.shape[0], 1, unused.shape[1], 1, 1)
+            pool.arrays[name] = mx.where(mx.array(unused.reshape(shape)), mx.array(np.nan, array.dtype), array)
+    return pool
 
 
 def make_arrays(case: Case, seed: int = 0) -> Arrays:
@@ -112,7 +137,13 @@ def make_arrays(case: Case, seed: int = 0) -> Arrays:
     sinks = mx.array(rng.standard_normal(num_heads).astype(np.float32) * 2).astype(dtype) if case.sinks else None
     options = {"scale": case.head_dim[0] ** -0.5, "window": case.window, "softcap": case.softcap, "sinks": sinks}
     cu_seqlens_q = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
-    return Arrays(q, k_cache, v_cache, mx.array(tables), context_lens, cu_seqlens_q, options, case.latent)
+    pool = quantised(case, k_cache, v_cache, unused) if case.codes else None
+    if pool is not None:
+        all_blocks = (pool.codes.gather_blocks(pool.arrays, name, mx.arange(num_blocks)) for name in "kv")
+        k_cache, v_cache = (
+            each.reshape(num_kv_heads, num_blocks, case.block_size, -1).transpose(1, 2, 0, 3) for each in all_blocks
+        )
+    return Arrays(q, k_cache, v_cache, mx.array(tables), context_lens, cu_seqlens_q, options, case.latent, pool)
 
 
 def dense_attention(arrays: Arrays, chunk: int | None = None) -> np.ndarray:

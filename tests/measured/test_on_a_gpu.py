@@ -47,10 +47,11 @@ def test_everything_to_be_measured_on_a_card_can_be(
     assert run_here(monkeypatch, main, "on_a_gpu.py", "--quick") == ""
     results = json.loads(file.read_text())["results"]
     assert list(results) == [part.run.__name__ for part in on_a_gpu.PARTS]
-    assert [row["same"] for row in results["wrapper"]] == ["yes"] * 5
+    assert [row["same"] for row in results["wrapper"]] == ["yes"] * 6
     assert all(float(row["result"].split()[-1]) < 8e-3 for row in results["correctness"][:-2])
     assert all(row["share"] > 0 for part in ("decode", "prefill") for row in results[part])
     assert all(row["backend"] == "cuda" and row["error"] < 2e-2 for row in results["latent"])
+    assert {(row["way"], row["same"]) for row in results["draws"]} == {("plain", "2 of 2"), ("cuda", "2 of 2")}
     assert {(row["writes"], row["tokens"] > 0) for row in results["writes"]} == {("kernel", True), ("scatter", True)}
     assert {row["in_place"] for row in results["writer"]} == {"yes"}
     for part in ("few_queries", "shared_prefix"):
