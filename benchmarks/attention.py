@@ -2,25 +2,28 @@
 
     python benchmarks/attention.py --json attention.json    measure, print tables, write the raw numbers
 
-That is all there is to do on a Mac: please open an issue with the JSON. **It has not been run on a Mac yet**, nor has
-any part of this project; the committed results are those of a Linux CPU, where no kernel runs. What computes is the
-best backend for the device, or the one that the environment variable MLX_PAGED_BACKEND names; each row says which it
-was. Shapes are those of a GPU, or on a CPU a few small ones in float32; those that the device's memory does not hold
+On a Mac on_a_mac.sh runs this, on an NVIDIA card on_a_gpu.py some of it. **It has not been run on either yet**; the
+committed results are those of a Linux CPU, where no kernel runs, by an earlier version of this script. What computes is
+the best backend for the device, or the one that the environment variable MLX_PAGED_BACKEND names; each row says which
+it was. Shapes are those of a GPU, or on a CPU a few small ones in float32; those that the device's memory does not hold
 are left out, with a line that says so. Further: --quick, --only PART and --markdown FILE, as in the other benchmarks.
 
-Three contenders: *paged*, `attend` over a pool of blocks in random order; *contiguous*, MLX's
-`scaled_dot_product_attention` over K and V that lie [num_seqs, num_kv_heads, context, head_dim], as in mlx-lm's cache;
-*gathered*, the same function after the blocks were gathered. Before they are timed their results are compared with
-numpy's in float32: `error` is |result - expected| / |expected| (norms over the queries looked at) of the first one,
-`agrees` names those above the tolerance of the dtype, 2e-5 in float32, 1e-3 in float16, 8e-3 in bfloat16.
+Three contenders: *paged*, `attend` over a pool of blocks in random order, by a kernel where there is one; *contiguous*,
+MLX's `scaled_dot_product_attention` over K and V that lie [num_seqs, num_kv_heads, context, head_dim], as in mlx-lm's
+cache; *gathered*, the same function after the blocks were gathered, as MLX_PAGED_PREFILL=gathered has it done. Before
+they are timed their results are compared with numpy's in float32: `error` is |result - expected| / |expected| (norms
+over the queries looked at) of the first one, `agrees` names those above the tolerance of the dtype, 2e-5 in float32,
+1e-3 in float16, 8e-3 in bfloat16.
 
 What is timed is one `mx.eval`, with `mx.synchronize` before and after it, of a chain of calls, whose graph was built
 before. Each call's queries are the results of the call before, so calls follow one another as those of a model's layers
 do, and a chain has as many of them (at most 512) as take 20 ms: submitting the work and waiting for the last result are
-then a small part of it, while what each call costs the device to start is left in. Each call reads K and V of another
-layer, of so many that together they exceed what caches hold (256 MB on a GPU, 64 MB on a CPU, as far as memory goes).
-Contenders alternate, the order turning round each time; times are medians, `spread` the widest interquartile range of
-the contenders as a share of its median: where it is large, something else used the machine.
+then a small part of it, while what each call costs the device to start is left in. For a second, chains of all
+contenders only warm up, so that clocks have risen; then each has windows of 0.4 s, of chain after chain. Each call
+reads K and V of another layer, of so many that together they exceed what caches hold (256 MB on a GPU, 64 MB on a CPU,
+as far as memory goes). Contenders alternate, the order turning round each time; times are medians of three windows,
+`spread` the widest range of a contender's windows as a share of its median: where it is large, something else used the
+machine.
 
 GB/s counts the bytes that must be moved at least: K and V of all visible tokens once, queries and results. `of copy` is
 its share of what adding 1 to a large array reads and writes here (on a CPU with one core, which others may exceed).
@@ -32,15 +35,16 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import subprocess
+from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import report
-from attention_layers import ON_CPU, Case, Contender, Heads, compare, measure, seconds_of_call, with_dense
+from attention_layers import ON_CPU, Case, Contender, Heads, compare, measure, with_dense, with_prefix, with_prompts
 from report import Part, Row
 
 import mlx_paged
@@ -48,6 +52,7 @@ from mlx_paged.runner.memory_plan import device_limit
 
 LLAMA_8B = Heads(32, 8, 128, mx.float32 if ON_CPU else mx.bfloat16)
 QWEN2_500M = Heads(14, 2, 64, mx.float32 if ON_CPU else mx.float16)
+TINY = Heads(4, 1, 64, LLAMA_8B.dtype)
 
 
 # -- what the device can do --------------------------------------------------------------------------------------
@@ -60,8 +65,7 @@ def copy_bandwidth(quick: bool) -> float:
     numbers = mx.zeros(num_bytes // 4)
     mx.eval(numbers)
     adding = Contender(numbers, lambda x, _: x + 1)  # all but the first of a chain write where they read
-    times = [seconds_of_call(adding, 32) for _ in range(3 if quick else 11)]
-    return 2 * num_bytes / statistics.median(times[1:])
+    return 2 * num_bytes / measure({"copy": adding}, quick)["copy"]
 
 
 @cache
@@ -85,19 +89,41 @@ def limits(quick: bool) -> list[Row]:
 # -- parts -------------------------------------------------------------------------------------------------------
 
 
-def decode(quick: bool) -> list[Row]:
+def decode(quick: bool) -> Iterator[Row]:
     """One query for each sequence."""
-    batches, contexts = ((1, 8), (1024, 4096)) if ON_CPU else ((1, 8, 32), (1024, 4096, 16384, 32768))
+    large, small = [(1, 16384), (32, 4096), (8, 4096), (1, 4096), (8, 16384), (32, 1024)], [(1, 16384), (32, 4096)]
+    if ON_CPU:
+        large = small = list(product((1, 8), (1024, 4096)))
     if quick:
-        batches, contexts = (1, 3), (33, 200)
-    rows = []
-    for heads in (LLAMA_8B, QWEN2_500M):
-        for batch in batches:
-            for context in contexts:
-                case = Case(heads, batch, context)
-                if (row := compare(case, with_dense, quick)) is not None:
-                    rows.append({"batch": batch, "context": context} | row | _bandwidth(case, row, quick))
-    return rows
+        large, small = [(1, 33), (3, 200)], [(3, 33)]
+    for heads, sizes in ((LLAMA_8B, large), (QWEN2_500M, small)):
+        for batch, context in sizes:
+            case = Case(heads, batch, context)
+            if (row := compare(case, with_dense, quick)) is not None:
+                yield {"batch": batch, "context": context} | row | _bandwidth(case, row, quick)
+
+
+def few_queries(quick: bool) -> Iterator[Row]:
+    """Some tokens of one sequence after a long context, as when guesses at its next ones are verified."""
+    context = 100 if quick else 1024 if ON_CPU else 16384
+    of_one: dict[Heads, float] = {}
+    for num_queries, heads in product((1, 2, 4, 8), (TINY,) if quick else (LLAMA_8B, QWEN2_500M)):
+        if heads is QWEN2_500M and num_queries > 2:
+            continue  # more rows than decode takes, of 7 heads to a KV head: as LLAMA_8B's with 8
+        case = Case(heads, 1, context, num_queries)
+        if (row := compare(case, with_dense, quick)) is not None:
+            ratio = row["paged_us"] / of_one.setdefault(heads, row["paged_us"])
+            yield {"queries": num_queries, "context": context} | row | _bandwidth(case, row, quick) | {"ratio": ratio}
+
+
+def long_heads(quick: bool) -> Iterator[Row]:
+    """Heads of 512, as those of Gemma 4's layers without a window, in decode and in a chunk of a prompt."""
+    heads = Heads(8, 1, 512, LLAMA_8B.dtype)
+    sizes = [(1, 1, 4096), (1, 128, 512)] if ON_CPU else [(1, 1, 16384), (8, 1, 4096), (1, 512, 2048)]
+    for batch, num_queries, context in [(1, 1, 40), (1, 9, 50)] if quick else sizes:
+        case = Case(heads, batch, context, num_queries)
+        if (row := compare(case, with_dense, quick)) is not None:
+            yield {"batch": batch, "queries": num_queries, "context": context} | row
 
 
 def _bandwidth(case: Case, row: Row, quick: bool) -> Row:
@@ -110,31 +136,27 @@ def _bandwidth(case: Case, row: Row, quick: bool) -> Row:
     }
 
 
-def prefill(quick: bool) -> list[Row]:
+def prefill(quick: bool) -> Iterator[Row]:
     """A chunk of one prompt, alone and after others."""
     large = LLAMA_8B
-    chunks = [(large, 512, 0), (large, 2048, 0), (large, 8192, 0)]
-    chunks += [(large, 512, 8192), (large, 2048, 8192), (large, 8192, 8192), (QWEN2_500M, 2048, 0)]
+    chunks = [(large, 512, 8192), (large, 2048, 0), (large, 8192, 0), (large, 2048, 8192), (QWEN2_500M, 2048, 0)]
     if ON_CPU:
         chunks = [(large, 128, 0), (large, 512, 0), (large, 512, 1024), (QWEN2_500M, 512, 0)]
     if quick:
         chunks = [(large, 33, 0), (QWEN2_500M, 17, 50)]
-    rows = []
     for heads, chunk, prior in chunks:
         case = Case(heads, 1, chunk + prior, num_queries=chunk)
-        if (row := compare(case, with_dense, quick)) is not None:
+        if (row := compare(case, with_prompts, quick)) is not None:
             rates = {name: case.flops() / row[f"{name}_us"] * 1e6 for name in ("paged", "contiguous")}
             rate = matmul_rate(heads.dtype, quick)
             row |= {"flops": case.flops(), "tflop_per_s": rates["paged"] / 1e12}
             row |= {"of_matmul": rates["paged"] / rate, "contiguous_of_matmul": rates["contiguous"] / rate}
-            rows.append({"chunk": chunk, "prior": prior} | row)
-    return rows
+            yield {"chunk": chunk, "prior": prior} | row
 
 
-def block_order(quick: bool) -> list[Row]:
+def block_order(quick: bool) -> Iterator[Row]:
     """Paged decode attention alone, over blocks one after another in memory and in random order."""
-    sizes = [(8, 1024), (8, 4096)] if ON_CPU else [(1, 32768), (8, 4096), (32, 4096)]
-    rows = []
+    sizes = [(8, 1024), (8, 4096)] if ON_CPU else [(1, 16384), (8, 4096)]
     for batch, context in [(2, 100)] if quick else sizes:
         case = Case(LLAMA_8B, batch, context)
         row = compare(
@@ -142,34 +164,23 @@ def block_order(quick: bool) -> list[Row]:
         )
         if row is not None:
             ratio = row["scattered_us"] / row["consecutive_us"]
-            rows.append({"batch": batch, "context": context} | row | {"ratio": ratio})
-    return rows
+            yield {"batch": batch, "context": context} | row | {"ratio": ratio}
 
 
-def shared_prefix(quick: bool) -> list[Row]:
-    """Decodes whose contexts begin with the same tokens: over the same blocks, and over blocks of their own.
+def shared_prefix(quick: bool) -> Iterator[Row]:
+    """Decodes whose contexts begin with the same tokens: over the same blocks, which are read once or by each sequence,
+    and over blocks of their own.
 
     The compulsory bytes are those of the same blocks: what they share is read once.
     """
-    sizes = [(4, 1024, 64), (8, 1024, 64)] if ON_CPU else [(4, 4096, 128), (8, 4096, 256), (32, 4096, 256)]
-    rows = []
-    for batch, prefix, own in [(3, 64, 9)] if quick else sizes:
-        case = Case(LLAMA_8B, batch, prefix + own, prefix=prefix)
-        row = compare(
-            case,
-            lambda layers: {
-                "shared": (layers.paged("shared"), "shared"),
-                "separate": (layers.paged("scattered"), "scattered"),
-                "contiguous": (layers.of_contiguous("scattered"), "scattered"),
-            },
-            quick,
-        )
-        if row is not None:
+    sizes = [(8, 1024, 64)] if ON_CPU else [(8, 4096, 256), (32, 4096, 256)]
+    for batch, prefix, own in [(4, 192, 9)] if quick else sizes:
+        case = Case(TINY if quick else LLAMA_8B, batch, prefix + own, prefix=prefix)
+        if (row := compare(case, with_prefix, quick)) is not None:
             row["compulsory_bytes"] = case.compulsory_bytes()
-            row["gb_per_s"] = case.compulsory_bytes() / row["shared_us"] / 1e3
-            row["speedup"] = row["separate_us"] / row["shared_us"]
-            rows.append({"batch": batch, "prefix": prefix, "own": own} | row)
-    return rows
+            row["gb_per_s"] = case.compulsory_bytes() / row["once_us"] / 1e3
+            row["speedup"] = row["each_us"] / row["once_us"]
+            yield {"batch": batch, "prefix": prefix, "own": own} | row
 
 
 # -- tables ------------------------------------------------------------------------------------------------------
@@ -178,21 +189,34 @@ def shared_prefix(quick: bool) -> list[Row]:
 _HEADS = {"heads": ("heads", ""), "head_dim": ("dim", ""), "dtype": ("dtype", ""), "backend": ("backend", "")}
 _TIMES = {f"{name}_us": (name, ",.0f") for name in ("paged", "contiguous", "gathered")}
 _CHECK = {"spread": ("spread", ".0%"), "error": ("error", ".0e"), "agrees": ("agrees", "")}
+_RATE = {"gb_per_s": ("GB/s", ",.1f"), "of_copy": ("of copy", ".0%")}
+_RATE |= {"contiguous_of_copy": ("contiguous of copy", ".0%")}
 PARTS = (
     Part(
         limits,
         "what shares are of",
         {"what": ("", ""), "dtype": ("dtype", ""), "rate": ("rate", ",.2f"), "unit": ("", "")},
+        "What do a copy and a matrix product reach here?",
+        15,
     ),
     Part(
         decode,
         "decode: one query for each sequence (us)",
+        _HEADS | {"batch": ("batch", ""), "context": ("context", ",")} | _TIMES | _RATE | _CHECK,
+        "How near to a copy's bandwidth does decode come, beside MLX's own attention?",
+        65,
+    ),
+    Part(
+        few_queries,
+        "decode of several queries of one sequence (us)",
         _HEADS
-        | {"batch": ("batch", ""), "context": ("context", ",")}
+        | {"queries": ("queries", ""), "context": ("context", ",")}
         | _TIMES
-        | {"gb_per_s": ("GB/s", ",.1f"), "of_copy": ("of copy", ".0%")}
-        | {"contiguous_of_copy": ("contiguous of copy", ".0%")}
+        | {"ratio": ("of one's", ".2f")}
+        | _RATE
         | _CHECK,
+        "What do 2, 4 and 8 tokens to verify take beside one?",
+        45,
     ),
     Part(
         prefill,
@@ -203,6 +227,15 @@ PARTS = (
         | {"tflop_per_s": ("TFLOP/s", ",.2f"), "of_matmul": ("of matmul", ".0%")}
         | {"contiguous_of_matmul": ("contiguous of matmul", ".0%")}
         | _CHECK,
+        "Are prompts faster by the kernel, or gathered for MLX's own attention?",
+        45,
+    ),
+    Part(
+        long_heads,
+        "heads of 512: decode, and a chunk of a prompt (us)",
+        _HEADS | {"batch": ("batch", ""), "queries": ("queries", ""), "context": ("context", ",")} | _TIMES | _CHECK,
+        "Are kernels for heads of 512 right, and do they pay?",
+        25,
     ),
     Part(
         block_order,
@@ -212,15 +245,19 @@ PARTS = (
         | {"consecutive_us": ("consecutive", ",.0f"), "scattered_us": ("scattered", ",.0f")}
         | {"ratio": ("ratio", ".2f")}
         | _CHECK,
+        "Does it matter where blocks lie?",
+        20,
     ),
     Part(
         shared_prefix,
-        "decode of sequences with a common prefix, over the same blocks and over blocks of their own (us)",
+        "decode of sequences with a common prefix: read once, by each of them, and in blocks of their own (us)",
         _HEADS
         | {"batch": ("batch", ""), "prefix": ("prefix", ","), "own": ("own", ",")}
-        | {f"{name}_us": (name, ",.0f") for name in ("shared", "separate", "contiguous")}
-        | {"gb_per_s": ("GB/s", ",.1f"), "speedup": ("separate / shared", ".2f")}
+        | {f"{name}_us": (name, ",.0f") for name in ("once", "each", "separate", "contiguous")}
+        | {"gb_per_s": ("GB/s", ",.1f"), "speedup": ("each / once", ".2f")}
         | _CHECK,
+        "Does it pay to read a common prefix once, and how many sequences does that take?",
+        25,
     ),
 )
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
 from report import Row
 
+from mlx_paged.attention import gathered
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import choose_backend
+from mlx_paged.attention.shared_prefix import find_shared_prefixes
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.runner.memory_plan import device_limit
@@ -25,6 +30,9 @@ TOLERANCES = {mx.float32: 2e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 CACHES = 64 << 20 if ON_CPU else 256 << 20
 NOT_FINITE = 1e9  # the error of such results: JSON has no word for it
 CHAIN_SECONDS = 0.02
+WARM_SECONDS = 1.0  # in which a GPU's clocks rise
+WINDOW_SECONDS = 0.4
+NUM_WINDOWS = 3
 MOST_CALLS = 512
 
 
@@ -72,23 +80,30 @@ def seconds_of_call(contender: Contender, num_calls: int) -> float:
     return (time.perf_counter() - started) / num_calls
 
 
+def seconds_in_window(contender: Contender, num_calls: int, window: float) -> float:
+    """The mean of a call in chains that follow one another for so many seconds, or in one of them."""
+    times = [seconds_of_call(contender, num_calls)]
+    while num_calls * sum(times) < window:
+        times.append(seconds_of_call(contender, num_calls))
+    return statistics.fmean(times)
+
+
 def measure(contenders: dict[str, Contender], quick: bool) -> dict[str, float]:
-    """Median seconds of a call of each, and `spread`: the widest of their interquartile ranges, over its median."""
-    num_calls = {}
-    for name, contender in contenders.items():
-        num_calls[name] = 2
-        for _ in range(0 if quick else 4):  # at first what is not the calls themselves is most of it
-            seconds = seconds_of_call(contender, num_calls[name])
-            num_calls[name] = max(1, min(MOST_CALLS, round(CHAIN_SECONDS / seconds)))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for repetition in range(-1, 2 if quick else 9 if ON_CPU else 15):
-        for name in list(contenders)[:: 1 if repetition % 2 else -1]:
+    """Median seconds of a call of each, and `spread`: the widest range of their windows, over the median."""
+    num_calls, num_rounds = dict.fromkeys(contenders, 1 if quick else 2), 0
+    warm = time.perf_counter() + WARM_SECONDS
+    while num_rounds < (1 if quick else 2) or (not quick and time.perf_counter() < warm):
+        for name in contenders:  # at first what is not the calls themselves is most of it
             seconds = seconds_of_call(contenders[name], num_calls[name])
-            if repetition >= 0:  # the first is to warm up
-                times[name].append(seconds)
+            num_calls[name] = 1 if quick else max(1, min(MOST_CALLS, round(CHAIN_SECONDS / seconds)))
+        num_rounds += 1
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for window in range(2 if quick else NUM_WINDOWS):
+        for name in list(contenders)[:: 1 if window % 2 == 0 else -1]:
+            seconds = seconds_in_window(contenders[name], num_calls[name], 0 if quick else WINDOW_SECONDS)
+            times[name].append(seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    ranges = {name: float(np.subtract(*np.quantile(values, [0.75, 0.25]))) for name, values in times.items()}
-    return medians | {"spread": max(ranges[name] / medians[name] for name in contenders)}
+    return medians | {"spread": max((max(each) - min(each)) / medians[name] for name, each in times.items())}
 
 
 # -- what is compared --------------------------------------------------------------------------------------------
@@ -154,6 +169,11 @@ class Layers:
         self.backend = choose_backend(
             LayerSpec(heads.num_kv_heads, heads.head_dim, heads.head_dim, heads.dtype), heads.num_heads, BLOCK_SIZE
         )
+        host = case.tables()["shared"]
+        find = partial(find_shared_prefixes, block_size=BLOCK_SIZE)
+        self.metadata["once"] = AttentionMetadata(
+            self.tables["shared"], contexts, starts, lambda seqs: find(host[seqs], contexts[seqs])
+        )
         shape = (self.tables["scattered"].size, BLOCK_SIZE, heads.num_kv_heads, heads.head_dim)
         self.pools = []
         for _ in range(self.num_layers):
@@ -200,6 +220,15 @@ class Layers:
             return self._dense(queries, *(self._gather(cache, table) for cache in self.pools[layer].arrays.values()))
 
         return Contender(self.queries, call, self.num_layers)
+
+    def gathered_prompt(self, table: str) -> Contender:
+        """As gathered.py does it for the stretches of a prompt that it takes, sequence by sequence."""
+        metadata, scale = self.metadata[table], self.case.heads.head_dim**-0.5
+        return Contender(
+            self.packed_queries,
+            lambda queries, layer: gathered.attend(queries, self.pools[layer], metadata, scale),
+            self.num_layers,
+        )
 
     def error(self, contender: Contender, table: str) -> float:
         """How far the results of a call are from those of numpy in float32, relative, for up to 4 sequences.
@@ -263,3 +292,23 @@ def with_dense(layers: Layers) -> dict[str, tuple[Contender, str]]:
     table = "scattered"
     ways = {"paged": layers.paged, "contiguous": layers.of_contiguous, "gathered": layers.gathered}
     return {name: (way(table), table) for name, way in ways.items()}
+
+
+def with_prompts(layers: Layers) -> dict[str, tuple[Contender, str]]:
+    """As with_dense, of a chunk of a prompt: by the kernel, whatever the device, and as it would be gathered."""
+    table, ways = "scattered", with_dense(layers)
+    paged, _ = ways["paged"]
+    with mock.patch.dict(os.environ, {gathered.VARIABLE: "kernel"}):
+        paged.call(paged.queries, 0)  # which is asked once for all layers of a step
+    return ways | {"gathered": (layers.gathered_prompt(table), table)}
+
+
+def with_prefix(layers: Layers) -> dict[str, tuple[Contender, str]]:
+    """Sequences over the same blocks at first, which the backend has read once if it holds that for faster, and over
+    blocks of their own."""
+    return {
+        "once": (layers.paged("once"), "shared"),
+        "each": (layers.paged("shared"), "shared"),
+        "separate": (layers.paged("scattered"), "scattered"),
+        "contiguous": (layers.of_contiguous("scattered"), "scattered"),
+    }

@@ -10,7 +10,9 @@ On a CPU, where there is no kernel, rows are few. **It has not been run on a GPU
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
@@ -63,10 +65,11 @@ def compare(asked: str, num_rows: int, vocab_size: int, quick: bool) -> list[Row
     ]
 
 
-def draws(quick: bool) -> list[Row]:
+def draws(quick: bool) -> Iterator[Row]:
     """One sequence, and batches."""
     sizes = [(2, 1000)] if quick else [(rows, 151_936) for rows in ((1, 4) if ON_CPU else (1, 8, 64))]
-    return [row for size in sizes for asked in ASKED for row in compare(asked, *size, quick)]
+    for size, asked in product(sizes, ASKED):
+        yield from compare(asked, *size, quick)
 
 
 COLUMNS = {
@@ -78,7 +81,10 @@ COLUMNS = {
     "same": ("same tokens", ""),
     "spread": ("spread", ".0%"),
 }
-PARTS = [Part(draws, "Draws of a step's tokens (us)", COLUMNS)]
+DRAWS = Part(
+    draws, "Draws of a step's tokens (us)", COLUMNS, "Does the kernel that draws tokens beat plain operations?", 25
+)
+PARTS = [DRAWS]
 
 if __name__ == "__main__":
     report.main("draws.py", __doc__ or "", PARTS)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from attention_layers import dense_attention
+from attention_layers import Contender, dense_attention, measure
 
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.cuda import CudaBackend
@@ -21,23 +19,9 @@ BLOCK_SIZE = 16
 CUDA = CudaBackend()
 
 
-def seconds(function: Callable[[mx.array], mx.array], x: mx.array, calls: int, repetitions: int = 7) -> float:
+def seconds(function: Callable[[mx.array], mx.array], x: mx.array, quick: bool) -> float:
     """Of one call. Each call has the result of the one before, or MLX could run several at once."""
-
-    def run() -> None:
-        y = x
-        for _ in range(calls):
-            y = function(y)
-        mx.eval(y)
-        mx.synchronize()
-
-    run()
-    times = []
-    for _ in range(repetitions):
-        started = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - started) / calls)
-    return statistics.median(times)
+    return measure({"it": Contender(x, lambda y, _: function(y))}, quick)["it"]
 
 
 class Step(NamedTuple):

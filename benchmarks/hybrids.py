@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -180,15 +180,15 @@ def chat(quick: bool) -> list[Row]:
     return rows
 
 
-def short_prompts(quick: bool) -> list[Row]:
+def short_prompts(quick: bool) -> Iterator[Row]:
     """Serve the same prompts in turns, all there from the start. Seconds are medians."""
-    count, repetitions = (4, 1) if quick else (16, 5)
-    rng, rows = random.Random(0), []
+    count, repetitions = (2, 1) if quick else (16, 5)
+    rng = random.Random(0)
     prompts = [rng.choices(range(512), k=rng.randint(24, 63)) for _ in range(count)]
     for model_type in ("lfm2", "jamba") if quick else SHAPES:
         model = make_model(model_type)
         llm = LLM.from_model(model, num_kv_blocks=16 * count, max_num_seqs=count, prefix_caching=False)
-        for num_tokens in (1, 32):
+        for num_tokens in (1, 4 if quick else 32):
             alone = [_alone(model, prompt, num_tokens) for prompt in prompts]
             times: dict[str, list[float]] = {}
             row: Row = {"family": model_type, "tokens": num_tokens}
@@ -205,8 +205,7 @@ def short_prompts(quick: bool) -> list[Row]:
                     row[f"{name} right"] = f"{right} of {count}"
             row |= {f"{name} s": statistics.median(each) for name, each in times.items()}
             row["ratio"] = statistics.median(map(float.__truediv__, *times.values()))
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _alone(model: nn.Module, prompt: list[int], num_tokens: int) -> list[int]:

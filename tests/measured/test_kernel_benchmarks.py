@@ -17,11 +17,12 @@ import pytest
 from helpers.run_benchmark import RESULTS
 from metalsim.fixture import Metal
 
-from mlx_paged import paged_attention
+from mlx_paged import kernels, paged_attention
 from mlx_paged.attention import work_items as work_items
 from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.paged_attention import BACKENDS
 from mlx_paged.attention.work_items import Shape, decode_layout
+from mlx_paged.sampling import draw_kernel
 
 ROOT = Path(__file__).parents[2]
 needs_the_simulator = pytest.mark.skipif(sys.platform != "linux", reason="the simulator runs on Linux")
@@ -88,21 +89,79 @@ def test_layouts_of_decode_that_are_swept_are_those_they_say_and_right(
     assert (work_items.ELEMENTS_PER_LANE, work_items.SIMDGROUPS) == benchmark.CHOSEN
 
 
-def test_the_threads_that_metal_allows_are_learnt_from_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark, layers = (importlib.import_module(name) for name in ("decode_layouts", "attention_layers"))
-    made = layers.Layers(layers.Case(benchmark.TINY[0], 1, 64), 1, quick=True)
-    assert benchmark.most_threads(made, 16, 8) == 0  # no kernel here
-    backend = MetalBackend()
+def test_the_threads_that_metal_allows_are_learnt_from_launches_that_fail(
+    metal: Metal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = importlib.import_module("decode_layouts")
+    make, made = kernels.make_kernel, []
 
-    def too_many(*_: object) -> None:
-        raise ValueError("Thread group size (2048) is greater than  the maximum allowed threads per threadgroup (448)")
+    def make_kernel(*arguments: Any) -> Callable[..., list[mx.array]]:
+        made.append(make(*arguments))
 
-    monkeypatch.setattr(backend, "run", too_many)
-    made.backend = backend
-    assert benchmark.most_threads(made, 16, 8) == 448
+        def call(**settings: Any) -> list[mx.array]:
+            if settings["threadgroup"][0] < 2048:
+                return made[-1](**settings)
+            raise ValueError(
+                "Thread group size (2048) is greater than  the maximum allowed threads per threadgroup (448)"
+            )
+
+        return call
+
+    monkeypatch.setattr(kernels, "make_kernel", make_kernel)
+    monkeypatch.setattr(draw_kernel, "make_kernel", make_kernel)
+    rows = {row["kernel"]: row for row in benchmark.threads(quick=True)}
+    assert set(rows) == {
+        "paged_decode, 8x4",
+        "paged_write",
+        "paged_prefill",
+        "paged_merge",
+        "paged_latent",
+        "draw_tokens",
+    }
+    assert {row["most"] for row in rows.values()} == {448}
+    assert rows["paged_decode, 8x4"]["given"] == 32 * 4 and rows["draw_tokens"]["given"] == draw_kernel.THREADS
+    assert not any(kernel.startswith("paged_") and not row["given"] for kernel, row in rows.items())
 
 
-@pytest.mark.parametrize("num_queries", [1, 5])
+def test_where_there_is_no_kernel_no_threads_are_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_PAGED_BACKEND", "reference")
+    rows = list(importlib.import_module("decode_layouts").threads(quick=True))
+    assert {row["given"] for row in rows if row["kernel"] != "draw_tokens"} == {0}
+
+
+def test_windows_follow_a_warm_up_and_their_median_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark, clock, asked = importlib.import_module("attention_layers"), [0.0], []
+
+    def seconds_of_call(contender: Any, num_calls: int) -> float:
+        """Twice as long while clocks rise, and in the second window."""
+        slow = clock[0] < 0.9 or 1.4 < clock[0] < 1.8
+        clock[0] += num_calls * 1e-3 * (2 if slow else 1)
+        asked.append(num_calls)
+        return 1e-3 * (2 if slow else 1)
+
+    monkeypatch.setattr(benchmark, "seconds_of_call", seconds_of_call)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    found = benchmark.measure({"it": None}, quick=False)
+    assert found["it"] == pytest.approx(1e-3) and 0 < found["spread"] <= 1
+    assert asked[-1] == 20, "calls that take 20 ms"
+    assert clock[0] >= benchmark.WARM_SECONDS + benchmark.NUM_WINDOWS * benchmark.WINDOW_SECONDS
+
+
+def test_a_prefix_is_read_once_by_one_of_the_contenders(metal: Metal) -> None:
+    layers = importlib.import_module("attention_layers")
+    case = layers.Case(layers.Heads(4, 1, 64, mx.float16), 4, 205, prefix=192)
+    made = layers.Layers(case, 1, quick=True)
+    read = {}
+    for name, (contender, _) in layers.with_prefix(made).items():
+        if name != "contiguous":
+            before = len(metal.reports)
+            mx.eval(contender.call(contender.queries, 0))
+            launches = [report for report in metal.reports[before:] if "paged_merge" not in report.kernel]
+            read[name] = sum(report.traffic.buffers["k_cache"].bytes_read for report in launches)
+    assert read["once"] < read["each"] / 2 and read["each"] == read["separate"]
+
+
+@pytest.mark.parametrize("num_queries", [1, 7])  # of 3 heads each: more rows than decode takes
 def test_kernels_are_what_is_timed_where_there_is_a_metal_device(num_queries: int, metal: Metal) -> None:
     benchmark = importlib.import_module("attention_layers")
     case = benchmark.Case(benchmark.Heads(6, 2, 64, mx.float16), 2, 37, num_queries=num_queries)
@@ -110,7 +169,7 @@ def test_kernels_are_what_is_timed_where_there_is_a_metal_device(num_queries: in
     assert row["backend"] == "metal" and row["agrees"] == "yes"
     name = "paged_decode" if num_queries == 1 else "paged_prefill"
     assert all(report.kernel.startswith(name) for report in metal.reports)
-    assert len(metal.reports) > 3 * 2  # more than one chain of calls
+    assert len(metal.reports) == 4  # one to compare, one to warm up, and two windows
 
 
 def test_shapes_that_memory_does_not_hold_are_left_out(

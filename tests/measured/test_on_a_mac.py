@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -9,9 +10,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from helpers.budget import LONG
+from helpers.parts_here import run_here
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_a_mac.sh"
@@ -19,25 +23,16 @@ SCRIPT = ROOT / "benchmarks" / "on_a_mac.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
 
 
-def run(*arguments: object, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
-    root = script.parent.parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
-    command = ["bash", str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return subprocess.run(["bash", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
 def stub(tmp_path: Path) -> Path:
-    """A copy of the script whose Python does nothing but fail in the tests, and say so."""
-    (tmp_path / "benchmarks").mkdir()
-    shutil.copy(SCRIPT, tmp_path / "benchmarks")
+    """A Python that only says what it was asked to do."""
     python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in\n"- "*) exec "{sys.executable}" "$@" ;;\n*pytest*) echo "1 failed"; exit 3 ;;\n'
-        '*"bench -p"*) echo "a note"\n'
-        'echo \'[{"test": "pp16", "mb": "\'$MLX_MAX_MB_PER_BUFFER$MLX_PAGED_WRITE\'"}]\' ;;\n'
-        '*) echo "ran $*" ;;\nesac\n'
-    )
+    python.write_text('#!/bin/sh\necho "ran $*"\n')
     python.chmod(0o755)
     return python
 
@@ -70,50 +65,55 @@ def test_a_report_that_cannot_be_written_is_one_line_before_anything_runs(tmp_pa
     assert "nowhere/report.json can't be written" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_it_hands_over_to_the_parts_with_the_options_that_are_theirs(stub: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    done = run("--anywhere", "--quick", "--only", "decode", "--python", stub, "--output", file)
+    assert done.stdout == f"ran benchmarks/on_a_mac.py --json {file} --quick --only decode\n"
+    assert not file.exists(), "parts add to a file that is there, and this one is empty"
+
+
+def names() -> list[str]:
+    return [part.run.__name__ for part in importlib.import_module("on_a_mac").PARTS]
+
+
+def test_the_test_files_that_it_runs_exist() -> None:
+    on_a_mac = importlib.import_module("on_a_mac")
+    named = [file for files in (*on_a_mac.TESTS.values(), on_a_mac.QUICK_TESTS) for file in files]
+    assert [file for file in named if not (ROOT / "tests" / file).is_file()] == []
+
+
+@pytest.mark.slow
+def test_a_quick_run_answers_every_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_a_mac, file = importlib.import_module("on_a_mac"), tmp_path / "report.json"
+    speed = {"test": "tg2", "batch": 1, "tokens_per_s": 1.0, "deviation": 0.0}
+    bench = SimpleNamespace(returncode=0, stdout=json.dumps({"results": {"speed": [speed]}}))
+    ended = importlib.import_module("limited").Ended(0, 0.5, "== 3 passed, 1 skipped in 0.50s ==\n")
+    monkeypatch.setattr(importlib.import_module("gpu_serving"), "run_python", lambda *_, **__: bench)
+    monkeypatch.setattr(importlib.import_module("device_parts"), "run_limited", lambda *_: ended)
+    monkeypatch.setattr(on_a_mac, "run_limited", lambda *_: ended)
+    slower = {"short_prompts"}  # test_hybrids.py tries it
+    asked = [name for name in names() if name not in slower]
+    said = run_here(monkeypatch, on_a_mac.main, "on_a_mac.py", "--quick", "--json", file, "--only", ",".join(asked))
+    assert said == ""
+    content = json.loads(file.read_text())
+    without_kernels = {"sharing_costs"} if mx.default_device() == mx.cpu else set()
+    assert set(content["results"]) == set(asked) - without_kernels
+    assert list(content["parts"]) == asked and {part["ended"] for part in content["parts"].values()} == {"whole"}
+    assert {"os", "commit", "mlx", "mlx_lm"} <= set(content["machine"])
+    assert content["results"]["kernel_tests"][0]["result"] == "whole: 3 passed, 1 skipped in 0.50s"
+    assert {"macos", "chip", "gpu cores"} <= {row["what"] for row in content["results"]["device"]}
+    assert capsys.readouterr().out.splitlines()[-1] == f"Please send back this file: {file}"
+
+
 @pytest.mark.skipif(not LONG, reason="takes long: MLX_PAGED_LONG_TESTS=1 runs it")
 @pytest.mark.slow
-def test_a_quick_run_reports_every_step_and_the_machine(tmp_path: Path) -> None:
+def test_a_quick_run_in_processes_of_their_own_answers_too(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     done = run("--anywhere", "--quick", "--python", sys.executable, "--output", file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith(f"all done; please send back {file}\n")
-    report = json.loads(file.read_text())
-    assert {"platform", "chip", "macos", "commit", "device", "mlx", "mlx-lm"} <= set(report["machine"])
-    names = [step["name"] for step in report["steps"]]
-    assert names[:3] == ["device", "tests", "generate"]
-    assert all(step["exit_code"] == 0 and step["seconds"] >= 0 and step["output"] for step in report["steps"])
-    assert report["profile"]["traceEvents"]
-    assert report["prefill_kernel"]["results"] and report["prefill_gathered"]["results"]
-    assert report["attention"]["results"] and report["latent"]["results"] and report["bench"]
-    assert report["draws"]["results"]
-    assert report["layouts"]["results"] and report["hybrids"]["results"]
-
-
-def test_a_step_that_fails_is_reported_and_the_others_run(stub: Path, tmp_path: Path) -> None:
-    script, file = tmp_path / "benchmarks" / SCRIPT.name, tmp_path / "report.json"
-    done = run("--anywhere", "--python", stub, "--output", file, script=script)
-    assert done.returncode == 1
-    assert f"failed: tests; {file} says how" in done.stdout
-    report = json.loads(file.read_text())
-    steps = {step["name"]: step for step in report["steps"]}
-    assert [(name, step["exit_code"]) for name, step in steps.items()] == [
-        ("device", 0),
-        ("tests", 3),
-        ("generate", 0),
-        ("attention", 0),
-        ("prefill-kernel", 0),
-        ("prefill-gathered", 0),
-        ("latent", 0),
-        ("draws", 0),
-        ("layouts", 0),
-        ("hybrids", 0),
-        ("bench", 0),
-        ("bench-large-buffers", 0),
-        ("bench-scatter", 0),
-    ]
-    assert steps["tests"]["output"] == "1 failed\n"
-    assert steps["generate"]["output"].startswith("ran -m mlx_paged generate")
-    assert report["bench"] == [{"test": "pp16", "mb": ""}]
-    assert report["bench_large_buffers"] == [{"test": "pp16", "mb": "1000000"}]
-    assert report["bench_scatter"] == [{"test": "pp16", "mb": "scatter"}]
-    assert report["attention"] is None and report["machine"]["device"] is None
+    assert done.stdout.splitlines()[-1] == f"Please send back this file: {file}", done.stdout + done.stderr
+    content = json.loads(file.read_text())
+    assert list(content["parts"]) == names()
+    assert content["results"]["generate"][0]["profile"]["traceEvents"]
+    assert not any(part["ended"] == "failed" for part in content["parts"].values())
