@@ -22,7 +22,7 @@ from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.schedule import Drafts, offsets_of
 from mlx_paged.speculation.ngram import NgramLookup
-from mlx_paged.speculation.step_costs import SIZES, StepCosts
+from mlx_paged.speculation.step_costs import MEASURED, StepCosts
 
 _MEMORY = 16  # tokens by which what was foretold is judged, about
 _LEAST_SHARE = 1 / _MEMORY  # foretold, for a sequence to have drafts at all
@@ -173,5 +173,5 @@ def make_speculator(runner: ModelRunner, config: EngineConfig, batch: RunningBat
         text = "this model has recurrent layers, which can't go back: it runs without drafts (speculative_config)"
         warnings.warn(text, EngineWarning, stacklevel=4)
         asked = None
-    costs = StepCosts(runner.measure_steps(SIZES) if asked is not None and asked.adaptive else {1: 1.0})
+    costs = StepCosts(runner.measure_steps(MEASURED) if asked is not None and asked.adaptive else {1: 1.0})
     return Speculator(asked, batch, costs, config.max_num_batched_tokens)

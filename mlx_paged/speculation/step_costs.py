@@ -3,19 +3,32 @@
 from bisect import bisect_left
 from itertools import accumulate
 
+import numpy as np
+
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of tokens that costs are kept for; between them they are interpolated."""
+MEASURED = (1, 4, 8, 16, 32, 64)
+"""Those that are measured at load, as far as there is time."""
 _WEIGHT = 0.2  # of a new measurement
 _MOST = 3.0  # times what was expected: more is somebody else's load
+_LEAST_SLOPE = 0.25  # of what as many steps of one token would take
 
 
 class StepCosts:
     """Seconds of decoding steps: measured at load, and kept up to date by those that run."""
 
     def __init__(self, seconds: dict[int, float]) -> None:
-        """seconds: by numbers of tokens, 1 among them."""
-        self._sizes = sorted(seconds)
-        self._seconds = list(accumulate((seconds[size] for size in self._sizes), max))  # more tokens take no less time
+        """seconds: by numbers of tokens, 1 among them. What is missing is made up, rather too low than too high:
+
+        steps that are taken for cheap are tried, and then known.
+        """
+        self._sizes = sorted({*seconds, *SIZES})
+        last = max(seconds)
+        known = list(accumulate((seconds[size] for size in sorted(seconds)), max))  # more tokens take no less time
+        per_token = max(_LEAST_SLOPE * known[-1] / last, (known[-1] - known[0]) / max(1, last - 1))
+        guesses = [known[-1] + per_token * (size - last) for size in self._sizes if size > last]
+        places = [self._sizes.index(size) for size in sorted(seconds)]
+        self._seconds = [*np.interp(range(places[-1] + 1), places, known).tolist(), *guesses]
 
     def of(self, num_tokens: int) -> float:
         """Return the seconds of a step of so many tokens."""

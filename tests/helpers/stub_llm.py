@@ -43,7 +43,7 @@ class StubLLM:
         return "KV cache: 8 blocks of 4 tokens"
 
     def stats(self) -> SimpleNamespace:
-        return SimpleNamespace(num_blocks=8, peak_used_blocks=2, blas="OpenBLAS 0.3")
+        return SimpleNamespace(num_blocks=8, peak_used_blocks=2, blas="OpenBLAS 0.3", num_draft_tokens=0)
 
     def encode_chat(self, messages: list[dict[str, str]], **template: Any) -> list[int]:
         self.template = template

@@ -7,9 +7,15 @@ import pytest
 from mlx_paged.speculation.step_costs import StepCosts
 
 
-def test_between_two_sizes_a_step_takes_what_lies_between_and_beyond_the_last_in_proportion() -> None:
+def test_between_two_sizes_a_step_takes_what_lies_between_and_past_those_that_are_kept_in_proportion() -> None:
     costs = StepCosts({1: 1.0, 2: 1.2, 4: 2.0})
-    assert [costs.of(n) for n in (1, 2, 3, 4, 8)] == pytest.approx([1.0, 1.2, 1.6, 2.0, 4.0])
+    assert [costs.of(n) for n in (1, 2, 3, 4, 7)] == pytest.approx([1.0, 1.2, 1.6, 2.0, 3.0])
+    assert costs.of(256) == pytest.approx(2 * costs.of(128))
+
+
+def test_what_was_not_measured_is_rather_taken_for_cheap_so_that_it_is_tried() -> None:
+    costs = StepCosts({1: 1.0, 4: 1.0})
+    assert costs.of(8) == pytest.approx(1.25)
 
 
 def test_more_tokens_never_take_less_time() -> None:
