@@ -78,6 +78,8 @@ def decode_layout(shape: Shape) -> DecodeLayout:
     """
     rows, size, longer = shape.heads_per_kv_head, shape.element_size, max(shape.head_dim, shape.value_dim)
     widths = [load_bytes // size for load_bytes in (16, 8, 4) if load_bytes > size]
+    if shape.codes is not None:
+        widths, size = widths_of_codes(shape, shape.codes), 2  # bytes of a code that is unpacked
     for groups, width, lanes in product(range(1, rows + 1), widths, (8, 16, 32)):
         of_simdgroup, of_row = -(-rows // groups), -(-longer // (width * lanes)) * width
         if of_simdgroup * of_row <= ELEMENTS_PER_LANE and (of_row * size <= 32 or lanes == 32):
@@ -85,6 +87,13 @@ def decode_layout(shape: Shape) -> DecodeLayout:
             simdgroups = groups * max(1, SIMDGROUPS // groups)
             return DecodeLayout(of_simdgroup, lanes, width, batch, simdgroups)
     raise AssertionError(f"no layout for {shape}")
+
+
+def widths_of_codes(shape: Shape, codes: KVCodes) -> list[int]:
+    """How many codes a lane can load at once: up to 16 bytes of K's, at least 4 of any, all lanes with some if can be."""
+    least = 32 // min(codes.keys.bits, codes.values.bits)
+    fitting = [width for width in (16, 8, 4) if width >= least and not shape.head_dim % width + shape.value_dim % width]
+    return [width for width in fitting if 8 * width <= max(shape.head_dim, shape.value_dim) or width == fitting[-1]]
 
 
 def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:

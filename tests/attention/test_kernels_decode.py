@@ -214,7 +214,7 @@ MISTAKES: dict[str, dict[str, Mistake]] = {
         "later values of another head": Mistake("(values, own_row, f", "(values, own_row - kv_head, f", SHORT, 0, 64),
         "the values of the batch before": Mistake("if (batch > 0) load", "if (batch > 1) load", SHORT, part_size=64),
         "keys of the tile before": Mistake(
-            "row_of(table, metal::min(key +", "row_of(table, metal::min(0 * key +", LONG, 0, 1024
+            "(table, metal::min(key +", "(table, metal::min(0 * key +", LONG, 0, 1024
         ),
         "the key past the end": Mistake("metal::max(end - 1, 0)", "end", SHORT, part_size=64),
         "what follows a row": Mistake("CHUNKS - 1)", "CHUNKS)", ODD),
