@@ -40,30 +40,25 @@ struct Params {
   }
 };
 
-// Parameters of the N rows of GROUPS groups that LANES lanes read at once. Their lanes load them together, so that
-// neighbours are loaded by neighbours, and ask each other for those of their own groups. Group g of row t has place
-// t * ROOM + g; a lane has each LANES-th place.
+// Parameters of rows of GROUPS groups. LANES lanes that read N rows at once load those of ROWS rows together, a group
+// each and a row side by side, and ask each other for those of their own groups: group g of row t is with lane
+// t * ROOM + g of them.
 template <typename T, int N, int LANES, int GROUPS, int NUM_PARAMS>
 struct RowParams {
   static constant constexpr int ROOM = GROUPS > 8 ? 16 : GROUPS > 4 ? 8 : GROUPS > 2 ? 4 : GROUPS;
-  static constant constexpr int PLACES = (N * ROOM + LANES - 1) / LANES;
-  static constant constexpr int WORDS = Params<T, NUM_PARAMS>::WORDS;
-  static constant constexpr int IN_LANE = PLACES * WORDS;
-  static_assert(GROUPS <= 16 && LANES % ROOM == 0, "the groups of a row are at one place of several lanes");
+  static constant constexpr int ROWS = LANES / ROOM;
+  static_assert(GROUPS <= 16 && LANES % (N * ROOM) == 0, "a load is of the parameters of some times N rows");
 
   static METAL_FUNC void load(const device T* params, uint own_row, int first_lane, int column, thread uint* words) {
-    UNROLL for (int i = 0; i < PLACES; i++) {
-      const int place = metal::min(column + i * LANES, N * ROOM - 1);
-      const size_t row = simd_shuffle(own_row, ushort(first_lane + place / ROOM));
-      const int group = metal::min(place % ROOM, GROUPS - 1);
-      Params<T, NUM_PARAMS>::load(params + (row * GROUPS + group) * NUM_PARAMS, words + i * WORDS);
-    }
+    const size_t row = simd_shuffle(own_row, ushort(first_lane + column / ROOM));
+    const int group = metal::min(column % ROOM, GROUPS - 1);
+    Params<T, NUM_PARAMS>::load(params + (row * GROUPS + group) * NUM_PARAMS, words);
   }
 
   // Those of a group of row t. row_lanes: the first of the lanes.
   static METAL_FUNC void get(const thread uint* words, int t, int group, int row_lanes, thread uint* to) {
-    const ushort from = row_lanes + t * ROOM % LANES + group;
-    UNROLL for (int w = 0; w < WORDS; w++) to[w] = simd_shuffle(words[t * ROOM / LANES * WORDS + w], from);
+    const ushort from = row_lanes + t % ROWS * ROOM + group;
+    UNROLL for (int w = 0; w < Params<T, NUM_PARAMS>::WORDS; w++) to[w] = simd_shuffle(words[w], from);
   }
 };
 

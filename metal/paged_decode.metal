@@ -36,7 +36,7 @@
 // Lanes          LANES of them read one row together, WIDTH elements (up to 16 bytes) each; BATCH rows are under way
 //                at once, of V the first ones before the weights are known. No load depends on a condition: lanes past
 //                the end of a row or of the keys read the last of them again, for nothing. A load of codes lies in one
-//                group, and rows that are under way have neighbouring keys, whose parameters are one load of all lanes
+//                group, and rows that are under way have neighbouring keys: parameters of as many are one load of all lanes
 // Lane           of every one of its rows: its elements of the query and of the output. What belongs to a row alone,
 //                its peak and total, lies in the lane of that number
 //
@@ -132,7 +132,7 @@ const device uint* keys = k_codes;
 const device uint* values = v_codes;
 using KeyParams = RowParams<T, BATCH, LANES, HEAD_DIM / KEY_GROUP, NUM_PARAMS>;
 using ValueParams = RowParams<T, BATCH, LANES, VALUE_DIM / VALUE_GROUP, NUM_PARAMS>;
-uint params[KeyParams::IN_LANE > ValueParams::IN_LANE ? KeyParams::IN_LANE : ValueParams::IN_LANE];
+uint params[Factors::WORDS];
 uint row_params[BATCH * KEY_LOADS * Factors::WORDS];  // of the groups of this lane's loads
 float query_sums[H * KEY_LOADS];  // of this lane's elements
 UNROLL for (int i = 0; i < H * KEY_LOADS; i++) {
@@ -186,9 +186,12 @@ for (int tile = team; tile < num_tiles; tile += TEAMS) {
   for (int batch = 0; batch < LANES / BATCH; batch++) {
     load_rows<BATCH, KEY_LOADS, LANES, KEY_WORDS, KEY_CHUNKS>(keys, own_row, row_lanes + batch * BATCH, column, words);
 #if QUANTISED
-    KeyParams::load(k_params, own_row, row_lanes + batch * BATCH, column, params);
+    if (batch * BATCH % KeyParams::ROWS == 0) {
+      KeyParams::load(k_params, own_row, row_lanes + batch * BATCH, column, params);
+    }
     UNROLL for (int n = 0; n < BATCH * KEY_LOADS; n++) {
-      KeyParams::get(params, n / KEY_LOADS, key_group(n % KEY_LOADS), row_lanes, row_params + n * Factors::WORDS);
+      const int row = batch * BATCH + n / KEY_LOADS;
+      KeyParams::get(params, row, key_group(n % KEY_LOADS), row_lanes, row_params + n * Factors::WORDS);
     }
 #endif
     UNROLL for (int g = 0; g < H; g++) {
@@ -254,7 +257,7 @@ for (int tile = team; tile < num_tiles; tile += TEAMS) {
     if (batch > 0) {
       load_rows<BATCH, VALUE_LOADS, LANES, VALUE_WORDS, VALUE_CHUNKS>(values, own_row, first_lane, column, words);
 #if QUANTISED
-      ValueParams::load(v_params, own_row, first_lane, column, params);
+      if (batch * BATCH % ValueParams::ROWS == 0) ValueParams::load(v_params, own_row, first_lane, column, params);
 #endif
     }
     UNROLL for (int t = 0; t < BATCH; t++) {
@@ -262,7 +265,7 @@ for (int tile = team; tile < num_tiles; tile += TEAMS) {
       float row[OUTPUTS];
       UNROLL for (int i = 0; i < VALUE_LOADS; i++) {
         uint of_group[Factors::WORDS];
-        ValueParams::get(params, t, value_group(i), row_lanes, of_group);
+        ValueParams::get(params, batch * BATCH + t, value_group(i), row_lanes, of_group);
         const float2 factors = Factors::factors(of_group);
         UNROLL for (int e = 0; e < WIDTH; e++) {
           const uint word = words[(t * VALUE_LOADS + i) * VALUE_WORDS + e / ValueCode::COUNT];

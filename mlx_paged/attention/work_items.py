@@ -90,7 +90,7 @@ def decode_layout(shape: Shape) -> DecodeLayout:
 
 
 def widths_of_codes(shape: Shape, codes: KVCodes) -> list[int]:
-    """How many codes a lane can load at once: up to 16 bytes of K's, at least 4 of any, all lanes with some if can be."""
+    """How many codes a lane can load at once: up to 16 bytes of K, at least 4 of both, and something for 8 lanes."""
     least = 32 // min(codes.keys.bits, codes.values.bits)
     fitting = [width for width in (16, 8, 4) if width >= least and not shape.head_dim % width + shape.value_dim % width]
     return [width for width in fitting if 8 * width <= max(shape.head_dim, shape.value_dim) or width == fitting[-1]]

@@ -212,10 +212,8 @@ MISTAKES: dict[str, dict[str, Mistake]] = {
             "(values, own_row, row", "(values, own_row - kv_head, row", SHORT, 0, 64
         ),
         "later values of another head": Mistake("(values, own_row, f", "(values, own_row - kv_head, f", SHORT, 0, 64),
-        "the values of the batch before": Mistake("if (batch > 0) load", "if (batch > 1) load", SHORT, part_size=64),
-        "keys of the tile before": Mistake(
-            "(table, metal::min(key +", "(table, metal::min(0 * key +", LONG, 0, 1024
-        ),
+        "the values of the batch before": Mistake("if (batch > 0) {", "if (batch > 1) {", SHORT, part_size=64),
+        "keys of the tile before": Mistake("(table, metal::min(key +", "(table, metal::min(0 * key +", LONG, 0, 1024),
         "the key past the end": Mistake("metal::max(end - 1, 0)", "end", SHORT, part_size=64),
         "what follows a row": Mistake("CHUNKS - 1)", "CHUNKS)", ODD),
         "what follows a query": Mistake("if (chunk < KEY_CHUNKS) load", "load", ODD),
