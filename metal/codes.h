@@ -62,6 +62,14 @@ struct RowParams {
   }
 };
 
+// Of two neighbouring lanes each has loaded a word of a row, and computes with four of its eight codes, the first lane
+// with the first four: leaves both with their codes of the first one's row, and then of the other's.
+METAL_FUNC uint exchanged(uint word, int lane) {
+  const bool is_second = lane % 2;
+  const uint other = simd_shuffle_xor(is_second ? word : word >> 16, 1);
+  return is_second ? (word & 0xffff0000u) | other : (word & 0xffffu) | other << 16;
+}
+
 // As load_keys of tiles.h, of codes, which become numbers of type T.
 template <typename T, int DIM, int BITS, int GROUP, int NUM_PARAMS, int STRIDE, int TILE_KEYS, int THREADS>
 METAL_FUNC void load_coded_keys(

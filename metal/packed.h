@@ -79,11 +79,11 @@ METAL_FUNC uint row_of(Table table, int key, int block_shift, int num_kv_heads, 
 
 // Loads a lane's share of N rows of a cache, one after another into `words`: of the loads of WORDS words that a row
 // consists of, CHUNKS in all, numbers column, column + LANES, ... Where a row has no more of them it is the last one.
-// own_row: of this lane's key. first_lane: the keys are those of this lane and the next ones.
-template <int N, int LOADS, int LANES, int WORDS, int CHUNKS>
+// own_row: of this lane's key. first_lane: the keys are those of this lane and of each STEP-th one after it.
+template <int N, int LOADS, int LANES, int WORDS, int CHUNKS, int STEP = 1>
 METAL_FUNC void load_rows(const device uint* cache, uint own_row, int first_lane, int column, thread uint* words) {
   UNROLL for (int t = 0; t < N; t++) {
-    const device uint* row = cache + size_t(simd_shuffle(own_row, first_lane + t)) * (CHUNKS * WORDS);
+    const device uint* row = cache + size_t(simd_shuffle(own_row, first_lane + t * STEP)) * (CHUNKS * WORDS);
     UNROLL for (int i = 0; i < LOADS; i++) {
       load_words<WORDS>(row + metal::min(column + i * LANES, CHUNKS - 1) * WORDS, words + (t * LOADS + i) * WORDS);
     }

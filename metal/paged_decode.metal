@@ -36,7 +36,8 @@
 // Lanes          LANES of them read one row together, WIDTH elements (up to 16 bytes) each; BATCH rows are under way
 //                at once, of V the first ones before the weights are known. No load depends on a condition: lanes past
 //                the end of a row or of the keys read the last of them again, for nothing. A load of codes lies in one
-//                group, and rows that are under way have neighbouring keys: parameters of as many are one load of all lanes
+//                group, and rows that are under way have neighbouring keys: parameters of as many are one load of all
+//                lanes. Where a lane computes with 16 bits of a row of V, two load the words of two rows for each other
 // Lane           of every one of its rows: its elements of the query and of the output. What belongs to a row alone,
 //                its peak and total, lies in the lane of that number
 //
@@ -64,11 +65,13 @@ constexpr int MERGED = ROOM < H ? ROOM : H;           // rows of a simdgroup tha
 #if QUANTISED
 constexpr bool HEADS_FIRST = true;
 constexpr int KEY_WORDS = WIDTH * KEY_BITS / 32;      // in a load
-constexpr int VALUE_WORDS = WIDTH * VALUE_BITS / 32;
-static_assert(KEY_GROUP % WIDTH == 0 && VALUE_GROUP % WIDTH == 0, "a load lies in one group");
+constexpr int SHARERS = WIDTH * VALUE_BITS == 16 ? 2 : 1;  // neighbours that compute with the codes of one load of V
+constexpr int VALUE_WORDS = WIDTH * SHARERS * VALUE_BITS / 32;
+static_assert(KEY_GROUP % WIDTH == 0 && VALUE_GROUP % (WIDTH * SHARERS) == 0, "a load lies in one group");
 #else
 constexpr bool HEADS_FIRST = false;
 constexpr int KEY_WORDS = WORDS;
+constexpr int SHARERS = 1;
 constexpr int VALUE_WORDS = WORDS;
 #endif
 static_assert(SIMDGROUPS == TEAMS * GROUPS && H <= LANES && LANES % BATCH == 0, "lanes own rows and keys");
@@ -165,7 +168,7 @@ if constexpr (SINKS) {
 }
 float scores[H];
 constexpr int IN_KEY = KEY_LOADS * KEY_WORDS;         // words of a row in a lane
-constexpr int IN_VALUE = VALUE_LOADS * VALUE_WORDS;
+constexpr int IN_VALUE = VALUE_LOADS * VALUE_WORDS / SHARERS;
 uint words[BATCH * (IN_KEY > IN_VALUE ? IN_KEY : IN_VALUE)];
 float sums[BATCH];
 #if QUANTISED
@@ -225,7 +228,8 @@ for (int tile = team; tile < num_tiles; tile += TEAMS) {
       scores[g] = column / BATCH == batch ? score : scores[g];
     }
   }
-  load_rows<BATCH, VALUE_LOADS, LANES, VALUE_WORDS, VALUE_CHUNKS>(values, own_row, row_lanes, column, words);
+  load_rows<BATCH / SHARERS, VALUE_LOADS, LANES / SHARERS, VALUE_WORDS, VALUE_CHUNKS / SHARERS, SHARERS>(
+      values, own_row, row_lanes + column % SHARERS, column / SHARERS, words);
 #if QUANTISED
   ValueParams::load(v_params, own_row, row_lanes, column, params);
 #endif
@@ -255,11 +259,17 @@ for (int tile = team; tile < num_tiles; tile += TEAMS) {
   for (int batch = 0; batch < LANES / BATCH; batch++) {
     const int first_lane = row_lanes + batch * BATCH;
     if (batch > 0) {
-      load_rows<BATCH, VALUE_LOADS, LANES, VALUE_WORDS, VALUE_CHUNKS>(values, own_row, first_lane, column, words);
+      load_rows<BATCH / SHARERS, VALUE_LOADS, LANES / SHARERS, VALUE_WORDS, VALUE_CHUNKS / SHARERS, SHARERS>(
+          values, own_row, first_lane + column % SHARERS, column / SHARERS, words);
 #if QUANTISED
       if (batch * BATCH % ValueParams::ROWS == 0) ValueParams::load(v_params, own_row, first_lane, column, params);
 #endif
     }
+#if QUANTISED
+    if constexpr (SHARERS == 2) {
+      UNROLL for (int n = 0; n < BATCH / 2 * VALUE_LOADS; n++) words[n] = exchanged(words[n], lane);
+    }
+#endif
     UNROLL for (int t = 0; t < BATCH; t++) {
 #if QUANTISED
       float row[OUTPUTS];
@@ -268,8 +278,9 @@ for (int tile = team; tile < num_tiles; tile += TEAMS) {
         ValueParams::get(params, batch * BATCH + t, value_group(i), row_lanes, of_group);
         const float2 factors = Factors::factors(of_group);
         UNROLL for (int e = 0; e < WIDTH; e++) {
-          const uint word = words[(t * VALUE_LOADS + i) * VALUE_WORDS + e / ValueCode::COUNT];
-          row[i * WIDTH + e] = metal::fma(factors.x, float(ValueCode::of(word, e % ValueCode::COUNT)), factors.y);
+          const int code = t % SHARERS * WIDTH + e;
+          const uint word = words[(t / SHARERS * VALUE_LOADS + i) * VALUE_WORDS + code / ValueCode::COUNT];
+          row[i * WIDTH + e] = metal::fma(factors.x, float(ValueCode::of(word, code % ValueCode::COUNT)), factors.y);
         }
       }
 #endif

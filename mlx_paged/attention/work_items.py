@@ -79,7 +79,7 @@ def decode_layout(shape: Shape) -> DecodeLayout:
     rows, size, longer = shape.heads_per_kv_head, shape.element_size, max(shape.head_dim, shape.value_dim)
     widths = [load_bytes // size for load_bytes in (16, 8, 4) if load_bytes > size]
     if shape.codes is not None:
-        widths, size = widths_of_codes(shape, shape.codes), 2  # bytes of a code that is unpacked
+        widths, size = widths_of_codes(shape), 2  # bytes of a code that is unpacked
     for groups, width, lanes in product(range(1, rows + 1), widths, (8, 16, 32)):
         of_simdgroup, of_row = -(-rows // groups), -(-longer // (width * lanes)) * width
         if of_simdgroup * of_row <= ELEMENTS_PER_LANE and (of_row * size <= 32 or lanes == 32):
@@ -89,11 +89,10 @@ def decode_layout(shape: Shape) -> DecodeLayout:
     raise AssertionError(f"no layout for {shape}")
 
 
-def widths_of_codes(shape: Shape, codes: KVCodes) -> list[int]:
-    """How many codes a lane can load at once: up to 16 bytes of K, at least 4 of both, and something for 8 lanes."""
-    least = 32 // min(codes.keys.bits, codes.values.bits)
-    fitting = [width for width in (16, 8, 4) if width >= least and not shape.head_dim % width + shape.value_dim % width]
-    return [width for width in fitting if 8 * width <= max(shape.head_dim, shape.value_dim) or width == fitting[-1]]
+def widths_of_codes(shape: Shape) -> list[int]:
+    """How many codes a lane can load of K at once: 4 bytes to 16, of which there are some for 8 lanes at least."""
+    fitting = [width for width in (16, 8, 4) if not shape.head_dim % width + shape.value_dim % width]
+    return [width for width in fitting if 8 * width <= max(shape.head_dim, shape.value_dim) or width == 4]
 
 
 def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:
