@@ -100,9 +100,9 @@ def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:
 
     num_keys: [num_seqs], those each sequence attends to. Small enough to give every core 8 threadgroups, and 256 in
     all; large enough that 8 simdgroups have a tile, and that writing and reading the parts is at most 2% of reading K
-    and V. But a context of 2048 keys or more has 8 parts whatever they cost, or most of a device would be idle that has
-    one sequence to compute. No context is split where the sequences' KV heads come within half of that many
-    threadgroups and the longest is at most twice an equal share.
+    and V, of which codes are half. But a context of 2048 keys or more has 8 parts whatever they cost, or most of a
+    device would be idle that has one sequence to compute. No context is split where the sequences' KV heads come within
+    half of that many threadgroups and the longest is at most twice an equal share.
     """
     longest = int(num_keys.max(initial=1))
     step = SIMDGROUPS * _TILE_KEYS
