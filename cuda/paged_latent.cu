@@ -46,6 +46,12 @@
 //
 // The method: FlashAttention-2 (Dao 2023) with DeepSeek-V2's absorbed projections (2024).
 
+#if QUANTISED
+const Codes<T, HEAD_DIM, KEY_BITS, KEY_GROUP, NUM_PARAMS> k_cache{k_codes, k_params};
+const Codes<T, VALUE_DIM, VALUE_BITS, VALUE_GROUP, NUM_PARAMS> v_cache{v_codes, v_params};
+const int k_cache_shape[] = {1, k_codes_shape[2], k_codes_shape[1]};
+#endif
+
 constexpr float LOG2E = 1.44269504f;
 constexpr int MATRICES = TILE_ROWS / 16;
 constexpr int WARPS = 4 * MATRICES;
