@@ -140,7 +140,8 @@ struct Codes {
   template <int BYTES_AT_ONCE, int BYTES_THERE, int BYTES_COPIED, int BYTES_BETWEEN>
   static __device__ inline void begin_copies_of(unsigned char* to, const void* from, int row, int lane) {
     constexpr int PIECES = BYTES_COPIED / BYTES_AT_ONCE, ALL = 16 * PIECES;
-    UNROLL for (int i = 0; i < (ALL + 31) / 32; i++) {
+#pragma unroll 4
+    for (int i = 0; i < (ALL + 31) / 32; i++) {
       const int to_row = min((i * 32 + lane) / PIECES, 15), at = (i * 32 + lane) % PIECES * BYTES_AT_ONCE;
       const int from_row = shuffle(row, to_row);
       const bool is_there = from_row >= 0 && at < BYTES_THERE;

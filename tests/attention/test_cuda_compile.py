@@ -66,6 +66,16 @@ def test_latent_kernels_compile_and_keep_their_state_in_registers() -> None:
     check_all([record(*point[:-1]) for point in points], [point[-1] for point in points])
 
 
+@pytest.mark.slow
+def test_kernels_over_codes_compile_and_keep_their_state_in_registers() -> None:
+    grid = CONSTANTS | {"dims": [(128, 128), (256, 256), (64, 96)], "codes": ["k8v4", "int8", "fp8"]}
+    points = points_of(kind=["decode", "several", "decode"], heads=[16, 4, 5], **grid, architecture=ARCHITECTURES)
+    points += points_of(kind=["prefill", "shared"], heads=[4], **grid, architecture=ARCHITECTURES[1:])
+    long = grid | {"dtype": [mx.float16, mx.bfloat16], "dims": [(512, 512), (320, 512)]}
+    points += points_of(kind=["long"], heads=[8, 32], **long, architecture=ARCHITECTURES[::-1])
+    check_all([record(*point[:-1]) for point in points], [point[-1] for point in points])
+
+
 def test_merge_kernels_compile() -> None:
     grid = {"dtype": CONSTANTS["dtype"], "value_dim": [64, 72, 512], "is_shared": [False, True]}
     points = points_of(**grid, architecture=ARCHITECTURES)
@@ -74,6 +84,17 @@ def test_merge_kernels_compile() -> None:
 
 def test_write_kernels_compile() -> None:
     grid = {"dtype": CONSTANTS["dtype"], "dims": CONSTANTS["dims"], "is_latent": [False, True]}
+    points = points_of(**grid, architecture=ARCHITECTURES)
+    check_all([record_write(*point[:-1]) for point in points], [point[-1] for point in points])
+
+
+def test_kernels_that_write_codes_compile() -> None:
+    grid = {
+        "dtype": CONSTANTS["dtype"],
+        "dims": [(64, 64), (96, 512)],
+        "latent": [False],
+        "codes": ["int8", "fp8", "k8v4"],
+    }
     points = points_of(**grid, architecture=ARCHITECTURES)
     check_all([record_write(*point[:-1]) for point in points], [point[-1] for point in points])
 
