@@ -111,21 +111,17 @@ __syncthreads();
 // ---- this warp's tiles ----
 const auto slot_in = [&](int tile) {  // where the key of this lane's number lies, -1 past the last
   const int key = begin + tile * TILE_KEYS + lane % TILE_KEYS;
-#if QUANTISED
-  if (key < end) return (table[key >> block_shift] * num_kv_heads + kv_head) * block_size + (key & (block_size - 1));
-  return -1;
-#else
   return key < end ? table[key >> block_shift] << block_shift | (key & (block_size - 1)) : -1;
-#endif
 };
 int slot = slot_in(warp);  // of the tile that is copied next
 const auto begin_copies = [&](int tile, int stage) {
   if (tile < num_tiles) {
     T* keys = own_stages + stage * STAGE;
 #if QUANTISED
+    const int row = ((slot >> block_shift) * num_kv_heads + kv_head) * block_size + (slot & (block_size - 1));
     unsigned char* rows = reinterpret_cast<unsigned char*>(keys);
-    k_cache.begin_copies(rows, slot, lane);
-    v_cache.begin_copies(rows + k_cache.TILE_BYTES, slot, lane);
+    k_cache.begin_copies(rows, slot < 0 ? -1 : row, lane);
+    v_cache.begin_copies(rows + k_cache.TILE_BYTES, slot < 0 ? -1 : row, lane);
 #else
 #pragma unroll 8
     for (int i = 0; i < TILE_KEYS * KEY_PIECES / 32; i++) {

@@ -89,7 +89,7 @@ def test_heads_that_are_no_whole_number_of_matrices_have_kernels(dtype: str, gpu
 #: What is read of block 0 instead, so that what is left is read first.
 NEAR = {
     "keys": "",
-    "values": "k_cache.begin_copies(rows, slot",
+    "values": "k_cache.begin_copies(rows, slot < 0 ? -1 : row",
     "parameters": "(tile, codes, row",
 }
 
