@@ -110,9 +110,11 @@ struct Codes {
     if constexpr (NUM_PARAMS == 1) {  // sign and bits where a float has them, whose exponents count from 120 lower
       const int bits = int(four << (24 - 8 * i)) >> 4 & 0x87f00000;
       return __uint_as_float(bits) * 0x1p120f * param.x;
+    } else {  // in the last bits of a float they count ones
+      const unsigned bits =
+          BITS == 8 ? __byte_perm(four, 0x4b000000, 0x7440 + i) : 0x4b000000 | (four >> 4 * i & 15);
+      return fmaf(param.x, __uint_as_float(bits) - 0x1p23f, param.y);
     }
-    const unsigned code = four >> BITS * i & ((1 << BITS) - 1);
-    return fmaf(param.x, __uint_as_float(0x4b000000 | code) - 0x1p23f, param.y);  // a float's last bits count ones
   }
 
   // ---- a tile of 16 rows, in shared memory as codes ----

@@ -17,6 +17,7 @@
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
 //   write_done    [8], int32: not looked at; of paged_write
+//   With codes k_codes, k_params, v_codes and v_params take the place of the caches: see codes.cuh.
 //   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
 //   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
@@ -37,7 +38,8 @@
 // Must move      per sequence, KV head and visible key HEAD_DIM + VALUE_DIM elements, each once, whatever ROWS is; a
 //                block id per key; per item and query HEADS * HEAD_DIM elements of q and HEADS * (VALUE_DIM + a float)
 //                out. Keys outside begin .. end are not read, nor are blocks that have no others.
-// Shared memory  16 rows of q; for each warp STAGES times TILE_KEYS rows of K and of V, whose place the merge reuses
+// Shared memory  16 rows of q; for each warp STAGES times TILE_KEYS rows of K and of V, whose place the merge reuses.
+//                Codes are copied as they are, and become T in the registers of the lane that multiplies them
 //
 // Online softmax: Milakov and Gimelshein 2018; the split over the context: Flash-Decoding (Dao et al. 2023).
 

@@ -19,6 +19,7 @@
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
 //   write_done    [8], int32: not looked at; of paged_write
+//   With codes k_codes, k_params, v_codes and v_params take the place of the caches: see codes.cuh.
 //   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
 //   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs

@@ -284,7 +284,7 @@ MISTAKES = {
         "(lane % 4 * 2 + c) * 4 + j % 4", "lane % 4 * 2 + c + j % 4 * 8", INT8
     ),
     "codes that are one too great": Mistake("- 0x1p23f", "- 0x1.fffffep22f", INT8),
-    "four bits of eight": Mistake("BITS * i & ((1 << BITS) - 1)", "BITS * i & 15", INT8),
+    "the first code of four": Mistake("0x7440 + i", "0x7440", INT8),
     "E4M3 that are too great": Mistake("0x1p120f", "0x1p121f", FP8),
     "E4M3 without a sign": Mistake("0x87f00000", "0x07f00000", FP8),
     "a stage is used too early": Mistake("wait_for_copies<STAGES - 1>", "wait_for_copies<STAGES>", INT8, 0, 80),
