@@ -35,7 +35,7 @@ def calls(quick: bool) -> Iterator[tuple[str, Any]]:
             yield f"{name} {dims[0]}/{dims[1]}", cuda_text.record("prefill", 4, dtype, dims)
         for heads in (16, 128) if dtype == mx.bfloat16 else ():
             yield f"{name} 576/512, {heads} heads", cuda_text.record("latent", heads, dtype, (576, 512))
-        for codes in () if quick else ("int8", "k8v4", "fp8"):
+        for codes in ("int8", "k8v4", "fp8") if dtype == mx.bfloat16 and not quick else ():
             for dims in ((128, 128), (256, 256)):
                 what = f"{name} {dims[0]}/{dims[1]} as {codes}"
                 for heads in (4, 16):
