@@ -29,7 +29,6 @@ class CudaBackend(KernelBackend):
     title = "CUDA"
     suffix = "cu"
     latent_layout = staticmethod(cuda_layout)
-    reads_codes = True
 
     @cached_property
     def num_cores(self) -> int:

@@ -25,7 +25,6 @@ class MetalBackend(KernelBackend):
     name = "metal"
     title = "Metal"
     suffix = "metal"
-    reads_codes = True
     latent_layout = staticmethod(metal_layout)
 
     @cached_property

@@ -59,7 +59,7 @@ POINTS = points_of(GRID, seed=7)
 NUM_PARTS = 2
 
 
-@pytest.fixture(params=["metal"])  # CUDA's kernels don't read codes yet
+@pytest.fixture(params=["metal"])  # of CUDA's kernels see test_kernels_codes_cuda.py
 def gpu(request: pytest.FixtureRequest) -> Iterator[Gpu]:
     yield Gpu(request.param, request.getfixturevalue(request.param))
 
