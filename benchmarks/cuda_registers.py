@@ -35,6 +35,13 @@ def calls(quick: bool) -> Iterator[tuple[str, Any]]:
             yield f"{name} {dims[0]}/{dims[1]}", cuda_text.record("prefill", 4, dtype, dims)
         for heads in (16, 128) if dtype == mx.bfloat16 else ():
             yield f"{name} 576/512, {heads} heads", cuda_text.record("latent", heads, dtype, (576, 512))
+        for codes in ("int8", "k8v4", "fp8") if dtype == mx.bfloat16 and not quick else ():
+            for dims in ((128, 128), (256, 256)):
+                what = f"{name} {dims[0]}/{dims[1]} as {codes}"
+                for heads in (4, 16):
+                    yield f"{what}, {heads} heads", cuda_text.record("decode", heads, dtype, dims, codes=codes)
+                yield what, cuda_text.record("prefill", 4, dtype, dims, codes=codes)
+            yield what, cuda_text.record_write(dtype, dims, codes=codes)
         yield f"{name} {DIMS[-1][0]}", cuda_text.record_merge(dtype, DIMS[-1][0])
         yield f"{name} {DIMS[-1][0]}/{DIMS[-1][1]}", cuda_text.record_write(dtype, DIMS[-1])
     yield "a vocabulary", cuda_text.record_draw()

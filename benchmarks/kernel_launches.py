@@ -19,6 +19,7 @@ from metalsim.report import LINE_BYTES, LaunchReport
 from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.work_items import Shape, decode_layout
 from mlx_paged.cache.kv_cache import LayerPool
+from mlx_paged.cache.layer_spec import LayerSpec
 
 METAL = MetalBackend()
 DTYPE = mx.float16
@@ -48,7 +49,12 @@ def register_words(shape: Shape) -> int:
     heads, lanes, width, batch, _ = decode_layout(shape)
     of_key, of_value = (-(-dim // (width * lanes)) * width for dim in (shape.head_dim, shape.value_dim))
     query, row = heads * of_key * shape.element_size // 4, max(of_key, of_value) * shape.element_size // 4
-    return query + heads * of_value + heads + batch * (row + 1) + 2  # output; scores; rows under way; peak and total
+    rest = heads * of_value + heads + 2  # output; scores; peak and total
+    if shape.codes is not None:
+        row = -(-max(of_key * shape.codes.keys.bits, of_value * shape.codes.values.bits) // 32)
+        loads, params = of_key // width, -(-shape.element_size * shape.codes.keys.num_params // 4)
+        rest += heads * loads + (batch * loads + 1) * params  # sums of queries; parameters of K's rows, and as loaded
+    return query + batch * (row + 1) + rest  # rows under way, and their sums
 
 
 class Arrays(NamedTuple):
@@ -59,13 +65,22 @@ class Arrays(NamedTuple):
     block_tables: mx.array
 
 
-def make_arrays(heads: Heads, batch: int, context: int, num_queries: int, block_size: int) -> Arrays:
+def make_arrays(
+    heads: Heads, batch: int, context: int, num_queries: int, block_size: int, kv_cache_dtype: str | None = None
+) -> Arrays:
     per_sequence = -(-context // block_size)
     block_ids = np.random.default_rng(0).permutation(batch * per_sequence).astype(np.int32)
     group, head_dim = heads.shape.heads_per_kv_head, heads.head_dim
     q = mx.random.normal((batch * num_queries, group, head_dim), DTYPE)
     shape = len(block_ids), block_size, 1, head_dim
     pool = LayerPool({name: mx.random.normal(shape, DTYPE) for name in "kv"})
+    if kv_cache_dtype is not None:
+        slots, rows = (
+            mx.array(np.indices(shape[:2]).reshape(2, -1)),
+            [each.flatten(0, 1) for each in pool.arrays.values()],
+        )
+        pool = LayerPool.zeros(LayerSpec(1, head_dim, head_dim, DTYPE).quantised(kv_cache_dtype), *shape[:2])
+        pool.write(*slots, *rows)
     return Arrays(q, pool, mx.array(block_ids.reshape(batch, per_sequence)))
 
 
@@ -92,7 +107,8 @@ def counts(reports: list[LaunchReport], heads: Heads, kv_bytes: int, num_keys: i
     main, merges = reports[0].traffic, [merge.traffic for merge in reports[1:]]
     assert main is not None
     of_one_head = kv_bytes // heads.num_kv_heads
-    caches = [main.buffers[name] for name in ("k_cache", "v_cache") if name in main.buffers]
+    kinds = ("cache", "codes", "params")
+    caches = [main.buffers[name] for name in (f"{of}_{kind}" for of in "kv" for kind in kinds) if name in main.buffers]
     written = sum(main.buffers[name].bytes_written for name in ("out", "lse")) if merges else 0
     read_again = sum(merge.buffers[name].bytes_read for merge in merges if merge for name in ("parts", "lse"))
     return {

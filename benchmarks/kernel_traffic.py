@@ -66,14 +66,22 @@ TINY = Heads(6, 2, 64)  # for --quick
 # -- decode ------------------------------------------------------------------------------------------------------
 
 
-def count_decode(heads: Heads, batch: int, context: int, block_size: int = 16, window: int | None = None) -> Row:
-    arrays = make_arrays(heads, batch, context, 1, block_size)
-    plan = METAL.plan_decode(np.full(batch, context), np.arange(batch + 1), window, heads.shape)
+def count_decode(
+    heads: Heads,
+    batch: int,
+    context: int,
+    block_size: int = 16,
+    window: int | None = None,
+    kv_cache_dtype: str | None = None,
+) -> Row:
+    arrays = make_arrays(heads, batch, context, 1, block_size, kv_cache_dtype)
+    shape = heads.shape._replace(codes=arrays.pool.codes)
+    plan = METAL.plan_decode(np.full(batch, context), np.arange(batch + 1), window, shape)
     num_keys = batch * (context if window is None else min(window, context))
     reports = launches(lambda: METAL.run(*arrays, plan, AttentionOptions(heads.head_dim**-0.5)))
     row = {**heads.as_columns(), "batch": batch, "context": context}
     row |= counts(reports, heads, heads.kv_bytes(num_keys), num_keys)
-    return row | {"register_words": register_words(heads.shape)}
+    return row | {"register_words": register_words(shape)}
 
 
 def decode(quick: bool) -> list[Row]:
@@ -101,6 +109,16 @@ def registers(quick: bool) -> list[Row]:
             row |= {"load_bytes": layout.width * dtype.size, "words": register_words(shape), "words_before": words}
             rows.append(row)
     return rows
+
+
+def quantised(quick: bool) -> list[Row]:
+    """Decode of K and V that are codes, over the compulsory bytes of float16."""
+    sizes = [(TINY, 300)] if quick else [(LLAMA_8B, 4096), (Heads(32, 32, 128), 4096), (Heads(24, 4, 256), 4096)]
+    return [
+        {"kv_cache_dtype": name} | count_decode(heads, 1, context, kv_cache_dtype=name)
+        for heads, context in sizes
+        for name in ("int8", "k8v4", "fp8")
+    ]
 
 
 def blocks_and_windows(quick: bool) -> list[Row]:
@@ -263,6 +281,14 @@ PARTS = (
         | {"rows_per_simdgroup": ("heads a simdgroup", ""), "readers": ("readers", "")}
         | {"simdgroups": ("simdgroups", ""), "lanes": ("lanes to a row", "")}
         | {"load_bytes": ("bytes a load", ""), "batch": ("rows at once", "")},
+    ),
+    Part(
+        quantised,
+        "decode over quantised K and V, batch 1: bytes and lines of codes and parameters over the bytes of float16",
+        _HEADS
+        | {"kv_cache_dtype": ("K and V", ""), "context": ("context", ",")}
+        | {"distinct": ("bytes read", ".3f"), "read": ("asked for", ".3f"), "lines": ("lines", ".3f")}
+        | {"simdgroup_functions": ("simdgroup functions / key", ".1f"), "register_words": ("words per thread", "")},
     ),
     Part(
         blocks_and_windows,

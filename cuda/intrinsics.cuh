@@ -6,11 +6,18 @@
 
 // ---- copies from global to shared memory that go on while the thread computes ----
 
-// Begins to copy 16 bytes, or to write 16 zero bytes where nothing is to be copied. Both places are aligned to 16.
+// Begins to copy 16 bytes, or 8 or 4, or to write so many zero bytes where nothing is to be copied. Both places are
+// aligned to that number.
+template <int BYTES = 16>
 __device__ inline void copy_async(void* to, const void* from, bool is_there) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  const int bytes = is_there ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+  const int bytes = is_there ? BYTES : 0;
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared), "l"(from), "r"(bytes), "n"(BYTES)
+                 : "memory");
+  }
 }
 
 // Ends a group of this thread's copies: those that it has begun since the last call.

@@ -17,6 +17,7 @@
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
 //   write_done    [8], int32: not looked at; of paged_write
+//   With codes k_codes, k_params, v_codes and v_params take the place of the caches: see codes.cuh.
 //   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
 //   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
@@ -37,16 +38,30 @@
 // Must move      per sequence, KV head and visible key HEAD_DIM + VALUE_DIM elements, each once, whatever ROWS is; a
 //                block id per key; per item and query HEADS * HEAD_DIM elements of q and HEADS * (VALUE_DIM + a float)
 //                out. Keys outside begin .. end are not read, nor are blocks that have no others.
-// Shared memory  16 rows of q; for each warp STAGES times TILE_KEYS rows of K and of V, whose place the merge reuses
+// Shared memory  16 rows of q; for each warp STAGES times TILE_KEYS rows of K and of V, whose place the merge reuses.
+//                Codes are copied as they are, and become T in the registers of the lane that multiplies them
 //
 // Online softmax: Milakov and Gimelshein 2018; the split over the context: Flash-Decoding (Dao et al. 2023).
 
+#if QUANTISED
+const Codes<T, HEAD_DIM, KEY_BITS, KEY_GROUP, NUM_PARAMS> k_cache{k_codes, k_params};
+const Codes<T, VALUE_DIM, VALUE_BITS, VALUE_GROUP, NUM_PARAMS> v_cache{v_codes, v_params};
+const int k_cache_shape[] = {1, k_codes_shape[2], k_codes_shape[1]};
+#endif
+
 constexpr float LOG2E = 1.44269504f;
 constexpr int KEY_PIECES = row_elements<T, HEAD_DIM> / Element<T>::IN_PIECE;
-constexpr int VALUE_PIECES = row_elements<T, VALUE_DIM> / Element<T>::IN_PIECE;
 constexpr int KEY_STRIDE = row_stride<T, HEAD_DIM>;
+#if QUANTISED
+constexpr int STAGE = (k_cache.TILE_BYTES + v_cache.TILE_BYTES) / sizeof(T);  // elements
+constexpr int OUTPUTS = v_cache.OUTPUTS;
+static_assert(TILE_KEYS == 16, "a tile of codes has 16 rows");
+#else
+constexpr int VALUE_PIECES = row_elements<T, VALUE_DIM> / Element<T>::IN_PIECE;
 constexpr int VALUE_STRIDE = row_stride<T, VALUE_DIM>;
 constexpr int STAGE = TILE_KEYS * (KEY_STRIDE + VALUE_STRIDE);  // elements
+constexpr int OUTPUTS = VALUE_DIM / 8;
+#endif
 constexpr int ROWS = QUERIES * HEADS;
 constexpr int ROWS_OF_LANE = ROWS > 8 ? 2 : 1;                  // rows 8 to 15 may all be padding
 static_assert(ROWS <= 16 && TILE_KEYS % 16 == 0 && 32 % TILE_KEYS == 0, "a warp has 16 rows, its lanes the keys");
@@ -85,7 +100,11 @@ if (item == 0 && kv_head == 0 && thread < 8) read_done[thread] = 0;
 for (int i = thread; i < 16 * KEY_PIECES; i += WARPS * 32) {
   const int row = i / KEY_PIECES, there = min(row, num_rows - 1);
   const T* from = q + (first_token + there / HEADS) * q_strides[0] + (kv_head * HEADS + there % HEADS) * q_strides[1];
+#if QUANTISED
+  copy_query_piece<T, HEAD_DIM>(queries + row * KEY_STRIDE, from, i % KEY_PIECES, row < num_rows);
+#else
   copy_piece<T, HEAD_DIM>(queries + row * KEY_STRIDE, from, i % KEY_PIECES, row < num_rows);
+#endif
 }
 end_copy_group();
 wait_for_copies<0>();
@@ -100,6 +119,12 @@ int slot = slot_in(warp);  // of the tile that is copied next
 const auto begin_copies = [&](int tile, int stage) {
   if (tile < num_tiles) {
     T* keys = own_stages + stage * STAGE;
+#if QUANTISED
+    const int row = ((slot >> block_shift) * num_kv_heads + kv_head) * block_size + (slot & (block_size - 1));
+    unsigned char* rows = reinterpret_cast<unsigned char*>(keys);
+    k_cache.begin_copies(rows, slot < 0 ? -1 : row, lane);
+    v_cache.begin_copies(rows + k_cache.TILE_BYTES, slot < 0 ? -1 : row, lane);
+#else
 #pragma unroll 8
     for (int i = 0; i < TILE_KEYS * KEY_PIECES / 32; i++) {
       const int row = (i * 32 + lane) / KEY_PIECES, piece = (i * 32 + lane) % KEY_PIECES;
@@ -115,12 +140,13 @@ const auto begin_copies = [&](int tile, int stage) {
       const T* value = v_cache + (size_t(max(from, 0)) * num_kv_heads + kv_head) * VALUE_DIM;
       copy_piece<T, VALUE_DIM>(values + row * VALUE_STRIDE, value, piece, from >= 0);
     }
+#endif
     slot = slot_in(tile + WARPS);
   }
   end_copy_group();
 };
 
-Fragment output[1][VALUE_DIM / 8] = {};
+Fragment output[1][OUTPUTS] = {};
 Softmax softmax;
 if constexpr (SINKS) {
   if (part == 0 && warp == 0) {
@@ -143,7 +169,13 @@ for (int tile = warp; tile < num_tiles; tile += WARPS) {
 
   // scores
   Fragment scores[1][TILE_KEYS / 8] = {};
+#if QUANTISED
+  const unsigned char* rows = reinterpret_cast<const unsigned char*>(keys);
+  const int first_key = begin + tile * TILE_KEYS;
+  k_cache.add_scores(scores[0], queries, rows, first_key, lane);
+#else
   Products<T>::template add_scores<HEAD_DIM, TILE_KEYS>(scores, queries, keys, lane);
+#endif
   UNROLL for (int i = 0; i < TILE_KEYS / 8; i++) {
     UNROLL for (int c = 0; c < 2 * ROWS_OF_LANE; c++) {
       float logit = scores[0][i][c] * logit_scale;
@@ -162,7 +194,11 @@ for (int tile = warp; tile < num_tiles; tile += WARPS) {
   softmax.weigh<ROWS_OF_LANE>(scores[0], output[0]);
 
   // values
+#if QUANTISED
+  v_cache.add_values(output, scores[0], rows + k_cache.TILE_BYTES, first_key, lane);
+#else
   Products<T>::template add_values<VALUE_DIM, TILE_KEYS>(output, scores, keys + TILE_KEYS * KEY_STRIDE, lane);
+#endif
   stage = (stage + 1) % STAGES;
 }
 
@@ -192,9 +228,16 @@ UNROLL for (int r = 0; r < ROWS_OF_LANE; r++) {
   const float share = all_total > 0.0f ? fast_exp2(softmax.peak[r] - all_peak) / all_total : 0.0f;
   if (row < num_rows) {
     if (warp == 0 && lane % 4 == 0) lse[result_of(row)] = all_total > 0.0f ? all_peak + log2f(all_total) : LOWEST;
-    float* own = parts + (row * WARPS + warp) * VALUE_DIM + lane % 4 * 2;
-    UNROLL for (int j = 0; j < VALUE_DIM / 8; j++) {
-      store_pair(own + j * 8, output[0][j][2 * r] * share, output[0][j][2 * r + 1] * share);
+    float* own = parts + (row * WARPS + warp) * VALUE_DIM;
+    UNROLL for (int j = 0; j < OUTPUTS; j++) {
+#if QUANTISED
+      UNROLL for (int c = 0; c < 2; c++) {
+        const int column = v_cache.column(j, c, lane);
+        if (column < VALUE_DIM) own[column] = output[0][j][2 * r + c] * share;
+      }
+#else
+      store_pair(own + j * 8 + lane % 4 * 2, output[0][j][2 * r] * share, output[0][j][2 * r + 1] * share);
+#endif
     }
   }
 }

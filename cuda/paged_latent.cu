@@ -19,6 +19,7 @@
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
 //   write_done    [8], int32: not looked at; of paged_write
+//   With codes k_codes, k_params, v_codes and v_params take the place of the caches: see codes.cuh.
 //   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
 //   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
@@ -45,6 +46,12 @@
 //                TILE_ROWS x TILE_KEYS scores; the weights; a number per row
 //
 // The method: FlashAttention-2 (Dao 2023) with DeepSeek-V2's absorbed projections (2024).
+
+#if QUANTISED
+const Codes<T, HEAD_DIM, KEY_BITS, KEY_GROUP, NUM_PARAMS> k_cache{k_codes, k_params};
+const Codes<T, VALUE_DIM, VALUE_BITS, VALUE_GROUP, NUM_PARAMS> v_cache{v_codes, v_params};
+const int k_cache_shape[] = {1, k_codes_shape[2], k_codes_shape[1]};
+#endif
 
 constexpr float LOG2E = 1.44269504f;
 constexpr int MATRICES = TILE_ROWS / 16;

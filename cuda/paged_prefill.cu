@@ -22,6 +22,7 @@
 //   scale, cap    float: the base-2 logit of a key is q.k * scale, or cap * tanh(q.k * scale) with SOFTCAP
 //   sinks         [num_heads] with SINKS, otherwise anything
 //   write_done    [8], int32: not looked at; of paged_write
+//   With codes k_codes, k_params, v_codes and v_params take the place of the caches: see codes.cuh.
 //   The caches are contiguous, and one block of each is given, at whose address all others lie, too. Of q and
 //   block_tables the last dimension is contiguous. Rows of q lie at multiples of 16 bytes.
 // Outputs
@@ -44,6 +45,12 @@
 // Shared memory  TILE_ROWS rows of q, TILE_KEYS rows of K and of V
 //
 // The method: FlashAttention-2 (Dao 2023).
+
+#if QUANTISED
+const Codes<T, HEAD_DIM, KEY_BITS, KEY_GROUP, NUM_PARAMS> k_cache{k_codes, k_params};
+const Codes<T, VALUE_DIM, VALUE_BITS, VALUE_GROUP, NUM_PARAMS> v_cache{v_codes, v_params};
+const int k_cache_shape[] = {1, k_codes_shape[2], k_codes_shape[1]};
+#endif
 
 constexpr float LOG2E = 1.44269504f;
 constexpr int WARPS = TILE_ROWS / (16 * MATRICES);

@@ -27,6 +27,7 @@ OPTIONAL = {
     "mlx_paged/attention/kernel_backend.py:unsupported": "layers that have no kernel",
     "mlx_paged/attention/shared_prefix.py": "prefixes that requests share",
     "mlx_paged/attention/found_at_load.py": "kernels tried and timed at load, on a GPU",
+    "mlx_paged/attention/work_items.py:widths_of_codes": "quantised KV blocks",
     "mlx_paged/attention/work_items.py:SharedWorkItems": "prefixes that requests share",
     "mlx_paged/attention/work_items.py:shared_items": "prefixes that requests share",
     "mlx_paged/attention/gathered.py": "GPUs with matrix units of their own",

@@ -23,13 +23,15 @@ struct Word<bfloat16_t> {
   static float element(uint word, int i) { return as_type<float>(i == 0 ? word << 16 : word & 0xffff0000u); }
 };
 
-// Loads N words, 1, 2 or 4, at once; `from` must be aligned to their size.
+// Loads N words, 1, 2 or 4, at once, or four by four; `from` must be aligned to a load's size.
 template <int N>
 METAL_FUNC void load_words(const device uint* from, thread uint* to) {
-  static_assert(N == 1 || N == 2 || N == 4, "a load is of 4, 8 or 16 bytes");
-  if constexpr (N == 4) {
-    const uint4 words = *reinterpret_cast<const device uint4*>(from);
-    UNROLL for (int i = 0; i < N; i++) to[i] = words[i];
+  static_assert(N == 1 || N == 2 || N % 4 == 0, "a load is of 4, 8 or 16 bytes");
+  if constexpr (N % 4 == 0) {
+    UNROLL for (int n = 0; n < N; n += 4) {
+      const uint4 words = *reinterpret_cast<const device uint4*>(from + n);
+      UNROLL for (int i = 0; i < 4; i++) to[n + i] = words[i];
+    }
   } else if constexpr (N == 2) {
     const uint2 words = *reinterpret_cast<const device uint2*>(from);
     UNROLL for (int i = 0; i < N; i++) to[i] = words[i];
@@ -66,20 +68,22 @@ METAL_FUNC float spread_sum(thread float* values, int lanes, int lane) {
 }
 
 // The row of a cache, [num_blocks * block_size * num_kv_heads, dim], that belongs to a key of the table's sequence. Its
-// 32 bits are enough for a pool of 64 GB, with the shortest rows there are.
-template <typename Table>
+// 32 bits are enough for a pool of 64 GB, with the shortest rows there are. HEADS_FIRST: where heads come before slots.
+template <bool HEADS_FIRST = false, typename Table>
 METAL_FUNC uint row_of(Table table, int key, int block_shift, int num_kv_heads, int kv_head) {
-  const uint slot = uint(table[key >> block_shift]) << block_shift | (key & ((1 << block_shift) - 1));
+  const uint block = table[key >> block_shift], offset = key & ((1 << block_shift) - 1);
+  if constexpr (HEADS_FIRST) return (block * num_kv_heads + uint(kv_head)) << block_shift | offset;
+  const uint slot = block << block_shift | offset;
   return slot * num_kv_heads + kv_head;
 }
 
 // Loads a lane's share of N rows of a cache, one after another into `words`: of the loads of WORDS words that a row
 // consists of, CHUNKS in all, numbers column, column + LANES, ... Where a row has no more of them it is the last one.
-// own_row: of this lane's key. first_lane: the keys are those of this lane and the next ones.
-template <int N, int LOADS, int LANES, int WORDS, int CHUNKS>
+// own_row: of this lane's key. first_lane: the keys are those of this lane and of each STEP-th one after it.
+template <int N, int LOADS, int LANES, int WORDS, int CHUNKS, int STEP = 1>
 METAL_FUNC void load_rows(const device uint* cache, uint own_row, int first_lane, int column, thread uint* words) {
   UNROLL for (int t = 0; t < N; t++) {
-    const device uint* row = cache + size_t(simd_shuffle(own_row, first_lane + t)) * (CHUNKS * WORDS);
+    const device uint* row = cache + size_t(simd_shuffle(own_row, first_lane + t * STEP)) * (CHUNKS * WORDS);
     UNROLL for (int i = 0; i < LOADS; i++) {
       load_words<WORDS>(row + metal::min(column + i * LANES, CHUNKS - 1) * WORDS, words + (t * LOADS + i) * WORDS);
     }

@@ -1,5 +1,5 @@
 // Attention of one new token per sequence, or of up to QUERIES, over the sequence's blocks: the body of a kernel;
-// packed.h comes before it.
+// packed.h, and codes.h where K and V are codes, come before it.
 //
 // The query heads that share a KV head are independent rows of the same products, and so are a sequence's queries: its
 // rows are the pairs (query, head of the group), query by query, ROWS = QUERIES * HEADS at most.
@@ -8,6 +8,7 @@
 //   q             [num_tokens, num_heads, HEAD_DIM], T
 //   k_cache       [num_blocks, block_size, num_kv_heads, HEAD_DIM], T; block_size is a power of two
 //   v_cache       [num_blocks, block_size, num_kv_heads, VALUE_DIM], T
+//                 In their place: k_codes, k_params, v_codes, v_params, as paged_write_codes has them
 //   block_tables  [num_seqs, max_blocks], int32
 //   work          [num_items or more, 9], int32: a sequence, its first token, its number of queries, the position of
 //                 the first of them in the context, a first and a past the last key, which part of the sequence's keys
@@ -34,14 +35,17 @@
 //                where it lies, which is looked up a tile ahead, its scores, its weights
 // Lanes          LANES of them read one row together, WIDTH elements (up to 16 bytes) each; BATCH rows are under way
 //                at once, of V the first ones before the weights are known. No load depends on a condition: lanes past
-//                the end of a row or of the keys read the last of them again, for nothing
+//                the end of a row or of the keys read the last of them again, for nothing. A load of codes lies in one
+//                group, and rows that are under way have neighbouring keys: parameters of as many are one load of all
+//                lanes. Where a lane computes with 16 bits of a row of V, two load the words of two rows for each other
 // Lane           of every one of its rows: its elements of the query and of the output. What belongs to a row alone,
 //                its peak and total, lies in the lane of that number
 //
 // Must move      per sequence, KV head and visible key HEAD_DIM + VALUE_DIM elements, each once, whatever ROWS is: what
 //                the simdgroups of a team read again, GROUPS times in all, is for the core's cache to give; a block id
 //                per lane and tile; per item and query HEADS * HEAD_DIM elements of q and HEADS * (VALUE_DIM + a float)
-//                out. Keys outside begin .. end are not read, nor are blocks that have no others.
+//                out. Keys outside begin .. end are not read, nor are blocks that have no others. Of codes half of these
+//                bytes, or a fourth, and NUM_PARAMS elements for each KEY_GROUP, and VALUE_GROUP, of them.
 //
 // Online softmax: Milakov and Gimelshein 2018; the split over the context: Flash-Decoding (Dao et al. 2023).
 
@@ -49,7 +53,7 @@ constexpr int ROWS = QUERIES * HEADS;
 constexpr int H = ROWS_PER_SIMDGROUP;
 constexpr int GROUPS = (ROWS + H - 1) / H;            // of rows
 constexpr int TEAMS = SIMDGROUPS / GROUPS;
-constexpr int WORDS = WIDTH / Word<T>::COUNT;         // in a load
+constexpr int WORDS = WIDTH / Word<T>::COUNT;         // of the query, to a load
 constexpr int KEY_CHUNKS = HEAD_DIM / WIDTH;          // loads in a row of K, and of V
 constexpr int VALUE_CHUNKS = VALUE_DIM / WIDTH;
 constexpr int KEY_LOADS = (KEY_CHUNKS + LANES - 1) / LANES;            // of one lane
@@ -58,6 +62,18 @@ constexpr int LOADS = KEY_LOADS > VALUE_LOADS ? KEY_LOADS : VALUE_LOADS;
 constexpr int OUTPUTS = VALUE_LOADS * WIDTH;          // elements of the output in a lane, of a row
 constexpr int ROOM = 2048 / (SIMDGROUPS * VALUE_DIM) > 1 ? 2048 / (SIMDGROUPS * VALUE_DIM) : 1;
 constexpr int MERGED = ROOM < H ? ROOM : H;           // rows of a simdgroup that are merged at once
+#if QUANTISED
+constexpr bool HEADS_FIRST = true;
+constexpr int KEY_WORDS = WIDTH * KEY_BITS / 32;      // in a load
+constexpr int SHARERS = WIDTH * VALUE_BITS == 16 ? 2 : 1;  // neighbours that compute with the codes of one load of V
+constexpr int VALUE_WORDS = WIDTH * SHARERS * VALUE_BITS / 32;
+static_assert(KEY_GROUP % WIDTH == 0 && VALUE_GROUP % (WIDTH * SHARERS) == 0, "a load lies in one group");
+#else
+constexpr bool HEADS_FIRST = false;
+constexpr int KEY_WORDS = WORDS;
+constexpr int SHARERS = 1;
+constexpr int VALUE_WORDS = WORDS;
+#endif
 static_assert(SIMDGROUPS == TEAMS * GROUPS && H <= LANES && LANES % BATCH == 0, "lanes own rows and keys");
 
 const int lane = thread_index_in_simdgroup;
@@ -78,10 +94,17 @@ const int end = work[9 * item + 5];
 const int part = work[9 * item + 6];
 const int num_parts = work[9 * item + 7];
 const int first_part = work[9 * item + 8];
+#if QUANTISED
+const int num_kv_heads = k_codes_shape[1];
+const int block_size = k_codes_shape[2];
+const int place = column * (32 / LANES) + lane / LANES;  // of this lane's key in a tile
+#else
 const int num_kv_heads = k_cache_shape[2];
+const int block_size = k_cache_shape[1];
+const int place = lane;                               // of this lane's key in a tile
+#endif
 const int num_heads = num_kv_heads * HEADS;
 const int num_tiles = (end - begin + 31) / 32;
-const int block_size = k_cache_shape[1];
 const int block_shift = metal::ctz(block_size);       // a key's block is key >> block_shift
 auto table = block_tables + sequence * block_tables_strides[0];
 
@@ -104,10 +127,33 @@ UNROLL for (int g = 0; g < H; g++) {
 }
 
 // ---- this team's tiles ----
+#if QUANTISED
+using KeyCode = Code<KEY_BITS, NUM_PARAMS>;
+using ValueCode = Code<VALUE_BITS, NUM_PARAMS>;
+using Factors = Params<T, NUM_PARAMS>;
+const device uint* keys = k_codes;
+const device uint* values = v_codes;
+using KeyParams = RowParams<T, BATCH, LANES, HEAD_DIM / KEY_GROUP, NUM_PARAMS>;
+using ValueParams = RowParams<T, BATCH, LANES, VALUE_DIM / VALUE_GROUP, NUM_PARAMS>;
+uint params[Factors::WORDS];
+uint row_params[BATCH * KEY_LOADS * Factors::WORDS];  // of the groups of this lane's loads
+float query_sums[H * KEY_LOADS];  // of this lane's elements
+UNROLL for (int i = 0; i < H * KEY_LOADS; i++) {
+  query_sums[i] = 0.0f;
+  UNROLL for (int e = 0; e < WIDTH; e++) {
+    query_sums[i] += Word<T>::element(query[i * WORDS + e / Word<T>::COUNT], e % Word<T>::COUNT);
+  }
+}
+// The group of this lane's load i.
+const auto key_group = [&](int i) { return metal::min(column + i * LANES, KEY_CHUNKS - 1) * WIDTH / KEY_GROUP; };
+const auto value_group = [&](int i) { return metal::min(column + i * LANES, VALUE_CHUNKS - 1) * WIDTH / VALUE_GROUP; };
+#else
 const device uint* keys = reinterpret_cast<const device uint*>(k_cache);
 const device uint* values = reinterpret_cast<const device uint*>(v_cache);
+#endif
 const int last_key = metal::max(end - 1, 0);
-uint next_row = row_of(table, metal::min(begin + team * 32 + lane, last_key), block_shift, num_kv_heads, kv_head);
+uint next_row =
+    row_of<HEADS_FIRST>(table, metal::min(begin + team * 32 + place, last_key), block_shift, num_kv_heads, kv_head);
 float output[H][OUTPUTS];
 UNROLL for (int g = 0; g < H; g++) {
   UNROLL for (int e = 0; e < OUTPUTS; e++) output[g][e] = 0.0f;
@@ -121,22 +167,54 @@ if constexpr (SINKS) {
   }
 }
 float scores[H];
-uint words[BATCH * LOADS * WORDS];
+constexpr int IN_KEY = KEY_LOADS * KEY_WORDS;         // words of a row in a lane
+constexpr int IN_VALUE = VALUE_LOADS * VALUE_WORDS / SHARERS;
+uint words[BATCH * (IN_KEY > IN_VALUE ? IN_KEY : IN_VALUE)];
 float sums[BATCH];
-static_assert(sizeof(query) + sizeof(output) + sizeof(scores) + sizeof(words) + sizeof(sums) + 8 <= 96 * 4,
+#if QUANTISED
+constexpr int OF_CODES = sizeof(params) + sizeof(row_params) + sizeof(query_sums);
+#else
+constexpr int OF_CODES = 0;
+#endif
+static_assert(sizeof(query) + sizeof(output) + sizeof(scores) + sizeof(words) + sizeof(sums) + OF_CODES + 8 <= 96 * 4,
               "the private state of a thread is more than 96 words");
 
 for (int tile = team; tile < num_tiles; tile += TEAMS) {
-  const int key = begin + tile * 32 + lane;
+  const int key = begin + tile * 32 + place;
   const uint own_row = next_row;  // of this lane's key
-  next_row = row_of(table, metal::min(key + TEAMS * 32, last_key), block_shift, num_kv_heads, kv_head);
+  next_row = row_of<HEADS_FIRST>(table, metal::min(key + TEAMS * 32, last_key), block_shift, num_kv_heads, kv_head);
 
   // scores: lane i ends up with those of key i
   UNROLL for (int g = 0; g < H; g++) scores[g] = 0.0f;
   for (int batch = 0; batch < LANES / BATCH; batch++) {
-    load_rows<BATCH, KEY_LOADS, LANES, WORDS, KEY_CHUNKS>(keys, own_row, row_lanes + batch * BATCH, column, words);
+    load_rows<BATCH, KEY_LOADS, LANES, KEY_WORDS, KEY_CHUNKS>(keys, own_row, row_lanes + batch * BATCH, column, words);
+#if QUANTISED
+    if (batch * BATCH % KeyParams::ROWS == 0) {
+      KeyParams::load(k_params, own_row, row_lanes + batch * BATCH, column, params);
+    }
+    UNROLL for (int n = 0; n < BATCH * KEY_LOADS; n++) {
+      const int row = batch * BATCH + n / KEY_LOADS;
+      KeyParams::get(params, row, key_group(n % KEY_LOADS), row_lanes, row_params + n * Factors::WORDS);
+    }
+#endif
     UNROLL for (int g = 0; g < H; g++) {
       UNROLL for (int t = 0; t < BATCH; t++) sums[t] = 0.0f;
+#if QUANTISED
+      UNROLL for (int i = 0; i < KEY_LOADS; i++) {
+        UNROLL for (int t = 0; t < BATCH; t++) {
+          const int load = t * KEY_LOADS + i;
+          float product = 0.0f;  // with what `Code` makes of codes
+          UNROLL for (int e = 0; e < WIDTH; e++) {
+            const uint word = query[(g * KEY_LOADS + i) * WORDS + e / Word<T>::COUNT];
+            const half code = KeyCode::of(words[load * KEY_WORDS + e / KeyCode::COUNT], e % KeyCode::COUNT);
+            product = metal::fma(Word<T>::element(word, e % Word<T>::COUNT), float(code), product);
+          }
+          const float2 factors = Factors::factors(row_params + load * Factors::WORDS);
+          const float rest = factors.y * query_sums[g * KEY_LOADS + i];
+          sums[t] += metal::fma(factors.x, product, rest);
+        }
+      }
+#else
       UNROLL for (int w = 0; w < KEY_LOADS * WORDS; w++) {
         UNROLL for (int e = 0; e < Word<T>::COUNT; e++) {
           const float factor = Word<T>::element(query[g * KEY_LOADS * WORDS + w], e);
@@ -145,11 +223,16 @@ for (int tile = team; tile < num_tiles; tile += TEAMS) {
           }
         }
       }
+#endif
       const float score = spread_sum<BATCH>(sums, LANES, lane);
       scores[g] = column / BATCH == batch ? score : scores[g];
     }
   }
-  load_rows<BATCH, VALUE_LOADS, LANES, WORDS, VALUE_CHUNKS>(values, own_row, row_lanes, column, words);
+  load_rows<BATCH / SHARERS, VALUE_LOADS, LANES / SHARERS, VALUE_WORDS, VALUE_CHUNKS / SHARERS, SHARERS>(
+      values, own_row, row_lanes + column % SHARERS, column / SHARERS, words);
+#if QUANTISED
+  ValueParams::load(v_params, own_row, row_lanes, column, params);
+#endif
 
   // weights: each exponential once
   UNROLL for (int g = 0; g < H; g++) {
@@ -175,13 +258,41 @@ for (int tile = team; tile < num_tiles; tile += TEAMS) {
   // values
   for (int batch = 0; batch < LANES / BATCH; batch++) {
     const int first_lane = row_lanes + batch * BATCH;
-    if (batch > 0) load_rows<BATCH, VALUE_LOADS, LANES, WORDS, VALUE_CHUNKS>(values, own_row, first_lane, column, words);
+    if (batch > 0) {
+      load_rows<BATCH / SHARERS, VALUE_LOADS, LANES / SHARERS, VALUE_WORDS, VALUE_CHUNKS / SHARERS, SHARERS>(
+          values, own_row, first_lane + column % SHARERS, column / SHARERS, words);
+#if QUANTISED
+      if (batch * BATCH % ValueParams::ROWS == 0) ValueParams::load(v_params, own_row, first_lane, column, params);
+#endif
+    }
+#if QUANTISED
+    if constexpr (SHARERS == 2) {
+      UNROLL for (int n = 0; n < BATCH / 2 * VALUE_LOADS; n++) words[n] = exchanged(words[n], lane);
+    }
+#endif
     UNROLL for (int t = 0; t < BATCH; t++) {
+#if QUANTISED
+      float row[OUTPUTS];
+      UNROLL for (int i = 0; i < VALUE_LOADS; i++) {
+        uint of_group[Factors::WORDS];
+        ValueParams::get(params, batch * BATCH + t, value_group(i), row_lanes, of_group);
+        const float2 factors = Factors::factors(of_group);
+        UNROLL for (int e = 0; e < WIDTH; e++) {
+          const int code = t % SHARERS * WIDTH + e;
+          const uint word = words[(t / SHARERS * VALUE_LOADS + i) * VALUE_WORDS + code / ValueCode::COUNT];
+          row[i * WIDTH + e] = metal::fma(factors.x, float(ValueCode::of(word, code % ValueCode::COUNT)), factors.y);
+        }
+      }
+#endif
       UNROLL for (int g = 0; g < H; g++) {
         const float weight = simd_shuffle(scores[g], first_lane + t);
         UNROLL for (int e = 0; e < OUTPUTS; e++) {
+#if QUANTISED
+          output[g][e] = metal::fma(weight, row[e], output[g][e]);
+#else
           const uint word = words[t * VALUE_LOADS * WORDS + e / Word<T>::COUNT];
           output[g][e] = metal::fma(weight, Word<T>::element(word, e % Word<T>::COUNT), output[g][e]);
+#endif
         }
       }
     }

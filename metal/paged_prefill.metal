@@ -1,5 +1,5 @@
-// Causal attention of several queries per sequence over the sequence's blocks: the body of a kernel; packed.h and
-// tiles.h come before it.
+// Causal attention of several queries per sequence over the sequence's blocks: the body of a kernel; packed.h, codes.h
+// where K and V are codes, and tiles.h come before it.
 //
 // The query heads that share a KV head are independent rows of the same products. So the rows of a sequence are its
 // pairs (query, head of the group), query by query, and a tile of TILE_ROWS rows reads K and V once for all of them.
@@ -11,6 +11,7 @@
 //   q             [num_tokens, num_heads, HEAD_DIM], T
 //   k_cache       [num_blocks, block_size, num_kv_heads, HEAD_DIM], T; block_size is a power of two
 //   v_cache       [num_blocks, block_size, num_kv_heads, VALUE_DIM], T
+//                 In their place: k_codes, k_params, v_codes, v_params, as paged_write_codes has them
 //   block_tables  [num_seqs, max_blocks], int32
 //   work          [num_items or more, 8], int32: a sequence, its first token, its number of queries, the position of
 //                 the first of them in the context (negative: padding, gives zeros), the first row of a tile, which
@@ -76,7 +77,15 @@ const int first_row = work[8 * item + 4];
 const int part = work[8 * item + 5];
 const int num_parts = work[8 * item + 6];
 const int first_part = work[8 * item + 7];
+#if QUANTISED
+const int num_kv_heads = k_codes_shape[1];
+const int block_shift = metal::ctz(k_codes_shape[2]);  // a key's block is key >> block_shift
+constexpr bool HEADS_FIRST = true;
+#else
 const int num_kv_heads = k_cache_shape[2];
+const int block_shift = metal::ctz(k_cache_shape[1]);  // a key's block is key >> block_shift
+constexpr bool HEADS_FIRST = false;
+#endif
 const int group = q_shape[1] / num_kv_heads;
 const int num_rows = min(TILE_ROWS, num_queries * group - first_row);
 const int first_key = SHARED ? 0 : max(0, first_position + first_row / group + 1 - window);
@@ -85,7 +94,6 @@ const int rounds = (last_key - first_key) / (TILE_KEYS * num_parts) + 1;
 const int begin = first_key + part * rounds * TILE_KEYS;
 const int end = min(begin + rounds * TILE_KEYS, last_key + 1);
 auto table = block_tables + sequence * block_tables_strides[0];
-const int block_shift = metal::ctz(k_cache_shape[1]);  // a key's block is key >> block_shift
 
 // The lane: its row of the tile, and its columns of every 8x8 matrix.
 const int thread_index = thread_index_in_threadgroup;
@@ -124,14 +132,19 @@ float peak = NOTHING;
 float total = 0;
 
 int own_key = begin + lane % TILE_KEYS;  // of this lane, and where it lies
-uint own_row = row_of(table, max(min(own_key, end - 1), 0), block_shift, num_kv_heads, kv_head);
+uint own_row = row_of<HEADS_FIRST>(table, max(min(own_key, end - 1), 0), block_shift, num_kv_heads, kv_head);
 for (int key = begin; key < end; key += TILE_KEYS) {
   const int num_keys = min(TILE_KEYS, end - key);
   const bool is_seen =
       simdgroup_row < num_rows && key <= highest_position && key + TILE_KEYS > lowest_position + 1 - window;
   float2 scores[TILE_KEYS / 8];
   threadgroup_barrier(mem_flags::mem_threadgroup);
+#if QUANTISED
+  load_coded_keys<T, HEAD_DIM, KEY_BITS, KEY_GROUP, NUM_PARAMS, KV_STRIDE, TILE_KEYS, THREADS>(
+      kv_tile, k_codes, k_params, own_row, num_keys, thread_index);
+#else
   load_keys<T, HEAD_DIM, KV_STRIDE, TILE_KEYS, THREADS>(kv_tile, k_cache, own_row, num_keys, thread_index);
+#endif
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (is_seen) {
     UNROLL for (int i = 0; i < TILE_KEYS / 8; i++) scores[i] = float2(0);
@@ -170,9 +183,14 @@ for (int key = begin; key < end; key += TILE_KEYS) {
     UNROLL for (int j = 0; j < COLUMNS / 8; j++) output[j] *= correction;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+#if QUANTISED
+  load_coded_keys<T, VALUE_DIM, VALUE_BITS, VALUE_GROUP, NUM_PARAMS, KV_STRIDE, TILE_KEYS, THREADS>(
+      kv_tile, v_codes, v_params, own_row, num_keys, thread_index);
+#else
   load_keys<T, VALUE_DIM, KV_STRIDE, TILE_KEYS, THREADS>(kv_tile, v_cache, own_row, num_keys, thread_index);
+#endif
   own_key += TILE_KEYS;
-  own_row = row_of(table, min(own_key, end - 1), block_shift, num_kv_heads, kv_head);
+  own_row = row_of<HEADS_FIRST>(table, min(own_key, end - 1), block_shift, num_kv_heads, kv_head);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (is_seen) {
     Products<T>::template add_values<COLUMNS, TILE_KEYS, KV_STRIDE>(

@@ -19,6 +19,7 @@ _HOPPER = 9
 _MAX_SHARED_BYTES = 96 << 10  # of a block, which every card since Ampere has
 _ROWS = 16  # that a warp computes at once with its matrix instructions
 _DECODE_KEYS = 16  # that a warp of paged_decode computes at once
+_DECODE_LAYOUTS = ((4, 4), (4, 3), (4, 2), (2, 2), (2, 1))  # warps and stages; the first is for codes alone
 
 
 class CudaBackend(KernelBackend):
@@ -57,8 +58,8 @@ class CudaBackend(KernelBackend):
     def launch_decode(self, shape: Shape) -> Launch:
         """As many stages, then warps, as shared memory has room for: what is in flight hides the memory's latency."""
         key_bytes, value_bytes = _row_bytes(shape)
-        stage_bytes = _DECODE_KEYS * (key_bytes + value_bytes)
-        for warps, stages in ((4, 3), (4, 2), (2, 2), (2, 1)):
+        stage_bytes = _DECODE_KEYS * (_bytes_of_codes(shape) or key_bytes + value_bytes)
+        for warps, stages in _DECODE_LAYOUTS[0 if shape.codes else 1 :]:
             merge_bytes = 4 * warps * (shape.heads_per_kv_head * shape.value_dim + 2 * _ROWS)
             shared_bytes = _ROWS * key_bytes + max(warps * stages * stage_bytes, merge_bytes)
             if shared_bytes <= _MAX_SHARED_BYTES:
@@ -84,3 +85,12 @@ def _row_bytes(shape: Shape) -> tuple[int, int]:
     multiple = 16 if shape.element_size == 2 else 1
     sizes = [-(-dim // multiple) * multiple * shape.element_size + 16 for dim in (shape.head_dim, shape.value_dim)]
     return sizes[0], sizes[1]
+
+
+def _bytes_of_codes(shape: Shape) -> int:
+    """Of a row of K and one of V in shared memory, where they are codes: TILE_BYTES of codes.cuh. Otherwise 0."""
+    each = zip((shape.head_dim, shape.value_dim), shape.codes[1:] if shape.codes else (), strict=False)
+    return sum(
+        (-(-dim * bits // 128) | 1) * 16 + max(4, dim // group * params * shape.element_size)
+        for dim, (bits, group, params) in each
+    )

@@ -47,8 +47,6 @@ class KernelBackend(Backend):
     """That of the files of its kernels, which lie in the folder with its name."""
     latent_layout: Callable[[Shape], LatentLayout | None]
     """How paged_latent, which computes what has its V in K, divides such a shape. None: it does not compute this."""
-    reads_codes = False
-    """Whether its kernels compute over K and V that are quantised."""
     writes_in_place = True
     """Whether `write` is by a kernel, which MLX does not know to change the pools. Otherwise MLX scatters, which copies
     a pool that an earlier step still reads."""
@@ -95,8 +93,6 @@ class KernelBackend(Backend):
         return kernels.make_kernel(self.name, texts, inputs, outputs, shared_bytes)
 
     def unsupported(self, layer: LayerSpec, num_heads: int, block_size: int) -> str | None:
-        if layer.codes is not None and not self.reads_codes:
-            return f"no {self.title} kernel reads kv_cache_dtype={layer.codes.name!r}"
         if layer.dtype not in DTYPES:
             return f"no {self.title} kernel for dtype {layer.dtype}: float16, bfloat16 and float32 have one"
         if block_size not in BLOCK_SIZES:

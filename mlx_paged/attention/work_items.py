@@ -78,6 +78,8 @@ def decode_layout(shape: Shape) -> DecodeLayout:
     """
     rows, size, longer = shape.heads_per_kv_head, shape.element_size, max(shape.head_dim, shape.value_dim)
     widths = [load_bytes // size for load_bytes in (16, 8, 4) if load_bytes > size]
+    if shape.codes is not None:
+        widths, size = widths_of_codes(shape), 2  # bytes of a code that is unpacked
     for groups, width, lanes in product(range(1, rows + 1), widths, (8, 16, 32)):
         of_simdgroup, of_row = -(-rows // groups), -(-longer // (width * lanes)) * width
         if of_simdgroup * of_row <= ELEMENTS_PER_LANE and (of_row * size <= 32 or lanes == 32):
@@ -87,14 +89,20 @@ def decode_layout(shape: Shape) -> DecodeLayout:
     raise AssertionError(f"no layout for {shape}")
 
 
+def widths_of_codes(shape: Shape) -> list[int]:
+    """How many codes a lane can load of K at once: 4 bytes to 16, of which there are some for 8 lanes at least."""
+    fitting = [width for width in (16, 8, 4) if not shape.head_dim % width + shape.value_dim % width]
+    return [width for width in fitting if 8 * width <= max(shape.head_dim, shape.value_dim) or width == 4]
+
+
 def keys_per_item(num_keys: np.ndarray, shape: Shape, num_cores: int) -> int:
     """Choose how many keys of a sequence one threadgroup of paged_decode computes: contexts are split into such parts.
 
     num_keys: [num_seqs], those each sequence attends to. Small enough to give every core 8 threadgroups, and 256 in
     all; large enough that 8 simdgroups have a tile, and that writing and reading the parts is at most 2% of reading K
-    and V. But a context of 2048 keys or more has 8 parts whatever they cost, or most of a device would be idle that has
-    one sequence to compute. No context is split where the sequences' KV heads come within half of that many
-    threadgroups and the longest is at most twice an equal share.
+    and V, of which codes are half. But a context of 2048 keys or more has 8 parts whatever they cost, or most of a
+    device would be idle that has one sequence to compute. No context is split where the sequences' KV heads come within
+    half of that many threadgroups and the longest is at most twice an equal share.
     """
     longest = int(num_keys.max(initial=1))
     step = SIMDGROUPS * _TILE_KEYS

@@ -66,6 +66,19 @@ def test_latent_kernels_compile_and_keep_their_state_in_registers() -> None:
     check_all([record(*point[:-1]) for point in points], [point[-1] for point in points])
 
 
+@pytest.mark.slow
+def test_kernels_over_codes_compile_and_keep_their_state_in_registers() -> None:
+    grid = CONSTANTS | {"dims": [(128, 128), (256, 256), (64, 96)], "codes": ["k8v4", "int8", "fp8"]}
+    points = points_of(kind=["decode", "several", "decode"], heads=[16, 4, 5], **grid, architecture=ARCHITECTURES)
+    others = grid | {"dtype": [mx.bfloat16, mx.float16], "codes": ["k8v4", "fp8"]}
+    prompts = others | {"dims": [(256, 256), (64, 96)]}
+    points += points_of(kind=["prefill", "shared"], heads=[4], **prompts, architecture=ARCHITECTURES[1:])
+    points += points_of(kind=["long"], heads=[32], **others | {"dims": [(512, 512)]}, architecture=ARCHITECTURES[:1])[
+        :1
+    ]
+    check_all([record(*point[:-1]) for point in points], [point[-1] for point in points])
+
+
 def test_merge_kernels_compile() -> None:
     grid = {"dtype": CONSTANTS["dtype"], "value_dim": [64, 72, 512], "is_shared": [False, True]}
     points = points_of(**grid, architecture=ARCHITECTURES)
@@ -74,6 +87,17 @@ def test_merge_kernels_compile() -> None:
 
 def test_write_kernels_compile() -> None:
     grid = {"dtype": CONSTANTS["dtype"], "dims": CONSTANTS["dims"], "is_latent": [False, True]}
+    points = points_of(**grid, architecture=ARCHITECTURES)
+    check_all([record_write(*point[:-1]) for point in points], [point[-1] for point in points])
+
+
+def test_kernels_that_write_codes_compile() -> None:
+    grid = {
+        "dtype": CONSTANTS["dtype"],
+        "dims": [(64, 64), (96, 512)],
+        "latent": [False],
+        "codes": ["int8", "fp8", "k8v4"],
+    }
     points = points_of(**grid, architecture=ARCHITECTURES)
     check_all([record_write(*point[:-1]) for point in points], [point[-1] for point in points])
 

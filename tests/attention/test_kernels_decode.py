@@ -193,7 +193,7 @@ MANY_LONG = Case(decodes(70, 70), (13, 1), (256, 256))  # seven, which have all 
 #: To try offsets of the one, those of the other are 0.
 OTHERS_AT_0 = {
     "metal": {
-        "keys": Mistake("(values, own_row", "(values, 0 * own_row", PLAIN, -1),
+        "keys": Mistake("values, own_row", "values, 0 * own_row", PLAIN, -1),
         "values": Mistake("(keys, own_row", "(keys, 0 * own_row", PLAIN, -1),
     },
     "cuda": {
@@ -209,13 +209,11 @@ MISTAKES: dict[str, dict[str, Mistake]] = {
     "metal": {
         "keys and values of another head": Mistake("num_kv_heads + kv_head;", "num_kv_heads;", SHORT, part_size=64),
         "the first values of another head": Mistake(
-            "(values, own_row, row", "(values, own_row - kv_head, row", SHORT, 0, 64
+            "values, own_row, row", "values, own_row - kv_head, row", SHORT, 0, 64
         ),
-        "later values of another head": Mistake("(values, own_row, f", "(values, own_row - kv_head, f", SHORT, 0, 64),
-        "the values of the batch before": Mistake("if (batch > 0) load", "if (batch > 1) load", SHORT, part_size=64),
-        "keys of the tile before": Mistake(
-            "row_of(table, metal::min(key +", "row_of(table, metal::min(0 * key +", LONG, 0, 1024
-        ),
+        "later values of another head": Mistake("values, own_row, f", "values, own_row - kv_head, f", SHORT, 0, 64),
+        "the values of the batch before": Mistake("if (batch > 0) {", "if (batch > 1) {", SHORT, part_size=64),
+        "keys of the tile before": Mistake("(table, metal::min(key +", "(table, metal::min(0 * key +", LONG, 0, 1024),
         "the key past the end": Mistake("metal::max(end - 1, 0)", "end", SHORT, part_size=64),
         "what follows a row": Mistake("CHUNKS - 1)", "CHUNKS)", ODD),
         "what follows a query": Mistake("if (chunk < KEY_CHUNKS) load", "load", ODD),

@@ -172,7 +172,7 @@ def test_sequences_without_queries_take_no_threadgroups(gpu: Gpu) -> None:
 # -- mistakes --
 
 PROMPT = Case(((33, 33),), (4, 2), (32, 32))
-LONG = PROMPT._replace(lengths=((3, 197),))
+LONG = PROMPT._replace(lengths=((9, 197),))
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 RESCALED = "output[j] *= correction;\n  }\n  threadgroup"
 CHUNK = Case(((33, 150),))
@@ -226,8 +226,8 @@ MISTAKES: dict[str, dict[str, Mistake]] = {
             "is_there && element < DIM", "is_there", Case(((33, 33),), head_dim=(40, 72))
         ),
         "rows of another group size": Mistake("(first_row + row) % group", "row % 3", CHUNK),
-        "each part has the sink": Mistake(" && part == 0", "", Case(((3, 197),), sinks=True), part_size=80),
-        "parts overlap": Mistake("part * rounds", "part * (rounds - 1)", Case(((3, 197),)), part_size=80),
+        "each part has the sink": Mistake(" && part == 0", "", Case(((9, 197),), sinks=True), part_size=80),
+        "parts overlap": Mistake("part * rounds", "part * (rounds - 1)", Case(((9, 197),)), part_size=80),
         "a row of matrix b": Mistake("lane / 16 * 8) * STRIDE + lane", "lane / 16 * 4) * STRIDE + lane", CHUNK),
         "no wait for keys": Mistake(WAIT, "", CHUNK),
         "no wait for values": Mistake(WAIT, "", CHUNK, 1),

@@ -11,12 +11,11 @@ from helpers.attention_cases import DTYPES, Arrays, Case, assert_close, decodes,
 
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
-from mlx_paged.attention.paged_attention import BACKENDS, choose_backend
+from mlx_paged.attention.paged_attention import BACKENDS
 from mlx_paged.attention.shared_prefix import find_shared_prefixes
 from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.config import KV_CACHE_DTYPES
-from mlx_paged.errors import EngineWarning
 
 CASES = {
     "decodes": Case(decodes(1, 16, 17, 130, 300), dtype="float32"),
@@ -69,15 +68,9 @@ def test_attention_is_that_over_the_numbers_that_codes_stand_for(backend: str, k
 
 
 @pytest.mark.parametrize("backend", ["metal", "cuda"])
-def test_kernels_leave_quantised_layers_to_plain_operations_which_a_warning_tells(
-    backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layer = LayerSpec(2, 64, 64, mx.float16)
-    assert BACKENDS[backend].unsupported(layer, 4, 16) is None
-    reason = BACKENDS[backend].unsupported(layer.quantised("int8"), 4, 16)
-    assert reason is not None and "\n" not in reason and "kv_cache_dtype='int8'" in reason
-    monkeypatch.setattr(type(BACKENDS[backend]), "is_available", lambda self: True)
-    with pytest.warns(EngineWarning, match="int8'; plain MLX operations take its place, more slowly"):
-        assert choose_backend(layer.quantised("int8"), 4, 16).name in ("cpu", "reference")
-    with pytest.raises(ValueError, match="kv_cache_dtype='int8'"):
-        choose_backend(layer.quantised("int8"), 4, 16, backend)
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "k8v4", "fp8"])
+def test_kernels_compute_quantised_layers_that_they_would_compute_plain(backend: str, kv_cache_dtype: str) -> None:
+    for dim, dtype, is_supported in ((64, mx.float16, True), (512, mx.bfloat16, True), (512, mx.float32, False)):
+        plain = LayerSpec(2, dim, dim, dtype)
+        for layer in (plain, plain.quantised(kv_cache_dtype)):
+            assert (BACKENDS[backend].unsupported(layer, 4, 16) is None) == is_supported

@@ -19,6 +19,7 @@ from mlx_paged.attention.work_items import (
     prefill_items,
     tile_for,
 )
+from mlx_paged.cache.codes import choose_codes
 
 DIMS = (8, 32, 64, 80, 96, 128, 192, 200, 256)
 
@@ -100,6 +101,28 @@ def test_a_simdgroup_computes_query_heads_of_512_elements_and_its_neighbours_the
 ) -> None:
     layout = decode_layout(Shape(8, heads, dim, dim, 2))
     assert (layout.rows_per_simdgroup, layout.simdgroups) == (of_simdgroup, simdgroups)
+
+
+def test_a_load_of_codes_lies_in_a_group_and_lanes_have_room_for_the_parameters_of_the_rows_they_read() -> None:
+    dims = (32, 64, 96, 128, 192, 256, 320, 512)
+    for name, heads, dim, value_dim in itertools.product(("int8", "k8v4", "fp8"), (1, 3, 4, 8, 16), dims, dims):
+        codes = choose_codes(name, dim, value_dim)
+        layout = decode_layout(Shape(1, heads, dim, value_dim, 2, codes=codes))
+        assert layout.width in (4, 8, 16)
+        for length, each in zip((dim, value_dim), codes[1:], strict=True):
+            in_load = max(layout.width, 32 // each.bits)  # two lanes load for each other what they have half of
+            assert length % in_load == 0 and each.group_size % in_load == 0
+            groups = 1 << (length // each.group_size - 1).bit_length()
+            assert layout.lanes % (layout.batch * groups) == 0
+
+
+@pytest.mark.parametrize(("dim", "lanes", "width"), [(32, 8, 4), (64, 8, 8), (128, 8, 16), (256, 16, 16)])
+def test_one_query_head_reads_the_longest_loads_of_codes_that_leave_no_lane_without(
+    dim: int, lanes: int, width: int
+) -> None:
+    for name in ("int8", "k8v4"):
+        layout = decode_layout(Shape(1, 1, dim, dim, 2, codes=choose_codes(name, dim, dim)))
+        assert (layout.lanes, layout.width) == (lanes, width)
 
 
 def test_the_page_tells_how_many_query_heads_a_simdgroup_has() -> None:

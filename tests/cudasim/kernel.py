@@ -71,7 +71,7 @@ class CudaKernel:
         self._header, self._source = _with_stand_ins(header, source, self._source_map)
         self._libraries: dict[str, _CudaLibrary] = {}
         #: Inputs that the text writes, which MLX declares `const`: it says so with a cast.
-        self._written = frozenset(re.findall(r"const_cast<T\*>\((\w+)\)", source))
+        self._written = frozenset(re.findall(r"const_cast<\w+\*>\((\w+)\)", source))
 
     def __call__(
         self,

@@ -126,16 +126,24 @@ def recorded_calls() -> Iterator[list[Call]]:
 
 
 def record(
-    kind: str, heads: int, dtype: mx.Dtype, dims: tuple[int, int], softcap: float | None = None, sinks: bool = False
+    kind: str,
+    heads: int,
+    dtype: mx.Dtype,
+    dims: tuple[int, int],
+    softcap: float | None = None,
+    sinks: bool = False,
+    codes: str | None = None,
 ) -> Call:
     """The call of a kernel for `heads` query heads on one KV head.
 
     kind: "decode", "several", that of several queries, "prefill", "latent", "long", that of heads longer than 256,
-    or "shared", the prefill's for a prefix that two sequences share. dims: head sizes of keys and of values.
+    or "shared", the prefill's for a prefix that two sequences share. dims: head sizes of keys and of values. codes: the
+    type that K and V are stored as.
     """
     queries = 16 // heads if kind == "several" else 1
     q = mx.zeros((2 * queries, heads, dims[0]), dtype)
-    pool = LayerPool.zeros(LayerSpec(1, *dims, dtype, value_in_key=kind == "latent"), 2, 16)
+    layer = LayerSpec(1, *dims, dtype, value_in_key=kind == "latent")
+    pool = LayerPool.zeros(layer.quantised(codes) if codes else layer, 2, 16)
     tables, shape = mx.zeros((2, 2), mx.int32), shape_of(q, pool)
     options = AttentionOptions(1.0, None, softcap, mx.zeros(heads, dtype) if sinks else None)
     context_lens = np.array([20, 20], np.int32)
@@ -159,9 +167,10 @@ def record_merge(dtype: mx.Dtype, value_dim: int, is_shared: bool = False) -> Ca
     return calls[0]
 
 
-def record_write(dtype: mx.Dtype, dims: tuple[int, int], is_latent: bool = False) -> Call:
+def record_write(dtype: mx.Dtype, dims: tuple[int, int], is_latent: bool = False, codes: str | None = None) -> Call:
     """The call of the kernel that writes K and V, of 3 tokens with 2 KV heads. dims: their head sizes."""
-    pool = LayerPool.zeros(LayerSpec(2, *dims, dtype, is_latent), 2, 16)
+    layer = LayerSpec(2, *dims, dtype, is_latent)
+    pool = LayerPool.zeros(layer.quantised(codes) if codes else layer, 2, 16)
     new = [mx.zeros((3, 2, dim), dtype) for dim in dims]
     with recorded_calls() as calls:
         CudaBackend().write(pool, slots_of(np.zeros(3, np.int32), np.zeros(3, np.int32)), *new)

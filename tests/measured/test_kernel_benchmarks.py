@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from mlx_paged.attention import work_items as work_items
 from mlx_paged.attention.metal import MetalBackend
 from mlx_paged.attention.paged_attention import BACKENDS
 from mlx_paged.attention.work_items import Shape, decode_layout
+from mlx_paged.cache.codes import choose_codes
+from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.sampling import draw_kernel
 
 ROOT = Path(__file__).parents[2]
@@ -262,6 +265,34 @@ def test_a_thread_of_decode_keeps_what_the_page_says_whatever_the_shape() -> Non
 
 
 @needs_the_simulator
+def test_what_the_page_says_of_codes_is_so() -> None:
+    register_words = importlib.import_module("kernel_launches").register_words
+    page = " ".join((ROOT / "docs" / "kernels.md").read_text().split())
+    of_token = {name: LayerSpec(1, 128, 128, mx.float16).quantised(name).bytes_per_token for name in ("int8", "k8v4")}
+    assert "takes {int8} bytes of a head in `int8` and {k8v4} in `k8v4`".format(**of_token) in page
+    shapes = LayerSpec(1, 128, 128, mx.float16).quantised("int8").shapes(1, 16)
+    sizes = [math.prod(shape) * dtype.size for shape, dtype in (shapes["k_codes"], shapes["k_params"])]
+    assert page.count(f"{sizes[0]:,} bytes of a head") == page.count(f"{sizes[1]} bytes of a head") == 1
+    plain = Shape(1, 4, 128, 128, 2)
+    words = [register_words(plain._replace(codes=choose_codes(name, 128, 128))) for name in ("int8", "k8v4", "fp8")]
+    assert f"keeps {max(words)} words where it keeps {register_words(plain)} over float16" in page
+    dims, names = (32, 64, 96, 128, 192, 256), ("int8", "k8v4", "fp8")
+    points = itertools.product(names, range(1, 17), dims, dims, (2, 4))
+    most = max(
+        register_words(Shape(1, heads, dim, value_dim, size, codes=choose_codes(name, dim, value_dim)))
+        for name, heads, dim, value_dim, size in points
+    )
+    assert f"it has at most {most}, of float32" in page
+    rows = json.loads((RESULTS / "kernel-traffic.json").read_text())["results"]["quantised"]
+    for row in rows:
+        if row["head_dim"] == 128 and row["kv_cache_dtype"] != "fp8":
+            share = {"int8": "0.531", "k8v4": "0.422"}[row["kv_cache_dtype"]]
+            assert [f"{row[name]:.3f}" for name in ("distinct", "read", "lines")] == [share] * 3
+    assert "are 0.531 of float16's with `int8` and 0.422 with `k8v4`" in page
+    assert max(row["partial"] for row in rows) <= 0.04 * 0.422
+
+
+@needs_the_simulator
 def test_the_committed_results_of_the_kernels_traffic_are_those_of_these_kernels() -> None:
     benchmark = importlib.import_module("kernel_traffic")
     results = json.loads((RESULTS / "kernel-traffic.json").read_text())["results"]
@@ -277,5 +308,7 @@ def test_the_committed_results_of_the_kernels_traffic_are_those_of_these_kernels
     assert benchmark.count_decode(benchmark.LLAMA_8B, 1, 4096) == results["decode"][0], "run the benchmark again"
     assert benchmark.count_prefill(benchmark.LLAMA_8B, 4, 4092) in results["prefill"], "run the benchmark again"
     assert benchmark.count_latent(16, 1, 1, 4096) == results["latent"][0], "run the benchmark again"
+    made = {"kv_cache_dtype": "k8v4"} | benchmark.count_decode(benchmark.LLAMA_8B, 1, 4096, kv_cache_dtype="k8v4")
+    assert made in results["quantised"], "run the benchmark again"
     assert benchmark.bounds(quick=False) == results["bounds"]
     assert benchmark.registers(quick=False) == results["registers"]

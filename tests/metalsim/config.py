@@ -29,6 +29,6 @@ class Config:
     writable_inputs: Set[str] = frozenset()
     #: Inputs of which the kernel sees all the memory that they begin, as on a device, where a view of an array is an
     #: address in its buffer.
-    whole_buffers: Set[str] = frozenset({"k_cache", "v_cache"})
+    whole_buffers: Set[str] = frozenset({"k_cache", "v_cache", "k_codes", "k_params", "v_codes", "v_params"})
     #: Seconds of CPU time after which a launch is given up.
     time_limit: float = 120.0

@@ -82,7 +82,7 @@ class MetalKernel:
         self.input_names = list(input_names)
         self.output_names = list(output_names)
         self.row_contiguous = ensure_row_contiguous
-        self._written = frozenset(re.findall(r"const_cast<device T\*>\((\w+)\)", source))
+        self._written = frozenset(re.findall(r"const_cast<device \w+\*>\((\w+)\)", source))
         self._real = _real_metal_kernel(
             name=name,
             input_names=self.input_names,

@@ -31,10 +31,13 @@ uint32_t metalsim_lane();
 
 float exp2f(float);
 float expf(float);
+float fabsf(float);
+float fmaf(float, float, float);
 float fmaxf(float, float);
 float fminf(float, float);
 float log2f(float);
 float logf(float);
+float rintf(float);
 float tanhf(float);
 }
 
@@ -59,6 +62,12 @@ inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+inline float __fdiv_rn(float x, float y) { return x / y; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {  // byte i is that of number which[i] of x and y
+  unsigned result = 0;
+  for (int i = 0; i < 4; i++) result |= unsigned((uint64_t(y) << 32 | x) >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return result;
+}
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
 using __half = _Float16;

@@ -24,7 +24,7 @@ struct CudasimCopies {
   static constexpr int MOST = 512;
   void* to[MOST];
   uint4 data[MOST];
-  int group[MOST];
+  int bytes[MOST], group[MOST];
   int begun, done, groups;
 };
 static CudasimCopies cudasim_copies[1024];
@@ -36,30 +36,49 @@ CUDASIM_UNCHECKED inline void cudasim_start() {
   own.begun = own.done = own.groups = 0;
 }
 
-CUDASIM_UNCHECKED inline void cudasim_remember(void* to, const uint4& data) {
+CUDASIM_UNCHECKED inline void cudasim_remember(void* to, const uint4& data, int bytes) {
   CudasimCopies& own = cudasim_own_copies();
   if (own.begun - own.done == CudasimCopies::MOST) __builtin_trap();
   const int i = own.begun++ % CudasimCopies::MOST;
   own.to[i] = to;
   own.data[i] = data;
+  own.bytes[i] = bytes;
   own.group[i] = own.groups;
 }
 
 // The next copy of a group that must be complete, or null.
-CUDASIM_UNCHECKED inline void* cudasim_next(int unfinished_groups, uint4* data) {
+CUDASIM_UNCHECKED inline void* cudasim_next(int unfinished_groups, uint4* data, int* bytes) {
   CudasimCopies& own = cudasim_own_copies();
   const int i = own.done % CudasimCopies::MOST;
   if (own.done == own.begun || own.group[i] >= own.groups - unfinished_groups) return nullptr;
   own.done++;
   *data = own.data[i];
+  *bytes = own.bytes[i];
   return own.to[i];
 }
 
+template <int BYTES>
+struct CudasimWords;
+template <>
+struct CudasimWords<16> {
+  using Type = uint4;
+};
+template <>
+struct CudasimWords<8> {
+  using Type = uint2;
+};
+template <>
+struct CudasimWords<4> {
+  using Type = unsigned;
+};
+
+template <int BYTES = 16>
 CUDASIM_INLINE void copy_async(void* to, const void* from, bool is_there) {
-  uint4 data = {};
-  if (is_there) data = *(const uint4*)from;
-  *(uint4*)to = uint4{~0u, ~0u, ~0u, ~0u};
-  cudasim_remember(to, data);
+  using Data = typename CudasimWords<BYTES>::Type;
+  uint4 data = {}, ones = {~0u, ~0u, ~0u, ~0u};
+  if (is_there) *(Data*)&data = *(const Data*)from;
+  *(Data*)to = *(Data*)&ones;
+  cudasim_remember(to, data, BYTES);
 }
 
 CUDASIM_UNCHECKED inline void end_copy_group() { cudasim_own_copies().groups++; }
@@ -67,7 +86,12 @@ CUDASIM_UNCHECKED inline void end_copy_group() { cudasim_own_copies().groups++; 
 template <int N>
 CUDASIM_INLINE void wait_for_copies() {
   uint4 data;
-  while (void* to = cudasim_next(N, &data)) *(uint4*)to = data;
+  int bytes;
+  while (void* to = cudasim_next(N, &data, &bytes)) {
+    if (bytes == 16) *(uint4*)to = data;
+    if (bytes == 8) *(uint2*)to = {data.x, data.y};
+    if (bytes == 4) *(unsigned*)to = data.x;
+  }
 }
 
 // ---- matrices ----
