@@ -205,7 +205,7 @@ engine_options: Option = options(
     int_option("--max-model-len", help="Longest prompt plus output. Default: the model's limit."),
     dtype_option,
     kv_cache_dtype_option,
-    text("--speculative", metavar="ngram", shell_complete=completing("ngram"),
+    text("--speculative", type=click.Choice(["ngram"]),
          help="Guess next tokens from earlier text, where that is faster; answers stay the same."),
     int_option("--num-speculative-tokens", help="Most guesses of a sequence in a step. Default: 4."),
     flag("--no-prefix-caching", help="Don't reuse the blocks of equal prefixes."),
@@ -297,6 +297,7 @@ def typed_order(command: click.Command, args: Sequence[str]) -> list[str]:
 def option_names(command: click.Command) -> dict[str, str]:
     """Tell how settings are written as options of a command: "max_tokens" -> "--max-tokens"."""
     names = {str(each.name): each.opts[-1] for each in command.params if isinstance(each, click.Option)}
+    names |= {"speculative_config": names["speculative"]} if "speculative" in names else {}
     if "no_prefix_caching" in names:
         names["prefix_caching=False"] = names["no_prefix_caching"]
     return names

@@ -165,8 +165,10 @@ class RunSummary:
 
 def _speculation(stats: EngineStats) -> list[str]:
     """Say what became of drafts, if there were any."""
-    drafts, accepted = stats.num_draft_tokens, stats.num_accepted_tokens
-    return [f"speculation: {accepted} of {drafts} drafts right, {stats.num_steps} steps"] if drafts else []
+    if not stats.num_draft_tokens:
+        return []
+    right = f"{stats.num_accepted_tokens} of {stats.num_draft_tokens} drafts were right"
+    return [f"speculation: {right}; {stats.num_output_tokens} tokens in {stats.num_steps} steps"]
 
 
 def excerpt(text: str, limit: int = 60) -> str:

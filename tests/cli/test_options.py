@@ -175,6 +175,8 @@ def test_engine_options_reach_the_model_and_those_not_given_stay_its_own(run: Ru
         "block_size": 8, "num_kv_blocks": 99, "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 512,
         "dtype": "float16", "prefix_caching": False,
     }  # fmt: skip
+    run("generate", "--speculative", "ngram", "--num-speculative-tokens", "3", "Hi")
+    assert run.made[-1].settings == {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
     stores = "--swap-space 8GB --prefix-cache-dir saved --prefix-cache-size 20GB --kv-cache-memory 30%"
     run("generate", *stores.split(), "Hi")
     assert run.made[-1].settings == {
@@ -209,7 +211,7 @@ def test_every_command_that_runs_a_model_takes_an_adapter(run: Run, tmp_path: Pa
         "--block-size 0", "--num-kv-blocks 0", "--kv-cache-memory 4XB", "--kv-cache-memory 200%", "--max-num-seqs 0",
         "--dtype int3", "--kv-cache-dtype int4", "--max-num-batched-tokens 0", "--max-model-len 0", "--no-such-option",
         "--num-kv-blocks 9 --kv-cache-memory 1GB", "--swap-space=-5GB", "--swap-space=", "--swap-space=50%",
-        "--speculative eagle", "--num-speculative-tokens 3", "--speculative ngram --num-speculative-tokens 0",
+        "--speculative eagle", "--num-speculative-tokens 3", "--num-speculative-tokens 0 --speculative ngram",
         "--prefix-cache-dir=", "--prefix-cache-size 1GB", "--prefix-cache-size lots --prefix-cache-dir x",
     ],
 )  # fmt: skip
