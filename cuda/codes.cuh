@@ -148,7 +148,9 @@ struct Codes {
       const int from_row = shuffle(row, to_row);
       const bool is_there = from_row >= 0 && at < BYTES_THERE;
       const char* piece = static_cast<const char*>(from) + (is_there ? size_t(from_row) * BYTES_THERE + at : 0);
-      if (ALL % 32 == 0 || i * 32 + lane < ALL) copy_async<BYTES_AT_ONCE>(to + to_row * BYTES_BETWEEN + at, piece, is_there);
+      if (ALL % 32 == 0 || i * 32 + lane < ALL) {
+        copy_async<BYTES_AT_ONCE>(to + to_row * BYTES_BETWEEN + at, piece, is_there);
+      }
     }
   }
 
@@ -218,21 +220,28 @@ struct Codes {
         UNROLL for (int i = 0; i < 4; i++) {
           float value[4];
           UNROLL for (int k = 0; k < 4; k++) value[k] = number_of(four[k], i, param[k]);
-          multiply_accumulate(output[0][j + i], weight, pack(value[0], value[1], T()), pack(value[2], value[3], T()), T());
+          multiply_accumulate(
+              output[0][j + i], weight, pack(value[0], value[1], T()), pack(value[2], value[3], T()), T());
         }
       }
     } else {
-      UNROLL for (int k = 0; k < 16; k++) {
-        float weight[2];  // of key k in this lane's rows; another lane of the row has it
-        UNROLL for (int r = 0; r < 2; r++) weight[r] = shuffle(weights[k / 8][2 * r + k % 2], lane / 4 * 4 + k % 8 / 2);
-        UNROLL for (int j = 0; j < OUTPUTS; j += 4) {
-          const float2 param = tile_params(tile, k, first_key, j * 8 / GROUP);
-          UNROLL for (int c = 0; c < 2; c++) {
-            if (column(j, c, lane) < DIM) {
-              const unsigned four = four_codes(tile + k * STRIDE, column(j, c, lane));
-              UNROLL for (int i = 0; i < 4; i++) {
-                const float value = number_of(four, i, param);
-                UNROLL for (int r = 0; r < 2; r++) output[0][j + i][2 * r + c] += weight[r] * value;
+      UNROLL for (int half = 0; half < 2; half++) {
+#pragma unroll 1
+        for (int pair = 0; pair < 4; pair++) {  // of keys, whose weights another lane of the row has
+          UNROLL for (int k = 0; k < 2; k++) {
+            const int row = half * 8 + pair * 2 + k;
+            float weight[2];  // in this lane's rows
+            UNROLL for (int r = 0; r < 2; r++) weight[r] = shuffle(weights[half][2 * r + k], lane / 4 * 4 + pair);
+            UNROLL for (int j = 0; j < OUTPUTS; j += 4) {
+              const float2 param = tile_params(tile, row, first_key, j * 8 / GROUP);
+              UNROLL for (int c = 0; c < 2; c++) {
+                if (column(j, c, lane) < DIM) {
+                  const unsigned four = four_codes(tile + row * STRIDE, column(j, c, lane));
+                  UNROLL for (int i = 0; i < 4; i++) {
+                    const float value = number_of(four, i, param);
+                    UNROLL for (int r = 0; r < 2; r++) output[0][j + i][2 * r + c] += weight[r] * value;
+                  }
+                }
               }
             }
           }
