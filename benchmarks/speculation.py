@@ -1,0 +1,126 @@
+"""What drafts save: time with them over time without, of tasks that repeat their prompt and of one that does not.
+
+    python benchmarks/speculation.py [--model MODEL] [--json FILE]   measure, print, write raw numbers
+    python benchmarks/speculation.py --markdown FILE                 the table of such a file
+
+`code` asks for a file with a name changed, `summary` for the main points of a text, `copy` for a text as it is, `chat`
+for something that no prompt has. Each is asked so many times at once, greedily, of an engine without drafts, of one
+that has them where they pay, and of one that always has some. Runs alternate; a ratio is the median of those of the
+runs. Seconds are the CPU's, which other processes disturb less; where a GPU computes they say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_paged import LLM, SamplingParams  # isort: skip  (before mlx, so that it finds OpenBLAS)
+import report
+from report import Part, Row
+
+from mlx_paged.models import loading
+
+PARSER = argparse.ArgumentParser(add_help=False)
+PARSER.add_argument("--model", help="a folder or a name of Hugging Face; the bundled one, if not given")
+PARSER.add_argument("--tokens", type=int, default=128, metavar="N", help="of an answer: 128")
+PARSER.add_argument("--batches", default="1,4,16", metavar="N,N,...", help="requests at once: 1,4,16")
+PARSER.add_argument("--repetitions", type=int, default=5, metavar="N", help="of what is timed: 5")
+OPTIONS = PARSER.parse_known_args()[0]
+
+ROOT = Path(__file__).parents[1]
+CODE = (ROOT / "mlx_paged" / "blocks" / "compaction.py").read_text()
+PROSE = " ".join((ROOT / "LICENSE").read_text().split())[:1500]
+TASKS = {
+    "code": f"Rewrite this file and rename `manager` to `blocks`. Answer with the code alone.\n\n{CODE}",
+    "summary": f"Summarise this text in its own words:\n\n{PROSE}",
+    "copy": f"Repeat this text exactly:\n\n{PROSE}",
+    "chat": "Tell me about the moon.",
+}
+CONFIGS: dict[str, dict[str, Any] | None] = {"none": None, "where they pay": {}, "always": {"adaptive": False}}
+
+
+def drafts(quick: bool) -> Iterator[Row]:
+    """Greedy answers of so many tokens."""
+    loaded = loading.load(OPTIONS.model, None)
+    num_tokens, repetitions = (8, 1) if quick else (OPTIONS.tokens, OPTIONS.repetitions)
+    batches = [1] if quick else [int(each) for each in OPTIONS.batches.split(",")]
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    for task, batch in [(task, batch) for batch in batches for task in TASKS]:
+        prompt = TASKS[task][: 200 if quick else None]
+        tokens = loaded.tokenizer.encode(prompt)
+        if loaded.tokenizer.has_chat_template:
+            conversation = [{"role": "user", "content": prompt}]
+            tokens = loaded.tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
+        engines = {
+            name: LLM.from_model(
+                loaded.model,
+                speculative_config=config,
+                num_kv_blocks=batch * -(-(len(tokens) + num_tokens) // 16 + 3),
+                max_num_seqs=batch,
+                prefix_caching=False,
+            )
+            for name, config in CONFIGS.items()
+        }
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+        for _ in range(repetitions):
+            for name, llm in engines.items():
+                runs[name].append(answer(llm, tokens, batch, params))
+        expected = runs["none"][0]["tokens"]
+        for name, done in runs.items():
+            ratios = [run["s"] / plain["s"] for run, plain in zip(done, runs["none"], strict=True)]
+            yield {
+                "task": task,
+                "batch": batch,
+                "drafts": name,
+                "decode_s": statistics.median(run["s"] for run in done),
+                "ratio": statistics.median(ratios),
+                "steps": done[0]["steps"],
+                "verified": done[0]["drafts"],
+                "right": done[0]["right"],
+                "equal": "yes" if all(run["tokens"] == expected for run in done) else "no",
+            }
+
+
+def answer(llm: LLM, tokens: list[int], batch: int, params: SamplingParams) -> dict[str, Any]:
+    """Answer a prompt so many times at once. The prompts' time is not counted."""
+    before = llm.stats()
+    requests = [llm.engine.make_request(tokens, params) for _ in range(batch)]
+    steps = [(time.monotonic(), time.process_time())]
+    outputs = list(llm.run(requests, lambda: steps.append((time.monotonic(), time.process_time()))))
+    last = max(output.metrics.first_token_time or 0.0 for output in outputs if output.metrics)
+    first = next(cpu for moment, cpu in steps if moment >= last)
+    after = llm.stats()
+    return {
+        "s": steps[-1][1] - first,
+        "tokens": [output.outputs[0].token_ids for output in outputs],
+        "steps": after.num_steps - before.num_steps,
+        "drafts": after.num_draft_tokens - before.num_draft_tokens,
+        "right": after.num_accepted_tokens - before.num_accepted_tokens,
+    }
+
+
+PARTS = [
+    Part(
+        drafts,
+        "Decoding with drafts, and without",
+        {
+            "task": ("task", ""),
+            "batch": ("at once", "d"),
+            "drafts": ("drafts", ""),
+            "decode_s": ("CPU s", ".2f"),
+            "ratio": ("times without", ".2f"),
+            "steps": ("steps", ",d"),
+            "verified": ("drafts", ",d"),
+            "right": ("right", ",d"),
+            "equal": ("same tokens", ""),
+        },
+    ),
+]
+
+if __name__ == "__main__":
+    model = str(OPTIONS.model or "demo")
+    report.main("speculation.py", __doc__ or "", PARTS, own_options=[PARSER], model=model)
