@@ -59,7 +59,7 @@ def drafts(quick: bool) -> Iterator[Row]:
             name: LLM.from_model(
                 loaded.model,
                 speculative_config=config,
-                num_kv_blocks=batch * -(-(len(tokens) + num_tokens) // 16 + 3),
+                num_kv_blocks=batch * (-(-(len(tokens) + num_tokens) // 16) + 3),
                 max_num_seqs=batch,
                 prefix_caching=False,
             )
