@@ -325,6 +325,8 @@ def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
     if given := {name: value for name, value in asked.items() if value is not None}:
         if "method" not in given:
             raise click.UsageError("--num-speculative-tokens limits guesses: give --speculative ngram, too")
+        if click.get_current_context().info_name == "beam-search":
+            raise click.UsageError("beams have no guesses to verify: leave --speculative out")
         engine["speculative_config"] = given
     with _as_usage_error():
         EngineConfig(**engine)
