@@ -78,6 +78,7 @@ class Schedule:
         self.preempted += sequences
         self.chunks = [chunk for chunk in self.chunks if chunk.sequence not in sequences]
         self.rows, self.query_lens = self.rows[rows_left], self.query_lens[rows_left]
+        self.drafts = {row: self.drafts[row] for row in self.rows.tolist() if row in self.drafts}
         self.num_tokens = int(self.query_lens.sum()) + sum(chunk.num_tokens for chunk in self.chunks)
 
 

@@ -4,42 +4,57 @@ The last tokens of a sequence are looked for earlier in its prompt and output, a
 (prompt lookup decoding, Saxena 2023). Knows no mlx.
 """
 
+from array import array
+
+_MOST_PLACES = 64
+"""That are compared with the last tokens, the last ones first."""
+
 
 class NgramLookup:
-    """Where the n-grams of one sequence ended last."""
+    """Where the n-grams of one sequence ended, in some tens of bytes for each of its tokens."""
 
     def __init__(self, longest: int, shortest: int) -> None:
         """longest, shortest: of the n-grams that are looked up, in tokens; longer matches come first."""
-        self._lengths = range(longest, shortest - 1, -1)
-        self._ends: dict[tuple[int, ...], int] = {}  # past the last token of each n-gram's last occurrence
-        self._num_indexed = 0
-        self._follows = -1  # where what followed the last tokens begins; -1: they are new
+        self._longest, self._shortest = longest, shortest
+        self._ends: dict[int, int] = {}  # past the last occurrence of the shortest n-grams, by their hash
+        self._before = array("l")  # past the one before that which ends with each token; 0: there is none
+        self._follows = 0  # where what followed the last tokens begins; 0: they are new
 
     def update(self, token_ids: list[int]) -> tuple[int, int]:
         """Take in tokens that the sequence has come to.
 
-        Returns of how many of them the token before foretold them by what had followed it, and how many there are.
+        Returns how many of them the tokens before would have foretold, none of the first time, and how many there are.
         """
-        first, num_foretold = self._num_indexed, 0
+        first, num_foretold, shortest = len(self._before), 0, self._shortest
         for end in range(first + 1, len(token_ids) + 1):
-            if self._follows >= 0:
-                num_foretold += token_ids[self._follows] == token_ids[end - 1]
-            self._follows = -1
-            for length in self._lengths:
-                if length <= end:
-                    gram = tuple(token_ids[end - length : end])
-                    if self._follows < 0:
-                        self._follows = self._ends.get(gram, -1)
-                    self._ends[gram] = end
-        self._num_indexed = len(token_ids)
+            num_foretold += bool(self._follows) and token_ids[self._follows] == token_ids[end - 1]
+            place = 0
+            if end >= shortest:
+                key = hash(tuple(token_ids[end - shortest : end]))
+                place = self._ends.get(key, 0)
+                self._ends[key] = end
+            self._before.append(place)
+            self._follows = self._longest_match(token_ids, end, place) if first or end == len(token_ids) else 0
         return num_foretold, len(token_ids) - first
 
     def propose(self, token_ids: list[int], most: int) -> list[int]:
         """Return up to `most` tokens that may come next. token_ids: as `update` has taken them in."""
-        if self._follows < 0:
-            return []
         draft: list[int] = []
-        for place in range(self._follows, self._follows + most):
+        for place in range(self._follows, self._follows + most) if self._follows else ():
             ahead = place - len(token_ids)  # what repeats itself goes on to do so
             draft.append(token_ids[place] if ahead < 0 else draft[ahead])
         return draft
+
+    def _longest_match(self, token_ids: list[int], end: int, place: int) -> int:
+        """Return past which earlier tokens, at `place` or before, most are the same as before `end`; 0: too few."""
+        found, most = 0, self._shortest - 1
+        for _ in range(_MOST_PLACES):
+            if not place or most == self._longest:
+                break
+            length = 0
+            while length < min(self._longest, place) and token_ids[place - 1 - length] == token_ids[end - 1 - length]:
+                length += 1
+            if length > most:
+                found, most = place, length
+            place = self._before[place - 1]
+        return found
