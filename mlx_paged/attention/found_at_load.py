@@ -74,8 +74,8 @@ def saving(costs: SharingCosts, num_members: int, num_tokens: int, shape: Shape,
 
 def least_members(costs: SharingCosts, num_tokens: int, shape: Shape, tile: Tile) -> int | None:
     """The fewest sequences for which, as for all greater numbers, a prefix is computed once. None: not for 256."""
-    too_few = (n for n in range(256, 0, -1) if saving(costs, n, num_tokens, shape, tile) < max(costs.start, 1e-9))
-    found = next(too_few) + 1
+    too_few = (n for n in range(256, 1, -1) if saving(costs, n, num_tokens, shape, tile) < max(costs.start, 1e-9))
+    found = next(too_few, 1) + 1
     return found if found <= 256 else None
 
 

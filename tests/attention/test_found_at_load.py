@@ -128,6 +128,8 @@ def test_how_many_sequences_a_prefix_needs_is_told() -> None:
     tile = METAL.tiles(HALF).tile
     assert least_members(ASSUMED, 1024, HALF, tile) == 4 and least_members(ASSUMED, 64, HALF, tile) == 10
     assert least_members(SharingCosts(1.0, 9.0, 0.0, "us"), 8192, HALF, tile) is None
+    many = HALF._replace(heads_per_kv_head=16)  # of which a lone sequence has rows enough, but shares with nobody
+    assert least_members(SharingCosts(1.0, 0.5, 0.0, "us"), 8192, many, tile) == 2
 
 
 def test_shared_prefixes_are_left_out_of_a_plan_that_gains_nothing_by_them() -> None:
