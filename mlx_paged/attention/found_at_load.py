@@ -15,6 +15,7 @@ MIN_ROWS = 16
 """Of queries and heads that see a prefix: fewer leave most of a tile of paged_prefill empty."""
 MOST_HALVINGS = 2
 _LEAST_ROWS = 8  # of a tile: those of a simdgroup
+_LEAST_THREADS = 32  # a simdgroup, or a warp
 
 
 class SharingCosts(NamedTuple):
@@ -92,6 +93,6 @@ def smaller(launch: Launch) -> Launch:
         halved = halved[:2] if "MATRICES" in halved else halved[:1]
         if "MATRICES" in halved or "SIMDGROUPS" in template:  # rows of a thread become fewer, not threads
             threads = launch.threads
-    if not halved:
+    if not halved or threads < _LEAST_THREADS:
         return launch
     return launch._replace(threads=threads, template=template | {name: template[name] // 2 for name in halved})

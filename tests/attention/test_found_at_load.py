@@ -79,6 +79,12 @@ def test_the_threads_of_latent_attention_keep_fewer_rows_each() -> None:
     assert smaller(less) == less
 
 
+def test_no_kernel_is_launched_with_less_than_a_warp() -> None:
+    launch = smaller(CUDA.launch_prefill(Shape(2, 4, 192, 192, 4)))
+    assert launch.threads == 32 and launch.template["TILE_ROWS"] == 16
+    assert smaller(launch) == launch
+
+
 def test_what_has_become_smaller_is_planned_so() -> None:
     found = FoundAtLoad()
     found.halvings["paged_prefill", HALF] = 1
