@@ -14,6 +14,11 @@
 # for the packages; no model is downloaded. This script has not been run on a Mac yet.
 set -uo pipefail
 
+# A file as it is named in the folder that the script is run in, which it leaves.
+from_here() {
+    case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
+}
+
 output=mlx-paged-on-a-mac.json python='' anywhere='' options=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -22,8 +27,8 @@ while [ $# -gt 0 ]; do
         --output | --python | --only)
             [ $# -ge 2 ] || { echo "on_a_mac.sh: $1 needs a value" >&2; exit 2; }
             case $1 in
-                --output) output=$2 ;;
-                --python) python=$2 ;;
+                --output) output=$(from_here "$2") ;;
+                --python) python=$(from_here "$(command -v "$2" || echo "$2")") ;;
                 --only) options+=(--only "$2") ;;
             esac
             shift
@@ -34,6 +39,15 @@ while [ $# -gt 0 ]; do
 done
 if [ -z "$anywhere" ] && [ "$(uname -sm)" != "Darwin arm64" ]; then
     echo "on_a_mac.sh: this is $(uname -sm), not a Mac with Apple silicon (--anywhere runs it all the same)" >&2
+    exit 2
+fi
+if [ -n "$python" ] && [ ! -x "$python" ]; then
+    echo "on_a_mac.sh: there is no $python" >&2
+    exit 2
+fi
+if [ -z "$python" ] && ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    found=$(python3 --version 2>&1) || found='no Python'
+    echo "on_a_mac.sh: python3 is $found, and 3.11 or newer is needed: put one first on the PATH, or name it by --python" >&2
     exit 2
 fi
 cd "$(dirname "$0")/.." || exit 1

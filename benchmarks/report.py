@@ -127,9 +127,13 @@ def _content_to_keep(file: Path | None, machine: dict[str, Any]) -> Content:
     """Read what a file has so far. Ends the program if that is from another machine or another version."""
     if file is None or not file.exists():
         return {"machine": machine, "results": {}}
-    content: Content = json.loads(file.read_text())
-    if content["machine"] != machine:
-        differing = [name for name in machine if machine[name] != content["machine"].get(name)]
+    try:
+        content: Content = json.loads(file.read_text())
+        found = content["machine"]
+    except (ValueError, TypeError, KeyError):
+        sys.exit(f"{file} is no file of results: give another file, or measure all parts")
+    if found != machine:
+        differing = [name for name in machine if machine[name] != found.get(name)]
         sys.exit(f"{file} has results of another {', '.join(differing)}: give another file, or measure all parts")
     return content
 

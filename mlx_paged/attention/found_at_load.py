@@ -15,6 +15,7 @@ MIN_ROWS = 16
 """Of queries and heads that see a prefix: fewer leave most of a tile of paged_prefill empty."""
 MOST_HALVINGS = 2
 _LEAST_ROWS = 8  # of a tile: those of a simdgroup
+_LEAST_THREADS = 32  # a simdgroup, or a warp
 
 
 class SharingCosts(NamedTuple):
@@ -74,8 +75,8 @@ def saving(costs: SharingCosts, num_members: int, num_tokens: int, shape: Shape,
 
 def least_members(costs: SharingCosts, num_tokens: int, shape: Shape, tile: Tile) -> int | None:
     """The fewest sequences for which, as for all greater numbers, a prefix is computed once. None: not for 256."""
-    too_few = (n for n in range(256, 0, -1) if saving(costs, n, num_tokens, shape, tile) < max(costs.start, 1e-9))
-    found = next(too_few) + 1
+    too_few = (n for n in range(256, 1, -1) if saving(costs, n, num_tokens, shape, tile) < max(costs.start, 1e-9))
+    found = next(too_few, 1) + 1
     return found if found <= 256 else None
 
 
@@ -92,6 +93,6 @@ def smaller(launch: Launch) -> Launch:
         halved = halved[:2] if "MATRICES" in halved else halved[:1]
         if "MATRICES" in halved or "SIMDGROUPS" in template:  # rows of a thread become fewer, not threads
             threads = launch.threads
-    if not halved:
+    if not halved or threads < _LEAST_THREADS:
         return launch
     return launch._replace(threads=threads, template=template | {name: template[name] // 2 for name in halved})

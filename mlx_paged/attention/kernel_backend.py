@@ -110,7 +110,7 @@ class KernelBackend(Backend):
     def max_decode_queries(self, layer: LayerSpec, num_heads: int) -> int:
         heads, dim, value_dim, dtype, is_latent, codes = layer
         shape = Shape(heads, num_heads // heads, dim, value_dim, dtype.size, is_latent, codes)
-        return self._decode_queries(shape) or max(1, self.tiles(shape).tile.rows // shape.heads_per_kv_head)
+        return self.decode_queries(shape) or max(1, self.tiles(shape).tile.rows // shape.heads_per_kv_head)
 
     def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
         """Put K and V of at least one token into their slots, in the pool's own memory.
@@ -144,7 +144,7 @@ class KernelBackend(Backend):
 
     def attend(self, q: mx.array, pool: LayerPool, metadata: AttentionMetadata, options: AttentionOptions) -> mx.array:
         shape, window, outputs = shape_of(q, pool), options.window, []
-        most = self._decode_queries(shape)
+        most = self.decode_queries(shape)
         gathers = gathered.is_for(q, pool, metadata, options, self.has_matrix_units)
         parts: Parts = metadata.plan_once(
             ("parts", most, gathers and (shape, window)),
@@ -163,7 +163,7 @@ class KernelBackend(Backend):
 
     # -- plans --
 
-    def _decode_queries(self, shape: Shape) -> int:
+    def decode_queries(self, shape: Shape) -> int:
         """Queries of a sequence that paged_decode takes. 0: one has rows enough for the kernels of prompts."""
         return 0 if self.latent_layout(shape) else min(MAX_DECODE_QUERIES, MAX_DECODE_ROWS // shape.heads_per_kv_head)
 
@@ -182,13 +182,13 @@ class KernelBackend(Backend):
         shape: Shape,
         prefixes: Sequence[SharedPrefix] = (),
     ) -> Plan:
-        """The plan for at most `_decode_queries` queries per sequence, int32 [num_seqs + 1], and contexts, [num_seqs].
+        """The plan for at most `decode_queries` queries per sequence, int32 [num_seqs + 1], and contexts, [num_seqs].
 
         prefixes: only without a window.
         """
         query_lens = np.diff(cu_seqlens_q)
         longest = int(query_lens.max(initial=1))
-        queries = min(self._decode_queries(shape), 1 << (longest - 1).bit_length())  # of few kernels
+        queries = min(self.decode_queries(shape), 1 << (longest - 1).bit_length())  # of few kernels
         num_keys = context_lens.copy() if window is None else np.minimum(context_lens, window + query_lens - 1)
         for prefix in prefixes:
             num_keys[prefix.members] -= prefix.num_tokens

@@ -66,8 +66,8 @@ class LayerKind:
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether kernels read what several sequences share once for all of them."""
-        return self.options.window is None and not self.layer.value_in_key
+        """Whether kernels read what several sequences share once for all of them: paged_decode's sequences do."""
+        return self.options.window is None and self.backend.decode_queries(self.shape) > 0
 
     def queries(self, num_tokens: int) -> mx.array:
         return mx.zeros((num_tokens, self.num_heads, self.layer.key_dim), self.layer.dtype)

@@ -56,7 +56,8 @@ def prepare_kernels(model: PatchedModel, block_size: int) -> set[str]:
         kinds = kinds_of(model, block_size)
         with LoadingLine("preparing kernels", sum(len(list(steps_of(kind))) for kind in kinds)) as line:
             for kind in kinds:
-                kind.backend.found.costs.pop(kind.shape, None)
+                if kind.shares_prefixes:
+                    kind.backend.found.costs.pop(kind.shape, None)
                 if failure := failure_of(kind, block_size, line.advance):
                     text = f"{named(kind.numbers)} can't use {kind.backend.title} kernels here: {failure}"
                     if os.environ.get(BACKEND_VARIABLE):
@@ -75,21 +76,22 @@ def steps_of(kind: LayerKind) -> Iterator[TrialStep]:
     """Yield steps that take, together, all kernels that layers of this kind can need."""
     for num_queries in (*_FEW_QUERIES, _MANY_QUERIES):
         yield TrialStep(1, num_queries, num_queries)
-    for num_queries in (1, _MANY_QUERIES):
+    for num_queries in (1, _FEW_QUERIES[-1], _MANY_QUERIES):  # with a window few see a little more than one
         yield TrialStep(1, num_queries, _LONG_CONTEXT)
     if kind.shares_prefixes:
         yield TrialStep(MIN_ROWS, 1, _PREFIX + 1, _PREFIX)
 
 
 def failure_of(kind: LayerKind, block_size: int, count: Callable[[], None]) -> KernelFailure | None:
-    """Run all steps of a layer, and those from one that fails on again with fewer threads of the kernel.
+    """Run all steps of a layer, and after one that fails all of them again with fewer threads of the kernel.
 
-    count: called for each that runs. Returns what was wrong at first, if nothing helps.
+    count: called for each that runs, once. Returns what was wrong at first, if nothing helps.
     """
     backend, pool = _evaluating(kind.backend), LayerPool.zeros(kind.layer, 1, block_size)
-    steps, first = list(steps_of(kind)), None
-    while steps:
-        q, metadata = kind.queries(steps[0].num_seqs * steps[0].num_queries), steps[0].metadata(block_size)
+    steps, number, num_counted, first = list(steps_of(kind)), 0, 0, None
+    while number < len(steps):
+        step = steps[number]
+        q, metadata = kind.queries(step.num_seqs * step.num_queries), step.metadata(block_size)
         try:
             mx.eval(backend.attend(q, pool, metadata, kind.options))
         except KernelFailure as failure:
@@ -98,9 +100,12 @@ def failure_of(kind: LayerKind, block_size: int, count: Callable[[], None]) -> K
             halvings[key] = halvings.get(key, 0) + 1
             if halvings[key] > MOST_HALVINGS:
                 return first
+            number = 0  # other queries take that kernel with fewer threads, too
         else:
-            steps.pop(0)
-            count()
+            number += 1
+            if number > num_counted:
+                num_counted = number
+                count()
     return None
 
 

@@ -77,7 +77,8 @@ def describe_sharing(model: PatchedModel, block_size: int) -> list[str]:
 
 def _rule(kind: LayerKind) -> str:
     if not kind.shares_prefixes:
-        return "read by each sequence, since these layers have " + ("a window" if kind.options.window else "latents")
+        latent = "latents" if kind.layer.value_in_key else "too many heads to a KV head, or too long ones"
+        return f"read by each sequence, since these layers have {'a window' if kind.options.window else latent}"
     found, shape = kind.backend.found, kind.shape
     costs, tile = found.costs.get(shape, ASSUMED), kind.backend.tiles(shape).tile
     least = {length: least_members(costs, length, shape, tile) for length in _TOLD}

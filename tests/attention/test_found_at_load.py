@@ -79,6 +79,12 @@ def test_the_threads_of_latent_attention_keep_fewer_rows_each() -> None:
     assert smaller(less) == less
 
 
+def test_no_kernel_is_launched_with_less_than_a_warp() -> None:
+    launch = smaller(CUDA.launch_prefill(Shape(2, 4, 192, 192, 4)))
+    assert launch.threads == 32 and launch.template["TILE_ROWS"] == 16
+    assert smaller(launch) == launch
+
+
 def test_what_has_become_smaller_is_planned_so() -> None:
     found = FoundAtLoad()
     found.halvings["paged_prefill", HALF] = 1
@@ -128,6 +134,8 @@ def test_how_many_sequences_a_prefix_needs_is_told() -> None:
     tile = METAL.tiles(HALF).tile
     assert least_members(ASSUMED, 1024, HALF, tile) == 4 and least_members(ASSUMED, 64, HALF, tile) == 10
     assert least_members(SharingCosts(1.0, 9.0, 0.0, "us"), 8192, HALF, tile) is None
+    many = HALF._replace(heads_per_kv_head=16)  # of which a lone sequence has rows enough, but shares with nobody
+    assert least_members(SharingCosts(1.0, 0.5, 0.0, "us"), 8192, many, tile) == 2
 
 
 def test_shared_prefixes_are_left_out_of_a_plan_that_gains_nothing_by_them() -> None:

@@ -20,8 +20,9 @@ class FakeDevice:
         self.made: list[str] = []
         self.options: list[dict[str, Any]] = []
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.limits: dict[str, int] = {}
-        """The most threads of a threadgroup that kernels with these names may have."""
+        self.limits: dict[Any, int] = {}
+        """The most threads of a threadgroup that kernels with these names may have, or with a name and a template
+        argument."""
         self.unfit = 0
         """The size of heads for which no kernel builds."""
 
@@ -34,7 +35,8 @@ class FakeDevice:
         def call(**arguments: Any) -> list[mx.array]:
             if self.unfit and dict(arguments["template"]).get("HEAD_DIM") == self.unfit and name != "paged_write":
                 raise RuntimeError("[metal::Device] Unable to load kernel")
-            size, limit = math.prod(arguments["threadgroup"]), self.limits.get(name, 1024)
+            keys = [name, *((name, *argument) for argument in arguments["template"])]
+            size, limit = math.prod(arguments["threadgroup"]), min(self.limits.get(key, 1024) for key in keys)
             if size > limit:  # as MLX has it, which says so when it is evaluated
                 most = f"the maximum allowed threads per threadgroup ({limit})."
                 raise ValueError(f"Thread group size ({size}) is greater than  {most}")

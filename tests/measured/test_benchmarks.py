@@ -310,6 +310,15 @@ def test_parts_that_are_measured_one_by_one_come_together_in_one_file(tmp_path: 
     assert json.loads(file.read_text())["results"] == content["results"]
 
 
+@pytest.mark.parametrize("text", ['{"machine": ', "[]", '{"results": {}}'])
+def test_parts_are_not_added_to_what_is_no_file_of_results(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    file.write_text(text)
+    with pytest.raises(SystemExit, match=r"out\.json is no file of results: give another file, or measure all parts$"):
+        importlib.import_module("report")._content_to_keep(file, {})
+    assert file.read_text() == text
+
+
 SCRIPT = """
 import os, report
 from report import Part

@@ -65,6 +65,28 @@ def test_a_report_that_cannot_be_written_is_one_line_before_anything_runs(tmp_pa
     assert "nowhere/report.json can't be written" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_files_are_looked_for_where_it_is_run(stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("--anywhere", "--python", f"./{stub.name}", "--output", "report.json")
+    assert done.stdout == f"ran benchmarks/on_a_mac.py --json {tmp_path / 'report.json'}\n"
+    assert not (ROOT / "report.json").exists()
+    done = run("--anywhere", "--python", "nowhere/python")
+    assert (done.returncode, done.stderr) == (2, f"on_a_mac.sh: there is no {tmp_path}/nowhere/python\n")
+
+
+def test_an_old_python_is_refused_before_an_environment_is_made_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "python3"  # as Xcode brings it; what an environment was made of it keeps
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.6\nexit $(($# - 1))\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    done = run("--anywhere", "--output", tmp_path / "report.json")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert "python3 is Python 3.9.6, and 3.11 or newer is needed" in done.stderr
+    assert not (tmp_path / "report.json").exists()
+
+
 def test_it_hands_over_to_the_parts_with_the_options_that_are_theirs(stub: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     done = run("--anywhere", "--quick", "--only", "decode", "--python", stub, "--output", file)

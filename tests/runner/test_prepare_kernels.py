@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.attention_cases import share_all, split
@@ -14,10 +15,14 @@ from helpers.families import family_model
 from helpers.tiny_models import VOCAB_SIZE
 
 from mlx_paged import LLM, BeamSearchParams, SamplingParams
+from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.found_at_load import SharingCosts
-from mlx_paged.attention.paged_attention import BACKEND_VARIABLE
+from mlx_paged.attention.paged_attention import BACKEND_VARIABLE, BACKENDS
+from mlx_paged.cache.kv_cache import LayerPool
+from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.errors import EngineWarning
 from mlx_paged.runner import prepare_kernels, trial_writes
+from mlx_paged.runner.layer_kinds import LayerKind, TrialStep
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 12, "v_head_dim": 20, "q_lora_rank": None}
@@ -96,6 +101,47 @@ def test_a_kernel_that_may_have_fewer_threads_is_launched_with_fewer_from_the_st
     assert prefills == {((32, 1, 1), 8)}
     grids = [call["grid"] for call in device.use("paged_prefill") if call["output_shapes"][0][0] == 64]
     assert grids and set(grids) == {(32, 2, 64 * 2 // 8)}  # tiles of 8 rows, of 2 heads each
+
+
+def built_later(device: FakeDevice, window: int | None, count: Callable[[], None] = lambda: None) -> set[str]:
+    """What steps of 1 to 9 queries a sequence have built that was not at load, of layers with 2 heads to a KV head."""
+    layer = LayerSpec(2, 64, 64, mx.float16)
+    kind = LayerKind(BACKENDS["metal"], layer, 4, AttentionOptions(0.125, window))  # type: ignore[arg-type]
+    assert prepare_kernels.failure_of(kind, 16, count) is None
+    built, pool = device.compiled(), LayerPool.zeros(layer, 1, 16)
+    device.calls.clear()
+    for num_queries in range(1, 10):
+        step = TrialStep(2, num_queries, 400)
+        kind.backend.attend(kind.queries(2 * num_queries), pool, step.metadata(16), kind.options)
+    return device.compiled() - built
+
+
+def test_where_few_queries_need_fewer_threads_all_other_kernels_of_that_layout_are_built_too(
+    device: FakeDevice,
+) -> None:
+    device.limits = {("paged_decode", "QUERIES", 8): 200}
+    counted: list[None] = []
+    assert not built_later(device, None, lambda: counted.append(None))
+    assert len(counted) == 13  # each step once, of those that the line on the terminal speaks of
+    decodes = [dict(call["template"]) for call in device.use("paged_decode")]
+    assert {each["QUERIES"] for each in decodes} == {1, 2, 4, 8} and {each["SIMDGROUPS"] for each in decodes} == {4}
+
+
+@pytest.mark.parametrize("window", [128, 249, 256, 300])
+def test_a_window_that_only_a_few_queries_see_in_parts_has_its_parts_merged_at_load(
+    window: int, device: FakeDevice
+) -> None:
+    assert not built_later(device, window)
+
+
+def test_what_was_measured_stays_when_later_layers_of_the_same_shape_have_a_window(
+    device: FakeDevice, tiny_model: Callable[..., Any]
+) -> None:
+    for order in ("full_attention", "sliding_attention"), ("sliding_attention", "full_attention"):
+        BACKENDS["metal"].found.costs.clear()  # type: ignore[attr-defined]
+        llm = load(tiny_model("gpt_oss", num_hidden_layers=2, layer_types=order))
+        (told,) = (line for line in llm.describe_shared_prefixes() if "window" not in line)
+        assert told.endswith("measured at load")
 
 
 @pytest.mark.parametrize("kernel", ["paged_decode", "paged_prefill", "paged_merge"])

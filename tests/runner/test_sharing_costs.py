@@ -96,6 +96,11 @@ def test_layers_that_never_share_say_why(device: FakeDevice, tiny_model: Callabl
     llm = LLM.from_model(tiny_model("gpt_oss"), num_kv_blocks=8, pipelining="off")
     windows, _ = sorted(llm.describe_shared_prefixes())
     assert windows.endswith(" layers 0, 2: read by each sequence, since these layers have a window")
+    model = tiny_model("llama", num_attention_heads=17, num_key_value_heads=1, head_dim=8)
+    (heads,) = LLM.from_model(model, num_kv_blocks=8, pipelining="off").describe_shared_prefixes()
+    assert heads.endswith(
+        ": read by each sequence, since these layers have too many heads to a KV head, or too long ones"
+    )
 
 
 def test_blocks_of_a_trial_lie_where_they_are_said_to() -> None:
