@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from mlx_paged.attention.kernel_plan import MIN_INPUT_SIZE
 from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
 
 
@@ -40,7 +41,7 @@ def _cut(metadata: AttentionMetadata, chunk: int, block_size: int) -> AttentionM
     begins = (starts[sequence] // chunk + part) * chunk
     context_lens = np.minimum(ends[sequence] - begins, chunk)
     query_lens = context_lens - np.maximum(starts[sequence] - begins, 0)
-    num_blocks = -(-int(context_lens.max(initial=0)) // block_size)
+    num_blocks = max(MIN_INPUT_SIZE, -(-int(context_lens.max(initial=0)) // block_size))
     columns = np.minimum(begins[:, None] // block_size + np.arange(num_blocks), metadata.block_tables.shape[1] - 1)
     return AttentionMetadata(
         metadata.block_tables[mx.array(sequence[:, None].astype(np.int32)), mx.array(columns.astype(np.int32))],

@@ -119,7 +119,7 @@ class KernelBackend(Backend):
         reads and writes it only by `write_done` and `reads_done`, which the kernels make and take. Other operations
         have to come after `mx.synchronize()`.
         """
-        if not self.writes_in_place:
+        if not self.writes_in_place and pool.write_done is None:  # another model's load does not change this one's way
             super().write(pool, metadata, keys, values)
             return
         dtype, value_dim = pool.dtype, 0 if pool.latent_dim else values.shape[2]

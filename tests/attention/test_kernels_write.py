@@ -102,6 +102,20 @@ def test_a_pool_that_something_still_reads_is_written_where_it_lies(gpu: Gpu) ->
         assert (view[5] == 1).all().item() and pool.sum().item() == 4 * 64
 
 
+def test_a_pool_that_kernels_write_stays_theirs_when_another_model_is_loaded_that_scatters(gpu: Gpu) -> None:
+    """Scatter would wait for none of the writes that MLX knows nothing of."""
+    where, rows = np.array([1], np.int32), mx.ones((1, 2, 64), mx.float16)
+    written, new = (LayerPool.zeros(LayerSpec(2, 64, 64, mx.float16), 2, 8) for _ in range(2))
+    gpu.backend.write(written, slots_of(where, where), rows, rows)
+    gpu.backend.writes_in_place = False
+    for pool in (written, new):
+        gpu.backend.write(pool, slots_of(where, where + 1), 2 * rows, rows)
+        mx.eval(pool.arrays, [] if pool.write_done is None else pool.write_done)
+        assert pool.keys[1, 2, 1, 7].item() == 2
+    gpu.only_simulated("launches are counted")
+    assert gpu.kernels_run == ["write", "write"]
+
+
 @pytest.mark.parametrize("of", ["keys", "values"])
 def test_slots_past_the_32_bits_of_a_pool_are_found(of: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     others = "key_pieces" if of == "values" else "value_pieces"
