@@ -33,6 +33,7 @@ def open_screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     screen = Screen()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)  # which --quiet sets
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr("mlx_paged.progress.time", SimpleNamespace(monotonic=itertools.count().__next__))
     return screen

@@ -95,7 +95,7 @@ def test_workloads_can_be_chosen_and_made_smaller_for_any_model(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--only", "W1,W99"], "there is no 'W99': they are W1, W2"),
+        (["--only", "W1,W99"], "there is no part 'W99': they are W1, W2"),
         (["--scale", "0"], "--scale: '0' is no whole number of at least 1"),
         (["--model", "/no/such/folder", "--only", "W1"], "/no/such/folder"),
         (["--model", str(ROOT / "models" / "demo"), "--only", "W6"],

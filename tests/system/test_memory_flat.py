@@ -136,12 +136,12 @@ def test_a_request_that_arrives_while_an_idle_engine_steps_is_taken_in_by_the_ne
     engine = make_engine(tiny_model("llama", **SMALL))
     schedule = engine._scheduler.schedule
 
-    def schedule_while_another_thread_adds(**options: Any) -> Any:
+    def schedule_while_another_thread_adds(*options: Any) -> Any:
         monkeypatch.undo()
         thread = threading.Thread(target=engine.add_request, args=([1, 2], SamplingParams(max_tokens=1)))
         thread.start()
         thread.join()
-        return schedule(**options)
+        return schedule(*options)
 
     monkeypatch.setattr(engine._scheduler, "schedule", schedule_while_another_thread_adds)
     assert engine.step() == []
