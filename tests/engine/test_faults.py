@@ -18,10 +18,11 @@ from mlx_paged import BeamSearchParams, SamplingParams
 from mlx_paged.cache import block_store as block_store
 
 
-@pytest.mark.parametrize(
-    ("family", "pipelining"),
-    [*((FAMILIES[0], each) for each in PIPELINING), *((each, "submit") for each in FAMILIES[1:])],
-)
+_FIRST, *_OTHERS = FAMILIES
+IN_TURN = [*((_FIRST, each) for each in PIPELINING), *((each, "submit") for each in _OTHERS)]
+
+
+@pytest.mark.parametrize(("family", "pipelining"), IN_TURN)
 @pytest.mark.parametrize("point", ["_runner.run", "_steps.wait", "_sampling._sampler.sample"])
 def test_an_error_ends_the_requests_of_its_steps_and_no_others(point: str, family: str, pipelining: str) -> None:
     engine = make_engine(family, **TIGHT, pipelining=pipelining)
