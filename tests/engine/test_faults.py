@@ -17,7 +17,6 @@ from helpers.workload import FAMILIES, Asked, make_engine
 from mlx_paged import BeamSearchParams, SamplingParams
 from mlx_paged.cache import block_store as block_store
 
-
 _FIRST, *_OTHERS = FAMILIES
 IN_TURN = [*((_FIRST, each) for each in PIPELINING), *((each, "submit") for each in _OTHERS)]
 
