@@ -40,6 +40,11 @@ class ModelRunner:
     def vocab_size(self) -> int:
         return self._model.vocab_size
 
+    @property
+    def max_decode_queries(self) -> int:
+        """Query tokens of one sequence that every layer computes while it reads the sequence's blocks once."""
+        return self._model.max_decode_queries(self.config.block_size)
+
     def run(self, inputs: ModelInputs) -> mx.array:
         """Build the graph of a step, K and V written with it. Returns its logits, [num_rows, vocab_size]."""
         return self._model(self.kv_cache, inputs, self.states)

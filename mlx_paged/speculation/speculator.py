@@ -48,6 +48,8 @@ class Speculator:
     batch: RunningBatch
     costs: StepCosts
     max_num_batched_tokens: int
+    max_decode_queries: int = 1
+    """Of the model: with more, a sequence's blocks are read more than once."""
     num_draft_tokens: int = 0
     """Drafts that were verified."""
     num_accepted_tokens: int = 0
@@ -113,7 +115,10 @@ class Speculator:
         num_others += len(followed) - len(shares)
         num_rows = len(shares) + num_others
         best, best_rate = 0, _GAIN * num_rows / self.costs.of(max(1, num_rows))
-        for most in range(1, config.num_speculative_tokens + 1) if shares else ():
+        limit = (
+            self.max_decode_queries - 1 or config.num_speculative_tokens
+        )  # where one is all there is, it is the same
+        for most in range(1, min(limit, config.num_speculative_tokens) + 1) if shares else ():
             num_out = num_rows + sum(share**i for share in shares for i in range(1, most + 1))
             seconds = self.costs.of(num_rows + most * len(shares))
             if num_others:  # while those with drafts wait for their last token, the others go on
@@ -174,4 +179,4 @@ def make_speculator(runner: ModelRunner, config: EngineConfig, batch: RunningBat
         warnings.warn(text, EngineWarning, stacklevel=4)
         asked = None
     costs = StepCosts(runner.measure_steps(MEASURED) if asked is not None and asked.adaptive else {1: 1.0})
-    return Speculator(asked, batch, costs, config.max_num_batched_tokens)
+    return Speculator(asked, batch, costs, config.max_num_batched_tokens, runner.max_decode_queries)

@@ -39,7 +39,6 @@ def check_memory(content: dict[str, Any]) -> None:
     assert {row["allocator"] for row in results["operations"]} == set(POLICIES)
     for row in results["operations"]:
         assert all(value > 0 for value in row.values() if not isinstance(value, str))
-
     waste = {row["held_in"]: row["waste"] for row in results["waste"]}
     in_blocks = [waste[f"blocks of {size}"] for size in (8, 16, 32, 64, 128)]
     assert in_blocks == sorted(in_blocks)

@@ -60,6 +60,15 @@ def test_a_sequence_that_is_foretold_has_as_many_drafts_as_pay() -> None:
         assert num_drafts(proposer) == expected
 
 
+@pytest.mark.parametrize(("most", "expected"), [(3, [2]), (8, [4]), (1, [4])])
+def test_blocks_are_read_once_where_several_queries_can_share_a_read(most: int, expected: list[int]) -> None:
+    batch = make_batch([1, 2, 3])
+    proposer = speculator(batch)
+    proposer.max_decode_queries = most
+    learn(proposer, batch, [1, 2, 3] * 12)
+    assert num_drafts(proposer) == expected
+
+
 def test_what_is_not_foretold_has_none() -> None:
     batch = make_batch([1, 2, 3])
     proposer = speculator(batch)
