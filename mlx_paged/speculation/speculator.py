@@ -178,5 +178,7 @@ def make_speculator(runner: ModelRunner, config: EngineConfig, batch: RunningBat
         text = "this model has recurrent layers, which can't go back: it runs without drafts (speculative_config)"
         warnings.warn(text, EngineWarning, stacklevel=4)
         asked = None
-    costs = StepCosts(runner.measure_steps(MEASURED) if asked is not None and asked.adaptive else {1: 1.0})
+    if asked is None:
+        return Speculator(None, batch, StepCosts({1: 1.0}), config.max_num_batched_tokens)
+    costs = StepCosts(runner.measure_steps(MEASURED) if asked.adaptive else {1: 1.0})
     return Speculator(asked, batch, costs, config.max_num_batched_tokens, runner.max_decode_queries)

@@ -46,6 +46,8 @@ NOT_RUN = {
     "python benchmarks/fair_steps.py": MINUTES,
     "python benchmarks/hybrids.py": MINUTES,
     "python benchmarks/quantised_cache.py": MINUTES,
+    "python benchmarks/speculation.py": MINUTES,
+    "python benchmarks/draws.py": MINUTES,
     "python benchmarks/server.py": MINUTES,
     "python benchmarks/on_a_gpu.py": "needs an NVIDIA card",
     "mlx-paged bench": "takes minutes; tests/cli/test_bench.py runs it at a small size",
