@@ -18,6 +18,7 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "quantised-cache-smollm2-linux-cpu.json": ("quantised_cache", "A quantised cache of SmolLM2-135M-Instruct", ()),
     "quantised-cache-gemma3-linux-cpu.json": ("quantised_cache", "A quantised cache of Gemma 3 270M", ()),
     "quantised-cache-speed-linux-cpu.json": ("quantised_cache", "What a quantised cache takes", ()),
+    "speculation-smollm2-linux-cpu.json": ("speculation", "Drafts of SmolLM2-135M-Instruct", ()),
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
     "server-smollm2-linux-cpu.json": ("server", "A server of SmolLM2-135M-Instruct", ()),
@@ -31,7 +32,7 @@ HEAD = """# Results
 
 The tables of the files in this folder, written by `python benchmarks/results_page.py`.
 [docs/benchmarks.md](../../docs/benchmarks.md) says what is claimed of them. Nothing was measured on a Mac or on an
-NVIDIA card. What was timed, but for the tables of the server and of quantised caches, was timed with the engine of
+NVIDIA card. What was timed, but for the tables of the server, of quantised caches and of drafts, was timed with the engine of
 commit 3b85ee2 or an earlier one, which had more tricks for MLX's CPU build than today's.
 """
 
