@@ -32,8 +32,8 @@ HEAD = """# Results
 
 The tables of the files in this folder, written by `python benchmarks/results_page.py`.
 [docs/benchmarks.md](../../docs/benchmarks.md) says what is claimed of them. Nothing was measured on a Mac or on an
-NVIDIA card. What was timed, but for the tables of the server, of quantised caches and of drafts, was timed with the engine of
-commit 3b85ee2 or an earlier one, which had more tricks for MLX's CPU build than today's.
+NVIDIA card. What was timed, but for the tables of the server, of quantised caches and of drafts, was timed with the
+engine of commit 3b85ee2 or an earlier one, which had more tricks for MLX's CPU build than today's.
 """
 
 
