@@ -98,7 +98,7 @@ class KernelBackend(Backend):
         if block_size not in BLOCK_SIZES:
             return f"no {self.title} kernel for block_size {block_size}: {', '.join(map(str, BLOCK_SIZES))} have one"
         if layer.value_in_key:
-            shape = Shape(1, num_heads, *layer[1:3], layer.dtype.size, value_in_key=True)
+            shape = shape_of_layer(layer, num_heads)
             return unsupported_latents(self.title, shape) if self.latent_layout(shape) is None else None
         most = MAX_HALF_DIM if layer.dtype.size == 2 else MAX_HEAD_DIM
         for name, dim in (("head_dim", layer.key_dim), ("value_dim", layer.value_dim)):
@@ -108,8 +108,7 @@ class KernelBackend(Backend):
         return None
 
     def max_decode_queries(self, layer: LayerSpec, num_heads: int) -> int:
-        heads, dim, value_dim, dtype, is_latent, codes = layer
-        shape = Shape(heads, num_heads // heads, dim, value_dim, dtype.size, is_latent, codes)
+        shape = shape_of_layer(layer, num_heads)
         return self.decode_queries(shape) or max(1, self.tiles(shape).tile.rows // shape.heads_per_kv_head)
 
     def write(self, pool: LayerPool, metadata: AttentionMetadata, keys: mx.array, values: mx.array) -> None:
@@ -321,6 +320,12 @@ def shape_of(q: mx.array, pool: LayerPool) -> Shape:
     """What a plan for these arrays depends on."""
     _, heads, dim, value_dim = pool.block_shape
     return Shape(heads, q.shape[1] // heads, dim, value_dim, q.dtype.size, pool.latent_dim is not None, pool.codes)
+
+
+def shape_of_layer(layer: LayerSpec, num_heads: int) -> Shape:
+    """The same of a layer that attends with so many query heads."""
+    heads, dim, value_dim, dtype, is_latent, codes = layer
+    return Shape(heads, num_heads // heads, dim, value_dim, dtype.size, is_latent, codes)
 
 
 def _visible(window: int | None) -> mx.array:

@@ -4,6 +4,7 @@ What is stored for a token depends on its own numbers alone, head by head, so it
 of a prompt. Copies, stores and files move codes as they are: nothing is quantised twice.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -85,14 +86,15 @@ class KVCodes(NamedTuple):
 
     def gather(self, arrays: dict[str, mx.array], name: str, rows: mx.array) -> mx.array:
         """The numbers of `rows`, int32 [...], of the arrays as [-1, ...]. Returns float32 [..., dim]."""
-        codes, params = (arrays[f"{name}_{kind}"].flatten(0, 2)[rows] for kind in ("codes", "params"))
-        return (self.keys if name == "k" else self.values).dequantise(codes, params)
+        return self._numbers(arrays, name, lambda array: array.flatten(0, 2)[rows])
 
     def gather_blocks(self, arrays: dict[str, mx.array], name: str, block_ids: mx.array) -> mx.array:
         """The numbers of blocks, int32 [n], in their order. Returns float32 [num_kv_heads, n * block_size, dim]."""
-        codes, params = (
-            arrays[f"{name}_{kind}"][block_ids].swapaxes(0, 1).flatten(1, 2) for kind in ("codes", "params")
-        )
+        return self._numbers(arrays, name, lambda array: array[block_ids].swapaxes(0, 1).flatten(1, 2))
+
+    def _numbers(self, arrays: dict[str, mx.array], name: str, pick: Callable[[mx.array], mx.array]) -> mx.array:
+        """What the codes and parameters are, of K ("k") or V ("v"), that `pick` takes out of their arrays."""
+        codes, params = (pick(arrays[f"{name}_{kind}"]) for kind in ("codes", "params"))
         return (self.keys if name == "k" else self.values).dequantise(codes, params)
 
 

@@ -9,11 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_paged.attention.backend import AttentionOptions
-from mlx_paged.attention.kernel_backend import KernelBackend, shape_of
+from mlx_paged.attention.kernel_backend import KernelBackend, shape_of_layer
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.shared_prefix import SharedPrefix
 from mlx_paged.attention.work_items import Shape
-from mlx_paged.cache.kv_cache import LayerPool
 from mlx_paged.cache.layer_spec import LayerSpec
 from mlx_paged.models.patch import PatchedModel
 from mlx_paged.scheduler.block_tables import MIN_COLUMNS
@@ -62,7 +61,7 @@ class LayerKind:
 
     @property
     def shape(self) -> Shape:
-        return shape_of(self.queries(1), LayerPool.zeros(self.layer, 1, 8))
+        return shape_of_layer(self.layer, self.num_heads)
 
     @property
     def shares_prefixes(self) -> bool:
