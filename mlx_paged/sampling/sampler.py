@@ -139,8 +139,8 @@ class Sampler:
             row, token, value = batch.bias
             scores = scores.at[row, token].add(value)
         if batch.penalties is not None:
-            counted = np.flatnonzero(self._counts.count_rows[rows] >= 0).tolist()
-            more = [(i, token) for i, number in enumerate(counted) for token in ahead[number]] if ahead else []
+            counted = np.flatnonzero(self._counts.count_rows[rows] >= 0).tolist() if ahead else []
+            more = [(i, token) for i, number in enumerate(counted) for token in ahead[number]]
             counts = self._counts.read(batch.penalties.device_count_rows, more)
             scores = _penalise(scores, batch.penalties, *counts)
         random = batch.random
