@@ -2,9 +2,9 @@
 
     python benchmarks/plots.py [RESULTS] [IMAGES]       by default benchmarks/results and docs/images
 
-Of each workloads-MACHINE.json and concurrency-MACHINE.json there is in the first folder: waste by system, throughput by
-concurrency, and memory over time; a title names the machine. reserved_and_used.svg is arithmetic, the same everywhere,
-by the rules of `mlx-paged inspect`. Needs the extra `plots`.
+Of each workloads-, concurrency- and mixed-load-MACHINE.json there is in the first folder: waste by system, throughput
+by concurrency, memory over time, and memory beside mlx-lm's; a title names the machine. reserved_and_used.svg is
+arithmetic, the same everywhere, by the rules of `mlx-paged inspect`. Needs the extra `plots`.
 """
 
 from __future__ import annotations
@@ -117,6 +117,22 @@ def memory_over_time(axes: Axes, rows: list[Row]) -> str:
     return "What the requests of W3 take while they are served"
 
 
+def mixed_load(axes: Axes, rows: list[Row]) -> str:
+    """Rows of mixed_load.py: what each system holds, minute by minute, and how much of it is of requests that run."""
+    for system, color in (("mlx-lm", ORANGE), ("mlx-paged", BLUE)):
+        own = [row for row in rows if row["system"] == system]
+        minutes, running = [row["minute"] for row in own], [row["running_mb"] for row in own]
+        label = f"{system}, {own[-1]['answered']:,} requests answered"
+        axes.plot(minutes, [row["held_mb"] for row in own], color=color, label=label, gid=f"line-{system}")
+        axes.fill_between(minutes, running, color=color, alpha=0.35, linewidth=0)
+    axes.set_xlim(0, max(row["minute"] for row in rows))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("minutes; filled: the part of requests that run")
+    axes.set_ylabel("held beside the weights, MB")
+    axes.legend()
+    return "Conversations, questions and documents as they come, to both at once"
+
+
 Plot = Callable[[Axes, list[Row]], str]
 PLOTS: dict[str, list[tuple[str, str, Plot]]] = {  # file -> of its parts: part, picture, how it is drawn
     "workloads": [("W3", "waste", waste)],
@@ -124,6 +140,7 @@ PLOTS: dict[str, list[tuple[str, str, Plot]]] = {  # file -> of its parts: part,
         ("throughput", "throughput", throughput),
         ("memory_over_time", "memory-over-time", memory_over_time),
     ],
+    "mixed-load": [("mixed_load", "mixed-load", mixed_load)],
 }
 
 

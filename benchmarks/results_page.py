@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parent / "results"
 FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "workloads-linux-cpu.json": ("workloads", "Against mlx-lm", ()),
     "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
+    "mixed-load-linux-cpu.json": ("mixed_load", "A long mixed load", ("mixed_load",)),  # is drawn
     "fair-steps-linux-cpu.json": ("fair_steps", "A stream beside a long prompt", ()),
     "hybrids-linux-cpu.json": ("hybrids", "Models whose layers keep states", ()),
     "quantised-cache-smollm2-linux-cpu.json": ("quantised_cache", "A quantised cache of SmolLM2-135M-Instruct", ()),

@@ -47,7 +47,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     taken = {"pool": 8192, "padded": 768, "requests": 3, "reserved": 3 * 2048}
     memory = [taken | {"step": i, "used": 50 + i * i, "blocks": 70 + i * i} for i in range(1, 14)]
     concurrency = {"throughput": throughput, "memory_over_time": memory}
-    for name, content in {"workloads": {"W2": [], "W3": waste}, "concurrency": concurrency}.items():
+    held = {"mlx-lm": [30, 90, 60], "mlx-paged": [16, 16, 17]}
+    load = [
+        {"system": system, "minute": i, "held_mb": mb, "running_mb": mb / 2, "answered": 9 * i}
+        for system, of_system in held.items()
+        for i, mb in enumerate(of_system)
+    ]
+    results_of = {"workloads": {"W2": [], "W3": waste}, "concurrency": concurrency, "mixed-load": {"mixed_load": load}}
+    for name, content in results_of.items():
         (results / f"{name}-m9.json").write_text(json.dumps({"machine": MACHINE, "results": content}))
     run_benchmark(results, images, script="plots.py")
     before = {path.name: path.read_bytes() for path in images.iterdir()}
@@ -57,7 +64,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pictures_name_the_machine_and_stay_small(pictures: Path) -> None:
-    names = {"waste-m9.svg", "throughput-m9.svg", "memory-over-time-m9.svg"}
+    names = {"waste-m9.svg", "throughput-m9.svg", "memory-over-time-m9.svg", "mixed-load-m9.svg"}
     assert {path.name for path in pictures.iterdir()} == names | {"reserved_and_used.svg"}
     for path in (pictures / name for name in names):
         assert "Darwin arm64, 11 cores, MLX 0.99.1 on the GPU" in words(path), "text has to be text"
@@ -78,6 +85,9 @@ def test_lines_of_pictures_go_through_the_numbers(pictures: Path) -> None:
     expected = np.stack([(steps - 1) / 12, (steps**2 - 1) / 168], axis=1)
     assert points(pictures / "memory-over-time-m9.svg", "blocks") == pytest.approx(expected, abs=1e-4)
     assert {"2,048 tokens reserved for each", "the pool: 8,192"} <= set(words(pictures / "memory-over-time-m9.svg"))
+    mixed = points(pictures / "mixed-load-m9.svg", "mlx-lm")
+    assert mixed == pytest.approx(np.array([[0, 0], [0.5, 1], [1, 0.5]]), abs=1e-4)
+    assert "mlx-paged, 18 requests answered" in words(pictures / "mixed-load-m9.svg")
 
 
 def test_the_committed_pictures_are_those_of_the_committed_results(tmp_path: Path) -> None:
@@ -86,7 +96,8 @@ def test_the_committed_pictures_are_those_of_the_committed_results(tmp_path: Pat
     assert (tmp_path / arithmetic).read_bytes() == (IMAGES / arithmetic).read_bytes()
     drawn = sorted(path.name for path in tmp_path.iterdir() if path.name != arithmetic)
     assert drawn == sorted(path.name for path in IMAGES.glob("*-*.svg")), "python benchmarks/plots.py draws them"
-    lines = {"throughput": ("mlx-lm", "mlx-paged"), "memory-over-time": ("reserved", "padded", "blocks")}
+    both = ("mlx-lm", "mlx-paged")
+    lines = {"throughput": both, "mixed-load": both, "memory-over-time": ("reserved", "padded", "blocks")}
     for name in drawn:  # not their bytes, which depend on the version of matplotlib
         assert words(tmp_path / name) == words(IMAGES / name)
         for line in next((lines[kind] for kind in lines if name.startswith(kind)), ()):

@@ -46,6 +46,7 @@ NOT_RUN = {
     "python benchmarks/workloads.py --json": MINUTES,
     "python benchmarks/workloads.py --random-weights": MINUTES,
     "python benchmarks/concurrency.py --json": MINUTES,
+    "python benchmarks/mixed_load.py": MINUTES,
     "python benchmarks/fair_steps.py": MINUTES,
     "python benchmarks/hybrids.py": MINUTES,
     "python benchmarks/quantised_cache.py": MINUTES,
