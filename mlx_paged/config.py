@@ -18,6 +18,7 @@ ALLOCATORS = ("lru", "fifo", "buddy")
 DTYPES = ("float32", "float16", "bfloat16")
 KV_CACHE_DTYPES = ("int8", "k8v4", "fp8")
 PIPELINING = ("auto", "submit", "build", "off")
+SPECULATIVE_METHODS = ("ngram", "draft_model")
 _CHOICES = {"allocator": ALLOCATORS, "dtype": DTYPES, "kv_cache_dtype": KV_CACHE_DTYPES, "pipelining": PIPELINING}
 
 
@@ -94,8 +95,11 @@ class Settings:
 class SpeculativeConfig(Settings):
     """How tokens are guessed for a step to verify, with vLLM's keys. Raises ValueError for a value out of range."""
 
-    method: str = "ngram"
-    """"ngram": what followed the last tokens earlier in the prompt or the output."""
+    method: str | None = None
+    """"ngram": what followed the last tokens earlier in the prompt or the output. "draft_model": what `model` draws.
+    None: the latter if there is a `model`."""
+    model: Any = None
+    """A smaller model of the same vocabulary: a name or a folder, or an mlx-lm model that is already loaded."""
     num_speculative_tokens: int = 4
     """The most guesses of a sequence in a step."""
     prompt_lookup_max: int = 5
@@ -117,8 +121,12 @@ class SpeculativeConfig(Settings):
             raise ValueError(f"speculative_config: {error}") from None
 
     def __post_init__(self) -> None:
-        if self.method != "ngram":
-            raise ValueError(f"method must be ngram, got {excerpt(self.method)}")
+        object.__setattr__(self, "method", self.method or ("ngram" if self.model is None else "draft_model"))
+        if self.method not in SPECULATIVE_METHODS:
+            raise ValueError(f"method must be {' or '.join(SPECULATIVE_METHODS)}, got {excerpt(self.method)}")
+        if (self.method == "draft_model") != (self.model is not None):
+            wanted = "takes no model" if self.model is not None else "needs a model: a name or a folder"
+            raise ValueError(f"method {self.method} {wanted}")
         for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -321,12 +321,13 @@ def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
     engine = {name: value for name in names & settings.keys() if (value := settings.pop(name)) is not None}
     if settings.pop("no_prefix_caching"):
         engine["prefix_caching"] = False
-    asked = {"method": settings.pop("speculative"), "num_speculative_tokens": settings.pop("num_speculative_tokens")}
-    if given := {name: value for name, value in asked.items() if value is not None}:
-        if "method" not in given:
-            raise click.UsageError("--num-speculative-tokens limits guesses: give --speculative ngram, too")
+    keys = {"speculative": "method", "draft_model": "model", "num_speculative_tokens": "num_speculative_tokens"}
+    if given := {key: value for name, key in keys.items() if (value := settings.pop(name)) is not None}:
+        if len(given.keys() & {"method", "model"}) != 1:
+            wanted = "not both" if len(given) > 1 else "to have guesses that --num-speculative-tokens limits"
+            raise click.UsageError(f"give --speculative ngram or --draft-model MODEL, {wanted}")
         if click.get_current_context().info_name == "beam-search":
-            raise click.UsageError("beams have no guesses to verify: leave --speculative out")
+            raise click.UsageError("beams have no guesses to verify: leave --speculative and --draft-model out")
         engine["speculative_config"] = given
     with _as_usage_error():
         EngineConfig(**engine)

@@ -207,6 +207,8 @@ engine_options: Option = options(
     kv_cache_dtype_option,
     text("--speculative", type=click.Choice(["ngram"]),
          help="Guess next tokens from earlier text, where that is faster; answers stay the same."),
+    text("--draft-model", metavar="MODEL", shell_complete=model_values,
+         help="Or let a smaller model of the same vocabulary guess them."),
     int_option("--num-speculative-tokens", help="Most guesses of a sequence in a step. Default: 4."),
     flag("--no-prefix-caching", help="Don't reuse the blocks of equal prefixes."),
     text("--allocator", metavar="|".join(ALLOCATORS), help="Order in which free blocks are reused. Default: lru.",

@@ -168,7 +168,9 @@ def _speculation(stats: EngineStats) -> list[str]:
     if not stats.num_draft_tokens:
         return []
     right = f"{stats.num_accepted_tokens} of {stats.num_draft_tokens} drafts were right"
-    return [f"speculation: {right}; {stats.num_output_tokens} tokens in {stats.num_steps} steps"]
+    tried, chosen = stats.num_drafts, stats.num_draft_tokens / stats.num_drafts
+    length = f"{tried} times {chosen:.1f}, for {1 + stats.num_accepted_tokens / tried:.2f} tokens each time"
+    return [f"speculation: {right}, {length}; {stats.num_output_tokens} tokens in {stats.num_steps} steps"]
 
 
 def excerpt(text: str, limit: int = 60) -> str:

@@ -20,12 +20,22 @@ class ModelRunner:
     """A model and its paged KV cache."""
 
     def __init__(
-        self, model: PatchedModel, config: EngineConfig, max_model_len: int | None, num_needed: int | None = None
+        self,
+        model: PatchedModel,
+        config: EngineConfig,
+        max_model_len: int | None,
+        num_needed: int | None = None,
+        draft: PatchedModel | None = None,
     ) -> None:
-        """num_needed: blocks of a pool for which no size is given, if fewer than a share of the memory has room for."""
+        """num_needed: blocks of a pool for which no size is given, if fewer than a share of the memory has room for.
+
+        draft: a second model that shares the memory, with as many blocks.
+        """
         self._model = model = model if config.kv_cache_dtype is None else model.quantised(config.kv_cache_dtype)
         self.backends = prepare_kernels(model, config.block_size)
-        self.plan = plan_memory(model, config, max_model_len, num_needed)
+        self.plan = plan_memory(model, config, max_model_len, num_needed, draft)
+        self.draft = None if draft is None else ModelRunner(draft, self.plan.of_draft(config), max_model_len)
+        """What runs the second model, if there is one."""
         self.config = config if self.plan.state_bytes == 0 else fit_to_states(config, self.plan)
         """With no more sequences at once than there is room for."""
         layers = [layer for layer, _ in model.stored_layers]

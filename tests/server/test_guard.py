@@ -172,7 +172,7 @@ METRICS = {
               "mlx_paged:http_clients", "mlx_paged:max_step_seconds"},
     "counter": {"vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total",
                 "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total",
-                "vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total",
+                "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total",
                 "mlx_paged:cow_copies_total", "mlx_paged:swapped_blocks_total", "mlx_paged:swapped_states_total",
                 "mlx_paged:steps_total", "mlx_paged:rejected_total"},
     "histogram": {"vllm:time_to_first_token_seconds", "vllm:time_per_output_token_seconds",
