@@ -39,10 +39,14 @@ OPTIONS = PARSER.parse_known_args()[0]
 ROOT = Path(__file__).parents[1]
 CODE = (ROOT / "mlx_paged" / "blocks" / "compaction.py").read_text()
 PROSE = " ".join((ROOT / "LICENSE").read_text().split())[:1500]
+PASSAGE = """The harbour lay quiet under a thin grey mist. Two fishermen mended their nets on the stone steps, and a dog
+slept between the baskets. Far out, a white sail moved slowly along the line where the water met the sky. Nobody spoke.
+When the bell of the small church rang seven, the older man folded his net, looked once at the sea, and walked home past
+the shuttered shops.""".replace("\n", " ")
 TASKS = {
     "code": f"Rewrite this file and rename `manager` to `blocks`. Answer with the code alone.\n\n{CODE}",
     "summary": f"Summarise this text in its own words:\n\n{PROSE}",
-    "copy": f"Repeat this text exactly:\n\n{PROSE}",
+    "copy": f"Repeat the following text exactly, word for word:\n\n{PASSAGE}",
     "chat": "Tell me about the moon.",
 }
 CONFIGS: dict[str, dict[str, Any] | None] = {"none": None, "where they pay": {}, "always": {"adaptive": False}}

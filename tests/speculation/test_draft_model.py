@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from helpers.families import family_model
-from helpers.tiny_models import make_model
+from helpers.tiny_models import make_model, unpaged_greedy
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.errors import EngineWarning, ModelError
+from mlx_paged.request import Sequence
 from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.speculation.load_draft import first_difference
 
@@ -51,6 +52,28 @@ def test_a_draft_model_that_is_the_model_is_always_right(temperature: float, kv_
     stats = llm.stats()
     assert stats.num_accepted_tokens == stats.num_draft_tokens == 2 * 24
     assert stats.num_drafts == 2 * 8, "of each sequence: 1 token of the prompt, and 8 times 3 drafts and one more"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_each_guess_is_what_the_draft_model_itself_would_say_next(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(family)
+    llm = drafting(model, model)
+    proposer: Any = llm.engine._speculator.proposer
+    propose, proposed = proposer.propose, list[tuple[list[int], list[int]]]()
+
+    def recorded(rooms: dict[Sequence, int]) -> dict[Sequence, list[int]]:
+        drafts = propose(rooms)
+        proposed.extend((list(sequence.token_ids), tokens) for sequence, tokens in drafts.items())
+        return drafts
+
+    monkeypatch.setattr(proposer, "propose", recorded)
+    # What the model puts out is not what it would say: of several guesses in a row some are right.
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, repetition_penalty=1.3)
+    llm.generate([PROMPT, PROMPT[::-1]], params)
+    stats = llm.stats()
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+    for tokens, drafts in proposed:
+        assert drafts == unpaged_greedy(model, tokens, len(drafts)).token_ids
 
 
 def test_equal_prefixes_are_computed_once_by_the_draft_model_too(computed: list[int]) -> None:
