@@ -8,7 +8,7 @@ import importlib
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if not (pathlib.Path(__file__).parent / "models").is_dir():
     # A source checkout: metal, cuda and models are folders beside the package.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import mlx_paged
 
 REPOSITORY = Path(__file__).parent.parent
 PARTS = ["mlx_paged", "metal", "cuda", "models", "tests/metalsim", "pyproject.toml", "README.md", "LICENSE"]
@@ -73,6 +77,33 @@ def test_the_wheel_holds_sources_kernels_and_the_demo_model_without_its_training
     tops = {name.split("/")[0] for name in names}
     assert not any("metalsim" in name for name in names)
     assert tops - {"mlx_paged"} == {next(top for top in tops if top.endswith(".dist-info"))}
+
+
+@pytest.mark.slow
+def test_the_source_distribution_is_a_checkout_in_which_tests_run(tmp_path: Path) -> None:
+    """Of a copy of what git has, since a clone is where releases are made."""
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("this is no clone, so there is no list of its files")
+    tracked = _run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=REPOSITORY).splitlines()
+    for name in tracked:
+        if (REPOSITORY / name).exists():
+            (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, tmp_path / "clone" / name)
+    make = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    _run(sys.executable, "-c", make, cwd=tmp_path / "clone")
+    (made,) = tmp_path.glob(f"mlx_paged-{mlx_paged.__version__}.tar.gz")
+    with tarfile.open(made) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / made.name.removesuffix(".tar.gz")
+    missing = {name for name in tracked if (tmp_path / "clone" / name).exists() and not (unpacked / name).exists()}
+    assert missing == set()
+    assert not [path for path in unpacked.rglob("*") if path.name == "__pycache__" or path.suffix == ".pyc"]
+    _run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/blocks/test_allocator.py", cwd=unpacked)
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    (first, *_) = re.findall(r"^## (\S+?),? ", (REPOSITORY / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert first == mlx_paged.__version__
 
 
 def _generates(python: Path, cwd: Path, package_root: Path, *command: str | Path) -> None:

@@ -15,13 +15,17 @@ from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
+from mlx_paged import __version__
 from mlx_paged.blocks.stored_states import PREFIX as STATE_PREFIX
 from mlx_paged.config import format_memory, parse_memory
 
+FORMAT = 2  # of files with saved prompts; those of 0.1.0, the first, don't say theirs
+VERSION = f".v{FORMAT}-{__version__}"  # ends the names of their folders: other code may compute a layer otherwise
 SUFFIX = ".safetensors"
 _WRITING = "mlx-paged-writing-"  # begins the names of folders with half-written files
 _LOCK = "owner.lock"
 _HOUR_S = 3600.0
+_OUTDATED_DAYS = 30  # for which files of another version stay that nobody uses
 _SCANS = 16  # in the time in which the bound is written once: others write, too
 
 
@@ -67,6 +71,10 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
 
 
 class _File(NamedTuple):
+    """A file. They sort in the order in which they are to go."""
+
+    is_current: bool
+    """Whether it is of this version; all that are in swap are."""
     used_ns: int
     """When it was used last."""
     path: Path
@@ -74,12 +82,16 @@ class _File(NamedTuple):
 
 
 class BlockFiles:
-    """The block files in a folder and its subfolders, of all processes: those used least recently go first."""
+    """The block files in a folder and its subfolders, of all processes.
+
+    Those of other versions go first, then those used least recently.
+    """
 
     def __init__(self, root: Path, capacity: int | str | None = None, *, spares_disk: bool = False) -> None:
         """capacity: most bytes of all of them, or a share of what they have and what is free; None: no bound.
 
-        spares_disk: no more than that is written in an hour. Makes the folder; one that can't be written to is read
+        spares_disk: no more than that is written in an hour, and what other versions have left, which nobody has used
+        for a month, is removed. Makes the folder; one that can't be written to is read
         only. Raises OSError if it can't be read, either.
         """
         self._root = root
@@ -96,7 +108,22 @@ class BlockFiles:
         self._capacity = None if capacity is None else parse_memory(capacity, free + self._num_bytes)
         self._hourly = self._capacity if spares_disk else None
         if self._capacity is not None and self.why_read_only is None:
+            if spares_disk:
+                self._remove_outdated()
             self._make_room(0, self._capacity)
+
+    @property
+    def outdated_bytes(self) -> int:
+        """Of files of other versions, as of the last look."""
+        return sum(file.num_bytes for file in self._oldest if not file.is_current)
+
+    def _remove_outdated(self) -> None:
+        before = time.time_ns() - _OUTDATED_DAYS * 24 * 3600 * 10**9
+        for file in [file for file in self._oldest if not file.is_current and file.used_ns < before]:
+            self.discard(file.path)
+            self._oldest.remove(file)
+            with contextlib.suppress(OSError):  # of one that is not empty yet
+                file.path.parent.rmdir()
 
     @property
     def takes_more(self) -> bool:
@@ -149,7 +176,7 @@ class BlockFiles:
             self._scan()
         for _ in range(2):  # with the files as they were, then as they are
             while self._num_bytes + num_bytes > capacity and self._oldest:
-                used_ns, path, _ = self._oldest.popleft()
+                _, used_ns, path, _ = self._oldest.popleft()
                 with contextlib.suppress(OSError):
                     if path.stat().st_mtime_ns == used_ns:  # not used meanwhile
                         removed.append(path)
@@ -180,7 +207,8 @@ def _files(root: Path) -> list[_File]:
             paths += () if folder.name.startswith(_WRITING) else folder.glob(f"*{SUFFIX}")
     for path in paths:
         with contextlib.suppress(OSError):
-            found.append(_File((stat := path.stat()).st_mtime_ns, path, stat.st_size))
+            is_current = path.parent == root or path.parent.name.endswith(VERSION)
+            found.append(_File(is_current, (stat := path.stat()).st_mtime_ns, path, stat.st_size))
     return found
 
 
@@ -195,6 +223,8 @@ class SavedModel(NamedTuple):
     num_bytes: int
     last_used: float
     """In seconds since 1970."""
+    is_current: bool
+    """Whether this version of mlx-paged wrote it; otherwise it does not use it."""
 
 
 def saved_models(root: Path) -> list[SavedModel]:
@@ -207,5 +237,8 @@ def saved_models(root: Path) -> list[SavedModel]:
     for name, files in by_model.items():
         num_states = sum(file.path.name.startswith(STATE_PREFIX) for file in files)
         num_bytes, last_used = sum(file.num_bytes for file in files), max(files).used_ns / 1e9
-        models.append(SavedModel(name, len(files) - num_states, num_states, num_bytes, last_used))
+        current = files[0].is_current
+        models.append(
+            SavedModel(name.removesuffix(VERSION), len(files) - num_states, num_states, num_bytes, last_used, current)
+        )
     return sorted(models, key=lambda model: model.last_used, reverse=True)

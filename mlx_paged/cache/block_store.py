@@ -16,9 +16,9 @@ from typing import Protocol, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.cache.block_files import SUFFIX, BlockFiles, OwnFolder, no_place
+from mlx_paged.cache.block_files import SUFFIX, VERSION, BlockFiles, OwnFolder, no_place
 from mlx_paged.cache.kv_cache import BlockContent
-from mlx_paged.config import EngineConfig, parse_swap_space
+from mlx_paged.config import EngineConfig, format_memory, parse_swap_space
 from mlx_paged.errors import EngineWarning
 
 _DEFAULT_SIZE = "10%"  # of the free disk, for saved prompts
@@ -123,6 +123,8 @@ class FolderStore:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a whole block ({error})") from error
         expected = self._metadata(key, content)
+        if metadata.get("version") != expected["version"]:
+            raise ValueError(f"{path} was written by another version of mlx-paged")
         if any(metadata.get(name) != expected[name] for name in ("model", "key")):
             raise ValueError(f"{path} was written for another model or prefix")
         if metadata.get("crc32") != expected["crc32"]:
@@ -130,7 +132,7 @@ class FolderStore:
         return content
 
     def _metadata(self, key: str, content: BlockContent) -> dict[str, str]:
-        return {"model": self._model, "key": key, "crc32": checksum(content)}
+        return {"version": VERSION, "model": self._model, "key": key, "crc32": checksum(content)}
 
     def drop(self, key: str) -> None:
         self._keys.discard(key)
@@ -157,8 +159,13 @@ def open_stores(config: EngineConfig, fingerprint: Callable[[], str]) -> "BlockS
             raise ValueError(_not_writable("prefix_cache_dir", root, error)) from error
         if files.why_read_only is not None:
             _warn(f"no prompts are saved, but those that were are used: {root} can't be written to")
+        if files.outdated_bytes and not any(root.glob(f"*{VERSION}")):  # once: then this version has a folder
+            _warn(
+                f"{root} has {format_memory(files.outdated_bytes)} of prompts that another version of mlx-paged saved: "
+                "they are not used, and go when room is needed, or after a month"
+            )
         model = fingerprint()
-        saved = FolderStore(files, root / model, model)
+        saved = FolderStore(files, root / f"{model}{VERSION}", model)
     return BlockStores(swap, saved)
 
 

@@ -224,11 +224,12 @@ def list_saved(root: Path, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps([model._asdict() for model in models]) + "\n")
         return 0
-    for name, num_blocks, num_states, num_bytes, last_used in models:
+    for name, num_blocks, num_states, num_bytes, last_used, is_current in models:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last_used))
+        old = "" if is_current else "  of another version: not used"
         kept = f"{num_blocks:,} block{'s' * (num_blocks != 1)}"
         kept += f", {num_states:,} state{'s' * (num_states != 1)}" if num_states else ""
-        sys.stdout.write(f"{name}  {kept}  {format_memory(num_bytes)}  last used {when}\n")
+        sys.stdout.write(f"{name}  {kept}  {format_memory(num_bytes)}  last used {when}{old}\n")
     total = sum(model.num_bytes for model in models)
     sys.stdout.write(f"{len(models)} model{'s' * (len(models) != 1)}, {format_memory(total)} in {root}\n")
     return 0

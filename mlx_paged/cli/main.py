@@ -1,4 +1,4 @@
-"""The command line: commands, exit codes, and what bad input is told. What a command does is in a file of its name.
+"""The command line: commands and exit codes. What a command does is in a file of its name.
 
 Exit codes: 0, 1 (it failed: one line on stderr), 2 (bad usage, a value out of range too), 3 (an output was cut before
 it had its form), 130 (Ctrl-C, TERM, HUP). Nothing heavy is imported until a model is loaded, so that --help answers at
@@ -8,9 +8,6 @@ once.
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,90 +21,19 @@ from mlx_paged.cli import options
 from mlx_paged.cli.batch import answer_batch
 from mlx_paged.cli.bench import measure_model
 from mlx_paged.cli.chat import FULL, hold_conversation, require_chat_template
+from mlx_paged.cli.command import EngineGroup
+from mlx_paged.cli.doctor import examine
 from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.inspect import inspect_cache
-from mlx_paged.cli.loading import check_form, complete_params, ending_signals, load_model, model_loader
+from mlx_paged.cli.loading import check_form, complete_params, load_model, model_loader
 from mlx_paged.cli.models import list_models, pull_model
 from mlx_paged.cli.serve import serve_model, serve_options
-from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
+from mlx_paged.cli.terminal import Terminal
 from mlx_paged.config import EngineConfig
-from mlx_paged.cpu.blas import advice
 from mlx_paged.models.aliases import ALIASES
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)
-
-
-class EngineCommand(click.Command):
-    """A command whose object is its Terminal, and whose failures are one line.
-
-    ValueError, ImportError and OSError speak for themselves.
-    """
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the command line, and put prompts and files of prompts into one list, `sources`, as they were typed."""
-        order = options.typed_order(self, args)
-        rest = super().parse_args(ctx, args)
-        if "more_prompts" in ctx.params and not ctx.resilient_parsing:
-            values = {name: iter(ctx.params.pop(name)) for name in ("prompts", "more_prompts", "files")}
-            ctx.params["sources"] = [next(values[name]) for name in order]
-        return rest
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; returns its exit code."""
-        names = options.option_names(self)
-        terminal = Terminal(verbose=ctx.params.pop("verbose"), quiet=ctx.params.pop("quiet"), option_names=names)
-        ctx.obj = terminal
-        try:
-            code = super().invoke(ctx)
-            if code == 0 and "mlx_paged.llm" in sys.modules and (line := advice()) is not None:
-                terminal.note(line)
-            return code
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except BrokenPipeError:  # the reader of a pipe has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except Exception as error:
-            if terminal.verbose:
-                traceback.print_exc()
-            if isinstance(error, ValueError | ImportError | OSError):
-                terminal.failure(str(error) or type(error).__name__)
-            else:
-                hint = "" if terminal.verbose else "; run with --verbose for the traceback"
-                terminal.failure(f"unexpected {type(error).__name__}: {error}{hint}")
-            return 1
-
-
-class EngineGroup(click.Group):
-    """The top command: says what is wrong with a command line in one line."""
-
-    command_class = EngineCommand
-
-    def main(self, *args: Any, **extra: Any) -> NoReturn:
-        """Run a command and exit with its code."""
-        for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # closed by whoever started this
-                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-            elif hasattr(getattr(sys, name), "reconfigure"):  # answers may hold what the encoding can't show
-                getattr(sys, name).reconfigure(errors="replace")
-        try:
-            with ending_signals():
-                code = super().main(*args, **{**extra, "prog_name": "mlx-paged", "standalone_mode": False})
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            code = error.exit_code
-        except click.ClickException as error:
-            ctx = getattr(error, "ctx", None)
-            hint = f" ({ctx.command_path} --help shows the options)" if ctx else ""
-            click.echo(f"mlx-paged: {one_line(error.format_message())}{hint}", err=True)
-            code = error.exit_code
-        except click.Abort:
-            code = INTERRUPTED
-        except OSError as error:  # --help > /dev/full
-            Terminal().failure(str(error))
-            code = 1
-        sys.exit(code)
 
 
 _ALIASES_EPILOG = "Aliases: " + ", ".join(ALIASES)
@@ -288,6 +214,19 @@ def pull(terminal: Terminal, model: str) -> int:
     memory, is said first.
     """
     return pull_model(model, terminal=terminal)
+
+
+@cli.command()
+@options.text("--prefix-cache-dir", metavar="FOLDER", help="Look whether prompts can be saved there, too.")
+@options.flag("--json", "as_json", help="One JSON object.")
+@options.report_options
+def doctor(**settings: Any) -> int:
+    """Say what is installed and what this machine is, and whether all of it works: the beginning of a bug report.
+
+    A line for each part. The last one is a small generation with the bundled model, which is compared with what it has
+    to be. Nothing is downloaded. Exit code 1: something is wrong.
+    """
+    return examine(**settings)
 
 
 @cli.command(epilog=_ALIASES_EPILOG)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # the exit code after Ctrl-C
 
 _PLAIN = "plain MLX operations"
-_BACKENDS = {"metal": "Metal kernels", "cuda": "CUDA kernels", "cpu": _PLAIN, "reference": _PLAIN}
+BACKEND_TITLES = {"metal": "Metal kernels", "cuda": "CUDA kernels", "cpu": _PLAIN, "reference": _PLAIN}
 
 
 class Terminal:
@@ -155,7 +155,7 @@ class RunSummary:
             *filter(None, [", ".join(latency)]),
             f"blocks {stats.peak_used_blocks}/{stats.num_blocks} at the most",
             *describe_drafts(llm),
-            f"attention: {', '.join(map(_BACKENDS.__getitem__, llm.attention_backends))}"
+            f"attention: {', '.join(map(BACKEND_TITLES.__getitem__, llm.attention_backends))}"
             + (f"; matrices: {stats.blas}" if stats.blas else ""),
         ]
 

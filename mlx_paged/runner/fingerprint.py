@@ -10,7 +10,6 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 
-import mlx_paged
 from mlx_paged.models.patch import PatchedModel
 
 _CHECKSUM_PIECE = 1 << 24  # words
@@ -21,10 +20,10 @@ def fingerprint(model: PatchedModel, block_size: int) -> str:
     """Name a model's family, and in a digest its weights, settings and types, and the layout of a block and a state.
 
     Settings are whatever numbers, texts and arguments its modules keep, so that models without arguments have them too.
-    The versions of mlx-lm and of this package are among them, whose code may compute the same layers otherwise.
+    The version of mlx-lm is among them, whose code may compute the same layers otherwise; that of this package is told
+    apart by whoever keeps what the name is for.
     """
     layout = (
-        mlx_paged.__version__,
         mlx_lm.__version__,
         block_size,
         model.groups,

@@ -18,8 +18,8 @@ from mlx_paged.models.patch import PatchedModel
 from mlx_paged.runner.warmup import measure_step_bytes
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
-_GPU_SHARE = 0.75  # of what the device recommends, for weights, activations and cache together
-_CPU_SHARE = 0.10  # of RAM, for the cache
+GPU_SHARE = 0.75  # of what the device recommends, for weights, activations and cache together
+CPU_SHARE = 0.10  # of RAM, for the cache
 _STATE_SHARE = 0.4  # of the cache's memory, for states at most
 _STATES_PER_SEQUENCE = 2  # that runs: a step makes new ones of the old ones
 _MIN_CHECKPOINTS = 32  # that are of use, however few sequences run at once
@@ -157,7 +157,7 @@ def plan_memory(
             raise ValueError(f"num_kv_blocks={num_blocks}: blocks that store nothing are at most {_MOST_EMPTY_BLOCKS}")
         num_states = count_states(bytes_available - num_bytes(num_blocks))
     else:
-        share = int(_CPU_SHARE * device_bytes) if on_cpu else int(_GPU_SHARE * device_bytes) - weights - step_bytes
+        share = int(CPU_SHARE * device_bytes) if on_cpu else int(GPU_SHARE * device_bytes) - weights - step_bytes
         budget, least = min(share, bytes_available), 1
         if config.kv_cache_memory is not None:
             budget, least = parse_memory(config.kv_cache_memory, device_bytes), 0

@@ -43,11 +43,13 @@ def load_draft(config: EngineConfig, tokenizer: Any, max_model_len: int | None) 
 
 
 def first_difference(vocabulary: dict[str, int], other: dict[str, int]) -> str | None:
-    """Say which is the first token id that two vocabularies give different texts; None if they are the same."""
+    """Say which is the first token id that two vocabularies give different texts; None if there is none.
+
+    What only one of them has, as later versions of a tokenizer do, is never guessed right, and harms nothing.
+    """
     texts, other_texts = ({token_id: text for text, token_id in each.items()} for each in (vocabulary, other))
-    for token_id in sorted(texts.keys() | other_texts.keys()):
-        here, there = texts.get(token_id), other_texts.get(token_id)
-        if here != there:
-            named = ["missing" if text is None else excerpt(text, 40) for text in (here, there)]
+    for token_id in sorted(texts.keys() & other_texts.keys()):
+        if texts[token_id] != other_texts[token_id]:
+            named = [excerpt(each[token_id], 40) for each in (texts, other_texts)]
             return f"token {token_id} is {named[0]} here and {named[1]} there"
     return None

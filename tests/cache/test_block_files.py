@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_a_folder_of_saved_prompts_lists_its_models(tiny_model: Callable[..., nn
         num_cached(make_llm(tiny_model(family), tmp_path))
     llama, qwen2 = saved_models(tmp_path)
     assert llama.name.startswith("llama-") and qwen2.name.startswith("qwen2-")
-    files = list((tmp_path / qwen2.name).iterdir())
+    files = list((tmp_path / f"{qwen2.name}{block_files.VERSION}").iterdir())
     assert (qwen2.num_blocks, qwen2.num_bytes) == (5, sum(path.stat().st_size for path in files))
     assert before <= qwen2.last_used <= llama.last_used <= time.time()
 
@@ -227,3 +228,56 @@ def test_a_folder_that_is_read_only_is_read(
     assert num_cached(llm) == 32
     assert num_cached(llm, PROMPT[::-1]) == 0
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# -- after an upgrade ----------------------------------------------------------------------------------------------
+
+
+def as_of_another_version(folder: Path) -> list[Path]:
+    """Rename the folders of saved prompts as a version before this one called them. Returns the files."""
+    for path in folder.glob(f"*{block_files.VERSION}"):
+        path.rename(path.with_name(path.name.removesuffix(block_files.VERSION)))
+    return sorted(folder.glob("*/*.safetensors"))
+
+
+def test_prompts_of_another_version_are_not_used_which_is_said_once(
+    tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    num_cached(make_llm(tiny_model("llama"), tmp_path))
+    old = as_of_another_version(tmp_path)
+    with pytest.warns(EngineWarning, match=f"{tmp_path} has .* of prompts that another version .* saved") as caught:
+        assert num_cached(make_llm(tiny_model("llama"), tmp_path)) == 0
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EngineWarning)
+        assert num_cached(make_llm(tiny_model("llama"), tmp_path)) == 32
+    assert all(path.exists() for path in old)
+    assert [model.is_current for model in saved_models(tmp_path)] == [True, False]
+
+
+def test_a_file_of_another_version_in_this_ones_folder_is_computed_again(
+    tiny_model: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as of_the_other:
+        of_the_other.setattr("mlx_paged.cache.block_store.VERSION", ".v1")
+        num_cached(make_llm(tiny_model("llama"), tmp_path))
+    (folder,) = tmp_path.glob("llama-*")
+    folder.rename(folder.with_name(folder.name.removesuffix(".v1") + block_files.VERSION))
+    with pytest.warns(EngineWarning, match="was written by another version of mlx-paged"):
+        assert num_cached(make_llm(tiny_model("llama"), tmp_path)) == 0
+
+
+def test_files_of_other_versions_go_first_and_after_a_month_without_use(tmp_path: Path) -> None:
+    days = {"new": 0.3, "old": 0.1, "older": 29, "oldest": 31}
+    for name, age in days.items():
+        folder = tmp_path / f"{name}{block_files.VERSION if name == 'new' else ''}"
+        folder.mkdir()
+        (folder / f"{name}.safetensors").write_bytes(bytes(100))
+        used = time.time() - age * 24 * 3600
+        os.utime(folder / f"{name}.safetensors", (used, used))
+    files = BlockFiles(tmp_path, 350, spares_disk=True)
+    assert files.outdated_bytes == 200 and not (tmp_path / "oldest").exists()
+    newest = tmp_path / f"new{block_files.VERSION}"
+    assert add(files, newest / "1.safetensors") == ["older"]  # `old` was used after `new`
+    assert add(files, newest / "2.safetensors") == ["old"]
+    assert add(files, newest / "3.safetensors") == ["new"]

@@ -11,7 +11,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("mlx_paged.cli.main.advice", lambda: None)  # whatever is installed here
+    monkeypatch.setattr("mlx_paged.cli.command.advice", lambda: None)  # whatever is installed here
 
 
 @pytest.fixture

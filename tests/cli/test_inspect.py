@@ -16,6 +16,7 @@ from helpers.tiny_models import make_model
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
+from mlx_paged.cache.block_files import VERSION
 from mlx_paged.cli.main import cli
 from mlx_paged.runner import memory_plan as memory_plan
 
@@ -188,7 +189,7 @@ def test_weights_that_are_in_the_folder_are_measured_in_the_types_that_they_will
 def test_saved_prompts_are_listed_by_model(tmp_path: Path) -> None:
     names = ("llama-1/a", 500, 0), ("llama-1/b", 700, 86400), ("mamba-2/0-a", 800, 43200), ("mamba-2/state-a", 1000, 0)
     for path, size, used in names:
-        file = tmp_path / f"{path}.safetensors"
+        file = tmp_path / f"{path.replace('1/', f'1{VERSION}/')}.safetensors"
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(bytes(size))
         os.utime(file, (used, used))
@@ -197,10 +198,10 @@ def test_saved_prompts_are_listed_by_model(tmp_path: Path) -> None:
     first, second, total = result.stdout.splitlines()
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(86400))
     assert first == f"llama-1  2 blocks  1.2 KB  last used {day}"
-    assert second.startswith("mamba-2  1 block, 1 state  1.8 KB")
+    assert second.startswith("mamba-2  1 block, 1 state  1.8 KB") and second.endswith("of another version: not used")
     assert total == f"2 models, 3 KB in {tmp_path}"
     listed = json.loads(run("--prefix-cache-dir", tmp_path, "--json").stdout)
-    assert [*listed[0].values()] == ["llama-1", 2, 0, 1200, 86400.0]
+    assert [*listed[0].values()] == ["llama-1", 2, 0, 1200, 86400.0, True]
     assert run("--prefix-cache-dir", tmp_path / "mamba-2" / "0-a.safetensors").exit_code == 2
     result = run("--prefix-cache-dir", tmp_path / "nowhere")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

@@ -126,7 +126,7 @@ def test_a_model_without_the_chat_template_that_is_needed_is_told_before_its_wei
 def test_what_makes_mlx_faster_is_told_after_a_command_that_succeeded(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_paged.cli.main.advice", lambda: "install OpenBLAS")
+    monkeypatch.setattr("mlx_paged.cli.command.advice", lambda: "install OpenBLAS")
     assert run("generate", "-v", "Hi").stderr.endswith("install OpenBLAS\n")
     assert "install" not in run("generate", "-v", "-q", "Hi").stderr + run("generate", "-v", "").stderr
 

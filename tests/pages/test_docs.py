@@ -30,6 +30,8 @@ MINUTES = "takes minutes; test_benchmarks.py runs it at a small size"
 NOT_RUN = {
     "python3 -m venv": INSTALLS,
     "pip install": INSTALLS,
+    "python -m build": "needs an index; test_packaging.py makes both files",
+    "bare/bin/mlx-paged": "runs what is installed in such an environment",
     "bash .ci/run": "runs these tests",
     "pre-commit install": "changes the repository's hooks",
     "pytest": "runs other tests",

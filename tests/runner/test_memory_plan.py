@@ -65,7 +65,7 @@ def test_a_size_that_is_given_and_a_share_that_is_smaller_go_before_the_need(mon
     assert LLM.for_requests(None, requests).stats().num_blocks == 64
     assert LLM.for_requests(None, requests, num_kv_blocks=99).stats().num_blocks == 99
     assert LLM.for_requests(None, lambda llm: None).stats().num_blocks == LLM().stats().num_blocks
-    monkeypatch.setattr(memory_plan, "_CPU_SHARE", 1e-6)
+    monkeypatch.setattr(memory_plan, "CPU_SHARE", 1e-6)
     monkeypatch.setattr(memory_plan, "device_limit", lambda: (10**10, "RAM"))
     assert LLM.for_requests(None, requests).stats().num_blocks < 64
 
