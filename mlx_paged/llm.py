@@ -87,7 +87,12 @@ class LLM:
         self._outputs: dict[int, deque[Output]] = {}  # where the run that a request belongs to finds its outputs
         self._chat_template = ChatTemplate(self.tokenizer, threading.Lock())
         num_needed = None if requests is None else self._blocks_needed(requests, config, max_model_len)
-        self._runner = ModelRunner(patch_model(loaded.model, max_model_len), config, max_model_len, num_needed)
+        if config.num_ranks > 1:
+            from mlx_paged.runner.follower import make_runner
+
+            self._runner: ModelRunner = make_runner(loaded.model, config, max_model_len, num_needed)
+        else:
+            self._runner = ModelRunner(patch_model(loaded.model, max_model_len), config, max_model_len, num_needed)
         config = self._runner.config
         self.engine = Engine(self._runner, loaded.tokenizer, config, max_model_len)
         self._chat_template = self.engine.input_processor.chat_template

@@ -135,5 +135,5 @@ class StepRunner:
 
     def reset(self) -> None:
         """Forget all steps after an error, of which the pools may be part."""
-        self.unfinished = []
-        self._runner.reset()
+        unfinished, self.unfinished = self.unfinished, []
+        self._runner.reset([step.logits for step in unfinished if step.logits is not None])

@@ -50,6 +50,8 @@ class MemoryPlan(NamedTuple):
     """Whether the windows are chunks: see `PatchedModel`."""
     kv_cache_dtype: str | None = None
     """As in `EngineConfig`."""
+    by_rank: tuple[str, ...] = ()
+    """What is said of each rank, if there are several."""
 
     @property
     def kv_bytes(self) -> int:
@@ -60,6 +62,8 @@ class MemoryPlan(NamedTuple):
         return self.num_state_slots - _STATES_PER_SEQUENCE * max_num_seqs
 
     def __str__(self) -> str:
+        if self.by_rank:
+            return "\n".join(self.by_rank)
         groups = zip(self.num_blocks, self.block_bytes, self.windows, strict=True)
         pools = [
             f"{count} blocks for {'chunks' if self.chunked else 'windows'} of {window}" if window else f"{count} blocks"
