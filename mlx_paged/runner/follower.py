@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,11 +35,11 @@ def make_runner(
             "mlx": mx.__version__,  # type: ignore[attr-defined]
             "mlx-lm": mlx_lm.__version__,
             "mlx-paged": mlx_paged.__version__,
-            "the model": hashlib.sha256(str(getattr(model, "args", "")).encode()).hexdigest()[:8],
-            "max_model_len": max_model_len,
-            **{field: value for field, value in vars(config).items() if field != "max_model_len"},
+            "the model's config.json": hashlib.sha256(str(getattr(model, "args", "")).encode()).hexdigest()[:8],
         }
     )
+    settings, max_model_len = json.loads(ranks.gather(json.dumps([vars(config), max_model_len]))[0])
+    config = EngineConfig(**settings)  # as rank 0 has it
     (shard_tensors if by_heads else shard_layers)(model, ranks)
     patched = patch_model(model, max_model_len)
     if patched.num_entries:
@@ -85,7 +86,7 @@ class Follower(RankRunner):
             if len(indices):
                 tables.write(indices, block_ids)
         num_tokens = int(query_lens.sum())
-        token_ids = self.ranks.share(mx.zeros(num_tokens, mx.int32))
+        mx.async_eval(token_ids := self.ranks.share(mx.zeros(num_tokens, mx.int32)))
         inputs, _ = self._builder.arrange(token_ids, rows, starts, query_lens, num_tokens)
         logits = self.run(inputs._replace(logits_indices=mx.array([num_tokens - 1], mx.int32)))
         if not self.overlap_is_safe:

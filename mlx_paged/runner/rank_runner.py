@@ -62,7 +62,8 @@ class LeadingRunner(RankRunner):
 
     def run(self, inputs: ModelInputs) -> mx.array:
         """Build the graph of a step, and tell of it once that has worked: from here on it has to be computed."""
-        logits = super().run(inputs._replace(token_ids=self.ranks.share(inputs.token_ids)))
+        token_ids = self.ranks.share(inputs.token_ids)
+        logits = super().run(inputs._replace(token_ids=token_ids))
         tables, metadata = inputs.tables, inputs.groups[0]
         assert tables is not None
         starts = metadata.context_lens - metadata.query_lens
@@ -70,6 +71,7 @@ class LeadingRunner(RankRunner):
         changes = [part for changed in tables.changes for part in changed or (nothing, nothing)]
         head = np.array([*tables.version, *tables.shape], np.int32)
         self.ranks.tell(Message.STEP, head, tables.rows, starts, metadata.query_lens, *changes)
+        mx.async_eval(token_ids)  # now: where others have the first layers, nothing here waits for the tokens
         return logits
 
     def measure_steps(self, sizes: Sequence[int]) -> dict[int, float]:
