@@ -119,7 +119,7 @@ def run_ranks(starts: Sequence[Start], command: Sequence[str]) -> tuple[int, str
         with _leader(starts[0], command) as (leader, ended), _passing_on(leader):
             while True:
                 code = leader.poll()
-                dead = [other for other in others if other.code is not None]
+                dead = [other for other in others if other.code]
                 if code is None and not dead:
                     time.sleep(0.02)
                     continue
@@ -134,7 +134,7 @@ def run_ranks(starts: Sequence[Start], command: Sequence[str]) -> tuple[int, str
                     return code, ""
                 if code is not None and code < 0:
                     return 1, f"rank 0 was ended by {_signal_name(-code)}"
-                dead = [other for other in others if other.code is not None]
+                dead = [other for other in others if other.code]
                 first = next((other for other in dead if other.code != LOST), dead[0] if dead else None)
                 ended.set()
                 return 1, first.last_words() if first is not None else "rank 0 lost the others"

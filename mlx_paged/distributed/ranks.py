@@ -10,6 +10,7 @@ import json
 import os
 import select
 import socket
+import stat
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
@@ -163,7 +164,9 @@ def _connections() -> list[int]:
 def _ports_of(number: int) -> set[int]:
     """Return both ends' ports of a connection; nothing of another kind of file."""
     try:
-        with socket.socket(fileno=os.dup(number)) as connection:
+        if not stat.S_ISSOCK(os.fstat(number).st_mode):
+            return set()
+        with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as connection:
             return {connection.getsockname()[1], connection.getpeername()[1]}
-    except (OSError, IndexError, TypeError):
+    except (OSError, IndexError):
         return set()
