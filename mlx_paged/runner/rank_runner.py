@@ -44,7 +44,7 @@ class RankRunner(ModelRunner):
         plan = plan._replace(num_blocks=self.ranks.smallest(plan.num_blocks))
         layers = [layer for layer, _ in self._model.stored_layers]
         heads = " or ".join(map(str, sorted({layer.num_kv_heads for layer in layers})))
-        own = f"{self.ranks.named(self.ranks.rank)}: {len(layers)} layers with {heads} KV heads; {plan}"
+        own = f"{self.ranks.named(self.ranks.rank)}: layers {len(layers)}, KV heads {heads}; {plan}"
         return plan._replace(by_rank=tuple(self.ranks.gather(own)))
 
     def _all_agree(self, answer: bool) -> bool:
