@@ -228,20 +228,28 @@ def _pass_lines(stream: Any, stderr: int) -> None:
 
 @contextlib.contextmanager
 def _passing_on(leader: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leave Ctrl-C to rank 0, which the terminal sends it to as well, and pass other signals on to it."""
+    """Pass signals on to rank 0, but for a terminal's Ctrl-C, which it gets as well."""
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        if not (number == signal.SIGINT and _is_in_foreground()):
             leader.send_signal(number)
 
-    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        handlers[number] = signal.signal(number, pass_on)
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _is_in_foreground() -> bool:
+    """Whether a terminal sends its Ctrl-C to this process and its children."""
+    try:
+        with open("/dev/tty") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def hold_lifeline(descriptor: int) -> None:

@@ -32,7 +32,8 @@ class Message(IntEnum):
     MOVE = 2
     RESET = 3
     MEASURE = 4
-    END = 5
+    REST = 5
+    END = 6
 
 
 class Ranks:
@@ -120,10 +121,13 @@ class Ranks:
         self.num_messages += len(parts)
         self.num_bytes += head.nbytes
 
-    def listen(self) -> tuple[Message, list[np.ndarray]]:
-        """Wait for what rank 0 tells. Returns its arrays flat. Raises LostRanks if a rank has gone."""
-        if self._connections:
-            select.select(self._connections, [], [])  # MLX's own wait takes a core's whole time
+    def listen(self, *, is_resting: bool) -> tuple[Message, list[np.ndarray]]:
+        """Wait for what rank 0 tells. Returns its arrays flat. Raises LostRanks if a rank has gone.
+
+        is_resting: nothing runs here, and it may take long. MLX's own wait takes a core's whole time.
+        """
+        if is_resting and self._connections:
+            select.select(self._connections, [], [])
         try:
             numbers = np.array(self.share(mx.zeros(_HEAD, mx.int32)))
             num_arrays = int(numbers[2])

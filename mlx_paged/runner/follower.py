@@ -59,8 +59,9 @@ class Follower(RankRunner):
 
     def follow(self) -> None:
         """Do what rank 0 tells, until it tells of the end. Raises LostRanks if it has gone."""
+        kind = Message.REST
         while True:
-            kind, arrays = self.ranks.listen()
+            kind, arrays = self.ranks.listen(is_resting=kind is Message.REST)
             if kind is Message.STEP:
                 self._step(*arrays)
             elif kind is Message.MOVE:
@@ -70,6 +71,8 @@ class Follower(RankRunner):
                 self.measure_steps(arrays[0].tolist())
             elif kind is Message.RESET:
                 self.reset()
+            elif kind is Message.REST:
+                mx.synchronize()
             else:
                 return
 

@@ -131,6 +131,8 @@ class StepRunner:
         step.seconds, self._ended_at = now - max(self._ended_at, step.begun_at), now
         self.sizes.add(step.schedule.num_tokens)
         self.unfinished.remove(step)
+        if not self.unfinished:
+            self._runner.rest()
         return results
 
     def reset(self) -> None:

@@ -53,6 +53,9 @@ class ModelRunner:
         """Build the graph of a step, K and V written with it. Returns its logits, [num_rows, vocab_size]."""
         return self._model(self.kv_cache, inputs, self.states)
 
+    def rest(self) -> None:
+        """Know that nothing runs now, perhaps for long."""
+
     def measure_steps(self, sizes: Sequence[int]) -> dict[int, float]:
         """Measure the seconds of steps of so many tokens, logits for all of them. The last sizes may be left out."""
         return step_seconds(self._model, self.config, sizes)

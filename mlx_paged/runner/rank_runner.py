@@ -74,6 +74,9 @@ class LeadingRunner(RankRunner):
         mx.async_eval(token_ids)  # now: where others have the first layers, nothing here waits for the tokens
         return logits
 
+    def rest(self) -> None:
+        self.ranks.tell(Message.REST)
+
     def measure_steps(self, sizes: Sequence[int]) -> dict[int, float]:
         found, started = dict[int, float](), time.perf_counter()
         for size in sizes:
