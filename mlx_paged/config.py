@@ -18,8 +18,8 @@ ALLOCATORS = ("lru", "fifo", "buddy")
 DTYPES = ("float32", "float16", "bfloat16")
 KV_CACHE_DTYPES = ("int8", "k8v4", "fp8")
 PIPELINING = ("auto", "submit", "build", "off")
-_COUNTS = ("block_size", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
-_COUNTS += ("tensor_parallel_size", "pipeline_parallel_size")
+_COUNTS = ["block_size", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len"]
+_COUNTS += ["tensor_parallel_size", "pipeline_parallel_size"]
 _CHOICES = {"allocator": ALLOCATORS, "dtype": DTYPES, "kv_cache_dtype": KV_CACHE_DTYPES, "pipelining": PIPELINING}
 
 

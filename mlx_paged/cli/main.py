@@ -28,12 +28,11 @@ from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.inspect import inspect_cache
 from mlx_paged.cli.loading import check_form, complete_params, ending_signals, load_model, model_loader
 from mlx_paged.cli.models import list_models, pull_model
-from mlx_paged.cli.ranks import lost_ranks, spread_out, take_rank
+from mlx_paged.cli.ranks import lost_rank, spread_out
 from mlx_paged.cli.serve import serve_model, serve_options
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
 from mlx_paged.config import EngineConfig
 from mlx_paged.cpu.blas import advice
-from mlx_paged.errors import LostRanks
 from mlx_paged.models.aliases import ALIASES
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
@@ -57,9 +56,10 @@ class EngineCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; returns its exit code."""
-        names = options.option_names(self)
-        terminal = Terminal(verbose=ctx.params.pop("verbose"), quiet=ctx.params.pop("quiet"), option_names=names)
-        ctx.obj = terminal
+        own = options.option_names(self)
+        ctx.obj = terminal = Terminal(
+            verbose=ctx.params.pop("verbose"), quiet=ctx.params.pop("quiet"), option_names=own
+        )
         try:
             code = super().invoke(ctx)
             if code == 0 and "mlx_paged.llm" in sys.modules and (line := advice()) is not None:
@@ -67,15 +67,12 @@ class EngineCommand(click.Command):
             return code
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except LostRanks as error:
-            code = lost_ranks()
-            if code is None:
-                terminal.failure(str(error))
-            return code or 1
         except BrokenPipeError:  # the reader of a pipe has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except Exception as error:
+            if (lost := lost_rank(error)) is not None:
+                return lost
             if terminal.verbose:
                 traceback.print_exc()
             if isinstance(error, ValueError | ImportError | OSError):
@@ -98,7 +95,6 @@ class EngineGroup(click.Group):
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
             elif hasattr(getattr(sys, name), "reconfigure"):  # answers may hold what the encoding can't show
                 getattr(sys, name).reconfigure(errors="replace")
-        take_rank()
         try:
             with ending_signals():
                 code = super().main(*args, **{**extra, "prog_name": "mlx-paged", "standalone_mode": False})
@@ -327,7 +323,6 @@ def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Take the engine's settings out of a command's options. Raises click.UsageError for one out of range."""
     names = {field.name for field in dataclasses.fields(EngineConfig)} - {"seed"}  # --seed is the request's
     engine = {name: value for name in names & settings.keys() if (value := settings.pop(name)) is not None}
-    hostfile = settings.pop("hostfile")
     if settings.pop("no_prefix_caching"):
         engine["prefix_caching"] = False
     asked = {"method": settings.pop("speculative"), "num_speculative_tokens": settings.pop("num_speculative_tokens")}
@@ -338,8 +333,7 @@ def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
             raise click.UsageError("beams have no guesses to verify: leave --speculative out")
         engine["speculative_config"] = given
     with _as_usage_error():
-        config = EngineConfig(**engine)
-    spread_out(engine, config, hostfile)
+        spread_out(EngineConfig(**engine), engine, settings.pop("hostfile"))
     return engine
 
 

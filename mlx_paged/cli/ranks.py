@@ -13,9 +13,10 @@ import click
 from mlx_paged.cli.terminal import Terminal
 from mlx_paged.config import EngineConfig
 from mlx_paged.distributed.launch import LIFELINE, LOST, STDERR, hold_lifeline, plan_starts, run_ranks
+from mlx_paged.errors import LostRanks
 
 
-def spread_out(engine: dict[str, Any], config: EngineConfig, hostfile: Path | None) -> None:
+def spread_out(config: EngineConfig, engine: dict[str, Any], hostfile: Path | None) -> None:
     """Run this very command on several ranks, if it asks for that and is not one of them. Ends it then.
 
     Raises click.UsageError for a file of hosts that is wrong, or of no use.
@@ -27,16 +28,14 @@ def spread_out(engine: dict[str, Any], config: EngineConfig, hostfile: Path | No
     if "MLX_RANK" in os.environ:
         return
     context = click.get_current_context()
-    assert isinstance(terminal := context.obj, Terminal)
+    terminal: Terminal = context.obj
     model = {name: context.params.get(name) for name in ("model", "shape")}
     if model["model"] is not None and Path(model["model"]).exists():
         model["model"] = str(Path(model["model"]).resolve())
     told = json.dumps(model | {"engine": engine})
     setting = "--tensor-parallel-size" if config.tensor_parallel_size > 1 else "--pipeline-parallel-size"
     try:
-        starts = plan_starts(
-            config.num_ranks, setting, hostfile, [sys.executable, "-m", "mlx_paged.cli.follow", told]
-        )
+        starts = plan_starts(config.num_ranks, setting, hostfile, [sys.executable, "-m", "mlx_paged.cli.follow", told])
     except (ValueError, OSError) as error:
         raise click.UsageError(f"--hostfile: {error}" if hostfile is not None else str(error)) from None
     code, said = run_ranks(starts, [sys.executable, "-m", "mlx_paged", *sys.argv[1:]])
@@ -55,6 +54,6 @@ def take_rank() -> None:
         sys.stderr = open(int(os.environ[STDERR]), "w", buffering=1, encoding=sys.stderr.encoding)  # noqa: SIM115
 
 
-def lost_ranks() -> int | None:
-    """The exit code for LostRanks where another process says what has happened; None where nobody does."""
-    return LOST if LIFELINE in os.environ else None
+def lost_rank(error: Exception) -> int | None:
+    """The exit code for an error of which another process says what has happened; None if that is to be said here."""
+    return LOST if isinstance(error, LostRanks) and LIFELINE in os.environ else None

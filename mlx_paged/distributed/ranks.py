@@ -94,8 +94,8 @@ class Ranks:
 
     def smallest(self, numbers: Sequence[int]) -> list[int]:
         """Return the smallest that any rank has of each number."""
-        found: list[int] = mx.distributed.all_min(mx.array(numbers, mx.int32), group=self.group).tolist()  # type: ignore[assignment]
-        return found
+        found = np.array(mx.distributed.all_min(mx.array(list(numbers), mx.int32), group=self.group))
+        return [int(number) for number in found]
 
     def all_agree(self, answer: bool) -> bool:
         """Say whether an answer is true for all ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,7 +43,7 @@ def shard_tensors(model: nn.Module, ranks: Ranks) -> None:
 
 def shard_layers(model: nn.Module, ranks: Ranks) -> None:
     """Keep this rank's layers: rank 0 has the last ones. Raises ModelError if mlx-lm does not divide the model so."""
-    name, inner = getattr(model, "model_type", type(model).__name__), getattr(model, "model", None)
+    name, inner = getattr(model, "model_type", type(model).__name__), cast(Any, getattr(model, "model", None))
     if not hasattr(inner, "pipeline"):
         raise ModelError(f"mlx-lm does not divide {name} by layers: leave pipeline_parallel_size out")
     if ranks.size > len(inner.layers):

@@ -1,4 +1,4 @@
-"""The ranks other than 0: each makes the steps that rank 0 tells of with its part of the model, and keeps no results."""
+"""The ranks other than 0: each makes the steps that rank 0 tells of with its part of the model, and keeps no result."""
 
 from __future__ import annotations
 
@@ -95,4 +95,3 @@ class Follower(RankRunner):
         if not self.overlap_is_safe:
             mx.synchronize()
         mx.async_eval(logits)
-

@@ -18,8 +18,8 @@ if __name__ == "__main__":
 
 from mlx_paged import LLM  # isort: skip  (before mlx)
 import mlx.nn as nn
-from helpers.tiny_models import make_model
 
+from helpers.tiny_models import make_model
 from mlx_paged import BeamSearchParams, SamplingParams
 
 SHARED = list(range(20, 33))
@@ -69,7 +69,7 @@ def answers(llm: LLM) -> dict[str, Any]:
     beams = llm.beam_search(PROMPTS[:2], BeamSearchParams(beam_width=3, max_tokens=6))
     found["beams"] = [[(s.token_ids, s.cum_logprob) for s in each.sequences] for each in beams]
     scored = llm.generate(PROMPTS[3], SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=0))[0]
-    found["scores"] = [list(each.values())[0] for each in scored.prompt_logprobs[1:]]
+    found["scores"] = [next(iter(each.values())) for each in scored.prompt_logprobs[1:]]
     failed = llm.engine.add_request(PROMPTS[0], SamplingParams(max_tokens=4, logits_processors=[fail]))
     aborted = llm.engine.add_request(PROMPTS[3], greedy)
     for _ in range(4):
