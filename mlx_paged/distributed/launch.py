@@ -28,6 +28,8 @@ LIFELINE, STDERR = "MLX_PAGED_LIFELINE", "MLX_PAGED_STDERR"
 """Where rank 0 finds the descriptors of a pipe that ends with this process, and of the stderr of the command."""
 LOST = 74
 """The exit code of a rank that can't go on because another one has gone: what to say of it is the other's."""
+_COME_LATER = {LOST: 2, -signal.SIGSEGV: 1, -signal.SIGABRT: 1, -signal.SIGPIPE: 1}
+"""How likely an end is the consequence of another rank's: MLX does not always survive that either."""
 _BY_THEMSELVES_S = 5.0  # that the others have to end after rank 0
 _FIRST_WORD_S = 1.0  # that a rank has to say what went wrong, when another has died
 _GRACE_S = 3.0  # between TERM and KILL
@@ -59,9 +61,9 @@ def plan_starts(size: int, setting: str, hostfile: Path | None, command: Sequenc
     ports = free_ports(size + 1)
     arguments = ["mlx.launch", *where, "--starting-port", str(ports), "--nccl-port", str(ports + size), "--", *command]
     said = io.StringIO()
-    with mock.patch.object(launch, "_launch_with_io", take), mock.patch.object(sys, "argv", arguments):
+    with mock.patch.multiple(launch, _launch_with_io=take, launch_mpi=lambda *_: None):
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            with mock.patch.object(sys, "argv", arguments), contextlib.redirect_stderr(said):
                 launch.main()
         except SystemExit:
             lines = said.getvalue().strip().splitlines() or ["it ended"]
@@ -116,31 +118,31 @@ def run_ranks(starts: Sequence[Start], command: Sequence[str]) -> tuple[int, str
     """
     others = [_Other(start) for start in starts[1:]]
     try:
-        with _leader(starts[0], command) as (leader, ended), _passing_on(leader):
-            while True:
-                code = leader.poll()
-                dead = [other for other in others if other.code]
-                if code is None and not dead:
-                    time.sleep(0.02)
-                    continue
-                if code == 0 or (code is not None and code not in (LOST, -signal.SIGKILL)):
-                    if code == 0:
-                        _wait_for(lambda: all(other.code is not None for other in others), _BY_THEMSELVES_S)
-                    return (128 - code if code < 0 else code), ""
-                # Others die of the first one's death: it is the one to speak of.
-                _wait_for(lambda: leader.poll() not in (None, LOST), _FIRST_WORD_S)
-                code = leader.poll()
-                if code is not None and code > 0 and code != LOST:
-                    return code, ""
-                if code is not None and code < 0:
-                    return 1, f"rank 0 was ended by {_signal_name(-code)}"
-                dead = [other for other in others if other.code]
-                first = next((other for other in dead if other.code != LOST), dead[0] if dead else None)
-                ended.set()
-                return 1, first.last_words() if first is not None else "rank 0 lost the others"
+        with _leader(starts[0], command) as leader, _passing_on(leader):
+            while (code := leader.poll()) is None and not any(other.code for other in others):
+                time.sleep(0.02)
+            if code == 0:
+                _wait_for(lambda: all(other.code is not None for other in others), _BY_THEMSELVES_S)
+                return 0, ""
+            # Whichever came first, others end because of it, rank 0 too: it may have said what went wrong itself.
+            _wait_for(lambda: leader.poll() is not None, _FIRST_WORD_S)
+            code = leader.poll()
+            if code is not None and code >= 0 and code != LOST:
+                return code, ""
+            return 1, _first_to_end(code, others)
     finally:
         for other in others:
             other.end()
+
+
+def _first_to_end(code: int | None, others: Sequence[_Other]) -> str:
+    """Say what became of the rank of whose end the others' ends are consequences. code: rank 0's."""
+    ends = [(_COME_LATER.get(other.code, 0), other.last_words) for other in others if other.code]
+    if code == LOST:
+        ends.append((_COME_LATER[LOST] + 1, lambda: "rank 0 lost the others"))
+    elif code is not None:
+        ends.append((_COME_LATER.get(code, 0), lambda: f"rank 0 was ended by {_signal_name(-code)}"))
+    return min(ends, key=lambda end: end[0])[1]()
 
 
 class _Other:
@@ -192,11 +194,10 @@ class _Other:
 
 
 @contextlib.contextmanager
-def _leader(start: Start, command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[bytes], threading.Event]]:
+def _leader(start: Start, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     """Run rank 0 with this process's terminal, and end it with the block. What MLX says of lost peers is dropped."""
     alive, lifeline = os.pipe()
     stderr = os.dup(2)
-    ended = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | dict(each.split("=", 1) for each in start.env)
         for name, content in start.files.items():
@@ -208,7 +209,7 @@ def _leader(start: Start, command: Sequence[str]) -> Iterator[tuple[subprocess.P
         reader = threading.Thread(target=_pass_lines, args=(leader.stderr, stderr), daemon=True)
         reader.start()
         try:
-            yield leader, ended
+            yield leader
         finally:
             if leader.poll() is None:
                 leader.terminate()
