@@ -16,7 +16,7 @@ from mlx_paged.engine.chat_template import ChatTemplate, Message, TemplateOption
 from mlx_paged.engine.engine import Engine
 from mlx_paged.engine.profile import Profile
 from mlx_paged.models import adapters, hub, loading
-from mlx_paged.models.patch import patch_model
+from mlx_paged.models.patch import PatchedModel, patch_model
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.progress import ProgressBar
 from mlx_paged.request import Request
@@ -88,8 +88,17 @@ class LLM:
         self._outputs: dict[int, deque[Output]] = {}  # where the run that a request belongs to finds its outputs
         self._chat_template = ChatTemplate(self.tokenizer, threading.Lock())
         num_needed = None if requests is None else self._blocks_needed(requests, config, max_model_len)
-        model, draft = patch_model(loaded.model, max_model_len), load_draft(config, loaded.tokenizer, max_model_len)
-        self._runner = ModelRunner(model, config, max_model_len, num_needed, draft)
+
+        def draft() -> PatchedModel | None:
+            return load_draft(config, loaded.tokenizer, max_model_len)
+
+        if config.num_ranks > 1:
+            from mlx_paged.runner.follower import make_runner
+
+            self._runner: ModelRunner = make_runner(loaded.model, config, max_model_len, num_needed, draft)
+        else:
+            model = patch_model(loaded.model, max_model_len)
+            self._runner = ModelRunner(model, config, max_model_len, num_needed, draft())
         config = self._runner.config
         self.engine = Engine(self._runner, loaded.tokenizer, config, max_model_len)
         self._chat_template = self.engine.input_processor.chat_template

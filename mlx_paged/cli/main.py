@@ -27,6 +27,7 @@ from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.inspect import inspect_cache
 from mlx_paged.cli.loading import check_form, complete_params, load_model, model_loader
 from mlx_paged.cli.models import list_models, pull_model
+from mlx_paged.cli.ranks import spread_out
 from mlx_paged.cli.serve import serve_model, serve_options
 from mlx_paged.cli.terminal import Terminal
 from mlx_paged.config import EngineConfig
@@ -269,7 +270,7 @@ def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
             raise click.UsageError("beams have no guesses to verify: leave --speculative and --draft-model out")
         engine["speculative_config"] = given
     with _as_usage_error():
-        EngineConfig(**engine)
+        spread_out(EngineConfig(**engine), engine, settings.pop("hostfile"))
     return engine
 
 

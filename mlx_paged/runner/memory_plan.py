@@ -52,6 +52,8 @@ class MemoryPlan(NamedTuple):
     """As in `EngineConfig`."""
     draft_bytes: int = 0
     """Weights and blocks of a draft model, of which `weight_bytes` has the former, too."""
+    by_rank: tuple[str, ...] = ()
+    """What is said of each rank, if there are several."""
 
     def of_draft(self, config: EngineConfig) -> EngineConfig:
         """Return what a draft model is run with: as many blocks."""
@@ -67,6 +69,8 @@ class MemoryPlan(NamedTuple):
         return self.num_state_slots - _STATES_PER_SEQUENCE * max_num_seqs
 
     def __str__(self) -> str:
+        if self.by_rank:
+            return "\n".join(self.by_rank)
         groups = zip(self.num_blocks, self.block_bytes, self.windows, strict=True)
         pools = [
             f"{count} blocks for {'chunks' if self.chunked else 'windows'} of {window}" if window else f"{count} blocks"
