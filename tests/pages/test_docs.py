@@ -41,6 +41,7 @@ NOT_RUN = {
     "python benchmarks/cuda_registers.py": MINUTES,
     "python benchmarks/command_buffers.py": MINUTES,
     "python benchmarks/attention.py": MINUTES,
+    "python docs/pictures.py": "test_pictures_of_runs.py runs it",
     "python benchmarks/results_page.py": "test_results_page.py compares what it writes",
     "python benchmarks/workloads.py --json": MINUTES,
     "python benchmarks/workloads.py --random-weights": MINUTES,

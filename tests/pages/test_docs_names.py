@@ -54,6 +54,13 @@ def test_every_page_is_reached_from_another_one() -> None:
     assert {page for page in [*PAGES, RESULTS] if page.resolve() not in linked} <= {README}
 
 
+def test_the_first_page_is_short_and_the_index_has_each_page_in_a_line() -> None:
+    assert len(README.read_text().splitlines()) <= 200
+    index = ROOT / "docs" / "README.md"
+    listed = re.findall(r"^\| \[([\w.]+)\]\(\1\) \| .+ \|$", index.read_text(), flags=re.MULTILINE)
+    assert sorted([*listed, index.name]) == sorted(page.name for page in PAGES if page.parent == index.parent)
+
+
 def test_flags_that_the_pages_name_are_options_of_the_command_line_or_of_a_script() -> None:
     from mlx_paged.cli.main import cli
 
