@@ -134,26 +134,35 @@ def metrics(quick: bool) -> list[Row]:
 
 
 def differences(quick: bool) -> list[Row]:
-    """How far log-likelihoods are from mlx-lm's, answer by answer, and what else differs."""
+    """How far log-likelihoods are from mlx-lm's, answer by answer, and how many other things differ."""
     rows = []
+    for way, task, theirs, ours in _pairs(quick):
+        if not isinstance(theirs[0], str):
+            numbers = [[each[0] if isinstance(each, list) else each for each in side] for side in (theirs, ours)]
+            gaps = [abs(one - other) for one, other in zip(*numbers, strict=True)]
+            flags = [[each[1:] for each in side if isinstance(each, list)] for side in (theirs, ours)]
+            row: Row = {"way": way, "task": task, "answers": len(gaps), "largest": max(gaps)}
+            row["relative"] = max(gap / abs(number) for gap, number in zip(gaps, numbers[0], strict=True))
+            rows.append(row | {"others": sum(one != other for one, other in zip(*flags, strict=True))})
+    return rows
+
+
+def texts(quick: bool) -> list[Row]:
+    """How many answers in words are mlx-lm's to the letter."""
+    return [
+        {"way": way, "task": task, "answers": len(theirs), "equal": sum(map(str.__eq__, theirs, ours))}
+        for way, task, theirs, ours in _pairs(quick)
+        if isinstance(theirs[0], str)
+    ]
+
+
+def _pairs(quick: bool) -> Iterator[tuple[str, str, list[Any], list[Any]]]:
+    """Yield the answers to each task in mlx-lm, and in another way, in one order."""
     found = ask_all(quick)
     for way in (ENGINE, SERVER):
         for task, expected in found[UNPAGED].answers.items():
-            pairs = [
-                pair
-                for theirs, ours in zip(expected, found[way].answers[task], strict=True)
-                for pair in zip(theirs, ours, strict=True)
-            ]
-            row: Row = {"way": way, "task": task, "answers": len(pairs)}
-            if isinstance(pairs[0][0], str):
-                row |= {"largest": None, "relative": None, "others": sum(theirs != ours for theirs, ours in pairs)}
-            else:
-                numbers = [tuple(one[0] if isinstance(one, list) else one for one in pair) for pair in pairs]
-                row["largest"] = max(abs(theirs - ours) for theirs, ours in numbers)
-                row["relative"] = max(abs(theirs - ours) / abs(theirs) for theirs, ours in numbers)
-                row["others"] = sum(theirs[1:] != ours[1:] for theirs, ours in pairs if isinstance(theirs, list))
-            rows.append(row)
-    return rows
+            theirs, ours = ([answer for each in one for answer in each] for one in (expected, found[way].answers[task]))
+            yield way, task, theirs, ours
 
 
 def answers(quick: bool) -> list[Row]:
@@ -182,7 +191,17 @@ PARTS = (
             "answers": ("answers", "d"),
             "largest": ("largest difference, nats", ".1e"),
             "relative": ("of the number itself", ".1e"),
-            "others": ("other greedy choices or texts", "d"),
+            "others": ("other greedy choices", "d"),
+        },
+    ),
+    Part(
+        texts,
+        "Answers in words against mlx-lm's",
+        {
+            "way": ("asked through", ""),
+            "task": ("task", ""),
+            "answers": ("answers", "d"),
+            "equal": ("the same to the letter", "d"),
         },
     ),
     Part(
