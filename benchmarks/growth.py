@@ -213,10 +213,10 @@ def median_us(clock: Clock, by: str, parts: tuple[str, ...]) -> float:
 def block_us(manager: BlockManager, prompts: list[list[int]]) -> float:
     """Return the median time to find, or to take and publish, a block of prompts that come one after the other."""
     times = []
-    for token_ids in prompts:
-        with no_garbage_collection():
+    with no_garbage_collection():
+        for token_ids in prompts:
             times.append(cpu_us(lambda: compute(manager, "prompt", token_ids)) / CHAIN)  # noqa: B023
-        manager.free("prompt")
+            manager.free("prompt")
     return statistics.median(times)
 
 
