@@ -13,6 +13,7 @@ other two begin with.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -38,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 PARSER = argparse.ArgumentParser(add_help=False)
 PARSER.add_argument("--model", help="a folder or a name of Hugging Face; the bundled one, if not given")
 PARSER.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests to the server at once: 8")
+PARSER.add_argument("--keep", type=Path, metavar="FOLDER", help="keep answers there; what is kept is not asked again")
+PARSER.add_argument("--way", help="only ask in this way, and keep the answers: mlx-lm, engine or server")
 OPTIONS = PARSER.parse_known_args()[0]
 
 TOLERANCE = 1e-3  # nats, of the log-likelihood of an answer: sums of float32 in another order differ by less
@@ -100,21 +103,30 @@ class Found(NamedTuple):
 @cache
 def ask_all(quick: bool) -> dict[str, Found]:
     """Ask all questions in all ways, one way after the other."""
+    return {way: ask(way, quick) for way in WAYS}
+
+
+def ask(way: str, quick: bool) -> Found:
+    """Ask all questions in one way, or take its answers from where they are kept."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    model, found = str(resolve(OPTIONS.model)), {}
-    with tempfile.TemporaryDirectory() as folder:
+    kept = OPTIONS.keep and OPTIONS.keep / f"{way}{'-quick' if quick else ''}.json"
+    if kept and kept.exists():
+        return Found(**json.loads(kept.read_text()))
+    model = str(resolve(OPTIONS.model))
+    with tempfile.TemporaryDirectory() as folder, WAYS[way](model) as lm:
         tasks = questions.write(Path(folder), 0.02 if quick else 1.0)
         manager = TaskManager(include_path=folder, include_defaults=False)
-        for way, open_model in WAYS.items():
-            with open_model(model) as lm:
-                done = lm_eval.simple_evaluate(model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
-            answers = {}
-            for task in tasks:
-                samples = sorted(done["samples"][task], key=lambda sample: sample["doc_id"])
-                answers[task] = [[_plain(response) for (response,) in sample["resps"]] for sample in samples]
-            found[way] = Found(done["results"], answers)
+        done = lm_eval.simple_evaluate(model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+    answers = {}
+    for task in tasks:
+        samples = sorted(done["samples"][task], key=lambda sample: sample["doc_id"])
+        answers[task] = [[_plain(response) for (response,) in sample["resps"]] for sample in samples]
+    found = Found(done["results"], answers)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found._asdict()))
     return found
 
 
@@ -215,6 +227,11 @@ if __name__ == "__main__":
         lm_eval_version = version("lm_eval")
     except PackageNotFoundError:
         sys.exit("benchmarks/accuracy.py needs lm-evaluation-harness: pip install 'lm-eval[api]'")
+    if OPTIONS.way:
+        if OPTIONS.way not in WAYS or not OPTIONS.keep:
+            sys.exit(f"benchmarks/accuracy.py: --way is one of {', '.join(WAYS)}, and needs --keep FOLDER")
+        ask(OPTIONS.way, "--quick" in sys.argv)
+        sys.exit()
     details = {"model": Path(OPTIONS.model).name if OPTIONS.model else "demo", "lm_eval": lm_eval_version}
     details |= {"blas": blas_name(), "load_at_start": round(os.getloadavg()[0], 1)}
     report.main("accuracy.py", __doc__ or "", PARTS, own_options=[PARSER], **details)

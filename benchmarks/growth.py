@@ -27,7 +27,7 @@ from typing import Any
 
 from mlx_paged import LLM, SamplingParams  # isort: skip  (before mlx, so that it finds OpenBLAS)
 import report
-from host_overhead import BLOCK_SIZE, STOP, StubRunner, StubSampler, sampling
+from host_overhead import BLOCK_SIZE, StubRunner, StubSampler
 from report import Part, Row
 from step_clock import OTHER_PARTS, SUM, Clock, no_garbage_collection
 
@@ -128,8 +128,9 @@ def stub_engine(num_seqs: int, num_blocks: int) -> Engine:
 def decoding(engine: Engine, num_seqs: int, shared: list[int]) -> Engine:
     """Let sequences decode whose blocks fill up at different steps."""
     for number in range(num_seqs):
-        num_tokens = WARMUP + STEPS * TURNS + 2 * num_seqs
-        engine.add_request([*shared, *[number % STOP] * (1 + number % BLOCK_SIZE)], sampling(number, num_tokens))
+        drawn = {"temperature": 0.8, "top_p": 0.9, "seed": number} if number % 2 else {"temperature": 0.0}
+        params = SamplingParams(max_tokens=WARMUP + STEPS * TURNS + 2 * num_seqs, ignore_eos=True, **drawn)
+        engine.add_request([*shared, *[number] * (1 + number % BLOCK_SIZE)], params)
         engine.step()
         while number == 0 and engine._batch.is_prefilling.any():  # the others find its blocks
             engine.step()

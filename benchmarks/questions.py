@@ -25,7 +25,7 @@ COUNTS = {"paged_stories": 80, "paged_licences": 80, "paged_licence_text": 20, "
 NUM_CHOICES = 4
 LICENCES = Path("/usr/share/common-licenses")  # where Debian keeps them
 OWN_LICENCE = Path(__file__).parents[1] / "LICENSE"
-PASSAGE_WORDS, END_WORDS = 60, 12
+PASSAGE_WORDS, END_WORDS = 36, 8
 
 CHOICES = {
     "output_type": "multiple_choice",
@@ -56,11 +56,11 @@ def story_questions(count: int) -> Iterator[Question]:
     """Ask in turn for a fact of a story, whose wrong values come from facts of that kind, and for its last sentence."""
     for number in range(count):
         rng = random.Random(f"question {number}")
-        story = held_out_story(number, min_distance_words=30)
+        story = held_out_story(number, min_distance_words=0, num_facts=2)
         if number % 2:
             beginning, right = _last_sentence(story.text)
             others = (
-                _last_sentence(held_out_story(10_000 + 100 * number + i, min_distance_words=30).text)[1]
+                _last_sentence(held_out_story(10_000 + 100 * number + i, min_distance_words=0, num_facts=2).text)[1]
                 for i in range(99)
             )
             yield {"text": beginning} | _choices(rng, right, others)
@@ -76,7 +76,7 @@ def story_questions(count: int) -> Iterator[Question]:
 def answers(count: int) -> Iterator[Question]:
     """Ask for a fact in words, of which the last is what has to be recalled."""
     for number in range(count):
-        story = held_out_story(20_000 + number, min_distance_words=30)
+        story = held_out_story(20_000 + number, min_distance_words=0, num_facts=2)
         fact = random.Random(f"answer {number}").choice(story.facts)
         yield {
             "text": f"{story.text}\nQuestion: {fact.question}\nAnswer:",
