@@ -32,6 +32,7 @@ import report
 from report import Part, Row
 
 from mlx_paged.cpu.blas import blas_name
+from mlx_paged.models import loading
 from mlx_paged.models.hub import resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -60,7 +61,9 @@ def unpaged(model: str) -> Iterator[Any]:
                 request.arguments = (start + request.args[0],)
             return super().loglikelihood_rolling(requests)
 
-    yield Whole(model, use_chat_template=True)  # which here only says that no special tokens are added
+    lm = Whole(model, use_chat_template=True)  # which here only says that no special tokens are added
+    loading.set_dtype(lm._model, None)  # as the engine does: float32 on a CPU
+    yield lm
 
 
 @contextmanager
@@ -85,6 +88,7 @@ def server(model: str) -> Iterator[Any]:
             tokenizer_backend="huggingface",
             num_concurrent=OPTIONS.concurrency,
             max_retries=1,
+            timeout=24 * 3600,  # of all that is asked at once
         )
 
 

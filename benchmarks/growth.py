@@ -8,7 +8,7 @@ of building graphs and handing them over, which is MLX's. Sizes take turns, so t
 of them alike. Sequences, contexts and pools are those of a model of
 one tiny layer with random weights, which leaves the host's work to be seen; its K and V are real, and a CPU attends to
 them in another thread. Prefixes and queues, which no kernel ever sees, are measured over a stub in its place. `growth`
-is the exponent by which a time grows from the row before: 0 is flat, 1 linear, 2 quadratic.
+is the exponent by which a time grows from the row before: 0 is flat, 1 linear, 2 quadratic. `load` is the machine's.
 """
 
 from __future__ import annotations
@@ -202,6 +202,7 @@ def decode_steps(
                     clock.step()
     for row, engine, clock in zip(rows, engines, clocks, strict=True):
         row |= {"host_us": median_us(clock, "cpu", (SUM,)), "graph_us": median_us(clock, "cpu", GRAPHS)}
+        row["load"] = round(os.getloadavg()[0], 1)
         row["tokens_per_s"] = 1e6 * len(engine._scheduler.running) / median_us(clock, "wall", (SUM, *OTHER_PARTS))
     return rows, engines
 
@@ -251,7 +252,7 @@ def columns(name: str, heading: str, **times: str) -> Columns:
     shown: Columns = {name: (heading, ",d")}
     for key, words in ({"host_us": "own work, us per step", "graph_us": "graphs, us per step"} | times).items():
         shown |= {key: (words, ",.1f"), f"{key}_growth": ("growth", ".2f")}
-    return shown | {"tokens_per_s": ("tokens/s", ",.0f"), "memory_mib": ("MiB", ",.0f")}
+    return shown | {"tokens_per_s": ("tokens/s", ",.0f"), "memory_mib": ("MiB", ",.0f"), "load": ("load", ".1f")}
 
 
 PARTS = (
@@ -274,4 +275,4 @@ PARTS = (
 
 
 if __name__ == "__main__":
-    report.main("growth.py", __doc__ or "", PARTS, load_at_start=round(os.getloadavg()[0], 1))
+    report.main("growth.py", __doc__ or "", PARTS)

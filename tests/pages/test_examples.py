@@ -16,7 +16,8 @@ TESTED_ELSEWHERE = {
     "block_picture",
     "openai_client",
     "anthropic_client",
-}  # in test_block_picture.py, test_client_examples.py
+    "lm_eval_model",
+}  # in test_block_picture.py, test_client_examples.py, test_lm_eval_model.py
 
 
 def test_every_example_is_short_and_has_a_test() -> None:
