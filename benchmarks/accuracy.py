@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 PARSER = argparse.ArgumentParser(add_help=False)
 PARSER.add_argument("--model", help="a folder or a name of Hugging Face; the bundled one, if not given")
 PARSER.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests to the server at once: 8")
+PARSER.add_argument("--share", type=float, default=1.0, metavar="X", help="of the questions of each task: 1")
 PARSER.add_argument("--keep", type=Path, metavar="FOLDER", help="keep answers there; what is kept is not asked again")
 PARSER.add_argument("--way", help="only ask in this way, and keep the answers: mlx-lm, engine or server")
 OPTIONS = PARSER.parse_known_args()[0]
@@ -120,7 +121,7 @@ def ask(way: str, quick: bool) -> Found:
         return Found(**json.loads(kept.read_text()))
     model = str(resolve(OPTIONS.model))
     with tempfile.TemporaryDirectory() as folder, WAYS[way](model) as lm:
-        tasks = questions.write(Path(folder), 0.02 if quick else 1.0)
+        tasks = questions.write(Path(folder), 0.02 if quick else OPTIONS.share)
         manager = TaskManager(include_path=folder, include_defaults=False)
         done = lm_eval.simple_evaluate(model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
     answers = {}
