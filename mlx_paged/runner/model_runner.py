@@ -9,6 +9,7 @@ from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.cache.states import States
 from mlx_paged.config import EngineConfig, parse_memory
+from mlx_paged.models.hub import context_of
 from mlx_paged.models.patch import PatchedModel
 from mlx_paged.runner.fingerprint import fingerprint
 from mlx_paged.runner.memory_plan import MemoryPlan, fit_to_states, plan_memory
@@ -53,6 +54,12 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         return self._model.vocab_size
+
+    @property
+    def context(self) -> int | None:
+        """The longest context, in tokens, that the model was made for; None if it does not say."""
+        args = getattr(self._model.model, "args", None)
+        return context_of({} if args is None else vars(args))
 
     @property
     def max_decode_queries(self) -> int:

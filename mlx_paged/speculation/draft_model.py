@@ -48,8 +48,13 @@ class _Known:
 class DraftModel:
     """Proposes what a second model draws."""
 
-    def __init__(self, runner: ModelRunner, max_num_seqs: int, vocab_size: int, costs: StepCosts) -> None:
-        """vocab_size: of the model whose tokens are guessed. costs: of the draft model's steps."""
+    def __init__(
+        self, runner: ModelRunner, max_num_seqs: int, vocab_size: int, costs: StepCosts, most: int = 1
+    ) -> None:
+        """vocab_size: of the model whose tokens are guessed. costs: of the draft model's steps.
+
+        most: drafts of a sequence in a step. There are none where they would not fit the draft model's context.
+        """
         self.first_share = _FIRST_SHARE
         """Of its drafts, those that were right lately: what is expected of a new sequence."""
         self._runner, self._costs = runner, costs
@@ -64,6 +69,7 @@ class DraftModel:
         )
         self._chunk = min(_CHUNK, config.max_num_batched_tokens)
         self._vocab_size = min(vocab_size, runner.vocab_size)
+        self._max_num_tokens = math.inf if runner.context is None else runner.context + 1 - most
         self._sampler = Sampler(max_num_seqs, self._vocab_size)
         self._known: dict[int, _Known] = {}
 
@@ -185,8 +191,14 @@ class DraftModel:
         return self._runner.run(ModelInputs(drawn.astype(mx.int32), mx.array(positions), lasts, groups))
 
     def _attach(self, known: _Known) -> bool:
-        """Give a sequence blocks, some of them shared with equal prefixes. Returns whether there are enough."""
+        """Give a sequence blocks, some of them shared with equal prefixes.
+
+        Returns whether there are enough, and the sequence is not too long for the draft model.
+        """
         sequence = known.sequence
+        if len(sequence.token_ids) > self._max_num_tokens:
+            self._free(known)
+            return False
         if known.num_computed is None:
             salt, tokens = sequence.request.params.cache_salt, sequence.token_ids
             try:

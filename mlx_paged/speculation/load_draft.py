@@ -1,5 +1,6 @@
 """The draft model that a configuration names, ready to run, if its vocabulary is the model's."""
 
+import os
 from typing import Any
 
 import mlx.nn as nn
@@ -19,7 +20,11 @@ def load_draft(config: EngineConfig, tokenizer: Any, max_model_len: int | None) 
     asked = None if config.speculative_config is None else SpeculativeConfig.of(config.speculative_config)
     if asked is None or asked.model is None:
         return None
-    if isinstance(asked.model, nn.Module):
+    is_name = isinstance(asked.model, str | os.PathLike)
+    if not (is_name or (isinstance(asked.model, nn.Module) and hasattr(asked.model, "layers"))):
+        wanted = "model must be a name, a folder, or an mlx-lm model that is already loaded"
+        raise ModelError(f"speculative_config: {wanted}, got {excerpt(asked.model)}")
+    if not is_name:
         name, model = "the draft model", asked.model
     else:
         name = f"draft model {asked.model}"

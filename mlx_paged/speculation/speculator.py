@@ -228,7 +228,8 @@ def make_speculator(runner: ModelRunner, config: EngineConfig, batch: RunningBat
 
     proposer: Proposer = NgramProposer(asked.prompt_lookup_max, asked.prompt_lookup_min)
     if runner.draft is not None:
-        proposer = DraftModel(runner.draft, config.max_num_seqs, runner.vocab_size, costs_of(runner.draft))
+        sizes = config.max_num_seqs, runner.vocab_size
+        proposer = DraftModel(runner.draft, *sizes, costs_of(runner.draft), asked.num_speculative_tokens)
     return Speculator(
         asked, proposer, batch, costs_of(runner), config.max_num_batched_tokens, runner.max_decode_queries
     )

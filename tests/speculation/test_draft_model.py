@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import mlx.nn as nn
 import pytest
 from helpers.families import family_model
 from helpers.tiny_models import make_model, unpaged_greedy
@@ -120,6 +121,21 @@ def test_a_draft_model_without_room_for_a_sequence_leaves_it_without_drafts() ->
     assert llm.stats().num_draft_tokens > 0
 
 
+@pytest.mark.parametrize("prompt_len", [6, 40])
+def test_what_is_longer_than_the_draft_models_context_has_no_drafts(prompt_len: int, computed: list[int]) -> None:
+    draft = family_model("gpt2", n_positions=30)  # past its table of positions it would read what is not its own
+    llm = drafting(make_model("llama"), draft)
+    longest: list[int] = []
+    proposer: Any = llm.engine._speculator.proposer
+    reserve = proposer._groups.reserve
+    proposer._groups.reserve = lambda seq_id, num_tokens: (longest.append(num_tokens), reserve(seq_id, num_tokens))
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    (output,) = llm.generate([[i % 90 for i in range(prompt_len)]], params)
+    assert len(output.outputs[0].token_ids) == 40
+    assert max(longest, default=30) == 30 and bool(computed) == (prompt_len < 30)
+    assert proposer._groups.num_free_blocks == 64
+
+
 def test_both_models_share_the_memory_that_was_asked_for() -> None:
     model = make_model("llama")
     sizes = {"kv_cache_memory": 400_000, "num_kv_blocks": None}
@@ -157,6 +173,8 @@ def test_tokens_that_only_the_model_knows_are_never_guessed_and_harm_nothing() -
     ("make_draft", "config", "message"),
     [
         (lambda: family_model("mamba2"), {}, "draft model has recurrent layers"),
+        (lambda: 5, {}, "speculative_config: model must be a name, a folder, or an mlx-lm model that is already"),
+        (lambda: nn.Linear(3, 3), {}, "mlx-lm model that is already loaded, got Linear(input_dims=3, output_dims=3"),
         (lambda: make_model("llama", head_dim=24), {"kv_cache_dtype": "int8"}, "draft model: "),
         (lambda: family_model("llama4"), {"block_size": 16}, "draft model: this model attends in chunks of 24 tokens"),
     ],
