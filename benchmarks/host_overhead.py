@@ -104,8 +104,8 @@ def zeros(*shape: int) -> mx.array:
 class StubSampler(Sampler):
     """Builds the graph of a draw, and gives tokens that are there already."""
 
-    def sample(self, logits: mx.array, rows: np.ndarray, positions: np.ndarray, masks: Any = None) -> SampledTokens:
-        super().sample(logits, rows, positions, masks)
+    def sample(self, logits: mx.array, rows: np.ndarray, *others: Any) -> SampledTokens:
+        super().sample(logits, rows, *others)
         return given_tokens(len(rows))
 
 
@@ -141,6 +141,7 @@ def stub_engine(
         engine.step()
     while engine._batch.is_prefilling.any():
         engine.step()
+    assert len(engine._scheduler.running) == num_seqs, "an error has ended some"
     return engine
 
 

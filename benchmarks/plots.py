@@ -2,9 +2,10 @@
 
     python benchmarks/plots.py [RESULTS] [IMAGES]       by default benchmarks/results and docs/images
 
-Of each workloads-, concurrency- and mixed-load-MACHINE.json there is in the first folder: waste by system, throughput
-by concurrency, memory over time, and memory beside mlx-lm's; a title names the machine. reserved_and_used.svg is
-arithmetic, the same everywhere, by the rules of `mlx-paged inspect`. Needs the extra `plots`.
+Of each workloads-, concurrency-, mixed-load- and growth-MACHINE.json there is in the first folder: waste by system,
+throughput by concurrency, memory over time, memory beside mlx-lm's, and how a step's work grows; a title names the
+machine. reserved_and_used.svg is arithmetic, the same everywhere, by the rules of `mlx-paged inspect`. Needs the extra
+`plots`.
 """
 
 from __future__ import annotations
@@ -133,14 +134,35 @@ def mixed_load(axes: Axes, rows: list[Row]) -> str:
     return "Conversations, questions and documents as they come, to both at once"
 
 
-Plot = Callable[[Axes, list[Row]], str]
-PLOTS: dict[str, list[tuple[str, str, Plot]]] = {  # file -> of its parts: part, picture, how it is drawn
+def growth(axes: Axes, results: dict[str, list[Row]]) -> str:
+    """All parts of growth.py: what the engine's own work in a step takes, by how much there is of one thing."""
+    styles = {"sequences": BLUE, "context": ORANGE, "pool": GREEN, "prefixes": GREY, "queue": "#cc79a7"}
+    labels = {"sequences": "sequences that decode", "context": "tokens of context", "pool": "blocks of the pool"}
+    labels |= {"prefixes": "cached prefixes", "queue": "requests that wait"}
+    for (part, color), marker in zip(styles.items(), "os^Dv", strict=True):
+        rows = results[part]
+        sizes = [next(iter(row.values())) for row in rows]
+        times = [row["host_us"] / 1000 for row in rows]
+        axes.plot(sizes, times, color=color, marker=marker, label=labels[part], gid=f"line-{part}")
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("how many there are")
+    axes.set_ylabel("own work in a step, ms of CPU time")
+    axes.legend(ncols=2)
+    return "How the engine's own work in a step grows"
+
+
+Plot = Callable[[Axes, Any], str]
+PLOTS: dict[
+    str, list[tuple[str | None, str, Plot]]
+] = {  # file -> of its parts, None being all: picture, how it is drawn
     "workloads": [("W3", "waste", waste)],
     "concurrency": [
         ("throughput", "throughput", throughput),
         ("memory_over_time", "memory-over-time", memory_over_time),
     ],
     "mixed-load": [("mixed_load", "mixed-load", mixed_load)],
+    "growth": [(None, "growth", growth)],
 }
 
 
@@ -151,7 +173,7 @@ def machine_of(content: Row) -> str:
     return f"{machine['platform']}, {machine['cpu_count']} cores, MLX {machine['mlx']} on the {kind}"
 
 
-def draw(plot: Plot, rows: list[Row], machine: str, path: Path) -> None:
+def draw(plot: Plot, rows: Any, machine: str, path: Path) -> None:
     """Write one picture; the same rows give the same bytes with one version of matplotlib."""
     with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.6 if plot is waste else 3.6))  # inches
@@ -215,9 +237,10 @@ def main() -> None:
         for file in sorted(folders.results.glob(f"{source}-*.json")):
             content = json.loads(file.read_text())
             for part, picture, plot in plots:
-                if part in content["results"]:
+                if part is None or part in content["results"]:
                     path = folders.images / f"{picture}-{file.stem.removeprefix(f'{source}-')}.svg"
-                    draw(plot, content["results"][part], machine_of(content), path)
+                    shown = content["results"] if part is None else content["results"][part]
+                    draw(plot, shown, machine_of(content), path)
                     print(path)
 
 

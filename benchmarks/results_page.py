@@ -22,6 +22,8 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "speculation-smollm2-linux-cpu.json": ("speculation", "Drafts of SmolLM2-135M-Instruct", ()),
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
+    "growth-linux-cpu.json": ("growth", "How cost grows", ()),
+    "accuracy-demo-linux-cpu.json": ("accuracy", "Accuracy of the demo model", ("answers",)),
     "server-smollm2-linux-cpu.json": ("server", "A server of SmolLM2-135M-Instruct", ()),
     "server-scripted-linux-cpu.json": ("server", "A server, of a model that is hardly more than its answers", ()),
     "attention-linux-cpu.json": ("attention", "Attention on a CPU", ()),
@@ -33,8 +35,8 @@ HEAD = """# Results
 
 The tables of the files in this folder, written by `python benchmarks/results_page.py`.
 [docs/benchmarks.md](../../docs/benchmarks.md) says what is claimed of them. Nothing was measured on a Mac or on an
-NVIDIA card. What was timed, but for the tables of the server, of quantised caches and of drafts, was timed with the
-engine of commit 3b85ee2 or an earlier one, which had more tricks for MLX's CPU build than today's.
+NVIDIA card. What was timed, but for the tables of the server, of quantised caches, of drafts and of growth, was timed
+with the engine of commit 3b85ee2 or an earlier one, which had more tricks for MLX's CPU build than today's.
 """
 
 

@@ -1,12 +1,14 @@
 """What drafts save: time with them over time without, of tasks that repeat their prompt and of one that does not.
 
-    python benchmarks/speculation.py [--model MODEL] [--json FILE]   measure, print, write raw numbers
-    python benchmarks/speculation.py --markdown FILE                 the table of such a file
+    python benchmarks/speculation.py [--model MODEL] [--draft-model MODEL] [--json FILE]   measure, write raw numbers
+    python benchmarks/speculation.py --markdown FILE                                       the table of such a file
 
 `code` asks for a file with a name changed, `summary` for the main points of a text, `copy` for a text as it is, `chat`
 for something that no prompt has. Each is asked so many times at once, greedily, of an engine without drafts, of one
-that has them where they pay, and of one that always has some. Runs alternate; a ratio is the median of those of the
-runs. Seconds are the CPU's, which other processes disturb less; where a GPU computes they say nothing.
+that has them where they pay, and of one that always has some; with --draft-model also of two whose guesses a second
+model makes, and of mlx-lm, one answer at a time, with and without that model. Runs alternate; a ratio, of a system with
+drafts over the same without, is the median of those of the runs. Seconds are the CPU's, which other processes disturb
+less; where a GPU computes they say nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from mlx_paged import LLM, SamplingParams  # isort: skip  (before mlx, so that it finds OpenBLAS)
+import mlx.core as mx
 import report
+from mlx_lm.generate import generate_step, speculative_generate_step
 from report import Part, Row
 
 from mlx_paged.models import loading
 
 PARSER = argparse.ArgumentParser(add_help=False)
 PARSER.add_argument("--model", help="a folder or a name of Hugging Face; the bundled one, if not given")
+PARSER.add_argument("--draft-model", metavar="MODEL", help="a smaller one of the same vocabulary; none, if not given")
 PARSER.add_argument("--tokens", type=int, default=128, metavar="N", help="of an answer: 128")
 PARSER.add_argument("--batches", default="1,4,16", metavar="N,N,...", help="requests at once: 1,4,16")
 PARSER.add_argument("--repetitions", type=int, default=5, metavar="N", help="of what is timed: 5")
@@ -34,55 +39,77 @@ OPTIONS = PARSER.parse_known_args()[0]
 ROOT = Path(__file__).parents[1]
 CODE = (ROOT / "mlx_paged" / "blocks" / "compaction.py").read_text()
 PROSE = " ".join((ROOT / "LICENSE").read_text().split())[:1500]
+PASSAGE = """The harbour lay quiet under a thin grey mist. Two fishermen mended their nets on the stone steps, and a dog
+slept between the baskets. Far out, a white sail moved slowly along the line where the water met the sky. Nobody spoke.
+When the bell of the small church rang seven, the older man folded his net, looked once at the sea, and walked home past
+the shuttered shops.""".replace("\n", " ")
 TASKS = {
     "code": f"Rewrite this file and rename `manager` to `blocks`. Answer with the code alone.\n\n{CODE}",
     "summary": f"Summarise this text in its own words:\n\n{PROSE}",
-    "copy": f"Repeat this text exactly:\n\n{PROSE}",
+    "copy": f"Repeat the following text exactly, word for word:\n\n{PASSAGE}",
     "chat": "Tell me about the moon.",
 }
 CONFIGS: dict[str, dict[str, Any] | None] = {"none": None, "where they pay": {}, "always": {"adaptive": False}}
+MLX_LM = ("mlx-lm, none", "mlx-lm, a model's")
 
 
 def drafts(quick: bool) -> Iterator[Row]:
     """Greedy answers of so many tokens."""
     loaded = loading.load(OPTIONS.model, None)
+    second = loading.load(OPTIONS.draft_model, None).model if OPTIONS.draft_model else None
+    configs = CONFIGS | ({} if second is None else {
+        "a model's, where they pay": {"model": second}, "a model's, always": {"model": second, "adaptive": False},
+    })  # fmt: skip
     num_tokens, repetitions = (8, 1) if quick else (OPTIONS.tokens, OPTIONS.repetitions)
     batches = [1] if quick else [int(each) for each in OPTIONS.batches.split(",")]
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    for task, batch in [(task, batch) for batch in batches for task in TASKS]:
-        prompt = TASKS[task][: 200 if quick else None]
-        tokens = loaded.tokenizer.encode(prompt)
-        if loaded.tokenizer.has_chat_template:
-            conversation = [{"role": "user", "content": prompt}]
-            tokens = loaded.tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
+    prompts = {task: encode(loaded.tokenizer, text[: 200 if quick else None]) for task, text in TASKS.items()}
+    most_blocks = -(-(max(map(len, prompts.values())) + num_tokens) // 16) + 3
+    for batch in batches:
         engines = {
             name: LLM.from_model(
-                loaded.model,
-                speculative_config=config,
-                num_kv_blocks=batch * (-(-(len(tokens) + num_tokens) // 16) + 3),
-                max_num_seqs=batch,
-                prefix_caching=False,
+                loaded.model, speculative_config=config, num_kv_blocks=batch * most_blocks, max_num_seqs=batch
             )
-            for name, config in CONFIGS.items()
+            for name, config in configs.items()
         }
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
-        for _ in range(repetitions):
-            for name, llm in engines.items():
-                runs[name].append(answer(llm, tokens, batch, params))
-        expected = runs["none"][0]["tokens"]
-        for name, done in runs.items():
-            ratios = [run["s"] / plain["s"] for run, plain in zip(done, runs["none"], strict=True)]
-            yield {
-                "task": task,
-                "batch": batch,
-                "drafts": name,
-                "decode_s": statistics.median(run["s"] for run in done),
-                "ratio": statistics.median(ratios),
-                "steps": done[0]["steps"],
-                "verified": done[0]["drafts"],
-                "right": done[0]["right"],
-                "equal": "yes" if all(run["tokens"] == expected for run in done) else "no",
-            }
+        peers = {} if second is None or batch > 1 else dict(zip(MLX_LM, (None, second), strict=True))
+        for task, tokens in prompts.items():
+            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in [*engines, *peers]}
+            for repetition in range(repetitions):
+                # Equal prompts of a repetition share their blocks, and those of the next one find none of them.
+                params = SamplingParams(
+                    temperature=0, max_tokens=num_tokens, ignore_eos=True, cache_salt=str(repetition)
+                )
+                for name, llm in engines.items():
+                    runs[name].append(answer(llm, tokens, batch, params))
+                for name, draft in peers.items():
+                    runs[name].append(answer_by_mlx_lm(loaded.model, draft, tokens, num_tokens))
+            yield from summarise(task, batch, runs)
+
+
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """Write a question as the model's chat template does, if there is one. Returns its token ids."""
+    if not tokenizer.has_chat_template:
+        return list(tokenizer.encode(prompt))
+    return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True))
+
+
+def summarise(task: str, batch: int, runs: dict[str, list[dict[str, Any]]]) -> Iterator[Row]:
+    """Put the repetitions of each way into a row."""
+    expected = runs["none"][0]["tokens"]
+    for name, done in runs.items():
+        base = runs[MLX_LM[0] if name in MLX_LM else "none"]
+        ratios = [run["s"] / plain["s"] for run, plain in zip(done, base, strict=True)]
+        yield {
+            "task": task,
+            "batch": batch,
+            "drafts": name,
+            "decode_s": statistics.median(run["s"] for run in done),
+            "ratio": statistics.median(ratios),
+            "steps": done[0]["steps"],
+            "verified": done[0]["drafts"],
+            "right": done[0]["right"],
+            "equal": "yes" if all(run["tokens"] == expected for run in done) else "no",
+        }
 
 
 def answer(llm: LLM, tokens: list[int], batch: int, params: SamplingParams) -> dict[str, Any]:
@@ -100,6 +127,28 @@ def answer(llm: LLM, tokens: list[int], batch: int, params: SamplingParams) -> d
         "steps": after.num_steps - before.num_steps,
         "drafts": after.num_draft_tokens - before.num_draft_tokens,
         "right": after.num_accepted_tokens - before.num_accepted_tokens,
+    }
+
+
+def answer_by_mlx_lm(model: Any, draft: Any, tokens: list[int], num_tokens: int) -> dict[str, Any]:
+    """Do as `answer` with mlx-lm's own loop, which takes as many drafts of a model as it is told, if it has one."""
+    prompt, options = mx.array(tokens), {"max_tokens": num_tokens}
+    if draft is None:
+        steps: Iterator[Any] = generate_step(prompt, model, **options)
+    else:
+        steps = speculative_generate_step(prompt, model, draft, num_draft_tokens=4, **options)
+    found, first = [], 0.0
+    for step in steps:
+        found.append((int(step[0]), draft is not None and step[2]))
+        first = first or time.process_time()
+    right = sum(from_draft for _, from_draft in found)
+    steps_taken = len(found) - right + found[-1][1]  # the last one may have been cut short
+    return {
+        "s": time.process_time() - first,
+        "tokens": [[token for token, _ in found]],
+        "steps": steps_taken,
+        "drafts": 0 if draft is None else 4 * steps_taken,
+        "right": right,
     }
 
 

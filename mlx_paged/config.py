@@ -18,6 +18,9 @@ ALLOCATORS = ("lru", "fifo", "buddy")
 DTYPES = ("float32", "float16", "bfloat16")
 KV_CACHE_DTYPES = ("int8", "k8v4", "fp8")
 PIPELINING = ("auto", "submit", "build", "off")
+SPECULATIVE_METHODS = ("ngram", "draft_model")
+_COUNTS = ["block_size", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len"]
+_COUNTS += ["tensor_parallel_size", "pipeline_parallel_size"]
 _CHOICES = {"allocator": ALLOCATORS, "dtype": DTYPES, "kv_cache_dtype": KV_CACHE_DTYPES, "pipelining": PIPELINING}
 
 
@@ -94,8 +97,11 @@ class Settings:
 class SpeculativeConfig(Settings):
     """How tokens are guessed for a step to verify, with vLLM's keys. Raises ValueError for a value out of range."""
 
-    method: str = "ngram"
-    """"ngram": what followed the last tokens earlier in the prompt or the output."""
+    method: str | None = None
+    """"ngram": what followed the last tokens earlier in the prompt or the output. "draft_model": what `model` draws.
+    None: the latter if there is a `model`."""
+    model: Any = None
+    """A smaller model of the same vocabulary: a name or a folder, or an mlx-lm model that is already loaded."""
     num_speculative_tokens: int = 4
     """The most guesses of a sequence in a step."""
     prompt_lookup_max: int = 5
@@ -117,8 +123,12 @@ class SpeculativeConfig(Settings):
             raise ValueError(f"speculative_config: {error}") from None
 
     def __post_init__(self) -> None:
-        if self.method != "ngram":
-            raise ValueError(f"method must be ngram, got {excerpt(self.method)}")
+        object.__setattr__(self, "method", self.method or ("ngram" if self.model is None else "draft_model"))
+        if self.method not in SPECULATIVE_METHODS:
+            raise ValueError(f"method must be {' or '.join(SPECULATIVE_METHODS)}, got {excerpt(self.method)}")
+        if (self.method == "draft_model") != (self.model is not None):
+            wanted = "takes no model" if self.model is not None else "needs a model: a name or a folder"
+            raise ValueError(f"method {self.method} {wanted}")
         for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -179,13 +189,17 @@ class EngineConfig(Settings):
     ("build"), or neither ("off"). "auto" tries at start whether submitting is safe here: it must copy no pool."""
     speculative_config: Mapping[str, Any] | None = None
     """Guess next tokens, to verify several in a step: a dictionary of `SpeculativeConfig`'s fields."""
+    tensor_parallel_size: int = 1
+    """Processes that each run a part of every layer, started by `mlx.launch` or by a command of `mlx-paged`."""
+    pipeline_parallel_size: int = 1
+    """Processes that each run some of the layers instead."""
     profile: bool = False
     """Keep where each step's time goes, for `LLM.profile`."""
 
     def __post_init__(self) -> None:
         if self.speculative_config is not None:
             SpeculativeConfig.of(self.speculative_config)
-        for name in ("block_size", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is None and name in ("num_kv_blocks", "max_model_len"):
                 continue
@@ -217,5 +231,21 @@ class EngineConfig(Settings):
             value = getattr(self, name)
             if value not in choices and (value is not None or "dtype" not in name):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if self.num_ranks > 1:
+            self._check_ranks()
         if not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}")
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that the model is divided among."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def _check_ranks(self) -> None:
+        """Raise ValueError for what one process alone can do."""
+        if min(self.tensor_parallel_size, self.pipeline_parallel_size) > 1:
+            raise ValueError("give tensor_parallel_size or pipeline_parallel_size, not both: MLX can't divide its ring")
+        name = "tensor_parallel_size" if self.tensor_parallel_size > 1 else "pipeline_parallel_size"
+        for other in ("swap_space", "prefix_cache_dir", "adapter_path"):
+            if getattr(self, other) is not None:
+                raise ValueError(f"{other} can't be used with {name}: leave one of them out")

@@ -27,6 +27,10 @@ class DeadEnd(ValueError):
     """What a request asks of its output leaves no token that could come next, or is too much to follow."""
 
 
+class LostRanks(RuntimeError):
+    """Another process of those that a model is divided among has gone, or they are out of step: none can go on."""
+
+
 class EngineWarning(UserWarning):
     """Something works less well than it was asked to, and the engine goes on."""
 

@@ -16,13 +16,14 @@ from mlx_paged.engine.chat_template import ChatTemplate, Message, TemplateOption
 from mlx_paged.engine.engine import Engine
 from mlx_paged.engine.profile import Profile
 from mlx_paged.models import adapters, hub, loading
-from mlx_paged.models.patch import patch_model
+from mlx_paged.models.patch import PatchedModel, patch_model
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.progress import ProgressBar
 from mlx_paged.request import Request
 from mlx_paged.runner.memory_plan import blocks_for_requests
 from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams, as_int, as_list
+from mlx_paged.speculation.load_draft import load_draft
 
 Params = TypeVar("Params", SamplingParams, BeamSearchParams)
 Prompt = str | Sequence[int]
@@ -87,7 +88,17 @@ class LLM:
         self._outputs: dict[int, deque[Output]] = {}  # where the run that a request belongs to finds its outputs
         self._chat_template = ChatTemplate(self.tokenizer, threading.Lock())
         num_needed = None if requests is None else self._blocks_needed(requests, config, max_model_len)
-        self._runner = ModelRunner(patch_model(loaded.model, max_model_len), config, max_model_len, num_needed)
+
+        def draft() -> PatchedModel | None:
+            return load_draft(config, loaded.tokenizer, max_model_len)
+
+        if config.num_ranks > 1:
+            from mlx_paged.runner.follower import make_runner
+
+            self._runner: ModelRunner = make_runner(loaded.model, config, max_model_len, num_needed, draft)
+        else:
+            model = patch_model(loaded.model, max_model_len)
+            self._runner = ModelRunner(model, config, max_model_len, num_needed, draft())
         config = self._runner.config
         self.engine = Engine(self._runner, loaded.tokenizer, config, max_model_len)
         self._chat_template = self.engine.input_processor.chat_template

@@ -206,6 +206,8 @@ class EngineStats:
     """Tokens that were put out, those of beams that were given up too."""
     num_steps: int
     """Steps that computed something."""
+    num_drafts: int
+    """How often a sequence had guessed tokens that were verified."""
     num_draft_tokens: int
     """Guesses at next tokens that steps verified: see `SpeculativeConfig`."""
     num_accepted_tokens: int

@@ -34,6 +34,8 @@ class PagedLayerCache:
 
     adds_scores = False
     """Whether a model's mask may be scores that it has computed itself."""
+    keys = mx.array(0)
+    """What a model that is divided by layers lets depend on what it has sent."""
 
     def __init__(
         self, pool: LayerPool | None, backend: Backend | None, inputs: ModelInputs, group: int, window: int | None

@@ -52,6 +52,19 @@ class AttentionMetadata:
         return self._plans[key]
 
 
+class TableUpdate(NamedTuple):
+    """What has become of the block tables since the step before: for other ranks, which keep copies of them."""
+
+    rows: np.ndarray
+    """The row of each sequence of the step."""
+    shape: tuple[int, ...]
+    """Rows and columns of the tables."""
+    version: tuple[int, int]
+    """As in RunningBatch, and `num_rewrites` as in the first group's BlockTables."""
+    changes: list[tuple[np.ndarray, np.ndarray] | None]
+    """Of each group, as `BlockTables.pop_changes` returns them."""
+
+
 class ModelInputs(NamedTuple):
     """All that a model is told of a step."""
 
@@ -65,6 +78,7 @@ class ModelInputs(NamedTuple):
     """One per cache group."""
     stretches: Sequence[Stretch] = ()
     """How recurrent layers take the tokens; in a model that has some, all of them."""
+    tables: TableUpdate | None = None
 
 
 def index_rows(rows: np.ndarray) -> slice | mx.array:

@@ -10,7 +10,7 @@ import click
 from mlx_paged.cli.ctrl_c import ends_soon
 from mlx_paged.cli.loading import find_model, loading
 from mlx_paged.cli.options import parse_numbers
-from mlx_paged.cli.terminal import Terminal
+from mlx_paged.cli.terminal import Terminal, describe_drafts
 from mlx_paged.tools import report
 from mlx_paged.tools.speed import COLUMNS, estimate_duration, measure_speed
 
@@ -62,6 +62,7 @@ def measure_model(
         rows = list(measure_speed(llm, *sizes, terminal.progress))
     finally:
         terminal.progress("")
+    terminal.note(*describe_drafts(llm))
     import mlx_lm
 
     machine = report.describe_machine(shlex.join(["mlx-paged", *sys.argv[1:]]), mlx_lm=mlx_lm.__version__)

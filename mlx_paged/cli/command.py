@@ -11,6 +11,7 @@ import click
 
 from mlx_paged.cli import options
 from mlx_paged.cli.loading import ending_signals
+from mlx_paged.cli.ranks import lost_rank
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
 from mlx_paged.cpu.blas import advice
 
@@ -46,6 +47,8 @@ class EngineCommand(click.Command):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except Exception as error:
+            if (lost := lost_rank(error)) is not None:
+                return lost
             if terminal.verbose:
                 traceback.print_exc()
             if isinstance(error, ValueError | ImportError | OSError):

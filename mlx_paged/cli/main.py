@@ -27,6 +27,7 @@ from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.inspect import inspect_cache
 from mlx_paged.cli.loading import check_form, complete_params, load_model, model_loader
 from mlx_paged.cli.models import list_models, pull_model
+from mlx_paged.cli.ranks import spread_out
 from mlx_paged.cli.serve import serve_model, serve_options
 from mlx_paged.cli.terminal import Terminal
 from mlx_paged.config import EngineConfig
@@ -260,15 +261,16 @@ def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
     engine = {name: value for name in names & settings.keys() if (value := settings.pop(name)) is not None}
     if settings.pop("no_prefix_caching"):
         engine["prefix_caching"] = False
-    asked = {"method": settings.pop("speculative"), "num_speculative_tokens": settings.pop("num_speculative_tokens")}
-    if given := {name: value for name, value in asked.items() if value is not None}:
-        if "method" not in given:
-            raise click.UsageError("--num-speculative-tokens limits guesses: give --speculative ngram, too")
+    keys = {"speculative": "method", "draft_model": "model", "num_speculative_tokens": "num_speculative_tokens"}
+    if given := {key: value for name, key in keys.items() if (value := settings.pop(name)) is not None}:
+        if len(given.keys() & {"method", "model"}) != 1:
+            wanted = "not both" if len(given) > 1 else "to have guesses that --num-speculative-tokens limits"
+            raise click.UsageError(f"give --speculative ngram or --draft-model MODEL, {wanted}")
         if click.get_current_context().info_name == "beam-search":
-            raise click.UsageError("beams have no guesses to verify: leave --speculative out")
+            raise click.UsageError("beams have no guesses to verify: leave --speculative and --draft-model out")
         engine["speculative_config"] = given
     with _as_usage_error():
-        EngineConfig(**engine)
+        spread_out(EngineConfig(**engine), engine, settings.pop("hostfile"))
     return engine
 
 

@@ -18,7 +18,7 @@ import click
 
 from mlx_paged.cli import options
 from mlx_paged.cli.loading import find_model, loading
-from mlx_paged.cli.terminal import INTERRUPTED, Terminal
+from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
 from mlx_paged.config import parse_memory
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def serve_model(
         def say_ready() -> None:
             if not terminal.quiet:
                 key = "the key" if keys else "any"
-                terminal.answer(f"{called[0]} is served at {url}/v1; {llm.memory}\n")
+                terminal.answer(f"{called[0]} is served at {url}/v1; {one_line(llm.memory)}\n")
                 terminal.answer(f"OPENAI_BASE_URL={url}/v1 ANTHROPIC_BASE_URL={url} model={called[0]} key={key}\n")
 
         ending = serve(llm, load, served, access, listener, say_ready)

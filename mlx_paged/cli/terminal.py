@@ -14,7 +14,7 @@ from mlx_paged.progress import ProgressBar
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
-    from mlx_paged.outputs import BeamHypothesis, CompletionOutput, EngineStats, Output
+    from mlx_paged.outputs import BeamHypothesis, CompletionOutput, Output
     from mlx_paged.request import Request
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
@@ -154,7 +154,7 @@ class RunSummary:
             f"{prompt}; {generation}{memory}",
             *filter(None, [", ".join(latency)]),
             f"blocks {stats.peak_used_blocks}/{stats.num_blocks} at the most",
-            *_speculation(stats),
+            *describe_drafts(llm),
             f"attention: {', '.join(map(BACKEND_TITLES.__getitem__, llm.attention_backends))}"
             + (f"; matrices: {stats.blas}" if stats.blas else ""),
         ]
@@ -163,12 +163,17 @@ class RunSummary:
         return max((self._lengths[output.request_id, number] for number in range(len(samples_of(output)))), default=0)
 
 
-def _speculation(stats: EngineStats) -> list[str]:
-    """Say what became of drafts, if there were any."""
-    if not stats.num_draft_tokens:
+def describe_drafts(llm: LLM) -> list[str]:
+    """Say what became of guessed tokens, in a line if any were asked for."""
+    stats = llm.stats()
+    if llm.engine.config.speculative_config is None:
         return []
-    right = f"{stats.num_accepted_tokens} of {stats.num_draft_tokens} drafts were right"
-    return [f"speculation: {right}; {stats.num_output_tokens} tokens in {stats.num_steps} steps"]
+    if not stats.num_drafts:
+        return ["speculation: no guess was worth its time"]
+    right = f"{stats.num_accepted_tokens} of {stats.num_draft_tokens} guesses were right"
+    tried, each = stats.num_drafts, stats.num_draft_tokens / stats.num_drafts
+    length = f"{each:.1f} at a time, for {1 + stats.num_accepted_tokens / tried:.2f} tokens a time"
+    return [f"speculation: {right}, {length}; {stats.num_output_tokens} tokens in {stats.num_steps} steps"]
 
 
 def excerpt(text: str, limit: int = 60) -> str:

@@ -131,9 +131,11 @@ class StepRunner:
         step.seconds, self._ended_at = now - max(self._ended_at, step.begun_at), now
         self.sizes.add(step.schedule.num_tokens)
         self.unfinished.remove(step)
+        if not self.unfinished:
+            self._runner.rest()
         return results
 
     def reset(self) -> None:
         """Forget all steps after an error, of which the pools may be part."""
-        self.unfinished = []
-        self._runner.reset()
+        unfinished, self.unfinished = self.unfinished, []
+        self._runner.reset([step.logits for step in unfinished if step.logits is not None])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
+from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs, TableUpdate
 from mlx_paged.attention.shared_prefix import SharedPrefix, find_shared_prefixes
 from mlx_paged.blocks.checkpoints import Checkpoints
 from mlx_paged.runner.in_flight import StepInFlight
@@ -41,15 +41,37 @@ class InputBuilder:
 
         in_flight: the step whose tokens are not known yet. At least one token must be scheduled.
         """
-        batch, block_size, chunks = self._batch, self._batch.block_size, schedule.chunks
+        batch, chunks = self._batch, schedule.chunks
         rows, query_lens = schedule.rows, schedule.query_lens
         starts = batch.num_computed[rows]
         if chunks:
             starts = np.concatenate([starts, np.array([chunk.start for chunk in chunks], np.int32)])
             query_lens = np.concatenate([query_lens, np.array([chunk.num_tokens for chunk in chunks], np.int32)])
             rows = np.concatenate([rows, [chunk.sequence.row for chunk in chunks]])
+        token_ids = self._token_ids(schedule, in_flight)
+        inputs, token_rows = self.arrange(token_ids, rows, starts, query_lens, schedule.num_tokens)
+        if self._checkpoints is not None:
+            inputs = inputs._replace(stretches=make_stretches(schedule, batch, self._checkpoints))
+        if not chunks:
+            return inputs, token_rows
+        num_decodes = schedule.num_tokens - sum(c.num_tokens for c in chunks)
+        ends = inputs.groups[0].cu_seqlens_q[-len(chunks) :] - 1
+        tokens = np.append(np.arange(num_decodes, dtype=np.int32), ends[[chunk.needs_logits for chunk in chunks]])
+        logits_rows = token_rows[tokens]
+        if len(tokens) == 0:
+            tokens = ends[-1:]  # a step needs a result that can be waited for
+        return inputs._replace(logits_indices=mx.array(tokens)), logits_rows
+
+    def arrange(
+        self, token_ids: mx.array, rows: np.ndarray, starts: np.ndarray, query_lens: np.ndarray, num_tokens: int
+    ) -> tuple[ModelInputs, np.ndarray]:
+        """Return the arrays of a step that takes `query_lens` tokens of these rows from positions `starts` on.
+
+        With them comes the row of each token.
+        """
+        batch, block_size = self._batch, self._batch.block_size
         context_lens = starts + query_lens
-        if schedule.num_tokens == len(rows):  # one token each
+        if num_tokens == len(rows):  # one token each
             cu_seqlens_q, positions, token_rows = self._counts[: len(rows) + 1], starts, rows
         else:
             cu_seqlens_q = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
@@ -72,16 +94,9 @@ class InputBuilder:
             find = find_shared if tables is self._tables[0] else None
             slots = mx.array(block_ids), slot_offsets
             groups.append(AttentionMetadata(used, context_lens, cu_seqlens_q, find, *slots))
-        stretches = () if self._checkpoints is None else make_stretches(schedule, batch, self._checkpoints)
-        inputs = ModelInputs(self._token_ids(schedule, in_flight), mx.array(positions), None, groups, stretches)
-        if not chunks:
-            return inputs, token_rows
-        num_decodes, ends = schedule.num_tokens - sum(c.num_tokens for c in chunks), cu_seqlens_q[-len(chunks) :] - 1
-        tokens = np.append(np.arange(num_decodes, dtype=np.int32), ends[[chunk.needs_logits for chunk in chunks]])
-        logits_rows = token_rows[tokens]
-        if len(tokens) == 0:
-            tokens = ends[-1:]  # a step needs a result that can be waited for
-        return inputs._replace(logits_indices=mx.array(tokens)), logits_rows
+        changes, host = [tables.last_changes for tables in self._tables], self._tables[0].host
+        update = TableUpdate(rows, host.matrix.shape, (batch.version, host.num_rewrites), changes)
+        return ModelInputs(token_ids, mx.array(positions), None, groups, tables=update), token_rows
 
     def _token_ids(self, schedule: Schedule, in_flight: StepInFlight | None) -> mx.array:
         """Return int32 [num_tokens]: from the host what is known there, the rest from what is being drawn."""
@@ -118,13 +133,14 @@ class _DeviceTables:
     def __init__(self, host: BlockTables) -> None:
         self.host = host
         self.num_sent_entries = 0
+        self.last_changes: tuple[np.ndarray, np.ndarray] | None = None
         self._entries = mx.array(host.matrix.reshape(-1))
 
     def update(self) -> mx.array:
         """Send what has changed on the host. Returns the tables, int32 [num_rows, num_columns]."""
-        changes = self.host.pop_changes()
-        if changes is not None:
-            indices, block_ids = map(mx.array, changes)
+        self.last_changes = self.host.pop_changes()
+        if self.last_changes is not None:
+            indices, block_ids = map(mx.array, self.last_changes)
             self._entries = mx.put_along_axis(self._entries, indices, block_ids, axis=0)
             self.num_sent_entries += block_ids.size
         return self._entries.reshape(self.host.matrix.shape)

@@ -50,6 +50,15 @@ class MemoryPlan(NamedTuple):
     """Whether the windows are chunks: see `PatchedModel`."""
     kv_cache_dtype: str | None = None
     """As in `EngineConfig`."""
+    draft_bytes: int = 0
+    """Weights and blocks of a draft model, of which `weight_bytes` has the former, too."""
+    by_rank: tuple[str, ...] = ()
+    """What is said of each rank, if there are several."""
+
+    def of_draft(self, config: EngineConfig) -> EngineConfig:
+        """Return what a draft model is run with: as many blocks."""
+        fitted = dataclasses.replace(config, num_kv_blocks=self.num_blocks[0], kv_cache_memory=None)
+        return dataclasses.replace(fitted, kv_cache_dtype=None)  # its layers have it already
 
     @property
     def kv_bytes(self) -> int:
@@ -60,6 +69,8 @@ class MemoryPlan(NamedTuple):
         return self.num_state_slots - _STATES_PER_SEQUENCE * max_num_seqs
 
     def __str__(self) -> str:
+        if self.by_rank:
+            return "\n".join(self.by_rank)
         groups = zip(self.num_blocks, self.block_bytes, self.windows, strict=True)
         pools = [
             f"{count} blocks for {'chunks' if self.chunked else 'windows'} of {window}" if window else f"{count} blocks"
@@ -71,44 +82,63 @@ class MemoryPlan(NamedTuple):
         size = f"{format_memory(self.kv_bytes)} ({per_token} per token)"
         cache = f"{' and '.join(pools)} of {self.block_size} tokens{kind}, {size}"
         states = f"; {self.num_state_slots} states of {format_memory(self.state_bytes)}" if self.state_bytes else ""
+        states += f"; draft model {format_memory(self.draft_bytes)}" if self.draft_bytes else ""
         return (
             f"KV cache: {cache if pools else 'none'}{states}; weights {format_memory(self.weight_bytes)}, "
             f"reserve {format_memory(self.step_bytes)}; {self.device} {format_memory(self.device_bytes)}"
         )
 
 
+class _Pools:
+    """The bytes of a model's pools, by how many blocks the one without a window has."""
+
+    def __init__(self, model: PatchedModel, config: EngineConfig) -> None:
+        self.block_bytes = [0] * len(model.groups)
+        for layer, group in model.stored_layers:
+            self.block_bytes[group] += config.block_size * layer.bytes_per_token
+        sizes = config.block_size, config.max_num_seqs, config.max_num_batched_tokens
+        self._window_caps = [blocks_for_window(window, *sizes) for window in model.groups if window is not None]
+
+    def num_blocks(self, num_blocks: int) -> list[int]:
+        """Of each group; one with a window gets what its sequences can hold, at most."""
+        return [num_blocks, *(min(num_blocks, cap) for cap in self._window_caps)]
+
+    def num_bytes(self, num_blocks: int) -> int:
+        """Of all of them together."""
+        return sum(count * size for count, size in zip(self.num_blocks(num_blocks), self.block_bytes, strict=True))
+
+
 def plan_memory(
-    model: PatchedModel, config: EngineConfig, max_model_len: int | None, num_needed: int | None = None
+    model: PatchedModel,
+    config: EngineConfig,
+    max_model_len: int | None,
+    num_needed: int | None = None,
+    draft: PatchedModel | None = None,
 ) -> MemoryPlan:
     """Size the pools from the configuration and the device. Raises ValueError, with the arithmetic, if they can't fit.
 
-    The pool without a window is as large as asked for; one with a window gets what its sequences can hold, at most.
-    num_needed: blocks that the pool need not exceed if no size is asked for; None: not known.
+    The pool without a window is as large as asked for. num_needed: blocks that it need not exceed if no size is asked
+    for; None: not known. draft: a second model, whose pools have as many blocks out of the same memory.
     """
     device_bytes, device = device_limit()
     on_cpu = mx.default_device() == mx.cpu
-    weights = weight_bytes(model.model)
+    draft_weights = 0 if draft is None else weight_bytes(draft.model)
+    weights = weight_bytes(model.model) + draft_weights
     if weights >= device_bytes:
         raise ValueError(
             f"the weights take {format_memory(weights)} and there is {format_memory(device_bytes)} of {device}: take a "
             "smaller or a quantised model"
         )
     step_bytes = measure_step_bytes(model, config, max_model_len, on_cpu)
+    step_bytes += 0 if draft is None else measure_step_bytes(draft, config, max_model_len, on_cpu)
     bytes_available = device_bytes - weights - step_bytes
     windows = model.groups
     if model.chunked:
         check_chunks(windows, config.block_size)
-    block_bytes = [0] * len(windows)
-    for layer, group in model.stored_layers:
-        block_bytes[group] += config.block_size * layer.bytes_per_token
-    sizes = config.block_size, config.max_num_seqs, config.max_num_batched_tokens
-    window_caps = [blocks_for_window(window, *sizes) for window in windows if window is not None]
-
-    def group_blocks(num_blocks: int) -> list[int]:
-        return [num_blocks, *(min(num_blocks, cap) for cap in window_caps)]
+    pools, draft_pools = _Pools(model, config), None if draft is None else _Pools(draft, config)
 
     def num_bytes(num_blocks: int) -> int:
-        return sum(count * size for count, size in zip(group_blocks(num_blocks), block_bytes, strict=True))
+        return sum(each.num_bytes(num_blocks) for each in (pools, draft_pools) if each is not None)
 
     def count_states(room: float) -> int:
         """How many states `room` bytes hold, as many as are of use. Raises ValueError if that is less than three."""
@@ -123,11 +153,11 @@ def plan_memory(
         return int(min(_STATES_PER_SEQUENCE * config.max_num_seqs + num_checkpoints, room // model.state_bytes))
 
     most = _MAX_BLOCKS if max_model_len is None else config.max_num_seqs * -(-max_model_len // config.block_size)
-    most = most if block_bytes[0] else min(most, _MAX_BLOCKS)
+    most = most if pools.block_bytes[0] else min(most, _MAX_BLOCKS)
     most = most if num_needed is None else min(most, num_needed)  # those of use
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
-        if not block_bytes[0] and num_blocks > _MOST_EMPTY_BLOCKS:
+        if not pools.block_bytes[0] and num_blocks > _MOST_EMPTY_BLOCKS:
             raise ValueError(f"num_kv_blocks={num_blocks}: blocks that store nothing are at most {_MOST_EMPTY_BLOCKS}")
         num_states = count_states(bytes_available - num_bytes(num_blocks))
     else:
@@ -135,7 +165,7 @@ def plan_memory(
         budget, least = min(share, bytes_available), 1
         if config.kv_cache_memory is not None:
             budget, least = parse_memory(config.kv_cache_memory, device_bytes), 0
-            most = budget // block_bytes[0] if block_bytes[0] else most
+            most = budget // pools.block_bytes[0] if pools.block_bytes[0] else most
         num_states = count_states(_STATE_SHARE * budget)
         num_blocks = max(least, _most_that_fit(num_bytes, budget - num_states * model.state_bytes, most))
         if num_blocks < 1:
@@ -150,8 +180,9 @@ def plan_memory(
             "kv_cache_memory, or max_num_batched_tokens, which sets the reserve"
         )
     return MemoryPlan(
-        group_blocks(num_blocks), block_bytes, windows, config.block_size, weights, step_bytes, device_bytes, device,
-        model.state_bytes, num_states, model.chunked, config.kv_cache_dtype,
+        pools.num_blocks(num_blocks), pools.block_bytes, windows, config.block_size, weights, step_bytes, device_bytes,
+        device, model.state_bytes, num_states, model.chunked, config.kv_cache_dtype,
+        0 if draft_pools is None else draft_weights + draft_pools.num_bytes(num_blocks),
     )  # fmt: skip
 
 

@@ -40,13 +40,16 @@ def measure_step_bytes(model: PatchedModel, config: EngineConfig, max_model_len:
     return measured * chunk // num_tokens + 5 * scores  # with the logits, and what the sampler makes of them
 
 
-def overlap_is_safe(model: PatchedModel, config: EngineConfig, max_blocks: int = _POOL_BYTES) -> bool:
+def overlap_is_safe(
+    model: PatchedModel, config: EngineConfig, all_agree: Callable[[bool], bool] = bool, max_blocks: int = _POOL_BYTES
+) -> bool:
     """Whether a step may be submitted while the one before it runs, without a write that copies a pool.
 
     A write is in place only if nothing holds the pool, and a step that has not finished reading does. Whether that
     happens depends on how far the host may run ahead of this device in this model: a few steps that are submitted
     while the device is busy tell, by their peak memory. The pools for that have at most `max_blocks` blocks. Where
-    even a step that nothing runs beside copies them, which an EngineWarning tells, no more is tried.
+    even a step that nothing runs beside copies them, which an EngineWarning tells, no more is tried. all_agree: whether
+    something is true for all processes that a model is divided among, which have to run the same steps.
     """
     if config.pipelining != "auto":
         return config.pipelining == "submit"
@@ -59,7 +62,7 @@ def overlap_is_safe(model: PatchedModel, config: EngineConfig, max_blocks: int =
     kv_cache, inputs = _one_sequence(model, config, 1, 1, num_blocks)
     pool_bytes = min(max(array.nbytes for array in pool.arrays.values()) for pool in kv_cache.pools)
     alone = _bytes_alone(model, kv_cache, inputs)
-    if pool_bytes >= _TELLING_BYTES and alone - without_pools > pool_bytes // 2:
+    if not all_agree(pool_bytes < _TELLING_BYTES or alone - without_pools <= pool_bytes // 2):
         copies = "each step copies whole pools of KV blocks to write into them, so steps are slow and do not overlap"
         warnings.warn(copies, EngineWarning, stacklevel=4)
         return False
@@ -72,7 +75,7 @@ def overlap_is_safe(model: PatchedModel, config: EngineConfig, max_blocks: int =
             mx.async_eval(logits)
         mx.eval(steps)
 
-    return _peak_bytes(run_overlapped) < busy + _NUM_OVERLAPPED * alone + pool_bytes // 2
+    return all_agree(_peak_bytes(run_overlapped) < busy + _NUM_OVERLAPPED * alone + pool_bytes // 2)
 
 
 def step_seconds(model: PatchedModel, config: EngineConfig, sizes: Sequence[int]) -> dict[int, float]:

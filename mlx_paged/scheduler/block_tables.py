@@ -25,16 +25,17 @@ class BlockTables:
 
     def append_blocks(self, rows: np.ndarray, columns: np.ndarray, block_ids: Sequence[int]) -> None:
         """Let the tables of `rows`, each of them once, end with block_ids[i] at columns[i]."""
-        self._write(rows * self.matrix.shape[1] + columns, np.array(block_ids, np.int32))
+        self.write(rows * self.matrix.shape[1] + columns, np.array(block_ids, np.int32))
 
     def rewrite(self, row: int, start: int, block_ids: Sequence[int]) -> None:
         """Set the entries of a row from `start` on."""
         self.num_rewrites += 1
         if len(block_ids):
             first = row * self.matrix.shape[1] + start
-            self._write(np.arange(first, first + len(block_ids)), np.array(block_ids, np.int32))
+            self.write(np.arange(first, first + len(block_ids)), np.array(block_ids, np.int32))
 
-    def _write(self, indices: np.ndarray, block_ids: np.ndarray) -> None:
+    def write(self, indices: np.ndarray, block_ids: np.ndarray) -> None:
+        """Set entries of the flattened matrix."""
         self._entries[indices] = block_ids
         self._changed.append((indices, block_ids))
 

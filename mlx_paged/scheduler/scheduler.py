@@ -7,7 +7,7 @@ fit the pool alone is refused when it arrives, so something always moves on. Dec
 mlx.
 """
 
-from bisect import insort
+from bisect import bisect_left, insort
 
 import numpy as np
 
@@ -66,8 +66,9 @@ class Scheduler:
         """Forget a sequence that has ended, wherever it is, and free its blocks."""
         if sequence.row >= 0:
             self._stop(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        else:  # if it waits, then where its order says: a long queue is not searched
+            place = bisect_left(self.waiting, _order(sequence), key=_order)
+            del self.waiting[place : place + self.waiting[place : place + 1].count(sequence)]
         self.kept_prompts.done(sequence)
 
     def preempt(self, sequence: Sequence) -> list[Sequence]:
@@ -149,10 +150,9 @@ class Scheduler:
         """Give up a step that can't be computed, since K/V that it counted on could not be had: its sequences wait."""
         for published in schedule.published.values():
             self.groups.unpublish(published)
-        for row in [*schedule.rows.tolist(), *(chunk.sequence.row for chunk in schedule.chunks)]:
-            sequence = self.batch.sequences[row]
-            if sequence is not None:  # beams go together
-                self.preempt(sequence)
+        rows = [*schedule.rows.tolist(), *(chunk.sequence.row for chunk in schedule.chunks)]
+        for sequence in filter(None, map(self.batch.sequences.__getitem__, rows)):  # beams go together
+            self.preempt(sequence)
 
     def compact(self) -> int:
         """Move the blocks in use to the start of the pool, so that the free space is one run. Returns how many move."""

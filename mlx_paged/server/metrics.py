@@ -98,6 +98,7 @@ class _EngineCollector(Collector):
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens),
             ("vllm:prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hit_tokens),
             ("vllm:num_preemptions", "Sequences that lost their blocks to others.", stats.num_preemptions),
+            ("vllm:spec_decode_num_drafts", "How often a sequence had guessed tokens.", stats.num_drafts),
             ("vllm:spec_decode_num_draft_tokens", "Guessed tokens that were verified.", stats.num_draft_tokens),
             ("vllm:spec_decode_num_accepted_tokens", "Those that were right.", stats.num_accepted_tokens),
             ("mlx_paged:cow_copies", "Shared blocks copied before a write.", stats.num_cow_copies),

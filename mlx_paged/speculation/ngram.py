@@ -6,6 +6,8 @@ The last tokens of a sequence are looked for earlier in its prompt and output, a
 
 from array import array
 
+from mlx_paged.request import Sequence
+
 _MOST_PLACES = 64
 """That are compared with the last tokens, the last ones first."""
 
@@ -58,3 +60,40 @@ class NgramLookup:
                 found, most = place, length
             place = self._before[place - 1]
         return found
+
+
+class NgramProposer:
+    """Proposes what followed the last tokens of each sequence the last time. It costs nothing to know of them all."""
+
+    first_share = 0.0
+
+    def __init__(self, longest: int, shortest: int) -> None:
+        """longest, shortest: as in `NgramLookup`."""
+        self._longest, self._shortest = longest, shortest
+        self._lookups: dict[int, NgramLookup] = {}
+
+    def keep(self, seq_ids: set[int]) -> None:
+        """Forget all sequences but these."""
+        self._lookups = {seq_id: self._lookups[seq_id] for seq_id in seq_ids & self._lookups.keys()}
+
+    def update(self, sequence: Sequence) -> tuple[float, float]:
+        """Do as `NgramLookup.update`, of the tokens that a sequence has come to."""
+        lookup = self._lookups.get(sequence.seq_id)
+        if lookup is None:
+            lookup = self._lookups[sequence.seq_id] = NgramLookup(self._longest, self._shortest)
+        return lookup.update(sequence.token_ids)
+
+    def seconds(self, num_sequences: int, num_drafts: int) -> float:
+        return 0.0
+
+    def seconds_to_catch_up(self, sequence: Sequence) -> float:
+        return 0.0
+
+    def catch_up(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Return all of them: each update has done all there is to do."""
+        return sequences
+
+    def propose(self, rooms: dict[Sequence, int]) -> dict[Sequence, list[int]]:
+        """Return the drafts of the sequences that have some."""
+        found = {each: self._lookups[each.seq_id].propose(each.token_ids, room) for each, room in rooms.items()}
+        return {sequence: tokens for sequence, tokens in found.items() if tokens}

@@ -7,21 +7,24 @@ estimated, by the time that steps take and by how often each sequence was foreto
 per second.
 """
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from mlx_paged.config import EngineConfig, SpeculativeConfig
-from mlx_paged.errors import EngineWarning
+from mlx_paged.errors import EngineWarning, one_line
 from mlx_paged.request import Request, Sequence
 from mlx_paged.runner.in_flight import StepInFlight
 from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.sampling_params import SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.schedule import Drafts, offsets_of
-from mlx_paged.speculation.ngram import NgramLookup
+from mlx_paged.speculation.draft_model import DraftModel
+from mlx_paged.speculation.ngram import NgramProposer
 from mlx_paged.speculation.step_costs import MEASURED, StepCosts
 
 _MEMORY = 16  # tokens by which what was foretold is judged, about
@@ -30,13 +33,29 @@ _GAIN = 1.03  # tokens per second with drafts over those without: less is not wo
 _FREE_BLOCKS = 2  # per running sequence: with fewer nothing is proposed, which might cost a sequence its blocks
 
 
-@dataclass(eq=False)
-class _Followed:
-    """What is known of a sequence that may have drafts."""
+class Proposer(Protocol):
+    """Where drafts come from. Sequences are known by the first `update`, and until `keep` leaves them out."""
 
-    lookup: NgramLookup
-    share: float = 0.0
-    """Of its last tokens, those that were foretold."""
+    first_share: float
+    """Of its drafts, those that are expected to be right before anything is known of a sequence."""
+
+    def keep(self, seq_ids: set[int]) -> None:
+        """Forget all sequences but these."""
+
+    def update(self, sequence: Sequence) -> tuple[float, float]:
+        """Take in the tokens a sequence has come to. Returns how many of them were foretold, and of how many."""
+
+    def seconds(self, num_sequences: int, num_drafts: int) -> float:
+        """Return what it takes to propose so many tokens for each of some sequences."""
+
+    def seconds_to_catch_up(self, sequence: Sequence) -> float:
+        """Return what it takes before the first tokens can be proposed for a sequence; infinity: it can have none."""
+
+    def catch_up(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Go on with what has to be done before. Returns the sequences for which nothing has to."""
+
+    def propose(self, rooms: dict[Sequence, int]) -> dict[Sequence, list[int]]:
+        """Return up to so many tokens that may come next in each sequence, all of whose tokens are known."""
 
 
 @dataclass(eq=False)
@@ -45,87 +64,109 @@ class Speculator:
 
     config: SpeculativeConfig | None
     """None: it proposes none."""
+    proposer: Proposer | None
     batch: RunningBatch
     costs: StepCosts
     max_num_batched_tokens: int
     max_decode_queries: int = 1
     """Of the model: with more, a sequence's blocks are read more than once."""
+    num_drafts: int = 0
+    """How often a sequence had drafts that were verified."""
     num_draft_tokens: int = 0
     """Drafts that were verified."""
     num_accepted_tokens: int = 0
     """Those that were right."""
-    _followed: dict[int, _Followed] = field(default_factory=dict)
+    _shares: dict[int, float] = field(default_factory=dict)
+    """Of the last tokens of each sequence, those that were foretold."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What `EngineStats` has of it."""
+        names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+        return {name: getattr(self, name) for name in names}
 
     def propose(self, num_free_blocks: int) -> Drafts | None:
         """Return drafts for the next step, None if it has none. The rows that wait for their last token are left out.
 
-        num_free_blocks: of the pool.
+        num_free_blocks: of the pool. If the proposer fails, an EngineWarning says so, and there are no more drafts.
         """
-        if self.config is None:
+        if self.config is None or self.proposer is None:
             return None
+        try:
+            return self._propose(self.config, self.proposer, num_free_blocks)
+        except Exception as error:
+            text = f"guessing next tokens failed, and goes on no more: {type(error).__name__}: {one_line(error)}"
+            warnings.warn(text, EngineWarning, stacklevel=2)
+            self.config = self.proposer = None
+            return None
+
+    def _propose(self, config: SpeculativeConfig, proposer: Proposer, num_free_blocks: int) -> Drafts | None:
         running = [each for each in self.batch.sequences if each is not None]
-        self._followed = {s.seq_id: self._followed[s.seq_id] for s in running if s.seq_id in self._followed}
+        seq_ids = {sequence.seq_id for sequence in running}
+        proposer.keep(seq_ids)
+        self._shares = {seq_id: self._shares[seq_id] for seq_id in seq_ids & self._shares.keys()}
         if num_free_blocks < _FREE_BLOCKS * len(running):
             return None
         rows = [s for s in running if not self.batch.is_prefilling[s.row] and _may_have_drafts(s.request)]
-        followed = {sequence: self._follow(sequence, self.config) for sequence in rows}
-        most = self._most_drafts(followed, len(running) - len(rows), self.config)
+        shares = {sequence: self._follow(sequence, config, proposer) for sequence in rows}
+        most, saved_s = self._most_drafts(list(shares.values()), len(running) - len(rows), config, proposer)
         if not most:
             return None
         drafts = Drafts({}, np.zeros(len(self.batch.sequences), bool), np.ones(len(self.batch.sequences), np.int32))
-        left = self.max_num_batched_tokens - len(running)
-        for sequence, state in followed.items():
+        left, rooms = self.max_num_batched_tokens - len(running), dict[Sequence, int]()
+        chosen = [s for s, share in shares.items() if share > _LEAST_SHARE and self._is_worth_it(s, saved_s, proposer)]
+        for sequence in proposer.catch_up(chosen):
             row, num_known = sequence.row, len(sequence.token_ids)
-            if state.share <= _LEAST_SHARE:
-                continue
             if self.batch.num_tokens[row] > num_known:
                 drafts.waiting[row] = True
                 continue
-            room = min(most, left, int(self.batch.max_num_tokens[row]) - num_known - 1)
-            tokens = state.lookup.propose(sequence.token_ids, room)
-            if tokens:
-                drafts.tokens[row] = tokens
-                drafts.query_lens[row] += len(tokens)
-                left -= len(tokens)
+            rooms[sequence] = max(0, min(most, left, int(self.batch.max_num_tokens[row]) - num_known - 1))
+            left -= rooms[sequence]
+        for sequence, tokens in proposer.propose(rooms).items():
+            drafts.tokens[sequence.row] = tokens
+            drafts.query_lens[sequence.row] += len(tokens)
         return drafts if drafts.tokens or drafts.waiting.any() else None
 
-    def _follow(self, sequence: Sequence, config: SpeculativeConfig) -> _Followed:
-        """Take in the tokens that a sequence has come to."""
-        state = self._followed.get(sequence.seq_id)
-        if state is None:
-            state = _Followed(
-                NgramLookup(config.prompt_lookup_max, config.prompt_lookup_min), 0.0 if config.adaptive else 1.0
-            )
-            state.lookup.update(sequence.token_ids)
-            self._followed[sequence.seq_id] = state
-            return state
-        num_foretold, num_new = state.lookup.update(sequence.token_ids)
-        if num_new and config.adaptive:
-            state.share += (num_foretold / num_new - state.share) * (1 - (1 - 1 / _MEMORY) ** num_new)
-        return state
+    def _follow(self, sequence: Sequence, config: SpeculativeConfig, proposer: Proposer) -> float:
+        """Take in the tokens that a sequence has come to. Returns its share."""
+        num_foretold, num_new = proposer.update(sequence)
+        share = self._shares.get(sequence.seq_id)
+        if share is None:
+            share = proposer.first_share if config.adaptive else 1.0
+        elif num_new and config.adaptive:
+            share += (num_foretold / num_new - share) * (1 - (1 - 1 / _MEMORY) ** num_new)
+        self._shares[sequence.seq_id] = share
+        return share
 
-    def _most_drafts(self, followed: dict[Sequence, _Followed], num_others: int, config: SpeculativeConfig) -> int:
-        """Choose how many drafts a sequence may have, so that most tokens are put out per second. Returns 0 for none.
+    def _is_worth_it(self, sequence: Sequence, saved_s: float, proposer: Proposer) -> bool:
+        """Say whether what a sequence still can have of drafts is more than what has to be done before the first."""
+        num_left = int(self.batch.max_num_tokens[sequence.row]) - len(sequence.token_ids)
+        return proposer.seconds_to_catch_up(sequence) <= num_left * saved_s
 
-        num_others: running sequences that have no drafts.
+    def _most_drafts(
+        self, shares: list[float], num_others: int, config: SpeculativeConfig, proposer: Proposer
+    ) -> tuple[int, float]:
+        """Choose how many drafts a sequence may have, so that most tokens are put out per second; 0 for none.
+
+        Returns that, and the seconds that it saves of each token. num_others: running sequences that have no drafts.
         """
         if not config.adaptive:
-            return config.num_speculative_tokens
-        shares = [state.share for state in followed.values() if state.share > _LEAST_SHARE]
-        num_others += len(followed) - len(shares)
+            return config.num_speculative_tokens, sys.float_info.max
         num_rows = len(shares) + num_others
-        best, best_rate = 0, _GAIN * num_rows / self.costs.of(max(1, num_rows))
-        limit = (
-            self.max_decode_queries - 1 or config.num_speculative_tokens
-        )  # where one is all there is, it is the same
-        for most in range(1, min(limit, config.num_speculative_tokens) + 1) if shares else ():
+        shares = [share for share in shares if share > _LEAST_SHARE]
+        num_others = num_rows - len(shares)
+        plain_rate = num_rows / self.costs.of(max(1, num_rows))
+        best, best_rate = 0, _GAIN * plain_rate
+        most_of_all = config.num_speculative_tokens
+        limit = self.max_decode_queries - 1 or most_of_all  # where one query is all there is, more cost the same
+        for most in range(1, min(limit, most_of_all) + 1) if shares else ():
             num_out = num_rows + sum(share**i for share in shares for i in range(1, most + 1))
-            seconds = self.costs.of(num_rows + most * len(shares))
+            seconds = self.costs.of(num_rows + most * len(shares)) + proposer.seconds(len(shares), most)
             if num_others:  # while those with drafts wait for their last token, the others go on
                 num_out, seconds = num_out + num_others, seconds + self.costs.of(num_others)
             if num_out / seconds > best_rate:
                 best, best_rate = most, num_out / seconds
-        return best
+        return best, 1 / max(plain_rate, 1e-9) - 1 / max(best_rate, 1e-9)
 
     def process(
         self,
@@ -151,6 +192,7 @@ class Speculator:
         for i in np.flatnonzero(offsets).tolist():
             draft = drafts[int(rows[i])][offsets[i] - 1]
             is_right[i] = is_right[i - 1] and token_ids[i - 1] == draft
+        self.num_drafts += len(drafts)
         self.num_draft_tokens += int(np.count_nonzero(offsets))
         self.num_accepted_tokens += int(np.count_nonzero(is_right & (offsets > 0)))
         for offset in range(int(offsets.max(initial=0)) + 1):
@@ -179,6 +221,15 @@ def make_speculator(runner: ModelRunner, config: EngineConfig, batch: RunningBat
         warnings.warn(text, EngineWarning, stacklevel=4)
         asked = None
     if asked is None:
-        return Speculator(None, batch, StepCosts({1: 1.0}), config.max_num_batched_tokens)
-    costs = StepCosts(runner.measure_steps(MEASURED) if asked.adaptive else {1: 1.0})
-    return Speculator(asked, batch, costs, config.max_num_batched_tokens, runner.max_decode_queries)
+        return Speculator(None, None, batch, StepCosts({1: 1.0}), config.max_num_batched_tokens)
+
+    def costs_of(measured: ModelRunner) -> StepCosts:
+        return StepCosts(measured.measure_steps(MEASURED) if asked.adaptive else {1: 1.0})
+
+    proposer: Proposer = NgramProposer(asked.prompt_lookup_max, asked.prompt_lookup_min)
+    if runner.draft is not None:
+        sizes = config.max_num_seqs, runner.vocab_size
+        proposer = DraftModel(runner.draft, *sizes, costs_of(runner.draft), asked.num_speculative_tokens)
+    return Speculator(
+        asked, proposer, batch, costs_of(runner), config.max_num_batched_tokens, runner.max_decode_queries
+    )

@@ -94,6 +94,28 @@ class CacheGroupsMachine(RuleBasedStateMachine):
             life.tokens.pop()
         self.history.append(list(life.tokens))
 
+    @precondition(lambda self: self.sequences)
+    @rule(pick=PICK, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=6), num_right=st.integers(0, 5))
+    def verify_drafts(self, pick: int, tokens: list[int], num_right: int) -> None:
+        """Compute a next token and drafts after it, of which the first ones turn out to be right."""
+        seq_id = self.pick(pick)
+        life = self.sequences[seq_id]
+        start, end = life.num_computed, life.num_computed + len(tokens)
+        needed = self.blocks_for(len(tokens)) + 1
+        if seq_id in self.in_step or start < len(life.tokens):
+            return
+        if any(needed > manager.num_free_blocks for manager in self.groups.managers):
+            return
+        self.groups.reserve(seq_id, end)
+        self.contents.run_transfers()
+        self.contents.write(seq_id, life.tokens + tokens, start, end)
+        for query in range(start, end):
+            self.contents.check_visible(seq_id, life.tokens + tokens, query, end)
+        life.tokens += tokens[: 1 + num_right]
+        life.num_computed = len(life.tokens)
+        self.groups.sync(seq_id, life.num_computed)
+        self.history.append(list(life.tokens))
+
     @rule()
     def end_the_step(self) -> None:
         for seq_id, end in self.in_step.items():
@@ -102,7 +124,8 @@ class CacheGroupsMachine(RuleBasedStateMachine):
             self.groups.mark_computed(seq_id, end)
             for manager in self.groups.managers[1:]:
                 assert manager.window is not None
-                assert len(held(manager, seq_id)) <= most_blocks(manager.window, manager.block_size)
+                num_ahead = len(manager.block_table(seq_id)) - self.blocks_for(end)  # of drafts that were wrong
+                assert len(held(manager, seq_id)) <= most_blocks(manager.window, manager.block_size) + num_ahead
         self.in_step, self.published, self.written = {}, [], []
 
     @precondition(lambda self: self.in_step)

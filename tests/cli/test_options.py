@@ -177,7 +177,11 @@ def test_engine_options_reach_the_model_and_those_not_given_stay_its_own(run: Ru
     }  # fmt: skip
     run("generate", "--speculative", "ngram", "--num-speculative-tokens", "3", "Hi")
     assert run.made[-1].settings == {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
+    run("generate", "--draft-model", "small", "Hi")
+    assert run.made[-1].settings == {"speculative_config": {"model": "small"}}
     assert_one_line(run("beam-search", "--speculative", "ngram", "Hi"), 2, "beams have no guesses", "--speculative")
+    both = run("generate", "--speculative", "ngram", "--draft-model", "small", "Hi")
+    assert_one_line(both, 2, "give --speculative ngram or --draft-model MODEL, not both")
     stores = "--swap-space 8GB --prefix-cache-dir saved --prefix-cache-size 20GB --kv-cache-memory 30%"
     run("generate", *stores.split(), "Hi")
     assert run.made[-1].settings == {

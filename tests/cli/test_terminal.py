@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from helpers.stub_llm import StubLLM
 from mlx_paged.cli.generate import answer_prompts
 from mlx_paged.cli.loading import Requests
 from mlx_paged.cli.options import PromptArguments
-from mlx_paged.cli.terminal import RunSummary, Terminal, excerpt
+from mlx_paged.cli.terminal import RunSummary, Terminal, describe_drafts, excerpt
 from mlx_paged.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from mlx_paged.sampling_params import SamplingParams
 
@@ -89,3 +90,24 @@ def test_tokens_per_second_count_what_was_computed() -> None:
     sample = CompletionOutput(0, "", [1] * 11, 0.0)
     summary.count(RequestOutput(0, None, [1] * 50, [sample], True, num_cached_tokens=30, metrics=metrics))
     assert "prompt 50 tokens, 10.0 tokens/s (30 cached); generation 11 tokens, 2.0 tokens/s" in summary.lines(llm)[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "counts", "expected"),
+    [
+        (None, (0, 0, 0), []),
+        ({}, (0, 0, 0), ["speculation: no guess was worth its time"]),
+        (
+            {},
+            (4, 14, 7),
+            ["speculation: 7 of 14 guesses were right, 3.5 at a time, for 2.75 tokens a time; 20 tokens in 13 steps"],
+        ),
+    ],
+)
+def test_what_became_of_guesses_is_one_line(
+    asked: dict[str, int] | None, counts: tuple[int, int, int], expected: list[str]
+) -> None:
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    stats = SimpleNamespace(num_output_tokens=20, num_steps=13, **dict(zip(names, counts, strict=True)))
+    engine = SimpleNamespace(config=SimpleNamespace(speculative_config=asked))
+    assert describe_drafts(SimpleNamespace(engine=engine, stats=lambda: stats)) == expected  # type: ignore[arg-type]

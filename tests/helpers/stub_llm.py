@@ -31,6 +31,7 @@ class StubLLM:
     has_chat_template = True
     attention_backends = ("cuda",)
     sampling_defaults: Mapping[str, float] = MappingProxyType({})
+    config = SimpleNamespace(speculative_config=None)
     before_output: Callable[[StubLLM], None] | None = None
 
     def __init__(self, model: str | None, **settings: Any) -> None:
@@ -43,7 +44,7 @@ class StubLLM:
         return "KV cache: 8 blocks of 4 tokens"
 
     def stats(self) -> SimpleNamespace:
-        return SimpleNamespace(num_blocks=8, peak_used_blocks=2, blas="OpenBLAS 0.3", num_draft_tokens=0)
+        return SimpleNamespace(num_blocks=8, peak_used_blocks=2, blas="OpenBLAS 0.3")
 
     def encode_chat(self, messages: list[dict[str, str]], **template: Any) -> list[int]:
         self.template = template

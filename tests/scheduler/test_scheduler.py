@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 from helpers.pipelined_bench import PipelinedBench
 from helpers.scheduler_bench import Bench, Planned, planned
+
+from mlx_paged.request import Sequence
 
 
 def test_an_idle_scheduler_schedules_nothing() -> None:
@@ -212,3 +216,19 @@ def test_one_that_did_not_fit_is_tried_again_when_who_was_in_its_way_is_gone() -
     bench.scheduler.remove(first.sequences[0])
     first.sequences[0].finish_reason = "abort"
     assert planned(bench.step()) == [(1, 0, 12)]
+
+
+def test_who_leaves_a_long_queue_is_found_without_a_look_at_all_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    requests = [bench.add(2, priority=number % 3) for number in range(1000)]
+    looks = []
+    monkeypatch.setattr(Sequence, "__eq__", lambda *pair: looks.append(pair) or pair[0] is pair[1])
+    monkeypatch.setattr(Sequence, "__hash__", object.__hash__)
+    waiting = list(bench.scheduler.waiting)
+    for number in (0, 998, 500, 999):
+        (sequence,) = requests[number].sequences
+        bench.scheduler.remove(sequence)
+        bench.scheduler.remove(sequence)  # one that does not wait is no error
+        waiting = [each for each in waiting if each is not sequence]
+        assert all(map(operator.is_, bench.scheduler.waiting, waiting)) and len(bench.scheduler.waiting) == len(waiting)
+    assert len(looks) <= 2 * 4

@@ -12,6 +12,7 @@ from mlx_paged.runner.in_flight import StepInFlight
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.scheduler.schedule import Schedule, offsets_of
+from mlx_paged.speculation.ngram import NgramProposer
 from mlx_paged.speculation.speculator import Speculator
 from mlx_paged.speculation.step_costs import StepCosts
 
@@ -34,7 +35,9 @@ def make_batch(*token_ids: list[int], max_tokens: int = 50, **params: object) ->
 
 
 def speculator(batch: RunningBatch, costs: dict[int, float] = FLAT, most: int = 512, **config: object) -> Speculator:
-    return Speculator(SpeculativeConfig(**config), batch, StepCosts(costs), most)  # type: ignore[arg-type]
+    asked = SpeculativeConfig(**config)  # type: ignore[arg-type]
+    proposer = NgramProposer(asked.prompt_lookup_max, asked.prompt_lookup_min)
+    return Speculator(asked, proposer, batch, StepCosts(costs), most)
 
 
 def learn(speculator: Speculator, batch: RunningBatch, tokens: list[int]) -> None:

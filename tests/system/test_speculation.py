@@ -61,11 +61,14 @@ def test_answers_are_those_without_drafts(seed: int) -> None:
         "check_invariants": True,
     }
     found = []
-    for config in (None, ALWAYS | {"num_speculative_tokens": int(rng.integers(1, 9))}, {}):
+    always = ALWAYS | {"num_speculative_tokens": int(rng.integers(1, 9))}
+    draft = model if rng.random() < 0.3 else family_model(families[(seed + 1) % 4])
+    drafting = {"model": draft, "num_speculative_tokens": int(rng.integers(1, 4))}
+    for config in (None, always, {}, ALWAYS | drafting, drafting):
         llm = LLM.from_model(model, speculative_config=config, **settings)
         found.append(answers(llm.generate(list(prompts), list(params))))
         assert llm.engine.block_manager.num_free_blocks == settings["num_kv_blocks"], "no draft leaks a block"
-    assert found[0] == found[1] == found[2]
+    assert all(each == found[0] for each in found)
 
 
 @pytest.fixture
@@ -170,12 +173,15 @@ def test_a_model_with_recurrent_layers_says_that_it_has_no_drafts() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"method": "eagle"}, "speculative_config: method must be ngram, got 'eagle'"),
+        ({"method": "eagle"}, "speculative_config: method must be ngram or draft_model, got 'eagle'"),
+        ({"method": "draft_model"}, "method draft_model needs a model: a name or a folder"),
+        ({"method": "ngram", "model": "x"}, "method ngram takes no model"),
+        ({"model": "/no/such/folder"}, "draft model /no/such/folder: "),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be a whole number of at least 1, got 0"),
         ({"prompt_lookup_min": 6}, "prompt_lookup_min (6) is more than prompt_lookup_max (5)"),
         ({"prompt_lookup_maxx": 6}, "there is no argument 'prompt_lookup_maxx': did you mean prompt_lookup_max?"),
         ({"adaptive": 1}, "adaptive must be True or False, got 1"),
-        ("ngram", "speculative_config must be a dictionary with some of method, num_speculative_tokens"),
+        ("ngram", "speculative_config must be a dictionary with some of method, model, num_speculative_tokens"),
     ],
 )
 def test_a_config_out_of_range_is_refused_in_one_line(

@@ -1,0 +1,1 @@
+"""A model over several processes, each with a device of its own, on `mx.distributed`."""

@@ -1,0 +1,60 @@
+"""The draft model that a configuration names, ready to run, if its vocabulary is the model's."""
+
+import os
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_paged.attention.chunks import check_chunks
+from mlx_paged.config import EngineConfig, SpeculativeConfig, excerpt
+from mlx_paged.errors import ModelError
+from mlx_paged.models import loading
+from mlx_paged.models.patch import PatchedModel, patch_model
+
+
+def load_draft(config: EngineConfig, tokenizer: Any, max_model_len: int | None) -> PatchedModel | None:
+    """Load the draft model, if one is asked for, as it is to be run. Raises ModelError for one that can't be used.
+
+    tokenizer: of the model whose tokens are guessed, None if it has none.
+    """
+    asked = None if config.speculative_config is None else SpeculativeConfig.of(config.speculative_config)
+    if asked is None or asked.model is None:
+        return None
+    is_name = isinstance(asked.model, str | os.PathLike)
+    if not (is_name or (isinstance(asked.model, nn.Module) and hasattr(asked.model, "layers"))):
+        wanted = "model must be a name, a folder, or an mlx-lm model that is already loaded"
+        raise ModelError(f"speculative_config: {wanted}, got {excerpt(asked.model)}")
+    if not is_name:
+        name, model = "the draft model", asked.model
+    else:
+        name = f"draft model {asked.model}"
+        try:
+            model, its_tokenizer, *_ = loading.load(asked.model, config.dtype)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from error
+        difference = None if tokenizer is None else first_difference(tokenizer.get_vocab(), its_tokenizer.get_vocab())
+        if difference is not None:
+            raise ModelError(f"{name} can't guess this model's tokens: {difference}; give one of the same vocabulary")
+    try:
+        draft = patch_model(model, max_model_len)
+        if draft.chunked:
+            check_chunks(draft.groups, config.block_size)
+        draft = draft if config.kv_cache_dtype is None else draft.quantised(config.kv_cache_dtype)
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}") from error
+    if draft.num_entries:
+        raise ModelError(f"{name} has recurrent layers, which can't go back after a wrong guess: give another one")
+    return draft
+
+
+def first_difference(vocabulary: dict[str, int], other: dict[str, int]) -> str | None:
+    """Say which is the first token id that two vocabularies give different texts; None if there is none.
+
+    What only one of them has, as later versions of a tokenizer do, is never guessed right, and harms nothing.
+    """
+    texts, other_texts = ({token_id: text for text, token_id in each.items()} for each in (vocabulary, other))
+    for token_id in sorted(texts.keys() & other_texts.keys()):
+        if texts[token_id] != other_texts[token_id]:
+            named = [excerpt(each[token_id], 40) for each in (texts, other_texts)]
+            return f"token {token_id} is {named[0]} here and {named[1]} there"
+    return None

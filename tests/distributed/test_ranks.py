@@ -1,0 +1,150 @@
+"""A model on several ranks: what it answers is what one process answers, and what can't be is told in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import rank_program
+from helpers.rank_program import CASES, answers, make_llm
+from helpers.tiny_models import make_model
+
+from mlx_paged import LLM, EngineConfig, ModelError
+from mlx_paged.distributed.launch import free_ports
+from mlx_paged.distributed.ranks import Message, Ranks
+from mlx_paged.distributed.shard import shard_layers, shard_tensors
+
+QUICK = ["llama", "qwen2 by layers"]
+
+
+class OneOf(Ranks):
+    """A rank whose others are made up: what they say, and what is summed up with what this one says."""
+
+    def __init__(self, rank: int, size: int = 2, said: Sequence[str] = ()) -> None:
+        super().__init__(SimpleNamespace(rank=lambda: rank, size=lambda: size))
+        self.said, self.sums = said, list[mx.array]()
+
+    def gather(self, text: str) -> list[str]:
+        return [text, *self.said]
+
+    def share(self, array: mx.array) -> mx.array:
+        if self.rank:
+            return self.sums.pop(0)
+        self.sums.append(array)
+        return array
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(QUICK, id="two"),
+        *(
+            pytest.param(names, id=size, marks=pytest.mark.slow)
+            for size, names in {
+                "two, other families": [n for n in CASES if CASES[n][0] == 2 and n not in QUICK],
+                "three": ["SmolLM2's heads"],
+                "four": [n for n in CASES if CASES[n][0] == 4],
+            }.items()
+        ),
+    ],
+)
+def test_ranks_that_mlx_launch_starts_answer_as_one_process_does(names: list[str], tmp_path: Path) -> None:
+    size = CASES[names[0]][0]
+    launch = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
+    launch += ["-n", str(size), "--backend", "ring"]
+    program = [sys.executable, str(Path(rank_program.__file__)), str(tmp_path / "found"), *names]
+    command = [*launch, "--starting-port", str(free_ports(size)), "--", *program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL)
+    assert (tmp_path / "found").exists(), ended.stderr[-3000:]
+    found = json.loads((tmp_path / "found").read_text())
+    for name in names:
+        memory = found[name].pop("memory").splitlines()
+        assert [line.startswith(f"rank {rank} on ") for rank, line in enumerate(memory)] == [True] * size
+        alone = make_llm(name, alone=True)
+        expected = json.loads(json.dumps(answers(alone)))
+        for kind, values in expected.items():
+            assert_close(found[name][kind], values, f"{name}: {kind}")
+    preempts = any(found[name]["counts"][0] for name in names)
+    assert preempts == any(CASES[name][3].get("num_kv_blocks") for name in names)
+
+
+def assert_close(found: Any, expected: Any, where: str) -> None:
+    """Tokens and counts are the same, log-probabilities nearly."""
+    if isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for pair in zip(found, expected, strict=True):
+            assert_close(*pair, where)
+    else:
+        assert found == (pytest.approx(expected, abs=1e-3) if isinstance(expected, float) else expected), where
+
+
+def test_a_program_that_was_started_alone_is_told_how_to_start_it() -> None:
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2 takes 2 .* there is one: .*mlx\.launch -n 2"):
+        LLM.from_model(make_model("llama"), tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be a whole number of at least 1"),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "not both"),
+        ({"tensor_parallel_size": 2, "swap_space": "1GB"}, "swap_space can't be used with tensor_parallel_size"),
+        ({"pipeline_parallel_size": 2, "prefix_cache_dir": "x"}, "prefix_cache_dir can't .* pipeline_parallel_size"),
+        ({"tensor_parallel_size": 2, "adapter_path": "x"}, "adapter_path can't be used with tensor_parallel_size"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_by_its_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "kv_heads", "message"),
+    [
+        (2, 9, 3, "9 query heads and 3 KV heads, which 2 ranks .* tensor_parallel_size 3, 9 would do"),
+        (4, 8, 3, "8 query heads and 3 KV heads, which 4 ranks .* it has to run on one"),
+        (8, 4, 2, "4 query heads and 2 KV heads, which 8 ranks .* tensor_parallel_size 2, 4 would do"),
+    ],
+)
+def test_heads_that_ranks_cannot_share_are_counted(size: int, heads: int, kv_heads: int, message: str) -> None:
+    shape = {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    with pytest.raises(ModelError, match=message):
+        shard_tensors(make_model("llama", **shape), OneOf(0, size))
+
+
+def test_a_family_that_mlx_lm_does_not_divide_is_named() -> None:
+    with pytest.raises(ModelError, match="mlx-lm does not divide mixtral by heads"):
+        shard_tensors(make_model("mixtral"), OneOf(0))
+    with pytest.raises(ModelError, match="mlx-lm does not divide llama by layers"):
+        shard_layers(make_model("llama"), OneOf(0))
+    with pytest.raises(ModelError, match="pipeline_parallel_size=4 is more than the 3 layers of qwen2"):
+        shard_layers(make_model("qwen2"), OneOf(0, 4))
+
+
+def test_ranks_that_are_not_alike_are_told_what_differs_and_where() -> None:
+    ranks = OneOf(0, said=[json.dumps({"host": "mac2", "mlx": "0.1", "mlx-lm": "7"})])
+    with pytest.raises(ValueError, match=r"mlx is 0\.2 on rank 0 on .*, and 0\.1 on rank 1 on mac2"):
+        ranks.compare({"mlx": "0.2", "mlx-lm": "7"})
+    OneOf(0, said=[json.dumps({"host": "mac2", "mlx": "0.2"})]).compare({"mlx": "0.2"})
+
+
+@pytest.mark.parametrize("length", [0, 1, 505, 506, 507, 508, 600, 5000])
+def test_what_rank_0_tells_arrives_however_long_it_is(length: int) -> None:
+    told = [np.arange(length, dtype=np.int32), np.array([[-7, 1 << 30]], np.int32), np.zeros(0, np.int32)]
+    leader, follower = OneOf(0), OneOf(1)
+    leader.tell(Message.STEP, *told)
+    assert leader.num_messages == len(leader.sums) <= 2
+    assert leader.num_bytes == sum(each.nbytes for each in leader.sums)
+    follower.sums = leader.sums
+    kind, arrays = follower.listen(is_resting=False)
+    assert kind is Message.STEP
+    assert [each.tolist() for each in arrays] == [each.reshape(-1).tolist() for each in told]
+    assert not follower.sums
