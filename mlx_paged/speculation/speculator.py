@@ -114,14 +114,16 @@ class Speculator:
             return None
         drafts = Drafts({}, np.zeros(len(self.batch.sequences), bool), np.ones(len(self.batch.sequences), np.int32))
         left, rooms = self.max_num_batched_tokens - len(running), dict[Sequence, int]()
+        block_size, blocks_left = self.batch.block_size, num_free_blocks - len(running)
         chosen = [s for s, share in shares.items() if share > _LEAST_SHARE and self._is_worth_it(s, saved_s, proposer)]
         for sequence in proposer.catch_up(chosen):
             row, num_known = sequence.row, len(sequence.token_ids)
             if self.batch.num_tokens[row] > num_known:
                 drafts.waiting[row] = True
                 continue
-            rooms[sequence] = max(0, min(most, left, int(self.batch.max_num_tokens[row]) - num_known - 1))
-            left -= rooms[sequence]
+            to_come = int(self.batch.max_num_tokens[row]) - num_known - 1
+            rooms[sequence] = room = max(0, min(most, left, blocks_left * block_size, to_come))
+            left, blocks_left = left - room, blocks_left - -(-room // block_size)
         for sequence, tokens in proposer.propose(rooms).items():
             drafts.tokens[sequence.row] = tokens
             drafts.query_lens[sequence.row] += len(tokens)

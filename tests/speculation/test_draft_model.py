@@ -45,7 +45,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
 def test_a_draft_model_that_is_the_model_is_always_right(temperature: float, kv_cache_dtype: str | None) -> None:
     model, draft = (make_model("llama", head_dim=32) for _ in range(2))
-    params = SamplingParams(temperature=temperature, top_k=30, max_tokens=33, ignore_eos=True, seed=4)
+    cut = {"top_k": 5, "top_p": 0.9, "min_p": 0.08, "logit_bias": dict.fromkeys(range(0, 90, 3), 4.0)}
+    params = SamplingParams(temperature=temperature, max_tokens=33, ignore_eos=True, seed=4, **cut)
     llm = drafting(model, draft, kv_cache_dtype=kv_cache_dtype)
     plain = LLM.from_model(model, num_kv_blocks=64, block_size=8, kv_cache_dtype=kv_cache_dtype)
     found, expected = (each.generate([PROMPT, PROMPT[:2]], params) for each in (llm, plain))

@@ -50,8 +50,8 @@ def learn(speculator: Speculator, batch: RunningBatch, tokens: list[int]) -> Non
             batch.num_computed[sequence.row] += 1
 
 
-def num_drafts(speculator: Speculator) -> list[int]:
-    drafts = speculator.propose(MANY)
+def num_drafts(speculator: Speculator, num_free_blocks: int = MANY) -> list[int]:
+    drafts = speculator.propose(num_free_blocks)
     return [] if drafts is None else [len(drafts.tokens.get(row, [])) for row in range(len(speculator.batch.sequences))]
 
 
@@ -103,6 +103,12 @@ def test_there_are_no_more_than_there_is_room_for(settings: dict[str, int], expe
     batch = make_batch([1, 2, 3, 1, 2], [4, 5, 4, 5, 4], max_tokens=settings.get("max_tokens", 50))
     found = num_drafts(speculator(batch, most=settings.get("most", 512), adaptive=False))
     assert (found or [0, 0]) == expected
+
+
+@pytest.mark.parametrize(("num_free", "expected"), [(4, [32, 0]), (5, [40, 0]), (6, [40, 16]), (9, [40, 40])])
+def test_drafts_take_no_blocks_that_sequences_need_for_their_next_tokens(num_free: int, expected: list[int]) -> None:
+    batch = make_batch([1, 2, 3, 1, 2], [4, 5, 4, 5, 4], max_tokens=200)  # blocks of 16
+    assert num_drafts(speculator(batch, adaptive=False, num_speculative_tokens=40), num_free) == expected
 
 
 def test_a_row_whose_last_token_is_being_drawn_waits_for_it() -> None:
