@@ -197,7 +197,7 @@ PARTS = (
         metrics,
         "What lm-evaluation-harness says of a model that runs in mlx-lm, in this engine and in its server",
         {"task": ("task", ""), "questions": ("questions", "d"), "metric": ("metric", "")}
-        | {way: (way, ".6f") for way in WAYS},
+        | {way: (way, ".6g") for way in WAYS},
     ),
     Part(
         differences,

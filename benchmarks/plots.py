@@ -140,7 +140,8 @@ def growth(axes: Axes, results: dict[str, list[Row]]) -> str:
     labels = {"sequences": "sequences that decode", "context": "tokens of context", "pool": "blocks of the pool"}
     labels |= {"prefixes": "cached prefixes", "queue": "requests that wait"}
     for (part, color), marker in zip(styles.items(), "os^Dv", strict=True):
-        rows = results[part]
+        if (rows := results.get(part)) is None:
+            continue
         sizes = [next(iter(row.values())) for row in rows]
         times = [row["host_us"] / 1000 for row in rows]
         axes.plot(sizes, times, color=color, marker=marker, label=labels[part], gid=f"line-{part}")

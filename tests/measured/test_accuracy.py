@@ -22,7 +22,7 @@ def committed(file: str) -> dict[str, Any]:
 @pytest.mark.parametrize("file", FILES)
 def test_the_harness_says_the_same_of_the_engine_and_of_its_server_as_of_mlx_lm(file: str) -> None:
     content = committed(file)
-    check_machine(content, "accuracy.py", "model", "lm_eval", "blas")
+    check_machine(content, "accuracy.py", "model", "lm_eval", "blas", "load_at_start")
     tolerance = importlib.import_module("accuracy").TOLERANCE
     rows = content["results"]["metrics"]
     assert {row["metric"] for row in rows} == {"acc", "acc_norm", "exact_match", "word_perplexity"}

@@ -1,0 +1,111 @@
+"""What the page on benchmarks claims in words are numbers of the committed results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from helpers.run_benchmark import RESULTS, ROOT
+
+Results = dict[str, list[dict[str, Any]]]
+
+
+def of(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+    """The row that has these values."""
+    (row,) = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return row
+
+
+def workloads(results: Results) -> Iterator[str]:
+    (theirs, ours), (reserved, *_, paged) = results["W2"], results["W3"]
+    yield f"**W2, mixed lengths: faster ({ours['speedup']:.2f}x), in a third of the memory.**"
+    assert 0.28 < ours["kv_peak_mb"] / theirs["kv_peak_mb"] < 0.38
+    yield f"all {paged['peak_concurrency']} requests run at once where reserved rows take four**"
+    assert reserved["peak_concurrency"] == 4
+    yield f"and {paged['kv_waste']:.1%} of the blocks they hold is empty"
+    sizes = [row["kv_waste"] for row in results["W8"]]
+    yield f"{min(sizes):.1%} in blocks of 8, {max(sizes):.1%} in blocks of 128"
+
+
+def server(results: Results) -> Iterator[str]:
+    rows = results["throughput"]
+    ours = [row for row in rows if row["system"] == "mlx-paged serve"]
+    theirs = [row for row in rows if row["system"] == "mlx_lm.server"]
+    yield "{:.2f}, {:.2f} and {:.2f} of its tokens per second with 1, 8 and 32 streams".format(
+        *(row["of_async_llm"] for row in ours)
+    )
+    ratios = (one["tokens_per_s"] / other["tokens_per_s"] for one, other in zip(ours, theirs, strict=True))
+    yield "and {:.2f}, {:.2f} and {:.2f} of those of mlx-lm's server".format(*ratios)
+    yield "have their first text after {:.1f} s, with mlx-lm's server after {:.1f}".format(
+        *(row["first_ms_p50"] / 1000 for row in (ours[-1], theirs[-1]))
+    )
+
+
+def scripted(results: Results) -> Iterator[str]:
+    rows = results["throughput"]
+    ours = [row for row in rows if row["system"] == "mlx-paged serve"]
+    yield "gives {:.2f}, {:.2f} and {:.2f} of AsyncLLM's tokens per second".format(*(r["of_async_llm"] for r in ours))
+    alone, theirs = (of(rows, system=system, streams=32) for system in ("AsyncLLM", "mlx_lm.server"))
+    yield f"{ours[-1]['tokens_per_s']:,.0f} of them with 32 streams"
+    yield (
+        f"for {ours[-1]['cpu_ms_per_token']:.2f} ms of CPU time per token where AsyncLLM takes "
+        f"{alone['cpu_ms_per_token']:.2f}"
+    )
+    yield f"({of(rows, system='mlx_lm.server', streams=1)['of_async_llm']:.1f} times AsyncLLM)"
+    yield f"it gives {theirs['of_async_llm']:.2f} of AsyncLLM's tokens"
+
+
+def memory(results: Results) -> Iterator[str]:
+    waste = {row["held_in"]: row["waste"] for row in results["waste"]}
+    yield f"{waste['blocks of 16']:.1%} in blocks of 16 (the paper: under 4%)"
+    yield f"{waste['2048 tokens reserved']:.1%} where 2,048 tokens are reserved"
+    prefill, decode = (row["share"] for row in results["prefix_cost"])
+    yield f"adds {prefill:.2%} to a prefill step of the demo model, and {decode:.2%} to a decode step"
+
+
+def fair_steps(results: Results) -> Iterator[str]:
+    (rows,) = results.values()
+    bound, free, theirs = (row["longest_gap_ms"] / 1000 for row in rows)
+    yield f"{rows[0]['prompt_tokens']:,} tokens is {bound:.1f} s, where it is {free:.1f} s without the bound"
+    yield f"and {theirs:.1f} s in mlx-lm's server"
+    yield "its first token comes after {:.0f} s, {:.0f} s and {:.0f} s".format(*(row["first_token_s"] for row in rows))
+
+
+def hybrids(results: Results) -> Iterator[str]:
+    ratios = [row["ratio"] for row in results["short_prompts"]]
+    yield f"take {min(ratios):.2f} to {max(ratios):.2f} of the time of mlx-lm's BatchGenerator"
+
+
+def host(results: Results) -> Iterator[str]:
+    sums = [
+        row["cpu_median_us"] for row in results["host_work"] if (row["step"], row["part"]) == ("decode", "sum of these")
+    ]
+    yield f"costs {min(sums):.0f} to {max(sums):.0f} microseconds of CPU time"
+    graphs = [of(results["host_work"], step="decode", part="sampling graph", context=10**n) for n in (3, 4, 5)]
+    yield "takes {:.0f} to {:.0f} more".format(*(each["cpu_median_us"] for each in (graphs[0], graphs[-1])))
+    streamed = {row["part"]: row["cpu_median_us"] / 1000 for row in results["detokenising"][3:]}
+    yield f"cost {streamed['sum of these']:.1f} ms a step, and {streamed['detokenising']:.1f} ms for their text"
+    joins = [row["cpu_median_us"] / 1000 for row in results["host_work"] if row["step"] == "join"]
+    yield f"{joins[0]:.1f} ms at 1,000 tokens, {joins[-1]:.0f} ms at 100,000"
+    own = [row["own_work"] for row in results["end_to_end"]]
+    yield f"the engine's own work is {100 * min(own):.1f} to {max(own):.1%} of the thread's time"
+
+
+CLAIMS: list[tuple[str, Callable[[Results], Iterator[str]]]] = [
+    ("workloads-linux-cpu.json", workloads),
+    ("server-smollm2-linux-cpu.json", server),
+    ("server-scripted-linux-cpu.json", scripted),
+    ("memory-linux-cpu.json", memory),
+    ("fair-steps-linux-cpu.json", fair_steps),
+    ("hybrids-linux-cpu.json", hybrids),
+    ("host-overhead-linux-cpu.json", host),
+]
+
+
+@pytest.mark.parametrize("file, claims", CLAIMS, ids=lambda each: each if isinstance(each, str) else "")
+def test_the_numbers_in_words_are_those_of_the_results(file: str, claims: Callable[[Results], Iterator[str]]) -> None:
+    page = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+    for claim in claims(json.loads((RESULTS / file).read_text())["results"]):
+        assert claim in page
