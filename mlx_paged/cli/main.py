@@ -56,10 +56,8 @@ class EngineCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; returns its exit code."""
-        own = options.option_names(self)
-        ctx.obj = terminal = Terminal(
-            verbose=ctx.params.pop("verbose"), quiet=ctx.params.pop("quiet"), option_names=own
-        )
+        verbose, quiet = (ctx.params.pop(name) for name in ("verbose", "quiet"))
+        ctx.obj = terminal = Terminal(verbose=verbose, quiet=quiet, option_names=options.option_names(self))
         try:
             code = super().invoke(ctx)
             if code == 0 and "mlx_paged.llm" in sys.modules and (line := advice()) is not None:
