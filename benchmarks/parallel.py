@@ -23,10 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-IS_RANK = len(sys.argv) > 1 and sys.argv[1] == "--rank"
-if IS_RANK and hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {int(os.environ["MLX_RANK"]) % (os.cpu_count() or 1)})
-
 from mlx_paged import LLM, SamplingParams  # isort: skip  (before mlx, so that it finds OpenBLAS)
 import mlx.core as mx
 import report
@@ -72,6 +68,8 @@ def steps(quick: bool) -> Iterator[Row]:
 
 def measure(case: dict[str, int], quick: bool, file: str) -> None:
     """Measure as a rank, and write down rank 0's rows."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(os.environ["MLX_RANK"]) % (os.cpu_count() or 1)})
     calls: list[Call] = []
     for name in NAMES if case else ():
         Counter(calls, name)
@@ -105,7 +103,8 @@ def decode(llm: LLM, batch: int, quick: bool) -> Row:
         pass
     first, last = len(ends) // 4, len(ends) * 3 // 4
     step_s = (ends[last] - ends[first]) / (last - first)
-    return {"batch": batch, "step_ms": 1e3 * step_s, "tokens_per_s": batch / step_s}
+    no_messages = {"messages": 0, "bytes": 0, "alone_ms": 0.0, "share": 0.0}
+    return no_messages | {"batch": batch, "step_ms": 1e3 * step_s, "tokens_per_s": batch / step_s}
 
 
 def calls_of(calls: list[Call], batch: int) -> list[Call]:
@@ -146,7 +145,7 @@ PARTS = [
 ]
 
 if __name__ == "__main__":
-    if IS_RANK:
+    if sys.argv[1:2] == ["--rank"]:
         measure(*json.loads(sys.argv[2]))
     else:
         report.main("parallel.py", __doc__ or "", PARTS)

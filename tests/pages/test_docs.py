@@ -47,6 +47,8 @@ NOT_RUN = {
     "python benchmarks/hybrids.py": MINUTES,
     "python benchmarks/quantised_cache.py": MINUTES,
     "python benchmarks/speculation.py": MINUTES,
+    "python benchmarks/parallel.py": MINUTES,
+    "mlx-paged generate --tensor-parallel-size": "starts several processes; tests/distributed runs it",
     "python benchmarks/draws.py": MINUTES,
     "python benchmarks/server.py": MINUTES,
     "python benchmarks/on_a_gpu.py": "needs an NVIDIA card",
