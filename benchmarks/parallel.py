@@ -61,7 +61,8 @@ def steps(quick: bool) -> Iterator[Row]:
             if size > 1:
                 start = ["-n", str(size), "--backend", "ring", "--starting-port", str(free_ports(size)), "--"]
                 program = [sys.executable, "-c", LAUNCH, *start, *program]
-            env = os.environ | ({"MLX_RANK": "0"} if size == 1 else {})
+            env = os.environ | {"OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size))}
+            env |= {"MLX_RANK": "0"} if size == 1 else {}
             stdin, writer = os.pipe()  # that stays open: mlx.launch would look at one that has ended all the time
             subprocess.run(program, check=True, stdin=stdin, env=env)
             os.close(stdin)
@@ -71,7 +72,7 @@ def steps(quick: bool) -> Iterator[Row]:
 
 def measure(case: dict[str, int], quick: bool, file: str) -> None:
     """Measure as a rank, and write down rank 0's rows."""
-    if hasattr(os, "sched_setaffinity"):
+    if case and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(os.environ["MLX_RANK"]) % (os.cpu_count() or 1)})
     calls: list[Call] = []
     for name in NAMES if case else ():
