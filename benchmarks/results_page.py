@@ -19,6 +19,7 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "quantised-cache-smollm2-linux-cpu.json": ("quantised_cache", "A quantised cache of SmolLM2-135M-Instruct", ()),
     "quantised-cache-gemma3-linux-cpu.json": ("quantised_cache", "A quantised cache of Gemma 3 270M", ()),
     "quantised-cache-speed-linux-cpu.json": ("quantised_cache", "What a quantised cache takes", ()),
+    "parallel-linux-cpu.json": ("parallel", "What ranks tell each other", ()),
     "speculation-smollm2-linux-cpu.json": ("speculation", "Drafts of SmolLM2-135M-Instruct", ()),
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),

@@ -19,7 +19,7 @@ import click
 from mlx_paged.cli import options
 from mlx_paged.cli.loading import find_model, loading
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
-from mlx_paged.config import parse_memory
+from mlx_paged.config import EngineConfig, parse_memory
 
 if TYPE_CHECKING:
     from mlx_paged.async_llm import AsyncLLM
@@ -103,6 +103,8 @@ def serve_model(
 ) -> int:
     """Load a model and serve it until a signal ends that. Returns the exit code."""
     _require_sense(names, hosts, origins, idle_unload, drain_timeout)
+    if idle_unload is not None and EngineConfig(**engine).num_ranks > 1:
+        raise click.UsageError("--idle-unload gives back the memory of one process: leave it out with several ranks")
     keys = _read_keys(api_key_file)
     if not keys and not _is_loopback(host):
         raise click.UsageError(

@@ -15,7 +15,7 @@ import pytest
 from helpers.servers import wait_for
 from helpers.stub_llm import assert_one_line, invoke, start
 
-from mlx_paged.distributed.launch import Start, plan_starts
+from mlx_paged.distributed.launch import Start, plan_starts, run_ranks
 
 STORY = ("generate", "--raw", "--ignore-eos", "--temp", "0", "Once upon a time")
 ENDS_S = 10
@@ -135,3 +135,24 @@ def test_each_rank_is_started_on_its_host_with_what_mlx_needs(tmp_path: Path) ->
     addresses = json.loads(starts[0].files["MLX_HOSTFILE"])
     assert [ip.split(":")[0] for (ip,) in addresses] == ["127.0.0.1", "192.0.2.1", "192.0.2.2"]
     assert "A=b" in starts[2].env
+
+
+@pytest.mark.parametrize(
+    ("leader", "others", "ended"),
+    [
+        ("exit 0", ["exit 0"], (0, "")),
+        ("exit 3", ["sleep 60"], (3, "")),
+        ("sleep 60", ["echo mlx-paged: no memory >&2; exit 1"], (1, "rank 1 on 127.0.0.1: no memory")),
+        ("sleep 60", ["exit 74", "exit 7"], (1, "rank 2 on 127.0.0.1: it ended with exit code 7")),
+        ("kill -9 $$", ["exit 74", "exit 74"], (1, "rank 0 was ended by SIGKILL")),
+        ("kill -11 $$", ["exit 74", "kill -TERM $$"], (1, "rank 2 on 127.0.0.1 was ended by SIGTERM")),
+        ("echo it is so >&2; exit 1", ["echo it is so >&2; exit 1"], (1, "")),
+    ],
+)
+def test_the_rank_that_ended_first_is_the_one_that_is_spoken_of(
+    leader: str, others: list[str], ended: tuple[int, str]
+) -> None:
+    rest = [Start(i, "127.0.0.1", None, None, {}, [], ["bash", "-c", each]) for i, each in enumerate(others, start=1)]
+    first = Start(0, "127.0.0.1", None, None, {"HOSTS": "{}"}, ["A=b"], [])
+    checks = '[ "$A$MLX_RANK" = b0 ] && [ -f "$HOSTS" ] || exit 9'
+    assert run_ranks([first, *rest], ["bash", "-c", f"{checks}; {leader}"]) == ended

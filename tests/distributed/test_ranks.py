@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -62,7 +63,10 @@ def test_ranks_that_mlx_launch_starts_answer_as_one_process_does(names: list[str
     launch += ["-n", str(size), "--backend", "ring"]
     program = [sys.executable, str(Path(rank_program.__file__)), str(tmp_path / "found"), *names]
     command = [*launch, "--starting-port", str(free_ports(size)), "--", *program]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL)
+    stdin, writer = os.pipe()  # that stays open: mlx.launch would look at one that has ended all the time
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=500, stdin=stdin)
+    os.close(stdin)
+    os.close(writer)
     assert (tmp_path / "found").exists(), ended.stderr[-3000:]
     found = json.loads((tmp_path / "found").read_text())
     for name in names:

@@ -51,6 +51,8 @@ NOT_RUN = {
     "python benchmarks/hybrids.py": MINUTES,
     "python benchmarks/quantised_cache.py": MINUTES,
     "python benchmarks/speculation.py": MINUTES,
+    "python benchmarks/parallel.py": MINUTES,
+    "mlx-paged generate --tensor-parallel-size": "starts several processes; tests/distributed runs it",
     "python benchmarks/draws.py": MINUTES,
     "python benchmarks/growth.py": "takes minutes; test_growth.py runs it at a small size",
     "python benchmarks/accuracy.py": "needs lm-evaluation-harness, and takes minutes",

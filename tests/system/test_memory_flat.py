@@ -159,8 +159,8 @@ def test_a_request_that_arrives_while_the_engine_starts_over_is_served_once(
     def failing(_: Any) -> mx.array:
         raise RuntimeError("out of memory")
 
-    def reset_while_another_thread_adds() -> None:
-        reset()
+    def reset_while_another_thread_adds(unfinished: list[mx.array]) -> None:
+        reset(unfinished)
         thread = threading.Thread(target=engine.add_request, args=([4, 5], SamplingParams(max_tokens=2)))
         thread.start()
         thread.join()
