@@ -93,6 +93,13 @@ def host(results: Results) -> Iterator[str]:
     yield f"the engine's own work is {100 * min(own):.1f} to {max(own):.1%} of the thread's time"
 
 
+def growth(results: Results) -> Iterator[str]:
+    one, *_, most = results["sequences"]
+    yield f"{most['sequences']} sequences take {most['host_us'] / one['host_us']:.1f} times the engine's own work"
+    yield f"MLX builds graphs with {most['graph_us'] / one['graph_us']:.1f} times the work"
+    assert max(row["host_us"] for row in results["pool"]) < 1.2 * results["pool"][0]["host_us"]
+
+
 CLAIMS: list[tuple[str, Callable[[Results], Iterator[str]]]] = [
     ("workloads-linux-cpu.json", workloads),
     ("server-smollm2-linux-cpu.json", server),
@@ -101,6 +108,7 @@ CLAIMS: list[tuple[str, Callable[[Results], Iterator[str]]]] = [
     ("fair-steps-linux-cpu.json", fair_steps),
     ("hybrids-linux-cpu.json", hybrids),
     ("host-overhead-linux-cpu.json", host),
+    ("growth-linux-cpu.json", growth),
 ]
 
 
