@@ -118,13 +118,22 @@ class _ToldKVCache(PagedKVCache):
 
 
 def _end(ranks: Ranks) -> None:
-    """Let the other ranks end. Nobody waits long for that: one may be gone."""
+    """Let the other ranks end, when all has arrived that they were told. Nobody waits long: one may be gone."""
+    if _has_arrived(ranks):
+        ranks.tell(Message.END)  # here, since each thread of MLX's has a stream of its own
+        _has_arrived(ranks)
 
-    def tell() -> None:
+
+def _has_arrived(ranks: Ranks) -> bool:
+    """Wait for the last message to be heard. Returns False if that takes too long, or can't be."""
+    heard = threading.Event()
+
+    def wait() -> None:
         with contextlib.suppress(RuntimeError):
-            ranks.tell(Message.END)
             mx.eval(ranks.last_told)
+            heard.set()
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    teller.join(_END_S)
+    waiter = threading.Thread(target=wait, daemon=True)
+    waiter.start()
+    waiter.join(_END_S)
+    return heard.is_set()

@@ -46,10 +46,10 @@ class OneOf(Ranks):
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(QUICK, id="two"),
         *(
             pytest.param(names, id=size, marks=pytest.mark.slow)
             for size, names in {
+                "two": QUICK,
                 "two, other families": [n for n in CASES if CASES[n][0] == 2 and n not in QUICK],
                 "three": ["SmolLM2's heads"],
                 "four": [n for n in CASES if CASES[n][0] == 4],
