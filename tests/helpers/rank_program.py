@@ -34,7 +34,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "qwen3 in int8": (2, "qwen3", {"head_dim": 64}, {"kv_cache_dtype": "int8", "pipelining": "build"}),
     "qwen3_moe with drafts": (2, "qwen3_moe", MOE, {"speculative_config": {"adaptive": False}}),
     "one KV head, weights in 4 bits": (2, "llama", CODES, {}),
-    "windows": (2, "gpt_oss", {}, {}),
+    "windows, a model's drafts": (2, "gpt_oss", {}, {"draft": "llama"}),
     "qwen2 by layers": (2, "qwen2", {}, {"pipeline_parallel_size": 2}),
     "SmolLM2's heads": (3, "llama", {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3}, {}),
     "replicated KV heads": (4, "qwen3", {"num_attention_heads": 8, "head_dim": 16}, {"num_kv_blocks": 16}),
@@ -46,7 +46,9 @@ def make_llm(name: str, *, alone: bool) -> LLM:
     """The LLM of a case, on as many ranks as it says, or on one."""
     size, family, shape, config = CASES[name]
     shape, config = shape.copy(), {"block_size": 4, "num_kv_blocks": 64, "max_num_seqs": 4} | config
-    is_quantised = shape.pop("quantised", False)
+    is_quantised, draft = shape.pop("quantised", False), config.pop("draft", None)
+    if draft is not None:
+        config["speculative_config"] = {"adaptive": False, "model": make_model(draft)}
     model = make_model(family, **shape)
     if is_quantised:
         nn.quantize(model, group_size=32, bits=4)
