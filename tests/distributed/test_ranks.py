@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import rank_program
-from helpers.rank_program import CASES, answers, make_llm
+from helpers.budget import budget
+from helpers.rank_program import CASES, answers, make_llm, soak
 from helpers.tiny_models import make_model
 
 from mlx_paged import LLM, EngineConfig, ModelError
@@ -58,26 +59,43 @@ class OneOf(Ranks):
     ],
 )
 def test_ranks_that_mlx_launch_starts_answer_as_one_process_does(names: list[str], tmp_path: Path) -> None:
-    size = CASES[names[0]][0]
-    launch = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
-    launch += ["-n", str(size), "--backend", "ring"]
-    program = [sys.executable, str(Path(rank_program.__file__)), str(tmp_path / "found"), *names]
-    command = [*launch, "--starting-port", str(free_ports(size)), "--", *program]
-    stdin, writer = os.pipe()  # that stays open: mlx.launch would look at one that has ended all the time
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=500, stdin=stdin)
-    os.close(stdin)
-    os.close(writer)
-    assert (tmp_path / "found").exists(), ended.stderr[-3000:]
-    found = json.loads((tmp_path / "found").read_text())
+    found = run_program(CASES[names[0]][0], tmp_path / "found", *names)
     for name in names:
         memory = found[name].pop("memory").splitlines()
-        assert [line.startswith(f"rank {rank} on ") for rank, line in enumerate(memory)] == [True] * size
+        assert [line.startswith(f"rank {rank} on ") for rank, line in enumerate(memory)] == [True] * CASES[name][0]
         alone = make_llm(name, alone=True)
         expected = json.loads(json.dumps(answers(alone)))
         for kind, values in expected.items():
             assert_close(found[name][kind], values, f"{name}: {kind}")
     preempts = any(found[name]["counts"][0] for name in names)
     assert preempts == any(CASES[name][3].get("num_kv_blocks") for name in names)
+
+
+@pytest.mark.slow
+def test_requests_that_come_end_and_are_given_up_leave_no_block_and_have_the_tokens_of_one_process(
+    tmp_path: Path,
+) -> None:
+    count = budget(60, 500)
+    found = run_program(2, tmp_path / "found", str(count), "llama")["llama"]
+    alone = soak(make_llm("llama", alone=True), count)
+    assert found["ends"] == alone["ends"] == [True, True]
+    ended = found["tokens"].keys() & alone["tokens"].keys()  # when one is given up depends on how steps overlap
+    assert len(ended) > count // 2
+    assert {each: found["tokens"][each] for each in ended} == {each: alone["tokens"][each] for each in ended}
+
+
+def run_program(size: int, file: Path, *arguments: str) -> Any:
+    """What the program of `rank_program.py` finds on so many ranks."""
+    launch = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
+    launch += ["-n", str(size), "--backend", "ring"]
+    program = [sys.executable, str(Path(rank_program.__file__)), str(file), *arguments]
+    command = [*launch, "--starting-port", str(free_ports(size)), "--", *program]
+    stdin, writer = os.pipe()  # that stays open: mlx.launch would look at one that has ended all the time
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=500, stdin=stdin)
+    os.close(stdin)
+    os.close(writer)
+    assert file.exists(), ended.stderr[-3000:]
+    return json.loads(file.read_text())
 
 
 def assert_close(found: Any, expected: Any, where: str) -> None:

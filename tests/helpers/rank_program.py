@@ -1,12 +1,14 @@
 """A program that mlx.launch starts on several ranks: it asks models all kinds of things and writes down the answers.
 
-`python rank_program.py FILE NAME...`: of these cases, to a file of JSON. Tests ask the same of one process.
+`python rank_program.py FILE [COUNT] NAME...`: of these cases, to a file of JSON; with a number so many requests, some
+of them given up. Tests ask the same of one process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,18 +88,44 @@ def answers(llm: LLM) -> dict[str, Any]:
     return found
 
 
+def soak(llm: LLM, count: int) -> dict[str, Any]:
+    """Ask for so many answers, a few of which are given up. Returns the tokens of the others, by request."""
+    rng, num_asked, found, given_up = random.Random(0), 0, dict[str, Any](), set[int]()
+    while num_asked < count or llm.engine.has_unfinished():
+        for _ in range(rng.randrange(3) if num_asked < count else 0):
+            prompt = [rng.randrange(90) for _ in range(rng.choice([2, 9, 30]))]
+            prompt = SHARED + prompt if rng.random() < 0.5 else prompt
+            params = SamplingParams(
+                temperature=rng.choice([0, 0, 1]), seed=3, top_k=4, max_tokens=rng.randrange(1, 25), ignore_eos=True
+            )
+            request_id = llm.engine.add_request(prompt, params)
+            num_asked += 1
+            if rng.random() < 0.3:
+                given_up.add(request_id)
+        if given_up and rng.random() < 0.2:
+            llm.engine.abort(given_up.pop())
+        for output in llm.engine.step():
+            found[str(output.request_id)] = output.outputs[0].token_ids
+            given_up.discard(output.request_id)
+    stats = llm.stats()
+    return {"tokens": found, "ends": [stats.num_preemptions > 0, stats.num_free_blocks == stats.num_blocks]}
+
+
 def _of(output: Any) -> list[Any]:
     return [(sample.token_ids, sample.cumulative_logprob) for sample in output.outputs]
 
 
 def main(file: str, *names: str) -> None:
-    found = {}
+    found: dict[str, Any] = {}
+    num_soaked = int(names[0]) if names[0].isdigit() else None
+    names = names if num_soaked is None else names[1:]
     for name in names:
         try:
             llm = make_llm(name, alone=False)
         except SystemExit:  # the end of this model, in a rank that follows
             continue
-        found[name] = answers(llm) | {"memory": llm.describe_memory()}
+        found[name] = answers(llm) if num_soaked is None else soak(llm, num_soaked)
+        found[name]["memory"] = llm.describe_memory()
         llm._runner._end()  # type: ignore[attr-defined]
     if os.environ["MLX_RANK"] == "0":
         Path(file).write_text(json.dumps(found))
