@@ -96,7 +96,7 @@ def soak(llm: LLM, count: int) -> dict[str, Any]:
             prompt = [rng.randrange(90) for _ in range(rng.choice([2, 9, 30]))]
             prompt = SHARED + prompt if rng.random() < 0.5 else prompt
             params = SamplingParams(
-                temperature=rng.choice([0, 0, 1]), seed=3, top_k=4, max_tokens=rng.randrange(1, 25), ignore_eos=True
+                temperature=rng.choice([0, 0, 1]), seed=3, top_k=4, max_tokens=rng.randrange(1, 20), ignore_eos=True
             )
             request_id = llm.engine.add_request(prompt, params)
             num_asked += 1
