@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -87,7 +87,10 @@ class StubRunner:
         rows = inputs.token_ids if inputs.logits_indices is None else inputs.logits_indices
         return zeros(rows.shape[0], self.vocab_size)
 
-    def reset(self) -> None:
+    def rest(self) -> None:
+        pass
+
+    def reset(self, unfinished: Sequence[mx.array] = ()) -> None:
         pass
 
     def fingerprint(self) -> str:

@@ -41,7 +41,10 @@ class StubRunner:
         rows = inputs.token_ids if inputs.logits_indices is None else inputs.logits_indices
         return mx.zeros((rows.shape[0], VOCAB_SIZE))
 
-    def reset(self) -> None:
+    def rest(self) -> None:
+        pass
+
+    def reset(self, unfinished: Sequence[mx.array] = ()) -> None:
         pass
 
     def fingerprint(self) -> str:
