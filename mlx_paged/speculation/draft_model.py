@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from mlx_paged.attention.metadata import AttentionMetadata, ModelInputs
 from mlx_paged.blocks.cache_groups import CacheGroups
 from mlx_paged.errors import OutOfBlocks
 from mlx_paged.request import Sequence
+from mlx_paged.runner.input_builder import InputBuilder
 from mlx_paged.runner.model_runner import ModelRunner
 from mlx_paged.sampling.sampler import Sampler, sample_seed
 from mlx_paged.sampling_params import SamplingParams
-from mlx_paged.scheduler.block_tables import MIN_COLUMNS
+from mlx_paged.scheduler.running_batch import RunningBatch
 from mlx_paged.speculation.step_costs import StepCosts
 
 _CHUNK = 512  # tokens that are caught up with in a step, at most
@@ -36,7 +36,7 @@ class _Known:
 
     sequence: Sequence
     row: int
-    """Of the running batch, for which its parameters are set."""
+    """Of the running batch, for which its parameters are set and its block tables are written."""
     num_tokens: int
     """Its tokens when it was looked at last."""
     num_computed: int | None = None
@@ -48,10 +48,8 @@ class _Known:
 class DraftModel:
     """Proposes what a second model draws."""
 
-    def __init__(
-        self, runner: ModelRunner, max_num_seqs: int, vocab_size: int, costs: StepCosts, most: int = 1
-    ) -> None:
-        """vocab_size: of the model whose tokens are guessed. costs: of the draft model's steps.
+    def __init__(self, runner: ModelRunner, batch: RunningBatch, vocab_size: int, costs: StepCosts, most: int) -> None:
+        """batch, vocab_size: of the model whose tokens are guessed. costs: of the draft model's steps.
 
         most: drafts of a sequence in a step. There are none where they would not fit the draft model's context.
         """
@@ -70,7 +68,11 @@ class DraftModel:
         self._chunk = min(_CHUNK, config.max_num_batched_tokens)
         self._vocab_size = min(vocab_size, runner.vocab_size)
         self._max_num_tokens = math.inf if runner.context is None else runner.context + 1 - most
-        self._sampler = Sampler(max_num_seqs, self._vocab_size)
+        num_rows, max_blocks = batch.tables[0].matrix.shape
+        max_blocks = min(plan.num_blocks[0], max_blocks + -(-most // config.block_size))
+        own = RunningBatch(num_rows, len(plan.windows), max_blocks, config.block_size)
+        self._tables, self._builder = own.tables, InputBuilder(own)  # with the rows of the model's batch
+        self._sampler = Sampler(num_rows, self._vocab_size)
         self._known: dict[int, _Known] = {}
 
     def keep(self, seq_ids: set[int]) -> None:
@@ -116,12 +118,13 @@ class DraftModel:
         return self._costs.of(behind) if behind > _FEW else 0.0
 
     def catch_up(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Compute some of the tokens that were not. Returns the sequences that lacked a few at most, for `propose`."""
+        """Compute some of the tokens that were not. Returns the sequences that lacked a few at most, for `propose`.
+
+        sequences: which have blocks, as `seconds_to_catch_up` says.
+        """
         left, ready, chosen, ends = self._chunk, list[Sequence](), list[_Known](), list[int]()
         for sequence in sequences:
             known = self._known[sequence.seq_id]
-            if not self._attach(known):
-                continue
             start, behind = known.num_computed or 0, self._num_behind(known)
             if behind <= _FEW:
                 ready.append(sequence)
@@ -139,7 +142,7 @@ class DraftModel:
         """Return drafts for sequences that `catch_up` found ready, as many as there is room for, or fewer sequences."""
         chosen = [self._known[sequence.seq_id] for sequence, room in rooms.items() if room > 0]
         most = max((rooms[known.sequence] for known in chosen), default=0)  # of all, so that a step has one of each
-        chosen = [k for k in chosen if self._attach(k) and self._reserve(k, len(k.sequence.token_ids) + most - 1)]
+        chosen = [known for known in chosen if self._reserve(known, len(known.sequence.token_ids) + most - 1)]
         if not chosen:
             return {}
         started = time.perf_counter()
@@ -155,8 +158,6 @@ class DraftModel:
         rows = np.array([known.sequence.row for known in chosen])
         ends = np.array([len(known.sequence.token_ids) for known in chosen], np.int32)
         places = ends - np.array([len(known.sequence.request.prompt_token_ids) for known in chosen])
-        for known in chosen:
-            self._set_row(known)
         drawn: list[mx.array] = []
         for i in range(most):
             logits = self._run(chosen, ends + i, drawn[-1] if drawn else None)
@@ -171,24 +172,14 @@ class DraftModel:
     def _run(self, chosen: list[_Known], ends: np.ndarray, drawn: mx.array | None = None) -> mx.array:
         """Compute the tokens of sequences up to `ends`, or the last of them, which was drawn. Returns its logits."""
         starts = ends - 1 if drawn is not None else np.array([known.num_computed for known in chosen], np.int32)
-        query_lens, block_size = ends - starts, self._groups.block_size
-        cu_seqlens_q = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
-        positions = np.repeat(starts - cu_seqlens_q[:-1], query_lens) + np.arange(cu_seqlens_q[-1], dtype=np.int32)
-        seqs = np.repeat(np.arange(len(chosen)), query_lens)
         if drawn is None:
             parts = [k.sequence.token_ids[start:end] for k, start, end in zip(chosen, starts, ends, strict=True)]
             # A token that this model does not know costs no more than a wrong draft.
-            drawn = mx.array(np.minimum(np.concatenate(parts), self._runner.vocab_size - 1).astype(np.int32))
-        groups = []
-        for manager in self._groups.managers:
-            tables = np.zeros((len(chosen), max(MIN_COLUMNS, -(-int(ends.max()) // block_size))), np.int32)
-            for row, known in zip(tables, chosen, strict=True):
-                block_ids = manager.block_table(known.sequence.seq_id)[: len(row)]
-                row[: len(block_ids)] = np.maximum(block_ids, 0)  # none where a window is past it
-            slots = mx.array(tables[seqs, positions // block_size]), mx.array(positions % block_size)
-            groups.append(AttentionMetadata(mx.array(tables), ends, cu_seqlens_q, None, *slots))
-        lasts = mx.array(cu_seqlens_q[1:] - 1)
-        return self._runner.run(ModelInputs(drawn.astype(mx.int32), mx.array(positions), lasts, groups))
+            drawn = mx.array(np.minimum(np.concatenate(parts), self._runner.vocab_size - 1))
+        rows = np.array([known.row for known in chosen])
+        inputs, _ = self._builder.arrange(drawn.astype(mx.int32), rows, starts, ends - starts, drawn.size)
+        lasts = inputs.groups[0].cu_seqlens_q[1:] - 1
+        return self._runner.run(inputs._replace(logits_indices=mx.array(lasts)))
 
     def _attach(self, known: _Known) -> bool:
         """Give a sequence blocks, some of them shared with equal prefixes.
@@ -210,19 +201,26 @@ class DraftModel:
     def _reserve(self, known: _Known, num_tokens: int) -> bool:
         """Publish what is computed of a sequence, and give it slots for more. Without room it loses its blocks."""
         assert known.num_computed is not None
+        seq_id, first = known.sequence.seq_id, known.num_computed // self._groups.block_size
         try:
-            self._groups.sync(known.sequence.seq_id, known.num_computed)
-            self._groups.reserve(known.sequence.seq_id, num_tokens)
+            self._groups.sync(seq_id, known.num_computed)
+            self._groups.reserve(seq_id, num_tokens)
         except OutOfBlocks:
             self._free(known)
             return False
+        if known.row != known.sequence.row:
+            self._set_row(known)
+            first = 0
+        for tables, manager in zip(self._tables, self._groups.managers, strict=True):
+            block_ids = np.maximum(manager.block_table(seq_id, first), 0)  # none where a window is past it
+            tables.rewrite(known.row, first, block_ids.tolist())
         return True
 
     def _free(self, known: _Known) -> None:
         if known.num_computed is not None:
             self._groups.sync(known.sequence.seq_id, min(known.num_computed, len(known.sequence.token_ids)))
             self._groups.free(known.sequence.seq_id)
-        known.num_computed, known.drafts = None, []
+        known.num_computed, known.drafts, known.row = None, [], -1
 
     def _num_behind(self, known: _Known) -> int:
         return len(known.sequence.token_ids) - (known.num_computed or 0)
@@ -230,8 +228,6 @@ class DraftModel:
     def _set_row(self, known: _Known) -> None:
         """Have drafts drawn as the request's parameters say, as far as these do not look at the tokens before."""
         sequence = known.sequence
-        if known.row == sequence.row:
-            return
         known.row, params = sequence.row, sequence.request.params
         assert isinstance(params, SamplingParams)
         bias = {token: value for token, value in (params.logit_bias or {}).items() if token < self._vocab_size}

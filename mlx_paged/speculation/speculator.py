@@ -7,7 +7,7 @@ estimated, by the time that steps take and by how often each sequence was foreto
 per second.
 """
 
-import sys
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,9 +62,9 @@ class Proposer(Protocol):
 class Speculator:
     """Proposes drafts and takes what came of them."""
 
-    config: SpeculativeConfig | None
-    """None: it proposes none."""
+    config: SpeculativeConfig
     proposer: Proposer | None
+    """None: there are no drafts."""
     batch: RunningBatch
     costs: StepCosts
     max_num_batched_tokens: int
@@ -90,17 +90,17 @@ class Speculator:
 
         num_free_blocks: of the pool. If the proposer fails, an EngineWarning says so, and there are no more drafts.
         """
-        if self.config is None or self.proposer is None:
+        if self.proposer is None:
             return None
         try:
-            return self._propose(self.config, self.proposer, num_free_blocks)
+            return self._propose(self.proposer, num_free_blocks)
         except Exception as error:
             text = f"guessing next tokens failed, and goes on no more: {type(error).__name__}: {one_line(error)}"
             warnings.warn(text, EngineWarning, stacklevel=2)
-            self.config = self.proposer = None
+            self.proposer = None
             return None
 
-    def _propose(self, config: SpeculativeConfig, proposer: Proposer, num_free_blocks: int) -> Drafts | None:
+    def _propose(self, proposer: Proposer, num_free_blocks: int) -> Drafts | None:
         running = [each for each in self.batch.sequences if each is not None]
         seq_ids = {sequence.seq_id for sequence in running}
         proposer.keep(seq_ids)
@@ -108,8 +108,8 @@ class Speculator:
         if num_free_blocks < _FREE_BLOCKS * len(running):
             return None
         rows = [s for s in running if not self.batch.is_prefilling[s.row] and _may_have_drafts(s.request)]
-        shares = {sequence: self._follow(sequence, config, proposer) for sequence in rows}
-        most, saved_s = self._most_drafts(list(shares.values()), len(running) - len(rows), config, proposer)
+        shares = {sequence: self._follow(sequence, proposer) for sequence in rows}
+        most, saved_s = self._most_drafts(list(shares.values()), len(running) - len(rows), proposer)
         if not most:
             return None
         drafts = Drafts({}, np.zeros(len(self.batch.sequences), bool), np.ones(len(self.batch.sequences), np.int32))
@@ -129,46 +129,47 @@ class Speculator:
             drafts.query_lens[sequence.row] += len(tokens)
         return drafts if drafts.tokens or drafts.waiting.any() else None
 
-    def _follow(self, sequence: Sequence, config: SpeculativeConfig, proposer: Proposer) -> float:
+    def _follow(self, sequence: Sequence, proposer: Proposer) -> float:
         """Take in the tokens that a sequence has come to. Returns its share."""
         num_foretold, num_new = proposer.update(sequence)
         share = self._shares.get(sequence.seq_id)
         if share is None:
-            share = proposer.first_share if config.adaptive else 1.0
-        elif num_new and config.adaptive:
+            share = proposer.first_share if self.config.adaptive else 1.0
+        elif num_new and self.config.adaptive:
             share += (num_foretold / num_new - share) * (1 - (1 - 1 / _MEMORY) ** num_new)
         self._shares[sequence.seq_id] = share
         return share
 
     def _is_worth_it(self, sequence: Sequence, saved_s: float, proposer: Proposer) -> bool:
-        """Say whether what a sequence still can have of drafts is more than what has to be done before the first."""
+        """Say whether a sequence can have drafts, and saves more by them than what has to be done before the first."""
         num_left = int(self.batch.max_num_tokens[sequence.row]) - len(sequence.token_ids)
-        return proposer.seconds_to_catch_up(sequence) <= num_left * saved_s
+        seconds = proposer.seconds_to_catch_up(sequence)
+        return seconds < math.inf and seconds <= num_left * saved_s
 
-    def _most_drafts(
-        self, shares: list[float], num_others: int, config: SpeculativeConfig, proposer: Proposer
-    ) -> tuple[int, float]:
+    def _most_drafts(self, shares: list[float], num_others: int, proposer: Proposer) -> tuple[int, float]:
         """Choose how many drafts a sequence may have, so that most tokens are put out per second; 0 for none.
 
         Returns that, and the seconds that it saves of each token. num_others: running sequences that have no drafts.
         """
-        if not config.adaptive:
-            return config.num_speculative_tokens, sys.float_info.max
+        most_of_all = self.config.num_speculative_tokens
+        if not self.config.adaptive:
+            return most_of_all, math.inf
         num_rows = len(shares) + num_others
         shares = [share for share in shares if share > _LEAST_SHARE]
+        if not shares:
+            return 0, 0.0
         num_others = num_rows - len(shares)
-        plain_rate = num_rows / self.costs.of(max(1, num_rows))
+        plain_rate = num_rows / self.costs.of(num_rows)
         best, best_rate = 0, _GAIN * plain_rate
-        most_of_all = config.num_speculative_tokens
         limit = self.max_decode_queries - 1 or most_of_all  # where one query is all there is, more cost the same
-        for most in range(1, min(limit, most_of_all) + 1) if shares else ():
+        for most in range(1, min(limit, most_of_all) + 1):
             num_out = num_rows + sum(share**i for share in shares for i in range(1, most + 1))
             seconds = self.costs.of(num_rows + most * len(shares)) + proposer.seconds(len(shares), most)
             if num_others:  # while those with drafts wait for their last token, the others go on
                 num_out, seconds = num_out + num_others, seconds + self.costs.of(num_others)
             if num_out / seconds > best_rate:
                 best, best_rate = most, num_out / seconds
-        return best, 1 / max(plain_rate, 1e-9) - 1 / max(best_rate, 1e-9)
+        return best, 1 / plain_rate - 1 / best_rate
 
     def process(
         self,
@@ -184,7 +185,7 @@ class Speculator:
         """
         batch, rows, version, drafts = self.batch, step.sampled_rows, step.sampled_version, step.schedule.drafts
         assert rows is not None
-        if not step.schedule.chunks and self.config is not None:
+        if not step.schedule.chunks and self.proposer is not None:
             self.costs.add(step.schedule.num_tokens, step.seconds)
         if not drafts:
             take(rows, version, results)
@@ -223,14 +224,14 @@ def make_speculator(runner: ModelRunner, config: EngineConfig, batch: RunningBat
         warnings.warn(text, EngineWarning, stacklevel=4)
         asked = None
     if asked is None:
-        return Speculator(None, None, batch, StepCosts({1: 1.0}), config.max_num_batched_tokens)
+        return Speculator(SpeculativeConfig(), None, batch, StepCosts({1: 1.0}), config.max_num_batched_tokens)
 
     def costs_of(measured: ModelRunner) -> StepCosts:
         return StepCosts(measured.measure_steps(MEASURED) if asked.adaptive else {1: 1.0})
 
     proposer: Proposer = NgramProposer(asked.prompt_lookup_max, asked.prompt_lookup_min)
     if runner.draft is not None:
-        sizes = config.max_num_seqs, runner.vocab_size
+        sizes = batch, runner.vocab_size
         proposer = DraftModel(runner.draft, *sizes, costs_of(runner.draft), asked.num_speculative_tokens)
     return Speculator(
         asked, proposer, batch, costs_of(runner), config.max_num_batched_tokens, runner.max_decode_queries
