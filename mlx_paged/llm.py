@@ -15,7 +15,7 @@ from mlx_paged.cpu.blas import blas_name
 from mlx_paged.engine.chat_template import ChatTemplate, Message, TemplateOptions
 from mlx_paged.engine.engine import Engine
 from mlx_paged.engine.profile import Profile
-from mlx_paged.models import adapters, hub, loading
+from mlx_paged.models import adapters, loading
 from mlx_paged.models.patch import PatchedModel, patch_model
 from mlx_paged.outputs import BeamSearchOutput, EngineStats, Output, RequestOutput
 from mlx_paged.progress import ProgressBar
@@ -57,8 +57,7 @@ class LLM:
         adapters.add_adapter(model, adapters.check_adapter(engine_config.adapter_path))
         if engine_config.dtype is not None:
             loading.set_dtype(model, engine_config.dtype)
-        args = getattr(model, "args", None)
-        context = hub.context_of({} if args is None else vars(args))
+        context = loading.context_of_model(model)
         llm = cls.__new__(cls)
         llm._start(loading.LoadedModel(model, tokenizer, context, {}), engine_config)
         return llm

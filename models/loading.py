@@ -86,6 +86,12 @@ def set_dtype(model: nn.Module, dtype: str | None) -> None:
         model.set_dtype(getattr(mx, dtype))
 
 
+def context_of_model(model: nn.Module) -> int | None:
+    """Find the longest context, in tokens, that a model in memory was made for. Returns None if it does not say."""
+    args = getattr(model, "args", None)
+    return hub.context_of({} if args is None else vars(args))
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Sum the bytes of a model's weights, by their shapes: nothing is evaluated."""
     return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())

@@ -53,8 +53,8 @@ def make_runner(
         raise ValueError(f"{name}={ranks.size}: recurrent layers, which this model has, run on one device")
     ranks.compare({"what layers see": patched.groups})
     if ranks.rank == 0:
-        return LeadingRunner(patched, config, max_model_len, num_needed, ranks, draft())
-    Follower(patched, config, max_model_len, num_needed, ranks).follow()
+        return LeadingRunner(ranks, patched, config, max_model_len, num_needed, draft())
+    Follower(ranks, patched, config, max_model_len, num_needed).follow()
     raise SystemExit(0)
 
 

@@ -9,7 +9,7 @@ from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.cache.kv_cache import PagedKVCache
 from mlx_paged.cache.states import States
 from mlx_paged.config import EngineConfig, parse_memory
-from mlx_paged.models.hub import context_of
+from mlx_paged.models.loading import context_of_model
 from mlx_paged.models.patch import PatchedModel
 from mlx_paged.runner.fingerprint import fingerprint
 from mlx_paged.runner.memory_plan import MemoryPlan, fit_to_states, plan_memory
@@ -58,8 +58,7 @@ class ModelRunner:
     @property
     def context(self) -> int | None:
         """The longest context, in tokens, that the model was made for; None if it does not say."""
-        args = getattr(self._model.model, "args", None)
-        return context_of({} if args is None else vars(args))
+        return context_of_model(self._model.model)
 
     @property
     def max_decode_queries(self) -> int:
@@ -75,7 +74,10 @@ class ModelRunner:
 
     def measure_steps(self, sizes: Sequence[int]) -> dict[int, float]:
         """Measure the seconds of steps of so many tokens, logits for all of them. The last sizes may be left out."""
-        return step_seconds(self._model, self.config, sizes)
+        return step_seconds(self._model, self.config, sizes, self._begin_measuring)
+
+    def _begin_measuring(self, size: int) -> None:
+        """Know that steps of so many tokens are measured next."""
 
     def _agree(self, plan: MemoryPlan) -> MemoryPlan:
         """Return the plan that all processes keep to: here there is one."""

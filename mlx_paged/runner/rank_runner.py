@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import time
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,31 +14,21 @@ import numpy as np
 
 from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.cache.kv_cache import PagedKVCache
-from mlx_paged.config import EngineConfig
 from mlx_paged.distributed.ranks import Message, Ranks
 from mlx_paged.errors import LostRanks
-from mlx_paged.models.patch import PatchedModel
 from mlx_paged.runner.memory_plan import MemoryPlan
 from mlx_paged.runner.model_runner import ModelRunner
 
-_MEASURE_S = 2.0
 _END_S = 5.0  # that the others have to hear of the end
 
 
 class RankRunner(ModelRunner):
     """A rank's part of a model and of its KV cache. What depends on measurements is agreed on."""
 
-    def __init__(
-        self,
-        model: PatchedModel,
-        config: EngineConfig,
-        max_model_len: int | None,
-        num_needed: int | None,
-        ranks: Ranks,
-        draft: PatchedModel | None = None,
-    ) -> None:
+    def __init__(self, ranks: Ranks, *of_runner: Any) -> None:
+        """of_runner: what a ModelRunner takes."""
         self.ranks = ranks
-        super().__init__(model, config, max_model_len, num_needed, draft)
+        super().__init__(*of_runner)
 
     def _agree(self, plan: MemoryPlan) -> MemoryPlan:
         plan = plan._replace(num_blocks=self.ranks.smallest(plan.num_blocks))
@@ -55,17 +44,9 @@ class RankRunner(ModelRunner):
 class LeadingRunner(RankRunner):
     """Rank 0's: the other ranks do what this one does, and the results are its own."""
 
-    def __init__(
-        self,
-        model: PatchedModel,
-        config: EngineConfig,
-        max_model_len: int | None,
-        num_needed: int | None,
-        ranks: Ranks,
-        draft: PatchedModel | None,
-    ) -> None:
+    def __init__(self, ranks: Ranks, *of_runner: Any) -> None:
         self._cache_type = functools.partial(_ToldKVCache, ranks)
-        super().__init__(model, config, max_model_len, num_needed, ranks, draft)
+        super().__init__(ranks, *of_runner)
         self._end = weakref.finalize(self, _end, ranks)
 
     def run(self, inputs: ModelInputs) -> mx.array:
@@ -85,14 +66,8 @@ class LeadingRunner(RankRunner):
     def rest(self) -> None:
         self.ranks.tell(Message.REST)
 
-    def measure_steps(self, sizes: Sequence[int]) -> dict[int, float]:
-        found, started = dict[int, float](), time.perf_counter()
-        for size in sizes:
-            if found and time.perf_counter() - started > _MEASURE_S:
-                break
-            self.ranks.tell(Message.MEASURE, np.array([size], np.int32))
-            found |= super().measure_steps([size])
-        return found
+    def _begin_measuring(self, size: int) -> None:
+        self.ranks.tell(Message.MEASURE, np.array([size], np.int32))
 
     def reset(self, unfinished: Sequence[mx.array] = ()) -> None:
         """Have all ranks make new pools. Raises LostRanks if a step that others were told of can't be computed."""

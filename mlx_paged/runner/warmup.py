@@ -78,12 +78,18 @@ def overlap_is_safe(
     return all_agree(_peak_bytes(run_overlapped) < busy + _NUM_OVERLAPPED * alone + pool_bytes // 2)
 
 
-def step_seconds(model: PatchedModel, config: EngineConfig, sizes: Sequence[int]) -> dict[int, float]:
-    """Measure, as the best of a few times, steps of so many tokens of one sequence, as long as there is time for it."""
+def step_seconds(
+    model: PatchedModel, config: EngineConfig, sizes: Sequence[int], begin: Callable[[int], None]
+) -> dict[int, float]:
+    """Measure, as the best of a few times, steps of so many tokens of one sequence, as long as there is time for it.
+
+    begin: called before the steps of each size.
+    """
     found, started = dict[int, float](), time.perf_counter()
     for size in sizes:
         if size > config.max_num_batched_tokens or (found and time.perf_counter() - started > _MEASURE_S):
             break
+        begin(size)
         kv_cache, inputs = _one_sequence(model, config, size, size)
         times = []
         for _ in range(_NUM_MEASURED):
