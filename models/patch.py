@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -212,13 +212,18 @@ def patch_model(model: nn.Module, max_model_len: int | None = None) -> PatchedMo
 
 def check_seam() -> None:
     """Raise ModelError, by name, if the installed mlx-lm's functions no longer have the form relied on here."""
+    for name, found, expected in changed_functions():
+        raise ModelError(
+            f"mlx-lm's {name} takes {found}, expected {expected}: "
+            "install a version of mlx-lm that mlx-paged names as supported"
+        )
+
+
+def changed_functions() -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield mlx-lm's functions of another form than is relied on: the name, its parameters, those expected."""
     for function, expected in SEAM.items():
-        found = list(inspect.signature(function).parameters)
-        if found != expected:
-            raise ModelError(
-                f"mlx-lm's {function.__qualname__} takes {found}, expected {expected}: "
-                "install a version of mlx-lm that mlx-paged names as supported"
-            )
+        if (found := list(inspect.signature(function).parameters)) != expected:
+            yield function.__qualname__, found, expected
 
 
 def _window_of(cache: Any, model_name: str) -> int | None:

@@ -154,18 +154,14 @@ def _mlx() -> str:
 
 
 def _mlx_lm() -> str:
-    import inspect
-
     mlx_paged._require_mlx()
     version = _version_of("mlx-lm")
     try:
-        from mlx_paged.models.patch import SEAM
+        from mlx_paged.models.patch import changed_functions
     except (ImportError, AttributeError) as error:
         raise ImportError(f"mlx-lm {version} lacks what models are patched at: {error}") from error
-    for function, names in SEAM.items():
-        if (found := list(inspect.signature(function).parameters)) != names:
-            name = function.__qualname__
-            raise ImportError(f"mlx-lm {version}: its {name} takes {', '.join(found)} instead of {', '.join(names)}")
+    for name, found, expected in changed_functions():
+        raise ImportError(f"mlx-lm {version}: its {name} takes {', '.join(found)} instead of {', '.join(expected)}")
     return f"{version}, with transformers {metadata.version('transformers')}"
 
 

@@ -256,7 +256,10 @@ def split_settings(settings: dict[str, Any], kind: type[Params]) -> tuple[Params
 
 
 def engine_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Take the engine's settings out of a command's options. Raises click.UsageError for one out of range."""
+    """Take the engine's settings out of a command's options. Raises click.UsageError for one out of range.
+
+    Where they ask for several ranks, the command is run by these, and ends here.
+    """
     names = {field.name for field in dataclasses.fields(EngineConfig)} - {"seed"}  # --seed is the request's
     engine = {name: value for name in names & settings.keys() if (value := settings.pop(name)) is not None}
     if settings.pop("no_prefix_caching"):

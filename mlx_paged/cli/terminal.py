@@ -165,9 +165,9 @@ class RunSummary:
 
 def describe_drafts(llm: LLM) -> list[str]:
     """Say what became of guessed tokens, in a line if any were asked for."""
-    stats = llm.stats()
     if llm.engine.config.speculative_config is None:
         return []
+    stats = llm.stats()
     if not stats.num_drafts:
         return ["speculation: no guess was worth its time"]
     right = f"{stats.num_accepted_tokens} of {stats.num_draft_tokens} guesses were right"
