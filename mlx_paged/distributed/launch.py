@@ -31,7 +31,7 @@ LOST = 74
 _COME_LATER = {LOST: 2, -signal.SIGSEGV: 1, -signal.SIGABRT: 1, -signal.SIGPIPE: 1}
 """How likely an end is the consequence of another rank's: MLX does not always survive that either."""
 _BY_THEMSELVES_S = 5.0  # that the others have to end after rank 0
-_FIRST_WORD_S = 1.0  # that a rank has to say what went wrong, when another has died
+_FIRST_WORD_S = 2.0  # that a rank has to say what went wrong, when another has died
 _GRACE_S = 3.0  # between TERM and KILL
 
 
@@ -124,8 +124,15 @@ def run_ranks(starts: Sequence[Start], command: Sequence[str]) -> tuple[int, str
             if code == 0:
                 _wait_for(lambda: all(other.code is not None for other in others), _BY_THEMSELVES_S)
                 return 0, ""
-            # Whichever came first, others end because of it, rank 0 too: it may have said what went wrong itself.
-            _wait_for(lambda: leader.poll() is not None, _FIRST_WORD_S)
+            # Whichever came first, others end because of it, rank 0 too: it may have said what went wrong itself. What
+            # is seen first need not have been first, so an end that comes of another's waits for that one.
+            _wait_for(
+                lambda: (
+                    leader.poll() is not None
+                    and any(each and each not in _COME_LATER for each in (leader.poll(), *(o.code for o in others)))
+                ),
+                _FIRST_WORD_S,
+            )
             code = leader.poll()
             if code is not None and code >= 0 and code != LOST:
                 return code, ""

@@ -145,7 +145,7 @@ def test_each_rank_is_started_on_its_host_with_what_mlx_needs(tmp_path: Path) ->
         ("sleep 60", ["echo mlx-paged: no memory >&2; exit 1"], (1, "rank 1 on 127.0.0.1: no memory")),
         ("sleep 60", ["exit 74", "exit 7"], (1, "rank 2 on 127.0.0.1: it ended with exit code 7")),
         ("kill -9 $$", ["exit 74", "exit 74"], (1, "rank 0 was ended by SIGKILL")),
-        ("kill -11 $$", ["exit 74", "kill -TERM $$"], (1, "rank 2 on 127.0.0.1 was ended by SIGTERM")),
+        ("kill -11 $$", ["exit 74", "sleep 0.3; kill -TERM $$"], (1, "rank 2 on 127.0.0.1 was ended by SIGTERM")),
         ("echo it is so >&2; exit 1", ["echo it is so >&2; exit 1"], (1, "")),
     ],
 )
