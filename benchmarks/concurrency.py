@@ -48,7 +48,7 @@ def memory_over_time(quick: bool) -> list[Row]:
     assert isinstance(reserved, Paged) and isinstance(padded, Paged) and isinstance(ours, Paged)
     assert reserved.row is not None and padded.row is not None
     engine = LLM.from_model(make_random_model("qwen2-tiny", "float32").model, **ours.config).engine
-    for task in case.tasks(0, vocab_size=1000):
+    for task in case.tasks(0, range(1000)):
         engine.add_request(task.prompt, SamplingParams(temperature=0, max_tokens=task.num_tokens, ignore_eos=True))
     rows, manager = [], engine.block_manager
     while engine.has_unfinished():

@@ -9,11 +9,13 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +42,7 @@ class Process:
 
     def __init__(self, name: str, command: Sequence[str], **more: Any) -> None:
         self.name = name
-        self.process: Any = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, **more)
+        self.process: Any = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **more)
 
     def ask(self, conversations: Sequence[Messages], max_tokens: int) -> list[Answered]:
         """Ask for all answers at once, and wait for all."""
@@ -76,7 +78,7 @@ class InProcess(Process):
     """AsyncLLM, whose answers are read in its own process."""
 
     def __init__(self, model: str) -> None:
-        super().__init__("AsyncLLM", [__file__, model], stdin=subprocess.PIPE)
+        super().__init__("AsyncLLM", [sys.executable, __file__, model], stdin=subprocess.PIPE)
         self.process.stdout.readline()
 
     def ask(self, conversations: Sequence[Messages], max_tokens: int) -> list[Answered]:
@@ -99,6 +101,15 @@ class Server(Process):
 
         return asyncio.run(run())
 
+    def wait_for(self, path: str) -> None:
+        """Wait until it answers there. Raises RuntimeError if it ends."""
+        while self.process.poll() is None:
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}").read()
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"{self.name} ended with exit code {self.process.returncode}")
+
 
 class Ours(Server):
     """`mlx-paged serve`."""
@@ -106,7 +117,7 @@ class Ours(Server):
     def __init__(self, model: str, *more: str) -> None:
         options = ["--model", model, "--port", "0", "--num-kv-blocks", str(NUM_BLOCKS), "--log-level", "warning"]
         options += ["--max-num-seqs", str(MAX_AT_ONCE)]
-        super().__init__("mlx-paged serve", ["-m", "mlx_paged", "serve", *options, *more])
+        super().__init__("mlx-paged serve", [sys.executable, "-m", "mlx_paged", "serve", *options, *more])
         line = self.process.stdout.readline()
         self.port = int(re.findall(r":(\d+)/v1", line)[0])
 
@@ -115,22 +126,46 @@ class MlxLm(Server):
     """mlx-lm's server, with the BLAS that mlx_paged loads by itself."""
 
     def __init__(self, model: str) -> None:
-        import socket
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         options = ["--model", model, "--port", str(self.port), "--log-level", "ERROR"]
         options += ["--decode-concurrency", str(MAX_AT_ONCE), "--prompt-concurrency", str(MAX_AT_ONCE)]
         environment = os.environ | ({"LD_PRELOAD": OPENBLAS} if sys.platform == "linux" else {})
-        super().__init__(
-            "mlx_lm.server", ["-m", "mlx_lm", "server", *options], env=environment, stderr=subprocess.DEVNULL
-        )
-        while True:
-            with suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/v1/models").read()
-                return
-            time.sleep(0.1)
+        command = [sys.executable, "-m", "mlx_lm", "server", *options]
+        super().__init__("mlx_lm.server", command, env=environment, stderr=subprocess.DEVNULL)
+        self.wait_for("/v1/models")
+
+
+class LlamaCppServer(Server):
+    """llama.cpp's server, with K and V in float32, as the others have them of a float32 model."""
+
+    def __init__(self, executable: str, gguf: Path, slots: int = MAX_AT_ONCE, context: int = 0) -> None:
+        """context: tokens of a slot; as many as the others have at once among all slots, if not given."""
+        self.port = free_port()
+        tokens = slots * context or NUM_BLOCKS * 16
+        threads = str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
+        options = ["--model", str(gguf), "--port", str(self.port), "--threads", threads, "--fit", "off", "--verbose"]
+        options += ["--parallel", str(slots), "--ctx-size", str(tokens), "--kv-unified"]
+        options += ["--cache-type-k", "f32", "--cache-type-v", "f32"]
+        with tempfile.NamedTemporaryFile("r") as log:
+            super().__init__(
+                "llama.cpp's server", [executable, *options, "--log-file", log.name], stderr=subprocess.DEVNULL
+            )
+            self.wait_for("/health")
+            said = log.read()
+        self.kv_bytes, self.compute_bytes = (_told(said, f"{kind} buffer size") for kind in ("KV", "compute"))
+        """What its log says that its buffers take."""
+
+
+def _told(said: str, what: str) -> int:
+    return round(sum(float(mib) for mib in re.findall(rf"{what} += +([\d.]+) MiB", said)) * 2**20)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 @contextmanager
@@ -147,23 +182,28 @@ async def ask(port: int, messages: Messages, max_tokens: int) -> Answered:
     """Stream an answer, and look no closer at it than to find its first text and its usage."""
     body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
-    content = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
     start = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    first, num_tokens = 0.0, 0
+    async for line in stream_json(port, "/v1/chat/completions", body):
+        if not first and _has_text(line):
+            first = time.perf_counter()
+        if b'"completion_tokens"' in line:
+            num_tokens = json.loads(line[6:])["usage"]["completion_tokens"]
+    if not num_tokens:
+        raise RuntimeError(f"the server at port {port} broke off an answer")
+    return Answered(num_tokens, first - start, time.perf_counter() - start)
+
+
+async def stream_json(port: int, path: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    """Post a body, and yield the lines of its stream that have JSON, each as it comes."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
     try:
         writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
-        first, num_tokens = 0.0, 0
         async for line in reader:
-            if not line.startswith(b"data: {"):
-                continue
-            if not first and _has_text(line):
-                first = time.perf_counter()
-            if b'"completion_tokens"' in line:
-                num_tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-        if not num_tokens:
-            raise RuntimeError(f"the server at port {port} broke off an answer")
-        return Answered(num_tokens, first - start, time.perf_counter() - start)
+            if line.startswith(b"data: {"):
+                yield line
     finally:
         writer.close()
 

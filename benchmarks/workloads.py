@@ -5,27 +5,35 @@
     python benchmarks/workloads.py --markdown FILE                           the tables of such a file
 
 What the workloads are is in comparison/workloads.py, how they are measured in comparison/compare.py. They run with 21
-million random weights in float32, or with any model. On a CPU of a machine that does other work too, only the ratios
-tell something: by CPU time how much work there was, by the clock also how it was divided among the cores.
+million random weights in float32 and random prompts, or with any model, whose prompts are passages of this project's
+pages; with --llama-server also in llama.cpp's server, which is given the same weights as a GGUF file. On a CPU of a
+machine that does other work too, only the ratios tell something: by CPU time how much work there was, by the clock also
+how it was divided among the cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import mlx_lm
 import report
 from comparison.compare import COLUMNS, compare
+from comparison.gguf_file import write_gguf
 from comparison.workloads import WORKLOADS, Workload
 from report import Part, Row
 
 from mlx_paged.errors import ModelError
+from mlx_paged.models.hub import resolve
 from mlx_paged.models.loading import LoadedModel, load
 from mlx_paged.tools.random_models import SHAPES, make_random_model
 
 QUICK_SCALE, REPETITIONS = 32, 3
+ROOT = Path(__file__).parents[1]
 
 
 @cache
@@ -43,20 +51,43 @@ def chosen_model(name: str | None, shape: str | None) -> LoadedModel:
         sys.exit(f"workloads.py: {error}")
 
 
-def part(workload: Workload, options: argparse.Namespace) -> Part:
+@cache
+def prose(name: str) -> list[int]:
+    """Encode the project's pages with a model's tokenizer."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    tokenizer = chosen_model(name, None).tokenizer
+    return [token for page in pages for token in tokenizer.encode(page.read_text(), add_special_tokens=False)]
+
+
+@cache
+def gguf_of(name: str, folder: str) -> Path:
+    """Write a model as a GGUF file. Ends the program if there is no way."""
+    try:
+        write_gguf(resolve(name), file := Path(folder) / "model.gguf")
+    except (ImportError, ValueError) as error:
+        sys.exit(f"workloads.py: --llama-server: {error}")
+    return file
+
+
+def part(workload: Workload, options: argparse.Namespace, folder: str = "") -> Part:
     chosen = options.model or options.random_weights
 
-    def run(quick: bool) -> list[Row]:
+    def run(quick: bool) -> Iterator[Row]:
         model = chosen_model(options.model, options.random_weights) if chosen else random_model(quick)
         repetitions = options.repetitions or (1 if quick else REPETITIONS)
-        cases = workload.cases(options.scale or (QUICK_SCALE if quick else 1))
-        return [row for case in cases for row in compare(case, model, repetitions)]
+        text = prose(options.model) if options.model else None
+        llama_cpp = (options.llama_server, gguf_of(options.model, folder)) if options.llama_server else None
+        for case in workload.cases(options.scale or (QUICK_SCALE if quick else 1)):
+            if options.cases is None or options.cases in case.label:
+                yield from compare(case.beside_llama_cpp() if llama_cpp else case, model, repetitions, text, llama_cpp)
 
     run.__name__ = workload.name
     return Part(run, f"{workload.name}, {workload.about}" + (f", {chosen}" if chosen else ""), COLUMNS)
 
 
-DEFAULTS = argparse.Namespace(model=None, random_weights=None, scale=None, repetitions=None)
+DEFAULTS = argparse.Namespace(
+    model=None, random_weights=None, scale=None, repetitions=None, llama_server=None, cases=None
+)
 PARTS = [part(workload, DEFAULTS) for workload in WORKLOADS.values()]
 
 
@@ -75,9 +106,14 @@ def main() -> None:
     models.add_argument("--random-weights", choices=SHAPES, help="random weights of this shape instead")
     parser.add_argument("--scale", type=positive, metavar="N", help="divide numbers of tokens by this; default: 1")
     parser.add_argument("--repetitions", type=positive, metavar="N", help=f"default: {REPETITIONS}")
+    parser.add_argument("--cases", metavar="WORDS", help="only those whose names have these words")
+    parser.add_argument("--llama-server", metavar="FILE", help="llama.cpp's server, to run beside; takes --model")
     options, _ = parser.parse_known_args()
-    parts = [part(workload, options) for workload in WORKLOADS.values()]
-    report.main("workloads.py", __doc__, parts, own_options=[parser], mlx_lm=mlx_lm.__version__)
+    if options.llama_server and not options.model:
+        parser.error("--llama-server takes the model that --model names")
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [part(workload, options, folder) for workload in WORKLOADS.values()]
+        report.main("workloads.py", __doc__, parts, own_options=[parser], mlx_lm=mlx_lm.__version__)
 
 
 if __name__ == "__main__":

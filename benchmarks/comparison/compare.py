@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from comparison.systems import Memory, Run, SystemUnderTest, make_system
-from comparison.workloads import Case
+from comparison.llama_cpp import LlamaCppSystem
+from comparison.systems import Memory, MlxLmSystem, PagedSystem, Run
+from comparison.workloads import Case, MlxLm, Paged, System, Task
 from mlx_paged.errors import ModelError
 from mlx_paged.models.loading import LoadedModel
 from mlx_paged.tools.report import Columns, Row
+
+SystemUnderTest = PagedSystem | MlxLmSystem | LlamaCppSystem
 
 COLUMNS: Columns = {
     "case": ("case", ""),
@@ -34,28 +39,35 @@ COLUMNS: Columns = {
 
 
 def compare(
-    case: Case, loaded: LoadedModel, repetitions: int, progress: Callable[[str], None] = lambda _: None
+    case: Case,
+    loaded: LoadedModel,
+    repetitions: int,
+    text: Sequence[int] | None = None,
+    llama_cpp: tuple[str, Path] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Have the systems of a case serve it, taking turns to be first. Returns a row for each: medians of repetitions.
 
-    Times are in milliseconds, memory is in 10**6 bytes. Raises ModelError if the model's context is too short.
+    text: tokens that prompts are passages of; random ones, if not given. llama_cpp: its server's executable and the
+    model as a GGUF file, if a system is llama.cpp. Times are in milliseconds, memory is in 10**6 bytes. Raises
+    ModelError if the model's context is too short.
     """
     if loaded.max_model_len is not None and case.longest > loaded.max_model_len:
         raise ModelError(
             f"{case.workload} ({case.label}) takes {case.longest:,} tokens of context, and the model was made for "
             f"{loaded.max_model_len:,}"
         )
-    vocab_size = vocab_size_of(loaded)
-    tasks = case.tasks(-1, vocab_size)
+    text = text or random.Random(0).choices(range(vocab_size_of(loaded)), k=2**16)
+    tasks = case.tasks(-1, text)
     systems: list[SystemUnderTest] = []
     memories: list[Memory] = []
     for description in case.systems:
         progress(f"{case.workload} {case.label}: {description.name}, warming up")
-        systems.append(make_system(loaded.model, description, tasks))
+        systems.append(make_system(loaded, description, tasks, llama_cpp))
         memories.append(systems[-1].size_pool(tasks))
     runs: list[list[Run]] = [[] for _ in systems]
     for repetition in range(repetitions):
-        tasks = case.tasks(repetition, vocab_size)
+        tasks = case.tasks(repetition, text)
         turns = list(enumerate(systems))
         for number, system in turns if repetition % 2 == 0 else reversed(turns):
             progress(f"{case.workload} {case.label}: {system.system.name}, {repetition + 1} of {repetitions}")
@@ -65,6 +77,18 @@ def compare(
         {"workload": case.workload, "case": case.label, "system": system.system.name} | _summary(own, runs[0], memory)
         for system, own, memory in zip(systems, runs, memories, strict=True)
     ]
+
+
+def make_system(
+    loaded: LoadedModel, system: System, tasks: Sequence[Task], llama_cpp: tuple[str, Path] | None
+) -> SystemUnderTest:
+    """Make what serves the tasks of a case as `system` says."""
+    if isinstance(system, Paged):
+        return PagedSystem(loaded.model, system, tasks)
+    if isinstance(system, MlxLm):
+        return MlxLmSystem(loaded.model, system, tasks)
+    assert llama_cpp is not None
+    return LlamaCppSystem(*llama_cpp, system, tasks)
 
 
 def _summary(runs: list[Run], of_the_first: list[Run], memory: Memory) -> Row:

@@ -15,7 +15,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from comparison.workloads import MlxLm, Paged, System, Task
+from comparison.workloads import MlxLm, Paged, Task
 from mlx_paged.llm import LLM
 from mlx_paged.outputs import BeamSearchOutput, RequestMetrics
 from mlx_paged.request import Request
@@ -82,9 +82,9 @@ class Memory:
         self.used += used
 
     @property
-    def waste(self) -> float:
-        """Share of what was taken that was not used, from 0 to 1."""
-        return 1 - self.used / self.taken if self.taken else 0.0
+    def waste(self) -> float | None:
+        """Share of what was taken that was not used, from 0 to 1; None if nothing was recorded."""
+        return 1 - self.used / self.taken if self.taken else None
 
 
 class PagedSystem:
@@ -243,14 +243,6 @@ class MlxLmSystem:
         stored.insert_cache("model", prefix, cache)
         fetched = [stored.fetch_nearest_cache("model", prompt) for prompt in prompts]
         return [rest for _, rest in fetched], [cache for cache, _ in fetched]
-
-
-SystemUnderTest = PagedSystem | MlxLmSystem
-
-
-def make_system(model: nn.Module, system: System, tasks: Sequence[Task]) -> SystemUnderTest:
-    """Make what serves the tasks of a case as `system` says."""
-    return (PagedSystem if isinstance(system, Paged) else MlxLmSystem)(model, system, tasks)  # type: ignore[arg-type]
 
 
 def measured(serve: Callable[[], Run]) -> Run:

@@ -82,7 +82,16 @@ class MlxLm:
     """Tokens of each prompt that its prompt cache has."""
 
 
-System = Paged | MlxLm
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp's server."""
+
+    name: str = "llama.cpp"
+    concurrency: int = CONCURRENCY
+    """Requests that it has a slot for."""
+
+
+System = Paged | MlxLm | LlamaCpp
 
 
 class Case(NamedTuple):
@@ -95,21 +104,21 @@ class Case(NamedTuple):
     systems: list[System]
     """The first is what the others are measured by."""
     shared: int = 0
-    """Tokens that all prompts begin with; the rest of a prompt is random, and other in every repetition."""
+    """Tokens that all prompts begin with; the rest of a prompt is its own, and other in every repetition."""
     num_samples: int = 1
     beam_width: int = 0
 
-    def tasks(self, repetition: int, vocab_size: int) -> list[Task]:
-        """Make the tasks of a repetition, the same each time that it is asked for."""
+    def tasks(self, repetition: int, text: Sequence[int]) -> list[Task]:
+        """Make the tasks of a repetition, the same each time that it is asked for, of passages of a text's tokens."""
         draw = random.Random(f"{self.workload} {self.label} {repetition}")
-        shared = draw.choices(range(vocab_size), k=self.shared)
+
+        def passage(length: int) -> list[int]:
+            start = draw.randrange(len(text))
+            return [text[i % len(text)] for i in range(start, start + length)]
+
+        shared = passage(self.shared)
         return [
-            Task(
-                shared + draw.choices(range(vocab_size), k=length.prompt - self.shared),
-                length.output,
-                self.num_samples,
-                self.beam_width,
-            )
+            Task(shared + passage(length.prompt - self.shared), length.output, self.num_samples, self.beam_width)
             for length in self.lengths
         ]
 
@@ -117,6 +126,11 @@ class Case(NamedTuple):
     def longest(self) -> int:
         """The most tokens of prompt and output together."""
         return max(map(sum, self.lengths))
+
+    def beside_llama_cpp(self) -> Case:
+        """Add llama.cpp to the systems, if mlx-lm is one: it serves as many requests at once."""
+        peers = [LlamaCpp(concurrency=system.concurrency) for system in self.systems if isinstance(system, MlxLm)]
+        return self._replace(systems=[*self.systems, *peers[:1]])
 
 
 class Workload(NamedTuple):

@@ -42,8 +42,8 @@ def describe_machine(command: str, **details: Any) -> dict[str, Any]:
 
 
 def cells(columns: Columns, row: Row) -> list[str]:
-    """Format the values of a row that columns show."""
-    return [format(row[key], spec) for key, (_, spec) in columns.items()]
+    """Format the values of a row that columns show; None, which nobody could tell, as nothing."""
+    return ["" if row[key] is None else format(row[key], spec) for key, (_, spec) in columns.items()]
 
 
 def markdown(columns: Columns, rows: Sequence[Row]) -> str:

@@ -1,5 +1,6 @@
 """The definitions of the workloads: the same requests each time, in the sizes that they claim."""
 
+import random
 import statistics
 
 import pytest
@@ -16,6 +17,7 @@ from comparison.workloads import (
 )
 
 VOCAB_SIZE = 101
+TEXT = random.Random(0).choices(range(VOCAB_SIZE), k=2**16)
 
 
 def cases(name: str, scale: int = 1) -> list[Case]:
@@ -26,14 +28,14 @@ def cases(name: str, scale: int = 1) -> list[Case]:
 def test_a_workload_is_the_same_each_time_it_is_made(name: str) -> None:
     for first, second in zip(cases(name), cases(name), strict=True):
         assert first == second
-        assert first.tasks(0, VOCAB_SIZE) == second.tasks(0, VOCAB_SIZE)
+        assert first.tasks(0, TEXT) == second.tasks(0, TEXT)
 
 
 @pytest.mark.parametrize("scale", [1, 7, 32])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_task_has_tokens_of_the_vocabulary_and_the_length_of_its_case(name: str, scale: int) -> None:
     for case in cases(name, scale):
-        tasks = case.tasks(3, VOCAB_SIZE)
+        tasks = case.tasks(3, TEXT)
         assert [(len(task.prompt), task.num_tokens) for task in tasks] == case.lengths
         assert all(length.prompt >= 1 and length.output >= 1 for length in case.lengths)
         assert all(0 <= token < VOCAB_SIZE for task in tasks for token in task.prompt)
@@ -43,11 +45,11 @@ def test_every_task_has_tokens_of_the_vocabulary_and_the_length_of_its_case(name
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_prompts_share_what_the_case_says_and_differ_between_repetitions(name: str) -> None:
     for case in cases(name):
-        prompts = [task.prompt for task in case.tasks(0, VOCAB_SIZE)]
+        prompts = [task.prompt for task in case.tasks(0, TEXT)]
         assert len({tuple(prompt[: case.shared]) for prompt in prompts}) == 1
         long = [tuple(prompt[case.shared : case.shared + 16]) for prompt in prompts if len(prompt) >= case.shared + 16]
         assert len(set(long)) == len(long)
-        assert case.tasks(1, VOCAB_SIZE)[0].prompt != prompts[0]
+        assert case.tasks(1, TEXT)[0].prompt != prompts[0]
 
 
 def test_mixed_lengths_have_the_means_and_the_spread_that_they_claim() -> None:
