@@ -4,8 +4,9 @@
     python benchmarks/server.py --markdown FILE                            the tables of such a file
     python benchmarks/server.py --soak MINUTES [--model FOLDER]            a mix of requests, at how much memory
 
-All three answer the same conversations, so many at once, in turns; each has a process of its own, and the clients of
-the servers have another. Where mlx_paged loads OpenBLAS by itself, mlx-lm's server gets it preloaded.
+All answer the same conversations, so many at once, in turns; each has a process of its own, and the clients of the
+servers have another. Where mlx_paged loads OpenBLAS by itself, mlx-lm's server gets it preloaded. With --llama-server
+llama.cpp's server is one of them, which is given the same weights as a GGUF file.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import os
 import statistics
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlx_lm
 import report
+from comparison.gguf_file import write_gguf
 from report import Part, Row
-from served import InProcess, Messages, MlxLm, Ours, Process, closing_all
+from served import InProcess, LlamaCppServer, Messages, MlxLm, Ours, Process, closing_all
 
 from mlx_paged.models.hub import resolve
 
@@ -32,6 +35,7 @@ parser.add_argument("--system", default="", help="what the conversations' system
 parser.add_argument("--max-tokens", type=int, default=100, help="of an answer")
 parser.add_argument("--repetitions", type=int, default=5, help="of each case; three times as many of one stream")
 parser.add_argument("--soak", type=float, metavar="MINUTES", help="ask a server for so long, and look at its memory")
+parser.add_argument("--llama-server", metavar="FILE", help="llama.cpp's server, to run beside")
 options = parser.parse_known_args()[0] if __name__ == "__main__" else parser.parse_args([])
 
 
@@ -40,14 +44,17 @@ def throughput(quick: bool) -> list[Row]:
     model = str(resolve(options.model))
     repetitions, max_tokens = (1, 8) if quick else (options.repetitions, options.max_tokens)
     rows = []
-    with closing_all([InProcess(model), Ours(model), MlxLm(model)]) as systems:
+    with TemporaryDirectory() as folder, closing_all([InProcess(model), Ours(model), MlxLm(model)]) as systems:
+        if options.llama_server:
+            write_gguf(Path(model), file := Path(folder) / "model.gguf")
+            systems.append(LlamaCppServer(options.llama_server, file))
         for system in systems:
             system.ask(conversations(-1, 2), 4)
         for at_once in AT_ONCE[::2] if quick else AT_ONCE:
             runs: dict[str, list[Row]] = {system.name: [] for system in systems}
             for number in range(repetitions if at_once > 1 else 3 * repetitions):
-                order = systems[number % 3 :] + systems[: number % 3]
-                for system in order:
+                first = number % len(systems)
+                for system in systems[first:] + systems[:first]:
                     runs[system.name].append(measure(system, conversations(number, at_once), max_tokens))
             rows += [summary(at_once, name, runs) for name in runs]
     return rows

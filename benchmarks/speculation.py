@@ -6,9 +6,11 @@
 `code` asks for a file with a name changed, `summary` for the main points of a text, `copy` for a text as it is, `chat`
 for something that no prompt has. Each is asked so many times at once, greedily, of an engine without drafts, of one
 that has them where they pay, and of one that always has some; with --draft-model also of two whose guesses a second
-model makes, and of mlx-lm, one answer at a time, with and without that model. Runs alternate; a ratio, of a system with
-drafts over the same without, is the median of those of the runs. Seconds are the CPU's, which other processes disturb
-less; where a GPU computes they say nothing.
+model makes, and of mlx-lm, one answer at a time, with and without that model. --deeper 4 is for where no smaller model
+of the vocabulary is at hand: it asks a model of the layers of --model and three times as many that add nothing, which
+takes what a larger one does, and --model itself makes the drafts, which are always right. Runs alternate; a ratio, of a
+system with drafts over the same without, is the median of those of the runs. Seconds are the CPU's, which other
+processes disturb less; where a GPU computes they say nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ from mlx_paged.models import loading
 PARSER = argparse.ArgumentParser(add_help=False)
 PARSER.add_argument("--model", help="a folder or a name of Hugging Face; the bundled one, if not given")
 PARSER.add_argument("--draft-model", metavar="MODEL", help="a smaller one of the same vocabulary; none, if not given")
+PARSER.add_argument(
+    "--deeper", type=int, default=1, metavar="N", help="N times as many layers; --model is its draft model"
+)
 PARSER.add_argument("--tokens", type=int, default=128, metavar="N", help="of an answer: 128")
 PARSER.add_argument("--batches", default="1,4,16", metavar="N,N,...", help="requests at once: 1,4,16")
 PARSER.add_argument("--repetitions", type=int, default=5, metavar="N", help="of what is timed: 5")
@@ -56,7 +61,9 @@ MLX_LM = ("mlx-lm, none", "mlx-lm, a model's")
 def drafts(quick: bool) -> Iterator[Row]:
     """Greedy answers of so many tokens."""
     loaded = loading.load(OPTIONS.model, None)
-    second = loading.load(OPTIONS.draft_model, None).model if OPTIONS.draft_model else None
+    draft_model = OPTIONS.model if OPTIONS.deeper > 1 else OPTIONS.draft_model
+    second = loading.load(draft_model, None).model if draft_model else None
+    deepen(loaded.model, OPTIONS.deeper)
     configs = CONFIGS | ({} if second is None else {
         "a model's, where they pay": {"model": second}, "a model's, always": {"model": second, "adaptive": False},
     })  # fmt: skip
@@ -84,6 +91,21 @@ def drafts(quick: bool) -> Iterator[Row]:
                 for name, draft in peers.items():
                     runs[name].append(answer_by_mlx_lm(loaded.model, draft, tokens, num_tokens))
             yield from summarise(task, batch, runs)
+
+
+def deepen(model: Any, times: int) -> None:
+    """Follow each layer of a model of Llama's layers by others that take as long and add nothing to what it put out."""
+    layers = []
+    for layer in model.model.layers:
+        layers.append(layer)
+        for _ in range(times - 1):
+            idle = type(layer)(model.args)
+            idle.update(layer.parameters())
+            for last in (idle.self_attn.o_proj, idle.mlp.down_proj):
+                last.weight = mx.zeros(last.weight.shape, last.weight.dtype)
+            mx.eval(idle.parameters())
+            layers.append(idle)
+    model.model.layers = layers
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:

@@ -79,5 +79,7 @@ def _add_tokens(writer: Any, model: Path, config: dict[str, Any]) -> None:
     writer.add_token_types([kinds[number in special] for number in range(len(tokens))])
     merges = tokenizer["model"]["merges"]
     writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in merges])
+    if (template := model / "chat_template.jinja").exists():
+        writer.add_chat_template(template.read_text())
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])

@@ -275,6 +275,8 @@ def long_context(scale: int) -> Iterator[Case]:
             Paged("mlx-paged, blocks in order", config),
             Paged("mlx-paged, scattered", config, scattered=True),
         ]
+        if scale == 1:  # what is made smaller may have heads too small for codes
+            systems.append(Paged("mlx-paged, int8 blocks", config | {"kv_cache_dtype": "int8"}))
         yield Case("W6", f"{count} x {context:,} in", [Length(context, max(2, 64 // scale))] * count, systems)
 
 
