@@ -11,6 +11,7 @@ other ways to hold the same sequences would take. benchmarks/plots.py draws both
 
 from __future__ import annotations
 
+from mlx_paged import LLM, SamplingParams  # isort: skip  (before mlx, so that it finds OpenBLAS)
 import mlx_lm
 import report
 from comparison.compare import COLUMNS, compare
@@ -18,7 +19,6 @@ from comparison.workloads import WORKLOADS, Case, MlxLm, Paged, System, mixed_le
 from report import Part, Row
 from workloads import QUICK_SCALE, REPETITIONS, random_model
 
-from mlx_paged import LLM, SamplingParams
 from mlx_paged.tools.random_models import make_random_model
 
 AT_ONCE = (1, 2, 4, 8, 16, 32)

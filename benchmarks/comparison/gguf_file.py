@@ -22,7 +22,7 @@ def write_gguf(model: Path, file: Path) -> None:
 
     config = json.loads((model / "config.json").read_text())
     family = config["model_type"]
-    if family not in ARCHITECTURES or "quantization" in config:
+    if family not in ARCHITECTURES or config.get("quantization") or config.get("rope_scaling"):
         raise ValueError(f"a GGUF file is written of plain {' and '.join(ARCHITECTURES)} models, not of {model}")
     architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[family])
     writer = gguf.GGUFWriter(str(file), gguf.MODEL_ARCH_NAMES[architecture])
