@@ -92,6 +92,8 @@ class _EngineCollector(Collector):
             ("vllm:num_requests_waiting", "Sequences that wait.", stats.num_waiting),
             ("mlx_paged:max_step_seconds", "What a step may take while requests stream.", stats.max_step_ms / 1000),
             ("vllm:kv_cache_usage_perc", "Share of the blocks that sequences hold, from 0 to 1.", used),
+            ("mlx_paged:state_bytes", "Bytes of the states of recurrent layers that are held.", stats.state_bytes),
+            ("mlx_paged:checkpoints", "Of these states, those a prompt can go on from.", stats.num_checkpoints),
         ):
             yield self._metric(GaugeMetricFamily, key, text, value)
         for key, text, value in (

@@ -169,7 +169,8 @@ def test_health_models_and_metrics_tell_what_there_is(url: str, llm: AsyncLLM) -
 
 METRICS = {
     "gauge": {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
-              "mlx_paged:http_clients", "mlx_paged:max_step_seconds"},
+              "mlx_paged:http_clients", "mlx_paged:max_step_seconds", "mlx_paged:state_bytes",
+              "mlx_paged:checkpoints"},
     "counter": {"vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:num_preemptions_total",
                 "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_success_total",
                 "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_draft_tokens_total",
