@@ -12,6 +12,7 @@ MEASURED = (1, 4, 8, 16, 32, 64)
 _WEIGHT = 0.2  # of a new measurement
 _MOST = 3.0  # times what was expected: more is somebody else's load
 _LEAST_SLOPE = 0.25  # of what as many steps of one token would take
+_FADE = 1 / 200  # of what larger steps are dearer than cheap ones, with each smaller step: what was dear is tried again
 
 
 class StepCosts:
@@ -42,10 +43,18 @@ class StepCosts:
         return self._seconds[place - 1] * (1 - share) + self._seconds[place] * share
 
     def add(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a step. Longer contexts make all steps dearer: those of other sizes follow, a quarter as fast."""
+        """Learn from a step. Longer contexts make all steps dearer: those of other sizes follow, a quarter as fast.
+
+        What is known of larger steps was learned in other contexts, maybe longer ones, and fades.
+        """
         change = min(seconds / self.of(num_tokens), _MOST) - 1
         near = min(range(len(self._sizes)), key=lambda i: abs(self._sizes[i] - num_tokens))
         for i in range(len(self._seconds)):
             self._seconds[i] *= 1 + change * (_WEIGHT if i == near else _WEIGHT / 4)
         known = self._seconds[near]
-        self._seconds = [min(each, known) if i < near else max(each, known) for i, each in enumerate(self._seconds)]
+        for i, size in enumerate(self._sizes):
+            if i <= near:
+                self._seconds[i] = min(self._seconds[i], known)
+            else:
+                dear = self._seconds[i] - known * (1 + _LEAST_SLOPE * (size / self._sizes[near] - 1))
+                self._seconds[i] = max(self._seconds[i] - _FADE * max(0.0, dear), known)

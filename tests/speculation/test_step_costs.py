@@ -35,3 +35,20 @@ def test_it_comes_to_what_steps_take_and_one_that_was_held_up_hardly_counts() ->
     before = costs.of(4)
     costs.add(4, 1000.0)
     assert costs.of(4) < 1.5 * before
+
+
+def test_large_steps_that_were_dear_in_long_contexts_are_taken_for_cheaper_while_only_small_ones_run() -> None:
+    costs = StepCosts({1: 1.0, 16: 2.0, 64: 4.0})
+    for _ in range(60):
+        costs.add(64, 40.0)
+    dear = costs.of(64)
+    for _ in range(60):
+        costs.add(16, 2.0)
+    assert costs.of(64) < 0.8 * dear
+    for _ in range(2000):
+        costs.add(16, 2.0)
+    assert costs.of(64) == pytest.approx(2 * 1.75, rel=0.02), "a quarter of what as many steps of 16 would take"
+    costs = StepCosts({1: 1.0, 16: 2.0, 64: 2.5})
+    for _ in range(2000):
+        costs.add(16, 2.0)
+    assert costs.of(64) == pytest.approx(2.5, rel=0.01), "what is known to be cheap does not change"
