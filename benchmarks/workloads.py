@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from mlx_paged import ModelError  # isort: skip  (before mlx, so that it finds OpenBLAS)
+from mlx_paged import LLM  # isort: skip  # noqa: F401  (before mlx, so that it finds OpenBLAS)
 import mlx_lm
 import report
 from comparison.compare import COLUMNS, compare
@@ -28,6 +28,7 @@ from comparison.gguf_file import write_gguf
 from comparison.workloads import WORKLOADS, Workload
 from report import Part, Row
 
+from mlx_paged.errors import ModelError
 from mlx_paged.models.hub import resolve
 from mlx_paged.models.loading import LoadedModel, load
 from mlx_paged.tools.random_models import SHAPES, make_random_model
