@@ -1,4 +1,7 @@
-"""Writes benchmarks/results/README.md, the tables of all committed results: python benchmarks/results_page.py."""
+"""Writes the tables of all committed results to benchmarks/results/README.md, and those of some into other pages.
+
+python benchmarks/results_page.py
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,18 @@ import json
 from importlib import import_module
 from pathlib import Path
 
+import page_tables
+
 from mlx_paged.tools.report import markdown
 
 FOLDER = Path(__file__).parent / "results"
 # Results -> the script that wrote them, what they are, and parts that are not shown.
 FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "workloads-linux-cpu.json": ("workloads", "Against mlx-lm", ()),
+    "workloads-smollm2-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct against peers", ()),
+    "workloads-smollm2-sharing-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct, shared prompts", ()),
+    "workloads-smollm2-long-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct, long contexts", ()),
+    "workloads-gemma3-long-linux-cpu.json": ("workloads", "Gemma 3 270M, long contexts", ()),
+    "workloads-smollm2-room-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct, pools and blocks", ()),
     "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
     "mixed-load-linux-cpu.json": ("mixed_load", "A long mixed load", ("mixed_load",)),  # is drawn
     "fair-steps-linux-cpu.json": ("fair_steps", "A stream beside a long prompt", ()),
@@ -21,6 +30,7 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "quantised-cache-speed-linux-cpu.json": ("quantised_cache", "What a quantised cache takes", ()),
     "parallel-linux-cpu.json": ("parallel", "What ranks tell each other", ()),
     "speculation-smollm2-linux-cpu.json": ("speculation", "Drafts of SmolLM2-135M-Instruct", ()),
+    "speculation-deeper-linux-cpu.json": ("speculation", "Drafts by a model a quarter as deep", ()),
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
     "growth-linux-cpu.json": ("growth", "How cost grows", ()),
@@ -67,3 +77,5 @@ def page() -> str:
 
 if __name__ == "__main__":
     (FOLDER / "README.md").write_text(page())
+    for file in page_tables.PAGES:
+        file.write_text(page_tables.fill(file.read_text()))

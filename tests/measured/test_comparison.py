@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from comparison.workloads import WORKLOADS
 from helpers.budget import LONG
-from helpers.run_benchmark import RESULTS, ROOT, check_machine, run_benchmark
+from helpers.run_benchmark import ROOT, check_machine, run_benchmark
 
 TEXT = {"workload", "case", "system"}
 
@@ -154,45 +153,3 @@ def test_memory_over_time_is_what_the_sequences_take_step_by_step(concurrency: d
         assert row["used"] <= row["blocks"] <= row["pool"] == 4 * 64
         assert row["blocks"] - row["used"] < 16 * row["requests"]
         assert (row["padded"], row["reserved"]) == (256 * row["requests"], 64 * row["requests"])  # none is longer
-
-
-def test_every_row_of_the_committed_results_served_something() -> None:
-    results = json.loads((RESULTS / "workloads-linux-cpu.json").read_text())["results"]
-    rows = [row for part in results.values() for row in part]
-    assert all(row["tokens_per_s"] > 0 and row["requests"] * row["output_tokens"] > 0 for row in rows)
-
-
-SHOWN = {"W1": "", "W2": "", "W4": r"341|2,048", "W5": "4 samples", "W6": "4 x"}  # cases that the README shows
-
-
-def table_against_mlx_lm(results: dict[str, Any]) -> str:
-    """Of the README: of each case the engine's best way to serve it, against mlx-lm's."""
-    lines = [
-        "| | mlx-lm, tokens/s | mlx-paged | | mlx-lm, MB of K and V | mlx-paged |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, rows in results.items():
-        for case in dict.fromkeys(row["case"] for row in rows):
-            own = [row for row in rows if row["case"] == case]
-            if not re.search(SHOWN.get(name, "$."), case):
-                continue
-            if not (own[0]["system"].startswith("mlx-lm") and own[-1]["system"].startswith("mlx-paged")):
-                continue
-            ours = own[-1]
-            for other in own:
-                if other is own[0] or other["system"] == "mlx-lm, prompt cache":
-                    also = "" if other is own[0] else ", and its prompt cache"
-                    label = f"{name}, {WORKLOADS[name].about}: {case}{also}"
-                    ratio = ours["speedup"] / other["speedup"]
-                    speeds = f"{other['tokens_per_s']:,.1f} | {ours['tokens_per_s']:,.1f} | {ratio:.2f}x"
-                    memory = f"{other['kv_peak_mb']:,.0f} | {ours['kv_peak_mb']:,.0f}"
-                    lines.append(f"| {label} | {speeds} | {memory} |")
-    return "\n".join(lines)
-
-
-def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
-    name = "workloads-linux-cpu.json"
-    results = json.loads((RESULTS / name).read_text())["results"]
-    page = (ROOT / "README.md").read_text()
-    table = page.split(f"<!-- table of benchmarks/results/{name} -->\n")[1].split("<!-- end -->")[0]
-    assert table.strip() == table_against_mlx_lm(results)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from typing import Any
 
 import pytest
@@ -43,22 +42,21 @@ def test_a_quick_run_answers_in_all_ways_with_the_same_tokens(monkeypatch: pytes
     assert always["right"] == always["verified"] > 0, "the draft model is the model"
 
 
-def test_the_committed_run_is_the_page_s_table() -> None:
-    content = json.loads((RESULTS / "speculation-smollm2-linux-cpu.json").read_text())
+@pytest.mark.parametrize("file", ["speculation-smollm2-linux-cpu.json", "speculation-deeper-linux-cpu.json"])
+def test_the_committed_runs_have_the_same_tokens_and_their_command_is_on_the_page(file: str) -> None:
+    content = json.loads((RESULTS / file).read_text())
     check_machine(content, "speculation.py", "model")
-    page = (ROOT / "docs" / "speculation.md").read_text()
-    assert content["machine"]["command"].split(" --json")[0] in " ".join(page.split())
-    cells = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if re.match(r"\| \w+ \|", line)
-    ]
-    table = {(task, int(batch)): numbers for task, batch, *numbers in cells if batch.isdigit()}
-    found = {}
-    for key, ways in by_task(content["results"]["drafts"]).items():
-        adaptive = ways["where they pay"]
-        shown = [f"{ways[name]['ratio']:.2f}" for name in WAYS[1:]]
-        shown += [f"{adaptive['right']} of {adaptive['verified']}", f"{adaptive['steps']} of {ways['none']['steps']}"]
-        found[key] = shown
-    assert table == found
+    page = " ".join((ROOT / "docs" / "speculation.md").read_text().split())
+    assert f"`{content['machine']['command'].split(' --json')[0]}`" in page
+    by_task(content["results"]["drafts"])
+
+
+def test_drafts_that_are_looked_up_take_no_longer_than_none_and_where_they_pay_little_more_than_half() -> None:
+    content = json.loads((RESULTS / "speculation-smollm2-linux-cpu.json").read_text())
+    tasks = by_task(content["results"]["drafts"])
+    assert {batch for _, batch in tasks} == {1, 4, 16}
+    ratios = [ways["where they pay"]["ratio"] for ways in tasks.values()]
+    assert max(ratios) <= 1.03 and min(ratios) < 0.6
 
 
 def test_copying_a_passage_takes_half_of_the_steps_at_most() -> None:
