@@ -103,6 +103,12 @@ def test_a_folder_that_cannot_be_written_to_is_named(place: str, tmp_path: Path)
         doctor_parts.folders(str(folder))
 
 
+@pytest.mark.parametrize(("name", "words"), [("", "is empty"), ("~nobody-here", "there is no user of that name")])
+def test_a_folder_that_cannot_be_is_told_of(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"--prefix-cache-dir.*{words}"):
+        doctor_parts.folders(name)
+
+
 def test_a_folder_that_can_only_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
