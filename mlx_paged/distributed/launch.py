@@ -74,7 +74,8 @@ def plan_starts(size: int, setting: str, hostfile: Path | None, command: Sequenc
             with mock.patch.object(sys, "argv", arguments), contextlib.redirect_stderr(said):
                 launch.main()
         except SystemExit:
-            lines = said.getvalue().strip().splitlines() or ["it ended"]
+            if not (lines := said.getvalue().strip().splitlines()):  # a signal that ends this process
+                raise
             raise ValueError(f"mlx.launch: {lines[-1].removeprefix('mlx.launch: error: ')}") from None
     if not starts:
         raise ValueError(f"{hostfile}: its backend is not one of those that mlx.launch starts by itself: take ring")
@@ -210,6 +211,7 @@ class _Other:
     def end(self) -> None:
         """End it, if it has not ended, and what it has left."""
         with contextlib.suppress(Exception):
+            self._process.stdin.close()  # type: ignore[union-attr]  # its lifeline
             self._process.terminate()
         _wait_for(lambda: self.code is not None, _GRACE_S)
         if self.code is None:

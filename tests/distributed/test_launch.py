@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def is_there(process: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (-1, signal.SIGKILL), (0, signal.SIGTERM)])
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (-1, signal.SIGKILL), (0, signal.SIGABRT)])
 @pytest.mark.slow
 def test_a_rank_that_dies_in_the_middle_ends_all_with_a_line(victim: int, number: int) -> None:
     with ranks(*STORY, "-m", "1500") as process:
@@ -173,3 +174,14 @@ def test_a_host_that_ssh_cannot_reach_is_told_of_with_the_command_that_says_why(
     starts = [Start(i, host, None, None, {}, [], []) for i, host in enumerate(("127.0.0.1", "mac1"))]
     said = "rank 1 on mac1: ssh can't run a command there: see what ssh -o BatchMode=yes mac1 true says"
     assert run_ranks(starts, ["sleep", "60"]) == (1, said)
+
+
+def test_a_signal_that_ends_the_command_while_it_looks_at_hosts_is_not_taken_for_a_wrong_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlx._distributed_utils import launch
+
+    monkeypatch.setattr(launch, "main", lambda: sys.exit(130))
+    with pytest.raises(SystemExit) as caught:
+        plan_starts(2, "size", None, ["run", "it"])
+    assert caught.value.code == 130
