@@ -133,6 +133,11 @@ def folders(prefix_cache_dir: str | None) -> str:
         except OSError as error:
             return error
 
+    for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"):  # in which a standard library of C++ looks, and MLX through it
+        if (value := os.environ.get(name)) is not None:
+            if not Path(value).is_dir():
+                raise ValueError(f"{name}={value} is not a folder, and MLX compiles there: make it, or unset {name}")
+            break
     swap = Path(tempfile.gettempdir())  # raises FileNotFoundError if no such folder can be written to
     line = describe(swap, "swap", use(lambda: OwnFolder(swap, "mlx-paged-swap-")))
     if prefix_cache_dir is None:
