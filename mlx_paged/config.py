@@ -55,12 +55,20 @@ def parse_swap_space(swap_space: int | str | os.PathLike[str]) -> int | Path:
         except ValueError:
             if not isinstance(swap_space, str) or (swap_space[:1].isdigit() and "/" not in swap_space):
                 raise
-            if not swap_space or not ("/" in swap_space or Path(swap_space).expanduser().is_dir()):
+            if not swap_space or not ("/" in swap_space or expand_user(swap_space, "swap_space").is_dir()):
                 raise ValueError(
                     f"swap_space {swap_space!r} is neither a size, like 8GB, nor a folder that is there; "
                     "a new one is written with a /, as in ./swap"
                 ) from None
-    return Path(swap_space).expanduser()
+    return expand_user(swap_space, "swap_space")
+
+
+def expand_user(path: str | os.PathLike[str], name: str) -> Path:
+    """Write a folder with the home folder for "~". Raises ValueError for a user that is not there."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{name} {excerpt(os.fspath(path))}: there is no user of that name here") from None
 
 
 def format_memory(num_bytes: float) -> str:
@@ -123,12 +131,15 @@ class SpeculativeConfig(Settings):
             raise ValueError(f"speculative_config: {error}") from None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "method", self.method or ("ngram" if self.model is None else "draft_model"))
+        if self.method is None:
+            object.__setattr__(self, "method", "ngram" if self.model is None else "draft_model")
         if self.method not in SPECULATIVE_METHODS:
             raise ValueError(f"method must be {' or '.join(SPECULATIVE_METHODS)}, got {excerpt(self.method)}")
         if (self.method == "draft_model") != (self.model is not None):
             wanted = "takes no model" if self.model is not None else "needs a model: a name or a folder"
             raise ValueError(f"method {self.method} {wanted}")
+        if isinstance(self.model, str) and not self.model.strip():
+            raise ValueError("the model's name is empty: give a name or a folder")
         for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -219,8 +230,10 @@ class EngineConfig(Settings):
         parse_memory(self.max_staging, name="max_staging")
         if self.swap_space is not None:
             parse_swap_space(self.swap_space)
-        if self.prefix_cache_dir is not None and not os.fspath(self.prefix_cache_dir):
-            raise ValueError("prefix_cache_dir is empty: give the name of a folder")
+        if self.prefix_cache_dir is not None:
+            if not os.fspath(self.prefix_cache_dir):
+                raise ValueError("prefix_cache_dir is empty: give the name of a folder")
+            expand_user(self.prefix_cache_dir, "prefix_cache_dir")
         if self.prefix_cache_size is not None:
             if self.prefix_cache_dir is None:
                 raise ValueError("prefix_cache_size is the size of a folder: give prefix_cache_dir, too")

@@ -51,9 +51,12 @@ class LLM:
         """Make an engine for an mlx-lm model that is already loaded, and which goes on working in mlx-lm.
 
         tokenizer: mlx-lm's TokenizerWrapper; without one prompts are token ids and no text comes out. The weights
-        are converted only if `dtype` is given; an adapter of `adapter_path` stays on the model.
+        are converted only if `dtype` is given; an adapter of `adapter_path` stays on the model. Raises ModelError for
+        what is neither.
         """
         engine_config = EngineConfig(**config)
+        loading.check_model(model)
+        loading.check_tokenizer(tokenizer)
         adapters.add_adapter(model, adapters.check_adapter(engine_config.adapter_path))
         if engine_config.dtype is not None:
             loading.set_dtype(model, engine_config.dtype)
@@ -88,8 +91,8 @@ class LLM:
         self._chat_template = ChatTemplate(self.tokenizer, threading.Lock())
         num_needed = None if requests is None else self._blocks_needed(requests, config, max_model_len)
 
-        def draft() -> PatchedModel | None:
-            return load_draft(config, loaded.tokenizer, max_model_len)
+        def draft(model: PatchedModel) -> PatchedModel | None:
+            return load_draft(model, config, loaded.tokenizer, max_model_len)
 
         if config.num_ranks > 1:
             from mlx_paged.runner.follower import make_runner
@@ -97,7 +100,7 @@ class LLM:
             self._runner: ModelRunner = make_runner(loaded.model, config, max_model_len, num_needed, draft)
         else:
             model = patch_model(loaded.model, max_model_len)
-            self._runner = ModelRunner(model, config, max_model_len, num_needed, draft())
+            self._runner = ModelRunner(model, config, max_model_len, num_needed, draft(model))
         config = self._runner.config
         self.engine = Engine(self._runner, loaded.tokenizer, config, max_model_len)
         self._chat_template = self.engine.input_processor.chat_template

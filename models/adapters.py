@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_paged.config import expand_user
 from mlx_paged.errors import ModelError, one_line
 from mlx_paged.models import hub
 
@@ -23,7 +24,7 @@ def check_adapter(path: str | os.PathLike[str] | None) -> Path | None:
     """
     if path is None:
         return None
-    folder = Path(path).expanduser()
+    folder = expand_user(path, "adapter_path")
     if not os.fspath(path) or not folder.is_dir():
         raise ModelError(f"there is no adapter folder {os.fspath(path)!r}: give the one that mlx_lm.lora has written")
     missing = [name for name in ("adapter_config.json", "adapters.safetensors") if not (folder / name).is_file()]

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_paged.config import excerpt, expand_user
 from mlx_paged.errors import ModelError, one_line
 from mlx_paged.models.aliases import ALIASES
 
@@ -51,13 +52,21 @@ def resolve(model: str | os.PathLike[str] | None, *, revision: str | None = None
     """
     if model is None:
         return _folder_with_config(DEMO_FOLDER)
+    if not isinstance(model, str | os.PathLike):
+        hint = "; LLM.from_model takes one that is already loaded" if hasattr(model, "parameters") else ""
+        raise ModelError(f"a model is {_ANY_MODEL}, got {excerpt(model)}{hint}")
     name = os.fspath(model)
     if isinstance(model, str) and model in ALIASES:
         return _download(ALIASES[model], revision, config_only)
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    try:
+        folder = expand_user(name, "model")
+        is_folder, is_there = name and folder.is_dir(), name and folder.exists()
+    except (OSError, ValueError) as error:
+        reason = f"{excerpt(name, 60)}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise ModelError(f"{reason}; a model is {_ANY_MODEL}") from None
+    if is_folder:
         return _folder_with_config(folder)
-    if name and folder.exists():
+    if is_there:
         raise ModelError(f"{name!r} is a file; a model is the folder that holds config.json and *.safetensors")
     if _looks_like_path(model):
         raise ModelError(f"there is no folder {name!r}; a model is {_ANY_MODEL}")

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,19 @@ def _end_tokens(folder: Path, value: Any) -> list[int] | None:
             f"generation_config.json, which counts where there are both, got {excerpt(value)}"
         )
     return None if value is None else [each for each in token_ids if each is not None]
+
+
+def check_model(model: Any) -> None:
+    """Raise ModelError for what is no mlx-lm model in memory."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "layers"):
+        raise ModelError(f"model must be an mlx-lm model that is already loaded, got {excerpt(model)}")
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ModelError for what is no tokenizer as mlx-lm loads them; None is no tokenizer at all."""
+    if tokenizer is not None and not isinstance(getattr(tokenizer, "eos_token_ids", None), Collection):
+        kind = type(tokenizer).__name__
+        raise ModelError(f"tokenizer must be mlx-lm's TokenizerWrapper, as mlx_lm.load returns it, got a {kind}")
 
 
 def set_dtype(model: nn.Module, dtype: str | None) -> None:

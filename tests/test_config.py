@@ -191,6 +191,7 @@ def test_saved_prompts_have_a_folder_and_a_size_only_with_one() -> None:
     EngineConfig(prefix_cache_dir=Path("saved"), prefix_cache_size="5%")
     for settings, message in (
         ({"prefix_cache_dir": ""}, "prefix_cache_dir is empty"),
+        ({"prefix_cache_dir": "~nobody-here/x"}, "prefix_cache_dir '~nobody-here/x': there is no user of that name"),
         ({"prefix_cache_size": "20GB"}, "give prefix_cache_dir, too"),
         ({"prefix_cache_dir": "saved", "prefix_cache_size": "-20GB"}, "prefix_cache_size '-20GB'"),
         ({"prefix_cache_dir": "saved", "prefix_cache_size": "200%"}, "prefix_cache_size .* at most 100%"),

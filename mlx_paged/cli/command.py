@@ -33,7 +33,7 @@ class EngineCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; returns its exit code."""
-        names = options.option_names(self)
+        names = options.option_names(self, ctx.params)
         terminal = Terminal(verbose=ctx.params.pop("verbose"), quiet=ctx.params.pop("quiet"), option_names=names)
         ctx.obj = terminal
         try:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import mlx_paged
 from mlx_paged.cli.terminal import BACKEND_TITLES
-from mlx_paged.config import format_memory
+from mlx_paged.config import expand_user, format_memory
 
 _STORY = (
     "The kite was red. The key was under the bench. The basket cost nine coins. The dog was called Biscuit. The cook "
@@ -133,11 +133,18 @@ def folders(prefix_cache_dir: str | None) -> str:
         except OSError as error:
             return error
 
+    for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"):  # in which a standard library of C++ looks, and MLX through it
+        if (value := os.environ.get(name)) is not None:
+            if not Path(value).is_dir():
+                raise ValueError(f"{name}={value} is not a folder, and MLX compiles there: make it, or unset {name}")
+            break
     swap = Path(tempfile.gettempdir())  # raises FileNotFoundError if no such folder can be written to
     line = describe(swap, "swap", use(lambda: OwnFolder(swap, "mlx-paged-swap-")))
     if prefix_cache_dir is None:
         return f"{line}; --prefix-cache-dir looks at a folder for prompts"
-    root = Path(prefix_cache_dir).expanduser()
+    if not prefix_cache_dir:
+        raise ValueError("--prefix-cache-dir is empty: give the name of a folder")
+    root = expand_user(prefix_cache_dir, "--prefix-cache-dir")
     return f"{line}; {describe(root, 'prompts', use(lambda: BlockFiles(root)))}"
 
 

@@ -12,7 +12,8 @@ from mlx_paged.distributed.launch import LOST, hold_lifeline
 
 def main(told: str) -> int:
     """Load what rank 0 loads, and follow it to its end. Returns the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is rank 0's
+    for number in (signal.SIGINT, signal.SIGTERM):  # what all processes of a terminal or a service get is rank 0's
+        signal.signal(number, signal.SIG_IGN)
     hold_lifeline(sys.stdin.fileno())
     warnings.simplefilter("ignore")
     request = json.loads(told)

@@ -12,7 +12,7 @@ import click
 
 from mlx_paged.blocks.block_manager import BlockManager
 from mlx_paged.cli.options import parse_numbers
-from mlx_paged.config import DTYPES, KV_CACHE_DTYPES, format_memory, parse_memory
+from mlx_paged.config import DTYPES, KV_CACHE_DTYPES, expand_user, format_memory, parse_memory
 
 _DEFAULT_CONTEXT, _DEFAULT_CONCURRENCY = 8192, 16
 _PICTURE_PROMPTS = [100, 75, 140, 54]
@@ -37,7 +37,7 @@ def inspect_cache(*, name: str | None, model: str | None, blocks: bool, svg: str
     given |= {f"--{option.replace('_', '-')}": settings[option] for option in names}
     if root is not None:
         _refuse_others(given, "--prefix-cache-dir lists what is saved there and", ("--json",))
-        return list_saved(Path(root).expanduser(), as_json=settings["as_json"])
+        return list_saved(expand_user(root, "--prefix-cache-dir"), as_json=settings["as_json"])
     if blocks:
         _refuse_others(given, "--blocks draws a workload without a model and", ("--blocks", "--lengths", "--svg"))
         return draw(lengths or _PICTURE_PROMPTS, block_size=settings["block_size"], svg=svg)

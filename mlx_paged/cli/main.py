@@ -283,7 +283,8 @@ def _as_usage_error() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        names = options.option_names(click.get_current_context().command)
+        context = click.get_current_context()
+        names = options.option_names(context.command, context.params)
         raise click.UsageError(options.in_options(str(error), names)) from None
 
 

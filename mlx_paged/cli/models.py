@@ -77,9 +77,9 @@ def pull_model(model: str, *, terminal: Terminal) -> int:
     Raises ModelError if there is no such model, it can't be paged or had now, or the disk has no room for it.
     """
     with loading(terminal):
-        if model and model not in ALIASES and Path(model).expanduser().is_dir():
-            raise click.UsageError(f"{model} is a folder: there is nothing to download")
         config_folder = hub.resolve(model, config_only=True)
+        if model not in ALIASES and Path(model).expanduser().is_dir():
+            raise click.UsageError(f"{model} is a folder: there is nothing to download")
         registry.require_paged(str(hub.read_json(config_folder / "config.json").get("model_type")))
         fit = _fit(config_folder)
         size = hub.download_size(model)

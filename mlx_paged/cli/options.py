@@ -300,10 +300,14 @@ def typed_order(command: click.Command, args: Sequence[str]) -> list[str]:
     return order
 
 
-def option_names(command: click.Command) -> dict[str, str]:
-    """Tell how settings are written as options of a command: "max_tokens" -> "--max-tokens"."""
+def option_names(command: click.Command, params: Mapping[str, Any]) -> dict[str, str]:
+    """Tell how settings are written as options of a command: "max_tokens" -> "--max-tokens".
+
+    params: what it was given, where several options are one setting.
+    """
     names = {str(each.name): each.opts[-1] for each in command.params if isinstance(each, click.Option)}
-    names |= {"speculative_config": names["speculative"]} if "speculative" in names else {}
+    if "speculative" in names:
+        names["speculative_config"] = names["speculative" if params.get("draft_model") is None else "draft_model"]
     if "no_prefix_caching" in names:
         names["prefix_caching=False"] = names["no_prefix_caching"]
     return names

@@ -24,12 +24,17 @@ from types import FrameType
 from typing import Any, NamedTuple
 from unittest import mock
 
+from mlx_paged.config import excerpt
+from mlx_paged.errors import one_line
+
 LIFELINE, STDERR = "MLX_PAGED_LIFELINE", "MLX_PAGED_STDERR"
 """Where rank 0 finds the descriptors of a pipe that ends with this process, and of the stderr of the command."""
 LOST = 74
 """The exit code of a rank that can't go on because another one has gone: what to say of it is the other's."""
 _COME_LATER = {LOST: 2, -signal.SIGSEGV: 1, -signal.SIGABRT: 1, -signal.SIGPIPE: 1}
 """How likely an end is the consequence of another rank's: MLX does not always survive that either."""
+_HOST = '{"ssh": NAME, "ips": [ADDRESS]}'
+_SSH_FAILED = 255  # ssh's own exit code, and mlx.launch keeps it from saying why
 _BY_THEMSELVES_S = 5.0  # that the others have to end after rank 0
 _FIRST_WORD_S = 2.0  # that a rank has to say what went wrong, when another has died
 _GRACE_S = 3.0  # between TERM and KILL
@@ -52,6 +57,9 @@ def plan_starts(size: int, setting: str, hostfile: Path | None, command: Sequenc
     """Ask mlx.launch how it would start a command on so many ranks. Raises ValueError for a file that is wrong."""
     from mlx._distributed_utils import launch
 
+    hosts = [] if hostfile is None else _read_hosts(hostfile)
+    if hostfile is not None and len(hosts) != size:
+        raise ValueError(f"{setting}={size}, and {hostfile} names {len(hosts)} hosts: it takes one for each rank")
     starts: list[Start] = []
 
     def take(_: Any, arguments: Sequence[tuple[tuple[Any, ...], Any]], __: bool) -> None:
@@ -66,14 +74,12 @@ def plan_starts(size: int, setting: str, hostfile: Path | None, command: Sequenc
             with mock.patch.object(sys, "argv", arguments), contextlib.redirect_stderr(said):
                 launch.main()
         except SystemExit:
-            lines = said.getvalue().strip().splitlines() or ["it ended"]
+            if not (lines := said.getvalue().strip().splitlines()):  # a signal that ends this process
+                raise
             raise ValueError(f"mlx.launch: {lines[-1].removeprefix('mlx.launch: error: ')}") from None
     if not starts:
         raise ValueError(f"{hostfile}: its backend is not one of those that mlx.launch starts by itself: take ring")
-    if len(starts) != size:
-        raise ValueError(f"{setting}={size}, and {hostfile} names {len(starts)} hosts: it takes one for each rank")
-    if hostfile is not None and not _is_here(first := json.loads(hostfile.read_text())):
-        hosts = first["hosts"] if isinstance(first, dict) else first
+    if hosts and not _is_here(hosts[0]):
         raise ValueError(
             f"{hostfile}: the first host has to be the machine that runs the command, and none of its addresses is "
             f"{hosts[0]['ips'][0]}"
@@ -81,15 +87,31 @@ def plan_starts(size: int, setting: str, hostfile: Path | None, command: Sequenc
     return starts
 
 
-def _is_here(hostfile: Any) -> bool:
-    """Whether the first host of a file that mlx.launch could read is this machine."""
-    hosts = hostfile["hosts"] if isinstance(hostfile, dict) else hostfile
-    addresses = hosts[0].get("ips") or []
-    for address in addresses[:1]:
+def _read_hosts(hostfile: Path) -> list[dict[str, Any]]:
+    """Return the hosts in a file that mlx.launch is to read. Raises ValueError for one of another form."""
+    try:
+        told = json.loads(hostfile.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{hostfile} is not JSON: {one_line(error)}") from None
+    hosts, envs = (told.get("hosts"), told.get("envs", [])) if isinstance(told, dict) else (told, [])
+    if not isinstance(hosts, list):
+        raise ValueError(f'{hostfile}: a list of hosts is expected, or an object with one as "hosts"; each is {_HOST}')
+    for host in hosts:
+        addresses = host.get("ips", []) if isinstance(host, dict) else None
+        if not isinstance(addresses, list) or not all(isinstance(each, str) for each in (host.get("ssh"), *addresses)):
+            raise ValueError(f"{hostfile}: a host is {_HOST}, got {excerpt(host)}")
+    if not isinstance(envs, list) or not all(isinstance(each, str) and "=" in each for each in envs):
+        raise ValueError(f'{hostfile}: "envs" is a list of texts like "NAME=VALUE", got {excerpt(envs)}')
+    return hosts
+
+
+def _is_here(host: dict[str, Any]) -> bool:
+    """Whether a host is this machine."""
+    for address in host.get("ips", [])[:1]:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as tried:
             try:
                 tried.bind((address, 0))
-            except OSError:
+            except (OSError, UnicodeError):
                 return False
     return True
 
@@ -158,7 +180,7 @@ class _Other:
     def __init__(self, start: Start) -> None:
         from mlx._distributed_utils.launch import RemoteProcess
 
-        self.name = f"rank {start.rank} on {start.host}"
+        self.name, self._host = f"rank {start.rank} on {start.host}", start.host
         self._remote = RemoteProcess(*start)
         self._process: subprocess.Popen[bytes] = self._remote.process
         self._lines: deque[str] = deque(maxlen=20)
@@ -181,12 +203,15 @@ class _Other:
         if code is not None and code < 0:
             hint = " (as a system does that has no memory left)" if code == -signal.SIGKILL else ""
             return f"{self.name} was ended by {_signal_name(-code)}{hint}"
+        if code == _SSH_FAILED and not words and self._host != "127.0.0.1":
+            return f"{self.name}: ssh can't run a command there: see what ssh -o BatchMode=yes {self._host} true says"
         said = words[-1].strip().removeprefix("mlx-paged: ") if words else f"it ended with exit code {code}"
         return f"{self.name}: {said}"
 
     def end(self) -> None:
         """End it, if it has not ended, and what it has left."""
         with contextlib.suppress(Exception):
+            self._process.stdin.close()  # type: ignore[union-attr]  # its lifeline
             self._process.terminate()
         _wait_for(lambda: self.code is not None, _GRACE_S)
         if self.code is None:

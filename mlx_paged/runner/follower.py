@@ -26,7 +26,7 @@ def make_runner(
     config: EngineConfig,
     max_model_len: int | None,
     num_needed: int | None,
-    draft: Callable[[], PatchedModel | None],
+    draft: Callable[[PatchedModel], PatchedModel | None],
 ) -> LeadingRunner:
     """Divide a model among the ranks, and return rank 0's runner. In other ranks follow it, and end the program.
 
@@ -53,7 +53,7 @@ def make_runner(
         raise ValueError(f"{name}={ranks.size}: recurrent layers, which this model has, run on one device")
     ranks.compare({"what layers see": patched.groups})
     if ranks.rank == 0:
-        return LeadingRunner(ranks, patched, config, max_model_len, num_needed, draft())
+        return LeadingRunner(ranks, patched, config, max_model_len, num_needed, draft(patched))
     Follower(ranks, patched, config, max_model_len, num_needed).follow()
     raise SystemExit(0)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import signal
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -20,6 +22,7 @@ from mlx_paged.server.service import ServerOptions, Service
 LOG = logging.getLogger("mlx_paged.server")
 
 _MAX_HEADER_BYTES = 64 << 10
+_ONE_SIGNAL_S = 1.0
 
 
 class Ending(enum.Enum):
@@ -39,10 +42,18 @@ class _Server(uvicorn.Server):
         self._when_ready = when_ready
         self._ending: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._asked_to_end = 0.0  # by a signal, at this time of the monotonic clock
         self.end = Ending.DRAINED
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain at the first signal; end at once at the second."""
+        """Begin to drain at the first signal; end at once at the second.
+
+        A service manager has each process of a unit get a SIGTERM, and one that runs ranks passes its own on to the
+        first of them: two at a time are one.
+        """
+        since, self._asked_to_end = time.monotonic() - self._asked_to_end, time.monotonic()
+        if sig == signal.SIGTERM and self._service.is_draining and since < _ONE_SIGNAL_S:
+            return
         if self._loop is None or self._service.is_draining:
             self.end, self.should_exit, self.force_exit = Ending.CUT, True, True
             return

@@ -1,23 +1,32 @@
 """The draft model that a configuration names, ready to run, if its vocabulary is the model's."""
 
 import os
+import warnings
 from typing import Any
 
 import mlx.nn as nn
 
 from mlx_paged.attention.chunks import check_chunks
 from mlx_paged.config import EngineConfig, SpeculativeConfig, excerpt
-from mlx_paged.errors import ModelError
+from mlx_paged.errors import EngineWarning, ModelError
 from mlx_paged.models import loading
 from mlx_paged.models.patch import PatchedModel, patch_model
 
 
-def load_draft(config: EngineConfig, tokenizer: Any, max_model_len: int | None) -> PatchedModel | None:
+def load_draft(
+    model: PatchedModel, config: EngineConfig, tokenizer: Any, max_model_len: int | None
+) -> PatchedModel | None:
     """Load the draft model, if one is asked for, as it is to be run. Raises ModelError for one that can't be used.
 
-    tokenizer: of the model whose tokens are guessed, None if it has none.
+    model: whose tokens are guessed. An EngineWarning says where none can be: recurrent layers have no states to go
+    back to. tokenizer: that model's, None if it has none.
     """
     asked = None if config.speculative_config is None else SpeculativeConfig.of(config.speculative_config)
+    if asked is not None and model.num_entries:
+        family = getattr(model.model, "model_type", type(model.model).__name__)
+        text = f"{family} models run without drafts (speculative_config): their recurrent layers can't go back"
+        warnings.warn(text, EngineWarning, stacklevel=5)
+        return None
     if asked is None or asked.model is None:
         return None
     is_name = isinstance(asked.model, str | os.PathLike)
@@ -25,18 +34,18 @@ def load_draft(config: EngineConfig, tokenizer: Any, max_model_len: int | None) 
         wanted = "model must be a name, a folder, or an mlx-lm model that is already loaded"
         raise ModelError(f"speculative_config: {wanted}, got {excerpt(asked.model)}")
     if not is_name:
-        name, model = "the draft model", asked.model
+        name, draft_model = "the draft model", asked.model
     else:
         name = f"draft model {asked.model}"
         try:
-            model, its_tokenizer, *_ = loading.load(asked.model, config.dtype)
+            draft_model, its_tokenizer, *_ = loading.load(asked.model, config.dtype)
         except ModelError as error:
             raise ModelError(f"{name}: {error}") from error
         difference = None if tokenizer is None else first_difference(tokenizer.get_vocab(), its_tokenizer.get_vocab())
         if difference is not None:
             raise ModelError(f"{name} can't guess this model's tokens: {difference}; give one of the same vocabulary")
     try:
-        draft = patch_model(model, max_model_len)
+        draft = patch_model(draft_model, max_model_len)
         if draft.chunked:
             check_chunks(draft.groups, config.block_size)
         draft = draft if config.kv_cache_dtype is None else draft.quantised(config.kv_cache_dtype)

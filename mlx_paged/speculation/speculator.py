@@ -195,7 +195,7 @@ class Speculator:
         for i in np.flatnonzero(offsets).tolist():
             draft = drafts[int(rows[i])][offsets[i] - 1]
             is_right[i] = is_right[i - 1] and token_ids[i - 1] == draft
-        self.num_drafts += len(drafts)
+        self.num_drafts += int(np.count_nonzero(offsets == 1))  # a form may have dropped all drafts of a sequence
         self.num_draft_tokens += int(np.count_nonzero(offsets))
         self.num_accepted_tokens += int(np.count_nonzero(is_right & (offsets > 0)))
         for offset in range(int(offsets.max(initial=0)) + 1):
@@ -214,16 +214,9 @@ def _may_have_drafts(request: Request) -> bool:
 
 
 def make_speculator(runner: ModelRunner, config: EngineConfig, batch: RunningBatch) -> Speculator:
-    """Return what proposes drafts, if any are asked for. Measures how long steps take.
-
-    An EngineWarning says where a model can't have any: recurrent layers have no states to go back to.
-    """
+    """Return what proposes drafts, if any are asked for and the model can have some. Measures how long steps take."""
     asked = None if config.speculative_config is None else SpeculativeConfig.of(config.speculative_config)
-    if asked is not None and runner.states is not None:
-        text = "this model has recurrent layers, which can't go back: it runs without drafts (speculative_config)"
-        warnings.warn(text, EngineWarning, stacklevel=4)
-        asked = None
-    if asked is None:
+    if asked is None or runner.states is not None:
         return Speculator(SpeculativeConfig(), None, batch, StepCosts({1: 1.0}), config.max_num_batched_tokens)
 
     def costs_of(measured: ModelRunner) -> StepCosts:

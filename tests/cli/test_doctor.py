@@ -103,6 +103,23 @@ def test_a_folder_that_cannot_be_written_to_is_named(place: str, tmp_path: Path)
         doctor_parts.folders(str(folder))
 
 
+@pytest.mark.parametrize(("name", "words"), [("", "is empty"), ("~nobody-here", "there is no user of that name")])
+def test_a_folder_that_cannot_be_is_told_of(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"--prefix-cache-dir.*{words}"):
+        doctor_parts.folders(name)
+
+
+def test_a_folder_for_what_is_temporary_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert ", for swap, can be written to" in doctor_parts.folders(None)
+    monkeypatch.setenv("TMP", "/no/such/folder")
+    with pytest.raises(ValueError, match="TMP=/no/such/folder is not a folder, and MLX compiles there"):
+        doctor_parts.folders(None)
+    monkeypatch.setenv("TMPDIR", "/tmp")  # which is looked at before
+    assert ", for swap, can be written to" in doctor_parts.folders(None)
+
+
 def test_a_folder_that_can_only_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")

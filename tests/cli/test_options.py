@@ -216,7 +216,9 @@ def test_every_command_that_runs_a_model_takes_an_adapter(run: Run, tmp_path: Pa
         "--block-size 0", "--num-kv-blocks 0", "--kv-cache-memory 4XB", "--kv-cache-memory 200%", "--max-num-seqs 0",
         "--dtype int3", "--kv-cache-dtype int4", "--max-num-batched-tokens 0", "--max-model-len 0", "--no-such-option",
         "--num-kv-blocks 9 --kv-cache-memory 1GB", "--swap-space=-5GB", "--swap-space=", "--swap-space=50%",
-        "--speculative eagle", "--num-speculative-tokens 3", "--num-speculative-tokens 0 --speculative ngram",
+        "--speculative eagle", "--draft-model=", "--num-speculative-tokens 3",
+        "--num-speculative-tokens 0 --speculative ngram",
+        "--draft-model x --num-speculative-tokens 0", "--swap-space=~no-user/x", "--prefix-cache-dir=~no-user/x",
         "--prefix-cache-dir=", "--prefix-cache-size 1GB", "--prefix-cache-size lots --prefix-cache-dir x",
     ],
 )  # fmt: skip
@@ -241,7 +243,14 @@ def test_settings_that_a_message_names_are_written_as_options_if_the_command_has
     in_python: str, in_options: str
 ) -> None:
     command = cli.commands["generate"]
-    assert options.in_options(in_python, options.option_names(command)) == in_options
+    assert options.in_options(in_python, options.option_names(command, {})) == in_options
+
+
+def test_what_is_said_of_drafts_names_the_option_that_asked_for_them() -> None:
+    said = "mamba2 models run without drafts (speculative_config)"
+    for params, option in (({"draft_model": "x"}, "--draft-model"), ({"draft_model": None}, "--speculative")):
+        names = options.option_names(cli.commands["generate"], params)
+        assert options.in_options(said, names) == f"mamba2 models run without drafts ({option})"
 
 
 def test_what_does_not_fit_names_options_on_the_command_line_and_arguments_in_python() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import signal
 import socket
@@ -38,7 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def served(*args: str) -> Iterator[tuple[subprocess.Popen[bytes], str, list[str]]]:
     """A process that serves. Yields it, its address and its two ready lines."""
-    process = start("serve", "--port", "0", "--num-kv-blocks", "2000", *args, stderr=subprocess.DEVNULL)
+    process = start(
+        "serve", "--port", "0", "--num-kv-blocks", "2000", *args, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     assert process.stdout is not None
     try:
         lines = [process.stdout.readline().decode().strip() for _ in range(2)]
@@ -131,6 +134,17 @@ def test_what_does_not_end_in_time_is_told_so_or_cut_by_a_second_signal(number: 
         assert process.wait(30) == (130 if is_cut else 0)
         last = stream.end()[-1]
         assert is_cut or "shutting down" in last
+
+
+@pytest.mark.slow
+def test_ranks_drain_when_each_of_their_processes_gets_the_signal_as_from_a_service_manager() -> None:
+    with served("--tensor-parallel-size", "2") as (process, url, _):
+        story = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 40, "ignore_eos": True}
+        stream = Stream(url, story | {"stream": True})
+        os.killpg(process.pid, signal.SIGTERM)
+        received = stream.end()
+        assert received[-1] == "data: [DONE]" and '"finish_reason":"length"' in received[-2]
+        assert process.wait(30) == 0
 
 
 BREAKING = """

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def is_there(process: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (-1, signal.SIGKILL), (0, signal.SIGTERM)])
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (-1, signal.SIGKILL), (0, signal.SIGABRT)])
 @pytest.mark.slow
 def test_a_rank_that_dies_in_the_middle_ends_all_with_a_line(victim: int, number: int) -> None:
     with ranks(*STORY, "-m", "1500") as process:
@@ -98,8 +99,14 @@ def test_what_goes_wrong_in_rank_0_is_told_once() -> None:
 @pytest.mark.parametrize(
     ("hosts", "message"),
     [
-        ("[", "mlx.launch: Failed to parse hostfile"),
-        ([["127.0.0.1"]], "mlx.launch: Failed to parse hostfile"),
+        ("[", "hosts.json is not JSON: Expecting value"),
+        ([["127.0.0.1"]], """a host is {"ssh": NAME, "ips": [ADDRESS]}, got ['127.0.0.1']"""),
+        ([{"ssh": "a"}, {"ssh": 5}], """a host is {"ssh": NAME, "ips": [ADDRESS]}, got {'ssh': 5}"""),
+        ([{"ssh": "a", "ips": "192.0.2.1"}], "a host is"),
+        (None, "hosts.json: a list of hosts is expected"),
+        ({"backend": "ring"}, "hosts.json: a list of hosts is expected"),
+        ({"hosts": [{"ssh": "a"}] * 2, "envs": ["A"]}, '"envs" is a list of texts like "NAME=VALUE", got [\'A\']'),
+        ([], "--tensor-parallel-size=2, and hosts.json names 0 hosts"),
         ([{"ssh": "a", "ips": ["127.0.0.1"]}], "--tensor-parallel-size=2, and hosts.json names 1 hosts"),
         ([{"ssh": "a"}, {"ssh": "b"}], "mlx.launch: The ring backend requires IPs"),
         ({"backend": "mpi", "hosts": [{"ssh": "a"}, {"ssh": "b"}]}, "its backend is not one of those"),
@@ -156,3 +163,25 @@ def test_the_rank_that_ended_first_is_the_one_that_is_spoken_of(
     first = Start(0, "127.0.0.1", None, None, {"HOSTS": "{}"}, ["A=b"], [])
     checks = '[ "$A$MLX_RANK" = b0 ] && [ -f "$HOSTS" ] || exit 9'
     assert run_ranks([first, *rest], ["bash", "-c", f"{checks}; {leader}"]) == ended
+
+
+def test_a_host_that_ssh_cannot_reach_is_told_of_with_the_command_that_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ssh := tmp_path / "ssh").write_text("#!/bin/bash\nexit 255\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    starts = [Start(i, host, None, None, {}, [], []) for i, host in enumerate(("127.0.0.1", "mac1"))]
+    said = "rank 1 on mac1: ssh can't run a command there: see what ssh -o BatchMode=yes mac1 true says"
+    assert run_ranks(starts, ["sleep", "60"]) == (1, said)
+
+
+def test_a_signal_that_ends_the_command_while_it_looks_at_hosts_is_not_taken_for_a_wrong_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlx._distributed_utils import launch
+
+    monkeypatch.setattr(launch, "main", lambda: sys.exit(130))
+    with pytest.raises(SystemExit) as caught:
+        plan_starts(2, "size", None, ["run", "it"])
+    assert caught.value.code == 130

@@ -58,6 +58,11 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name: str | Path,
     assert hub.requests == []
 
 
+def test_a_name_that_cannot_be_looked_for_is_one_line() -> None:
+    assert "name too long" in (said := message("x" * 5000)) and len(said) < 300
+    assert "there is no user of that name" in message("~nobody-here/model")
+
+
 def test_a_mistyped_alias_gets_the_close_ones_and_where_all_are_listed() -> None:
     text = message("qwen22")
     assert "did you mean qwen2" in text and "mlx-paged models" in text

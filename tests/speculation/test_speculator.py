@@ -129,7 +129,7 @@ def test_nothing_is_proposed_where_blocks_are_few_or_a_processor_looks_on() -> N
 
 def test_tokens_are_handed_on_up_to_the_first_wrong_draft() -> None:
     batch = make_batch([1], [2], [3])
-    drafts = {0: [10, 11, 12], 2: [30]}
+    drafts = {0: [10, 11, 12], 1: [77], 2: [30]}  # a form has dropped the place after the one of row 1
     step = StepInFlight(Schedule(drafts=drafts, num_tokens=7), np.array([0] * 4 + [1] + [2] * 2), batch.version)
     step.sampled_rows, step.sampled_version = step.rows, batch.version
     drawn = np.array([10, 11, 99, 98, 20, 31, 32])
@@ -146,7 +146,7 @@ def test_tokens_are_handed_on_up_to_the_first_wrong_draft() -> None:
     )
     assert taken == [([0, 1, 2], [10, 20, 31]), ([0], [11]), ([0], [99]), ([], [])]
     assert counted == [([0], [11]), ([0], [99]), ([], [])]
-    assert (proposer.num_draft_tokens, proposer.num_accepted_tokens) == (4, 2)
+    assert (proposer.num_drafts, proposer.num_draft_tokens, proposer.num_accepted_tokens) == (2, 4, 2)
     assert batch.num_computed[[0, 2]].tolist() == [3, 1], "what is after the right ones is computed again"
 
 

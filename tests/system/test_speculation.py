@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,11 +164,14 @@ def test_a_preempted_sequence_with_drafts_goes_on_as_before(both: Callable[..., 
     assert engines[1].stats().num_preemptions > 0
 
 
-def test_a_model_with_recurrent_layers_says_that_it_has_no_drafts() -> None:
-    with pytest.warns(EngineWarning, match="recurrent layers.*runs without drafts"):
-        llm = LLM.from_model(family_model("mamba2"), speculative_config=ALWAYS, num_kv_blocks=32)
-    llm.generate([LOOP], SamplingParams(temperature=0, max_tokens=8))
-    assert llm.stats().num_draft_tokens == 0
+def test_a_model_with_recurrent_layers_says_that_it_has_no_drafts(tiny_model: Callable[..., Any]) -> None:
+    for config in (ALWAYS, {"model": tiny_model("llama")}):  # which takes none of the memory then
+        with pytest.warns(EngineWarning, match=r"^mamba2 models run without drafts \(speculative_config\)") as warned:
+            llm = LLM.from_model(family_model("mamba2"), speculative_config=config, num_kv_blocks=32)
+        assert [Path(each.filename).name for each in warned] == [Path(__file__).name]
+        assert "draft model" not in llm.describe_memory()
+        llm.generate([LOOP], SamplingParams(temperature=0, max_tokens=8))
+        assert llm.stats().num_draft_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -177,6 +181,8 @@ def test_a_model_with_recurrent_layers_says_that_it_has_no_drafts() -> None:
         ({"method": "draft_model"}, "method draft_model needs a model: a name or a folder"),
         ({"method": "ngram", "model": "x"}, "method ngram takes no model"),
         ({"model": "/no/such/folder"}, "draft model /no/such/folder: "),
+        ({"method": ""}, "method must be ngram or draft_model, got ''"),
+        ({"model": " "}, "speculative_config: the model's name is empty: give a name or a folder"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be a whole number of at least 1, got 0"),
         ({"prompt_lookup_min": 6}, "prompt_lookup_min (6) is more than prompt_lookup_max (5)"),
         ({"prompt_lookup_maxx": 6}, "there is no argument 'prompt_lookup_maxx': did you mean prompt_lookup_max?"),
