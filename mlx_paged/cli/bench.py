@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mlx_paged.cli.ctrl_c import ends_soon
-from mlx_paged.cli.loading import find_model, loading
+from mlx_paged.cli.loading import find_models, loading
 from mlx_paged.cli.options import parse_numbers
 from mlx_paged.cli.terminal import Terminal, describe_drafts
 from mlx_paged.tools import report
@@ -43,8 +43,7 @@ def measure_model(
     if "num_kv_blocks" not in engine and "kv_cache_memory" not in engine:
         engine["num_kv_blocks"] = most * -(-longest // engine.get("block_size", 16))
     with loading(terminal):
-        if shape is None:
-            find_model(model)
+        find_models(model if shape is None else None, engine)
         from mlx_paged import LLM
         from mlx_paged.models.loading import load
         from mlx_paged.tools.random_models import make_random_model

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal
-from mlx_paged.errors import EngineWarning
+from mlx_paged.errors import EngineWarning, ModelError
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -53,11 +53,19 @@ def loading(terminal: Terminal) -> Iterator[None]:
         terminal.progress("")
 
 
-def find_model(model: str | None) -> None:
-    """Check that a model can be had, before anything heavy is imported. Raises ModelError."""
+def find_models(model: str | None, engine: Mapping[str, Any]) -> None:
+    """Check that a model and its draft model can be had, before anything heavy is imported. Raises ModelError.
+
+    engine: settings of its EngineConfig.
+    """
     from mlx_paged.models import hub
 
     hub.resolve(model, config_only=True)
+    if draft_model := (engine.get("speculative_config") or {}).get("model"):
+        try:
+            hub.resolve(draft_model, config_only=True)
+        except ModelError as error:
+            raise ModelError(f"draft model {draft_model}: {error}") from error
 
 
 def check_form(params: Params) -> None:
@@ -74,7 +82,7 @@ def load_model(model: str | None, engine: dict[str, Any], terminal: Terminal, re
     requests: asked before the weights are loaded for what will be run, as in `LLM.for_requests`.
     """
     with loading(terminal):
-        find_model(model)
+        find_models(model, engine)
         from mlx_paged import LLM
 
         llm = LLM(model, **engine) if requests is None else LLM.for_requests(model, requests, **engine)

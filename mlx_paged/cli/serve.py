@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_paged.cli import options
-from mlx_paged.cli.loading import find_model, loading
+from mlx_paged.cli.loading import find_models, loading
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
 from mlx_paged.config import EngineConfig, parse_memory
 
@@ -121,7 +121,7 @@ def serve_model(
     except ImportError as error:
         raise ImportError(f"serve needs {error.name}: pip install 'mlx-paged[server]'") from None
     with loading(terminal):
-        find_model(model)
+        find_models(model, engine)
     from mlx_paged import LLM, AsyncLLM  # before whatever else imports mlx: it sees to MLX's BLAS
     from mlx_paged.server.answer_parts import require_readable
     from mlx_paged.server.guard import LOOPBACK, Access

@@ -97,7 +97,8 @@ def test_help_and_usage_errors_import_nothing_heavy(args: str) -> None:
 
 @pytest.mark.parametrize("args", ["generate --model qwen22 Hi", "chat --model qwen22", "bench --model qwen22",
                                   "serve --model qwen22", "generate --model ./nowhere Hi",
-                                  "generate --regex [a Hi"])  # fmt: skip
+                                  "generate --draft-model qwen22 Hi", "bench --draft-model ./nowhere -p 8 -g 8",
+                                  "serve --draft-model qwen22", "generate --regex [a Hi"])  # fmt: skip
 def test_what_is_mistyped_is_told_before_anything_heavy_is_imported(args: str) -> None:
     code = (
         "import sys\nfrom mlx_paged.cli.main import main\ntry: main()\nexcept SystemExit: print('LOADED', *sys.modules)"

@@ -129,7 +129,7 @@ class Run:
 
         self.make = make
         monkeypatch.setitem(vars(mlx_paged), "LLM", _StubClass(self))
-        monkeypatch.setattr("mlx_paged.cli.loading.find_model", lambda model: None)
+        monkeypatch.setattr("mlx_paged.cli.loading.find_models", lambda model, engine: None)
 
     def __call__(self, *args: str, stdin: str | bytes | None = None) -> click.testing.Result:
         return click.testing.CliRunner().invoke(cli, args, input=stdin)
