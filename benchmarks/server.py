@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 import mlx_lm
 import report
-from comparison.gguf_file import write_gguf
+from comparison.gguf_file import gguf_in
 from report import Part, Row
 from served import InProcess, LlamaCppServer, Messages, MlxLm, Ours, Process, closing_all
 
@@ -46,8 +46,7 @@ def throughput(quick: bool) -> list[Row]:
     rows = []
     with TemporaryDirectory() as folder, closing_all([InProcess(model), Ours(model), MlxLm(model)]) as systems:
         if options.llama_server:
-            write_gguf(Path(model), file := Path(folder) / "model.gguf")
-            systems.append(LlamaCppServer(options.llama_server, file))
+            systems.append(LlamaCppServer(options.llama_server, gguf_in(folder, Path(model), "server.py")))
         for system in systems:
             system.ask(conversations(-1, 2), 4)
         for at_once in AT_ONCE[::2] if quick else AT_ONCE:

@@ -24,7 +24,7 @@ from mlx_paged import LLM  # isort: skip  # noqa: F401  (before mlx, so that it 
 import mlx_lm
 import report
 from comparison.compare import COLUMNS, compare
-from comparison.gguf_file import write_gguf
+from comparison.gguf_file import gguf_in
 from comparison.workloads import WORKLOADS, Workload
 from report import Part, Row
 
@@ -60,16 +60,6 @@ def prose(name: str) -> list[int]:
     return [token for page in pages for token in tokenizer.encode(page.read_text(), add_special_tokens=False)]
 
 
-@cache
-def gguf_of(name: str, folder: str) -> Path:
-    """Write a model as a GGUF file. Ends the program if there is no way."""
-    try:
-        write_gguf(resolve(name), file := Path(folder) / "model.gguf")
-    except (ImportError, ValueError) as error:
-        sys.exit(f"workloads.py: --llama-server: {error}")
-    return file
-
-
 def part(workload: Workload, options: argparse.Namespace, folder: str = "") -> Part:
     chosen = options.model or options.random_weights
 
@@ -77,7 +67,11 @@ def part(workload: Workload, options: argparse.Namespace, folder: str = "") -> P
         model = chosen_model(options.model, options.random_weights) if chosen else random_model(quick)
         repetitions = options.repetitions or (1 if quick else REPETITIONS)
         text = prose(options.model) if options.model else None
-        llama_cpp = (options.llama_server, gguf_of(options.model, folder)) if options.llama_server else None
+        llama_cpp = (
+            (options.llama_server, gguf_in(folder, resolve(options.model), "workloads.py"))
+            if options.llama_server
+            else None
+        )
         for case in workload.cases(options.scale or (QUICK_SCALE if quick else 1)):
             if options.cases is None or options.cases in case.label:
                 yield from compare(case.beside_llama_cpp() if llama_cpp else case, model, repetitions, text, llama_cpp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ import numpy as np
 
 ARCHITECTURES = {"llama": "LLAMA", "gemma3_text": "GEMMA3"}
 _WINDOW_EVERY = 6  # of Gemma 3's layers the sixth has no window
+
+
+def gguf_in(folder: str, model: Path, script: str) -> Path:
+    """Write a model's file into a folder, for a script that ends with a line where that can't be."""
+    try:
+        write_gguf(model, file := Path(folder) / "model.gguf")
+    except (ImportError, ValueError) as error:
+        sys.exit(f"{script}: --llama-server: {error}")
+    return file
 
 
 def write_gguf(model: Path, file: Path) -> None:
