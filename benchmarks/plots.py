@@ -65,6 +65,7 @@ STYLE = {
 
 def waste(axes: Axes, rows: list[Row]) -> str:
     """Rows of W3: how much of the memory that requests take holds no token, by system."""
+    rows = [row for row in rows if row["kv_waste"] is not None]
     names = [row["system"] for row in rows][::-1]
     shares = [100 * row["kv_waste"] for row in rows][::-1]
     colors = [BLUE if name == "mlx-paged" else ORANGE for name in names]

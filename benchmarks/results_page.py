@@ -34,7 +34,7 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "memory-linux-cpu.json": ("memory", "Blocks", ()),
     "host-overhead-linux-cpu.json": ("host_overhead", "The host's work in a step", ()),
     "growth-linux-cpu.json": ("growth", "How cost grows", ()),
-    "accuracy-demo-linux-cpu.json": ("accuracy", "Accuracy of the demo model", ("answers",)),
+    "accuracy-smollm2-linux-cpu.json": ("accuracy", "Accuracy of SmolLM2-135M-Instruct", ("answers",)),
     "server-smollm2-linux-cpu.json": ("server", "A server of SmolLM2-135M-Instruct", ()),
     "server-scripted-linux-cpu.json": ("server", "A server, of a model that is hardly more than its answers", ()),
     "attention-linux-cpu.json": ("attention", "Attention on a CPU", ()),

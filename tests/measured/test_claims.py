@@ -18,15 +18,33 @@ def of(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     return row
 
 
-def workloads(results: Results) -> Iterator[str]:
-    (theirs, ours), (reserved, *_, paged) = results["W2"], results["W3"]
-    yield f"**W2, mixed lengths: faster ({ours['speedup']:.2f}x), in a third of the memory.**"
+def even(results: Results) -> Iterator[str]:
+    (theirs, ours, llama_cpp) = results["W1"]
+    yield f"(W1: {llama_cpp['speedup']:.2f} times mlx-lm, this engine {ours['speedup']:.2f})"
+    assert 0.45 < ours["kv_peak_mb"] / theirs["kv_peak_mb"] < 0.55
+    (theirs, ours, llama_cpp) = results["W2"]
+    yield f"**W2, mixed lengths: {ours['speedup']:.2f} times mlx-lm's tokens per second, in a third of its memory**"
     assert 0.28 < ours["kv_peak_mb"] / theirs["kv_peak_mb"] < 0.38
-    yield f"all {paged['peak_concurrency']} requests run at once where reserved rows take four**"
-    assert reserved["peak_concurrency"] == 4
-    yield f"and {paged['kv_waste']:.1%} of the blocks they hold is empty"
-    sizes = [row["kv_waste"] for row in results["W8"]]
-    yield f"{min(sizes):.1%} in blocks of 8, {max(sizes):.1%} in blocks of 128"
+    yield f"{ours['kv_peak_mb']:.0f} MB, where mlx-lm takes {theirs['kv_peak_mb']:.0f}"
+    yield f"and llama.cpp {llama_cpp['kv_peak_mb']:.0f}, since it is given room for 16 of the longest"
+
+
+def sharing(results: Results) -> Iterator[str]:
+    rows = [row for row in results["W4"] if row["case"] == "512 shared"]
+    ours, *theirs = (of(rows, system=name) for name in ("mlx-paged", "mlx-lm", "mlx-lm, prompt cache", "llama.cpp"))
+    times = [ours["speedup"] / row["speedup"] for row in theirs]
+    yield f"With 512 tokens shared 16 times {times[0]:.1f} times mlx-lm's tokens per second, {times[1]:.1f} times those"
+    yield f"and {times[2]:.1f} times llama.cpp's, each of whose slots computes it: in {ours['kv_peak_mb']:.0f} MB"
+    yield "where they take {:.0f}, {:.0f} and {:.0f}".format(*(row["kv_peak_mb"] for row in theirs))
+    cached, plain = (
+        of(results["W4"], case="512, none shared", system=f"mlx-paged{name}") for name in ("", ", no prefix cache")
+    )
+    assert abs(cached["cpu_speedup"] / plain["cpu_speedup"] - 1) < 0.02
+    rows = [row for row in results["W5"] if row["case"] == "6 samples"]
+    ours, *theirs = (of(rows, system=name) for name in ("mlx-paged, n=6", "mlx-lm, 6 requests", "llama.cpp"))
+    times = [ours["speedup"] / row["speedup"] for row in theirs]
+    yield f"give {times[0]:.1f} times mlx-lm's tokens per second and {times[1]:.1f} times llama.cpp's"
+    yield "in {:.0f} MB, where they take {:.0f} and {:.0f}".format(*(row["kv_peak_mb"] for row in (ours, *theirs)))
 
 
 def server(results: Results) -> Iterator[str]:
@@ -100,8 +118,23 @@ def growth(results: Results) -> Iterator[str]:
     assert max(row["host_us"] for row in results["pool"]) < 1.2 * results["pool"][0]["host_us"]
 
 
+def accuracy(results: Results) -> Iterator[str]:
+    share = {(row["task"], row["metric"]): row["engine"] for row in results["metrics"]}
+    for row in results["metrics"]:
+        assert row["metric"] == "word_perplexity" or row["mlx-lm"] == row["engine"] == row["server"]
+    yield f"is right in {share['paged_stories', 'acc']:.1%} of 80 questions on stories"
+    licences = (share["paged_licences", metric] for metric in ("acc", "acc_norm"))
+    yield "in {:.1%} of 80 on licences ({:.1%} by `acc_norm`)".format(*licences)
+    yield f"and in {20 * share['paged_answers', 'exact_match']:.0f} of 20 answers to the letter"
+    assert all(row["equal"] == row["answers"] for row in results["texts"])
+    assert all(row["largest"] < 0.0003 and row["others"] == 0 for row in results["differences"])
+    asked = sum(row["answers"] for row in results["differences"] if row["way"] == "engine")
+    yield f"No log-likelihood of {asked} differs by more than 0.0003 nats"
+
+
 CLAIMS: list[tuple[str, Callable[[Results], Iterator[str]]]] = [
-    ("workloads-linux-cpu.json", workloads),
+    ("workloads-smollm2-linux-cpu.json", even),
+    ("workloads-smollm2-sharing-linux-cpu.json", sharing),
     ("server-smollm2-linux-cpu.json", server),
     ("server-scripted-linux-cpu.json", scripted),
     ("memory-linux-cpu.json", memory),
@@ -109,6 +142,7 @@ CLAIMS: list[tuple[str, Callable[[Results], Iterator[str]]]] = [
     ("hybrids-linux-cpu.json", hybrids),
     ("host-overhead-linux-cpu.json", host),
     ("growth-linux-cpu.json", growth),
+    ("accuracy-smollm2-linux-cpu.json", accuracy),
 ]
 
 
