@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -71,7 +72,7 @@ def main(
     if unknown := [name for name in chosen if name not in names]:
         sys.exit(f"{script}: there is no part {', '.join(map(repr, unknown))}: they are {', '.join(names)}")
     parts = [part for part in parts if part.run.__name__ in chosen]
-    machine = describe_machine(" ".join([f"python benchmarks/{script}", *_lasting(sys.argv[1:])]), **details)
+    machine = describe_machine(shlex.join(["python", f"benchmarks/{script}", *_lasting(sys.argv[1:])]), **details)
     content = _content_to_keep(options.json, machine) if options.only else {"machine": machine, "results": {}}
     if apart and not options.here:
         _run_apart(script, parts, content, options.json, _lasting(sys.argv[1:]))

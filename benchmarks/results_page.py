@@ -19,7 +19,6 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "workloads-smollm2-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct against peers", ()),
     "workloads-smollm2-sharing-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct, shared prompts", ()),
     "workloads-smollm2-long-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct, long contexts", ()),
-    "workloads-gemma3-long-linux-cpu.json": ("workloads", "Gemma 3 270M, long contexts", ()),
     "workloads-smollm2-room-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct, pools and blocks", ()),
     "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
     "mixed-load-linux-cpu.json": ("mixed_load", "A long mixed load", ("mixed_load",)),  # is drawn
@@ -46,8 +45,8 @@ HEAD = """# Results
 
 The tables of the files in this folder, written by `python benchmarks/results_page.py`.
 [docs/benchmarks.md](../../docs/benchmarks.md) says what is claimed of them. Nothing was measured on a Mac or on an
-NVIDIA card. What was timed, but for the tables of the server, of quantised caches, of drafts and of growth, was timed
-with the engine of commit 3b85ee2 or an earlier one, which had more tricks for MLX's CPU build than today's.
+NVIDIA card. Throughput by concurrency, fair steps, layers that keep states, blocks, the host's work and attention were
+timed with the engine of commit 3b85ee2 or an earlier one, which had more tricks for MLX's CPU build than today's.
 """
 
 

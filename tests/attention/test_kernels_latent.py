@@ -16,6 +16,7 @@ from helpers.attention_cases import (
     check_points,
     decodes,
     dense_attention,
+    found_far,
     make_arrays,
     pairwise_cover,
     split,
@@ -140,7 +141,7 @@ def test_rows_of_queries_and_tables_may_have_any_stride(gpu: Gpu) -> None:
 def test_offsets_have_64_bits(gpu: Gpu) -> None:
     gpu.only_simulated("memory that is not there is read")
     arrays = make_arrays(latents(decodes(3), 8))
-    with pytest.raises(AssertionError, match="out-of-bounds read"):
+    with pytest.raises(AssertionError, match=found_far("read")):
         arrays._replace(block_tables=mx.full((1, 8), FAR_BLOCK, mx.int32)).attend(backend=gpu.name)
 
 

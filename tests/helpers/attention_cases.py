@@ -95,6 +95,11 @@ class Arrays(NamedTuple):
         return paged_attention(*self[:6], **self.options, **options)
 
 
+def found_far(access: str) -> str:
+    """What a simulator says of a read or a write of FAR_BLOCK: so far away there may lie a simulated thread's stack."""
+    return f"out-of-bounds {access}|another thread's private memory"
+
+
 def quantised(case: Case, k_cache: mx.array, v_cache: mx.array, unused: np.ndarray) -> LayerPool:
     """These K and V as codes, with NaN for parameters of what no token has."""
     assert case.codes is not None

@@ -20,7 +20,7 @@ def of(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
 
 def even(results: Results) -> Iterator[str]:
     (theirs, ours, llama_cpp) = results["W1"]
-    yield f"(W1: {llama_cpp['speedup']:.2f} times mlx-lm, this engine {ours['speedup']:.2f})"
+    yield f"(W1: {llama_cpp['cpu_speedup']:.2f} times mlx-lm, this engine {ours['cpu_speedup']:.2f})"
     assert 0.45 < ours["kv_peak_mb"] / theirs["kv_peak_mb"] < 0.55
     (theirs, ours, llama_cpp) = results["W2"]
     yield f"**W2, mixed lengths: {ours['speedup']:.2f} times mlx-lm's tokens per second, in a third of its memory**"
@@ -45,6 +45,27 @@ def sharing(results: Results) -> Iterator[str]:
     times = [ours["speedup"] / row["speedup"] for row in theirs]
     yield f"give {times[0]:.1f} times mlx-lm's tokens per second and {times[1]:.1f} times llama.cpp's"
     yield "in {:.0f} MB, where they take {:.0f} and {:.0f}".format(*(row["kv_peak_mb"] for row in (ours, *theirs)))
+
+
+def long(results: Results) -> Iterator[str]:
+    _, ours, scattered, codes, llama_cpp = results["W6"]
+    yield f"**W6, four prompts of 4,096 tokens: {ours['cpu_speedup']:.2f} times mlx-lm's tokens per second**"
+    yield f"llama.cpp's {llama_cpp['cpu_speedup']:.2f}. Scattered blocks {scattered['cpu_speedup']:.2f}"
+    yield f"**In int8 blocks {codes['cpu_speedup']:.2f}, with {codes['kv_peak_mb']:.0f} MB of K and V"
+    yield f"where float32 takes {ours['kv_peak_mb']:.0f}"
+
+
+def room(results: Results) -> Iterator[str]:
+    reserved, *_, ours, llama_cpp = results["W3"]
+    yield f"all {ours['peak_concurrency']} requests run at once where reserved rows take four**"
+    yield f"with {ours['cpu_speedup']:.2f} times the tokens per second, and {ours['kv_waste']:.1%} of the blocks"
+    yield f"llama.cpp, with four slots, {llama_cpp['cpu_speedup']:.2f}"
+    assert reserved["peak_concurrency"] == llama_cpp["peak_concurrency"] == 4
+    _, again, swapped = results["W7"]
+    yield f"{again['cpu_speedup']:.2f} of the tokens per second**, and {swapped['cpu_speedup']:.2f} with swap"
+    assert again["preemptions"] == swapped["preemptions"] == 4
+    wastes = [row["kv_waste"] for row in results["W8"]]
+    yield f"{min(wastes):.1%} in blocks of 8, {max(wastes):.1%} in blocks of 128"
 
 
 def server(results: Results) -> Iterator[str]:
@@ -135,6 +156,8 @@ def accuracy(results: Results) -> Iterator[str]:
 CLAIMS: list[tuple[str, Callable[[Results], Iterator[str]]]] = [
     ("workloads-smollm2-linux-cpu.json", even),
     ("workloads-smollm2-sharing-linux-cpu.json", sharing),
+    ("workloads-smollm2-long-linux-cpu.json", long),
+    ("workloads-smollm2-room-linux-cpu.json", room),
     ("server-smollm2-linux-cpu.json", server),
     ("server-scripted-linux-cpu.json", scripted),
     ("memory-linux-cpu.json", memory),
