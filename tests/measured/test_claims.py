@@ -47,7 +47,7 @@ def sharing(results: Results) -> Iterator[str]:
     yield "in {:.0f} MB, where they take {:.0f} and {:.0f}".format(*(row["kv_peak_mb"] for row in (ours, *theirs)))
 
 
-def long(results: Results) -> Iterator[str]:
+def long_contexts(results: Results) -> Iterator[str]:
     _, ours, scattered, codes, llama_cpp = results["W6"]
     yield f"**W6, four prompts of 4,096 tokens: {ours['cpu_speedup']:.2f} times mlx-lm's tokens per second**"
     yield f"llama.cpp's {llama_cpp['cpu_speedup']:.2f}. Scattered blocks {scattered['cpu_speedup']:.2f}"
@@ -137,6 +137,14 @@ def growth(results: Results) -> Iterator[str]:
     yield f"{most['sequences']} sequences take {most['host_us'] / one['host_us']:.1f} times the engine's own work"
     yield f"MLX builds graphs with {most['graph_us'] / one['graph_us']:.1f} times the work"
     assert max(row["host_us"] for row in results["pool"]) < 1.2 * results["pool"][0]["host_us"]
+    short, *_, long = results["context"]
+    yield f"from {short['context']:,} to {long['context']:,} tokens"
+    yield f"a step costs {long['host_us'] / short['host_us']:.1f} times the engine's own work**"
+    yield f"and MLX's graphs {long['graph_us'] / short['graph_us']:.1f} times"
+    few, *_, many = results["prefixes"]
+    assert many["prefixes"] == 2**20 and many["host_us"] < 1.1 * few["host_us"]
+    yield f"takes {many['hit_us']:.1f} microseconds of the host's time"
+    yield f"where it takes {few['hit_us']:.1f} among a thousand"
 
 
 def accuracy(results: Results) -> Iterator[str]:
@@ -156,7 +164,7 @@ def accuracy(results: Results) -> Iterator[str]:
 CLAIMS: list[tuple[str, Callable[[Results], Iterator[str]]]] = [
     ("workloads-smollm2-linux-cpu.json", even),
     ("workloads-smollm2-sharing-linux-cpu.json", sharing),
-    ("workloads-smollm2-long-linux-cpu.json", long),
+    ("workloads-smollm2-long-linux-cpu.json", long_contexts),
     ("workloads-smollm2-room-linux-cpu.json", room),
     ("server-smollm2-linux-cpu.json", server),
     ("server-scripted-linux-cpu.json", scripted),

@@ -98,7 +98,7 @@ def test_the_committed_pictures_are_those_of_the_committed_results(tmp_path: Pat
     assert drawn == sorted(path.name for path in IMAGES.glob("*-*.svg")), "python benchmarks/plots.py draws them"
     both = ("mlx-lm", "mlx-paged")
     lines = {"throughput": both, "mixed-load": both, "memory-over-time": ("reserved", "padded", "blocks")}
-    lines["growth"] = ("sequences", "pool", "queue")
+    lines["growth"] = ("sequences", "context", "pool", "prefixes", "queue")
     for name in drawn:  # not their bytes, which depend on the version of matplotlib
         assert words(tmp_path / name) == words(IMAGES / name)
         for line in next((lines[kind] for kind in lines if name.startswith(kind)), ()):
