@@ -150,7 +150,7 @@ def growth(axes: Axes, results: dict[str, list[Row]]) -> str:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("how many there are")
     axes.set_ylabel("own work in a step, ms of CPU time")
-    axes.legend(ncols=2)
+    axes.legend(loc="lower left")
     return "How the engine's own work in a step grows"
 
 
