@@ -80,6 +80,8 @@ def server(results: Results) -> Iterator[str]:
     yield "have their first text after {:.1f} s, with mlx-lm's server after {:.1f}".format(
         *(row["first_ms_p50"] / 1000 for row in (ours[-1], theirs[-1]))
     )
+    llama_cpp = [row["of_async_llm"] for row in rows if row["system"] == "llama.cpp's server"]
+    yield "**llama.cpp's server gives {:.1f}, {:.1f} and {:.1f} times AsyncLLM's tokens on a CPU**".format(*llama_cpp)
 
 
 def scripted(results: Results) -> Iterator[str]:
