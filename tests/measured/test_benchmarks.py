@@ -170,6 +170,7 @@ def check_server(content: dict[str, Any]) -> None:
     check_machine(content, "server.py", "mlx_lm", "model", "load_at_start")
     (rows,) = content["results"].values()
     systems = ["AsyncLLM", "mlx-paged serve", "mlx_lm.server"]
+    systems += ["llama.cpp's server"] * ("--llama-server" in content["machine"]["command"])
     assert [row["system"] for row in rows] == systems * len({row["streams"] for row in rows})
     for row in rows:
         assert row.keys() == rows[0].keys()
@@ -342,8 +343,7 @@ def test_a_part_that_fails_keeps_no_other_from_being_measured(apart: bool, tmp_p
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "no such luck" in (done.stdout if apart else done.stderr)
-    where = " and in the file" if apart else ""
-    assert done.stderr.endswith(f"script.py: broken failed; why is said above{where}\n")
+    assert done.stderr.endswith(f"script.py: broken failed; why is said above{' and in the file' * apart}\n")
     content = json.loads(file.read_text())
     assert {name: rows[0]["n"] for name, rows in content["results"].items()} == {"first": 1, "last": 3}
     assert (len({rows[0]["process"] for rows in content["results"].values()}) == 2) == apart
