@@ -18,7 +18,6 @@ import json
 import math
 import random
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 from report import Part, Row
 
+from mlx_paged.distributed.launch import free_ports
 from mlx_paged.models.hub import DEMO_FOLDER
 from mlx_paged.tools.report import Columns
 
@@ -79,9 +79,7 @@ def write_random_model(folder: Path) -> None:
 @contextmanager
 def serving(command: Sequence[str], model: Path) -> Iterator[str]:
     """Run a server. Yields its address once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports(1)
     nowhere = subprocess.DEVNULL  # mlx-lm's writes tracebacks of clients that go
     command = [*command, "--model", str(model), "--port", str(port)]
     process = subprocess.Popen(command, stdout=nowhere, stderr=nowhere)

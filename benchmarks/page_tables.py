@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def lookup() -> str:
     lines = [
         _table_head("task", ["at once", "where they pay", "always", "right, where they pay", "steps, where they pay"])
     ]
-    for (task, batch), ways in by_task("speculation-smollm2-linux-cpu.json").items():
+    for (task, batch), ways in by_task(_results("speculation-smollm2-linux-cpu.json")["drafts"]).items():
         ratios = (f"{ways[name]['ratio']:.2f}" for name in ("where they pay", "always"))
         lines.append(f"| {task} | {batch} | {' | '.join([*ratios, *_counts(ways, 'where they pay')])} |")
     return "\n".join(lines)
@@ -75,16 +75,16 @@ def second_model() -> str:
     names = ("where they pay", "a model's, where they pay", "a model's, always", "mlx-lm, a model's")
     heads = ["at once", "lookups, where they pay", "a model's, where they pay", "a model's, always", "mlx-lm's"]
     lines = [_table_head("task", [*heads, "right, a model's, where they pay", "steps"])]
-    for (task, batch), ways in by_task("speculation-deeper-linux-cpu.json").items():
+    for (task, batch), ways in by_task(_results("speculation-deeper-linux-cpu.json")["drafts"]).items():
         ratios = (f"{ways[name]['ratio']:.2f}" if name in ways else "" for name in names)
         lines.append(f"| {task} | {batch} | {' | '.join([*ratios, *_counts(ways, names[1])])} |")
     return "\n".join(lines)
 
 
-def by_task(file: str) -> dict[tuple[str, int], dict[str, Row]]:
+def by_task(rows: Iterable[Row]) -> dict[tuple[str, int], dict[str, Row]]:
     """Return the rows of each task and number of requests at once, by how they were run."""
     tasks: dict[tuple[str, int], dict[str, Row]] = {}
-    for row in _results(file)["drafts"]:
+    for row in rows:
         tasks.setdefault((row["task"], row["batch"]), {})[row["drafts"]] = row
     return tasks
 

@@ -9,7 +9,6 @@ import asyncio
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from mlx_paged.distributed.launch import free_ports
 
 MAX_AT_ONCE = 32
 NUM_BLOCKS = 4096  # of 16 tokens: room for all requests at once
@@ -126,7 +127,7 @@ class MlxLm(Server):
     """mlx-lm's server, with the BLAS that mlx_paged loads by itself."""
 
     def __init__(self, model: str) -> None:
-        self.port = free_port()
+        self.port = free_ports(1)
         options = ["--model", model, "--port", str(self.port), "--log-level", "ERROR"]
         options += ["--decode-concurrency", str(MAX_AT_ONCE), "--prompt-concurrency", str(MAX_AT_ONCE)]
         environment = os.environ | ({"LD_PRELOAD": OPENBLAS} if sys.platform == "linux" else {})
@@ -140,7 +141,7 @@ class LlamaCppServer(Server):
 
     def __init__(self, executable: str, gguf: Path, slots: int = MAX_AT_ONCE, context: int = 0) -> None:
         """context: tokens of a slot; as many as the others have at once among all slots, if not given."""
-        self.port = free_port()
+        self.port = free_ports(1)
         tokens = slots * context or NUM_BLOCKS * 16
         threads = str(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
         options = ["--model", str(gguf), "--port", str(self.port), "--threads", threads, "--fit", "off", "--verbose"]
@@ -158,14 +159,6 @@ class LlamaCppServer(Server):
 
 def _told(said: str, what: str) -> int:
     return round(sum(float(mib) for mib in re.findall(rf"{what} += +([\d.]+) MiB", said)) * 2**20)
-
-
-def free_port() -> int:
-    """Return a port that nobody listens at now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 @contextmanager

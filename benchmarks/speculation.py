@@ -61,8 +61,9 @@ MLX_LM = ("mlx-lm, none", "mlx-lm, a model's")
 def drafts(quick: bool) -> Iterator[Row]:
     """Greedy answers of so many tokens."""
     loaded = loading.load(OPTIONS.model, None)
-    draft_model = OPTIONS.model if OPTIONS.deeper > 1 else OPTIONS.draft_model
-    second = loading.load(draft_model, None).model if draft_model else None
+    second = None
+    if OPTIONS.draft_model or OPTIONS.deeper > 1:
+        second = loading.load(OPTIONS.draft_model or OPTIONS.model, None).model
     deepen(loaded.model, OPTIONS.deeper)
     configs = CONFIGS | ({} if second is None else {
         "a model's, where they pay": {"model": second}, "a model's, always": {"model": second, "adaptive": False},

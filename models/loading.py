@@ -79,9 +79,14 @@ def _end_tokens(folder: Path, value: Any) -> list[int] | None:
     return None if value is None else [each for each in token_ids if each is not None]
 
 
+def is_model(model: Any) -> bool:
+    """Say whether something is an mlx-lm model in memory."""
+    return isinstance(model, nn.Module) and hasattr(model, "layers")
+
+
 def check_model(model: Any) -> None:
     """Raise ModelError for what is no mlx-lm model in memory."""
-    if not isinstance(model, nn.Module) or not hasattr(model, "layers"):
+    if not is_model(model):
         raise ModelError(f"model must be an mlx-lm model that is already loaded, got {excerpt(model)}")
 
 

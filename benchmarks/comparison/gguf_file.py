@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ ARCHITECTURES = {"llama": "LLAMA", "gemma3_text": "GEMMA3"}
 _WINDOW_EVERY = 6  # of Gemma 3's layers the sixth has no window
 
 
+@cache
 def gguf_in(folder: str, model: Path, script: str) -> Path:
-    """Write a model's file into a folder, for a script that ends with a line where that can't be."""
+    """Write a model's file into a folder, once, for a script that ends with a line where that can't be."""
     try:
         write_gguf(model, file := Path(folder) / "model.gguf")
     except (ImportError, ValueError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from served import LlamaCppServer, stream_json
 
 from comparison.systems import Memory, RequestTimes, Run
-from comparison.workloads import LlamaCpp, Task
+from comparison.workloads import LlamaCpp, Task, one_by_one
 from mlx_paged.outputs import RequestMetrics
 
 
@@ -21,7 +21,7 @@ class LlamaCppSystem:
 
     def __init__(self, executable: str, gguf: Path, system: LlamaCpp, tasks: Sequence[Task]) -> None:
         self.system = system
-        requests = [task for task in tasks for _ in range(task.num_samples)]
+        requests = one_by_one(tasks)
         slots = min(system.concurrency, len(requests))
         self._server = LlamaCppServer(executable, gguf, slots, max(task.longest for task in requests) + 1)
         weakref.finalize(self, self._server.close)
@@ -35,8 +35,7 @@ class LlamaCppSystem:
         """Serve the tasks, and measure what that takes: the server's CPU time alone, and its buffers."""
         before = self._server.cpu_s() or 0.0
         started = time.monotonic()
-        requests = [task for task in tasks for _ in range(task.num_samples)]
-        times = asyncio.run(self._ask_all(requests))
+        times = asyncio.run(self._ask_all(one_by_one(tasks)))
         seconds = time.monotonic() - started
         return Run(
             seconds,

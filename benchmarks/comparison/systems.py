@@ -15,7 +15,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from comparison.workloads import MlxLm, Paged, Task
+from comparison.workloads import MlxLm, Paged, Task, one_by_one
 from mlx_paged.llm import LLM
 from mlx_paged.outputs import BeamSearchOutput, RequestMetrics
 from mlx_paged.request import Request
@@ -199,7 +199,7 @@ class MlxLmSystem:
         concurrency = self.system.concurrency
         sampler = make_sampler(temp=1.0) if any(task.num_samples > 1 for task in tasks) else None
         started = time.monotonic()
-        requests = [task for task in tasks for _ in range(task.num_samples)]
+        requests = one_by_one(tasks)
         prompts, caches, cached_tokens = [task.prompt for task in requests], None, None
         if self.system.shared_prefix:
             cached_tokens = [prompt[: self.system.shared_prefix] for prompt in prompts]

@@ -39,6 +39,11 @@ class Task(NamedTuple):
         return len(self.prompt) + self.num_tokens
 
 
+def one_by_one(tasks: Sequence[Task]) -> list[Task]:
+    """Repeat each task for each of its samples, for who serves these as requests of their own."""
+    return [task for task in tasks for _ in range(task.num_samples)]
+
+
 class Length(NamedTuple):
     """Tokens of a task."""
 

@@ -133,11 +133,10 @@ def folders(prefix_cache_dir: str | None) -> str:
         except OSError as error:
             return error
 
-    for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"):  # in which a standard library of C++ looks, and MLX through it
-        if (value := os.environ.get(name)) is not None:
-            if not Path(value).is_dir():
-                raise ValueError(f"{name}={value} is not a folder, and MLX compiles there: make it, or unset {name}")
-            break
+    # Where a standard library of C++ looks for a folder, and MLX through it: the first that is set.
+    name = next((each for each in ("TMPDIR", "TMP", "TEMP", "TEMPDIR") if each in os.environ), "")
+    if name and not Path(value := os.environ[name]).is_dir():
+        raise ValueError(f"{name}={value} is not a folder, and MLX compiles there: make it, or unset {name}")
     swap = Path(tempfile.gettempdir())  # raises FileNotFoundError if no such folder can be written to
     line = describe(swap, "swap", use(lambda: OwnFolder(swap, "mlx-paged-swap-")))
     if prefix_cache_dir is None:

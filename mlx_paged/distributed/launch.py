@@ -146,15 +146,14 @@ def run_ranks(starts: Sequence[Start], command: Sequence[str]) -> tuple[int, str
             if code == 0:
                 _wait_for(lambda: all(other.code is not None for other in others), _BY_THEMSELVES_S)
                 return 0, ""
+
             # Whichever came first, others end because of it, rank 0 too: it may have said what went wrong itself. What
             # is seen first need not have been first, so an end that comes of another's waits for that one.
-            _wait_for(
-                lambda: (
-                    leader.poll() is not None
-                    and any(each and each not in _COME_LATER for each in (leader.poll(), *(o.code for o in others)))
-                ),
-                _FIRST_WORD_S,
-            )
+            def is_explained() -> bool:
+                codes = [leader.poll(), *(other.code for other in others)]
+                return codes[0] is not None and any(each and each not in _COME_LATER for each in codes)
+
+            _wait_for(is_explained, _FIRST_WORD_S)
             code = leader.poll()
             if code is not None and code >= 0 and code != LOST:
                 return code, ""

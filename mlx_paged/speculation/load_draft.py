@@ -4,8 +4,6 @@ import os
 import warnings
 from typing import Any
 
-import mlx.nn as nn
-
 from mlx_paged.attention.chunks import check_chunks
 from mlx_paged.config import EngineConfig, SpeculativeConfig, excerpt
 from mlx_paged.errors import EngineWarning, ModelError
@@ -30,7 +28,7 @@ def load_draft(
     if asked is None or asked.model is None:
         return None
     is_name = isinstance(asked.model, str | os.PathLike)
-    if not (is_name or (isinstance(asked.model, nn.Module) and hasattr(asked.model, "layers"))):
+    if not (is_name or loading.is_model(asked.model)):
         wanted = "model must be a name, a folder, or an mlx-lm model that is already loaded"
         raise ModelError(f"speculative_config: {wanted}, got {excerpt(asked.model)}")
     if not is_name:

@@ -335,7 +335,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_part_that_fails_keeps_no_other_from_being_measured(apart: bool, tmp_path: Path) -> None:
-    script, file = tmp_path / "script.py", tmp_path / "out.json"
+    script, file = tmp_path / "script.py", tmp_path / "out 1.json"
     script.write_text(SCRIPT.replace("APART", str(apart)))
     file.write_text(json.dumps({"machine": {"platform": "another"}, "results": {"old": []}}))
     path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -347,4 +347,4 @@ def test_a_part_that_fails_keeps_no_other_from_being_measured(apart: bool, tmp_p
     content = json.loads(file.read_text())
     assert {name: rows[0]["n"] for name, rows in content["results"].items()} == {"first": 1, "last": 3}
     assert (len({rows[0]["process"] for rows in content["results"].values()}) == 2) == apart
-    assert content["machine"]["command"].endswith(f"script.py --json {file}")
+    assert content["machine"]["command"].endswith(f"script.py --json '{file}'")

@@ -99,6 +99,9 @@ def test_workloads_can_be_chosen_and_made_smaller_for_any_model(tmp_path: Path) 
         (["--model", "/no/such/folder", "--only", "W1"], "/no/such/folder"),
         (["--model", str(ROOT / "models" / "demo"), "--only", "W6"],
          "W6 (4 x 4,096 in) takes 4,160 tokens of context, and the model was made for 2,048"),
+        (["--llama-server", "x"], "--llama-server takes the model that --model names"),
+        (["--llama-server", "x", "--model", str(ROOT / "models" / "demo"), "--only", "W1"],
+         "--llama-server: a GGUF file is written of plain llama and gemma3_text models, not of"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_told_without_a_traceback(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import stat
 import sys
@@ -118,22 +117,3 @@ def test_it_stands_beside_mlx_lm_with_as_many_at_once() -> None:
     (case,) = uniform(1)
     assert case.beside_llama_cpp().systems == [MlxLm(), paged(), LlamaCpp()]
     assert case._replace(systems=[paged()]).beside_llama_cpp().systems == [paged()]
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--llama-server", "x"], "--llama-server takes the model that --model names"),
-        (
-            ["--llama-server", "x", "--model", str(DEMO), "--only", "W1"],
-            "--llama-server: a GGUF file is written of plain llama and gemma3_text models, not of",
-        ),
-    ],
-)
-def test_what_it_cannot_be_given_is_told_in_a_line(
-    args: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["workloads.py", *args])
-    with pytest.raises(SystemExit) as end:
-        importlib.import_module("workloads").main()
-    assert words in f"{end.value.code}\n{capsys.readouterr().err}"

@@ -6,6 +6,7 @@ import importlib
 import json
 from typing import Any
 
+import page_tables
 import pytest
 from helpers.run_benchmark import RESULTS, ROOT, check_machine
 
@@ -17,9 +18,7 @@ Ways = dict[str, dict[str, Any]]
 
 def by_task(rows: list[dict[str, Any]]) -> dict[tuple[str, int], Ways]:
     """The rows of each task and number of requests at once, by how they were run; all of them checked."""
-    tasks: dict[tuple[str, int], Ways] = {}
-    for row in rows:
-        tasks.setdefault((row["task"], row["batch"]), {})[row["drafts"]] = row
+    tasks = page_tables.by_task(rows)
     for ways in tasks.values():
         assert list(ways) in (WAYS, WAYS + OF_A_MODEL, WAYS + OF_A_MODEL + MLX_LM)
         for name, row in ways.items():
