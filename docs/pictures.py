@@ -222,14 +222,16 @@ def step_timeline() -> str:
         if room > 36:
             shapes.append(words(x + 4, host + 19, cut(event.name, room - 4, 11), DARK, 11))
     draws = [event for event in events if event.name == "sample"]
-    free_from = 0
+    free_from, edge = 0, 0.0
     for work in works:
         started, free_from = max(work.submitted, free_from), work.ended
         if work.ended > begin and started < end:
-            x, width = x_of(started), x_of(work.ended) - x_of(started)
+            x = max(x_of(started), edge)  # after one that was too short to be drawn as wide as it is
+            width = max(0.8, x_of(work.ended) - x - 1)
+            edge = x + width
             drawn = any(event.started <= work.submitted < event.started + event.taken for event in draws)
-            shapes.append(box(x, device, max(0.8, width - 1), height, DIM if drawn else SHARED))
-            shapes.append(words(x + 4, device + 19, cut("draw" if drawn else "model", width - 4, 11), DARK, 11))
+            shapes.append(box(x, device, width, height, DIM if drawn else SHARED))
+            shapes.append(words(x + 4, device + 19, cut("draw" if drawn else "model", width - 3, 11), DARK, 11))
     for label, y in (("host", host), ("device", device)):
         shapes.append(words(MARGIN, y + 20, label, DIM, 12))
     for step in steps[first : first + _SHOWN + 1]:
