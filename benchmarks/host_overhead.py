@@ -20,6 +20,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+from mlx_paged import LLM, SamplingParams  # isort: skip  (before mlx, so that it finds OpenBLAS)
 import mlx.core as mx
 import numpy as np
 import report
@@ -27,7 +28,6 @@ from graph_building import graph_building
 from report import Part, Row
 from step_clock import OTHER_PARTS, SUM, Clock, no_garbage_collection
 
-from mlx_paged import LLM, SamplingParams
 from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.config import EngineConfig
 from mlx_paged.engine.engine import Engine

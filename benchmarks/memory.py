@@ -15,13 +15,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mlx_paged import LLM, BlockManager, SamplingParams  # isort: skip  (before mlx, so that it finds OpenBLAS)
 import mlx.core as mx
 import numpy as np
 import report
 from report import Part, Row
 from sharing import savings, waste
 
-from mlx_paged import LLM, BlockManager, SamplingParams
 from mlx_paged.attention.backend import AttentionOptions
 from mlx_paged.attention.metadata import AttentionMetadata
 from mlx_paged.attention.paged_attention import choose_backend

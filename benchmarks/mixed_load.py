@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
+from mlx_paged import LLM, SamplingParams  # isort: skip  (before mlx, so that it finds OpenBLAS)
 import mlx.core as mx
 import mlx_lm
 import report
@@ -27,7 +28,6 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import LRUPromptCache
 from report import Part, Row
 
-from mlx_paged import LLM, SamplingParams
 from mlx_paged.models.loading import load, weight_bytes
 
 MINUTES = 60.0

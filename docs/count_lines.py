@@ -157,7 +157,7 @@ OPTIONAL = {
     "mlx_paged/scheduler/scheduler.py:compact": "compaction on request",
     "models/adapters.py": "adapters",
     "models/aliases.py": "names of models",
-    "models/byte_order_marks.py": "files as some editors write them",
+    "models/readable_folder.py": "folders that mlx-lm could not read as they are",
     "models/generation_config.py": "what a model's makers recommend",
     "models/hub.py": "downloads",
     "mlx_paged/attention/latent_layout.py": "latent attention",

@@ -42,6 +42,9 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mlx_paged' has no attribute {name!r}")
+    from mlx_paged.cpu.blas import load_openblas
+
+    load_openblas()  # whatever the name: MLX may be imported next, and then it is too late
     if name in ("LLM", "AsyncLLM", "paged_attention"):
         _require_mlx()
     value = getattr(importlib.import_module(f"mlx_paged.{_HOME[name]}"), name)

@@ -1,5 +1,8 @@
 """Errors and warnings that callers may want to tell apart; other errors are a ValueError or KeyError."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class OutOfBlocks(RuntimeError):
     """The block pool has too few free blocks; nothing was changed."""
@@ -33,6 +36,15 @@ class LostRanks(RuntimeError):
 
 class EngineWarning(UserWarning):
     """Something works less well than it was asked to, and the engine goes on."""
+
+
+@contextmanager
+def model_errors_of(name: str) -> Iterator[None]:
+    """Have a ValueError that is raised inside say which model it is about, as a ModelError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}") from error
 
 
 def one_line(error: BaseException) -> str:

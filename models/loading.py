@@ -15,7 +15,7 @@ from mlx_paged.config import excerpt
 from mlx_paged.errors import EngineWarning, ModelError, one_line
 from mlx_paged.models import hub, registry
 from mlx_paged.models.adapters import add_adapter, check_adapter
-from mlx_paged.models.byte_order_marks import without_marks
+from mlx_paged.models.readable_folder import as_readable
 from mlx_paged.models.generation_config import sampling_defaults
 from mlx_paged.models.refusals import cannot_load
 from mlx_paged.sampling_params import as_int
@@ -46,7 +46,7 @@ def load(name: str | Path | None, dtype: str | None, adapter_path: str | os.Path
     folder = hub.resolve(name)
     hub.check_files(folder)
     defaults = sampling_defaults(folder)
-    with without_marks(folder) as readable:
+    with as_readable(folder) as readable:
         try:
             model, config = load_model(readable, lazy=True)
         except Exception as error:  # mlx-lm reports what it can't read in many ways

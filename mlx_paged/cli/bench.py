@@ -52,7 +52,7 @@ def measure_model(
         loaded = load(model, dtype) if shape is None else make_random_model(shape, dtype)
         if loaded.max_model_len is not None and longest > loaded.max_model_len:
             raise ValueError(f"{longest} tokens are more than the {loaded.max_model_len} the model was made for")
-        llm = LLM.from_model(loaded.model, **engine)
+        llm = LLM.from_model(loaded.model, loaded.tokenizer, **engine)
     terminal.note(llm.describe_memory(), *(llm.describe_shared_prefixes() if terminal.verbose else ()))
     sizes = num_prompt, num_output, batch_sizes, repetitions
     try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from mlx_paged.cli.terminal import INTERRUPTED, Terminal
-from mlx_paged.errors import EngineWarning, ModelError
+from mlx_paged.errors import EngineWarning, model_errors_of
 from mlx_paged.sampling_params import BeamSearchParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -62,10 +62,8 @@ def find_models(model: str | None, engine: Mapping[str, Any]) -> None:
 
     hub.resolve(model, config_only=True)
     if draft_model := (engine.get("speculative_config") or {}).get("model"):
-        try:
+        with model_errors_of(f"draft model {draft_model}"):
             hub.resolve(draft_model, config_only=True)
-        except ModelError as error:
-            raise ModelError(f"draft model {draft_model}: {error}") from error
 
 
 def check_form(params: Params) -> None:

@@ -38,7 +38,7 @@ def load_openblas() -> None:
             "faster: import mlx_paged's names first, or set LD_PRELOAD=libopenblas.so.0 (MLX_PAGED_BLAS=0 silences "
             "this)",
             EngineWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

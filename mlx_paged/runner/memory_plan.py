@@ -147,7 +147,7 @@ def plan_memory(
         if room < (_STATES_PER_SEQUENCE + 1) * model.state_bytes:
             raise ValueError(
                 f"states of one sequence take {format_memory(model.state_bytes)}, and {format_memory(max(room, 0))} "
-                "are left for them, where three are needed: give kv_cache_memory more, or num_kv_blocks less"
+                f"are left for them, where three are needed: give {_more_room(config)}"
             )
         num_checkpoints = max(config.max_num_seqs, _MIN_CHECKPOINTS) if config.prefix_caching else 1
         return int(min(_STATES_PER_SEQUENCE * config.max_num_seqs + num_checkpoints, room // model.state_bytes))
@@ -173,11 +173,12 @@ def plan_memory(
             raise ValueError(f"kv_cache_memory={config.kv_cache_memory!r} holds no block: one takes {one}")
     bytes_available -= num_states * model.state_bytes
     if num_bytes(num_blocks) > bytes_available:
+        sizes = [name for name in ("num_kv_blocks", "kv_cache_memory") if getattr(config, name) is not None]
         raise ValueError(
             f"a KV cache of {num_blocks} blocks of {config.block_size} tokens = {format_memory(num_bytes(num_blocks))} "
             f"does not fit: {device} {format_memory(device_bytes)} - weights {format_memory(weights)} - reserve "
-            f"{format_memory(step_bytes)} leaves {format_memory(max(bytes_available, 0))}; lower num_kv_blocks or "
-            "kv_cache_memory, or max_num_batched_tokens, which sets the reserve"
+            f"{format_memory(step_bytes)} leaves {format_memory(max(bytes_available, 0))}; lower "
+            f"{', or '.join([*sizes, 'max_num_batched_tokens'])}, which sets the reserve"
         )
     return MemoryPlan(
         pools.num_blocks(num_blocks), pools.block_bytes, windows, config.block_size, weights, step_bytes, device_bytes,
@@ -199,12 +200,17 @@ def fit_to_states(config: EngineConfig, plan: MemoryPlan) -> EngineConfig:
     if most < config.max_num_seqs:
         warnings.warn(
             f"max_num_seqs is {most} instead of {config.max_num_seqs}: there is room for {plan.num_state_slots} "
-            f"states, {_STATES_PER_SEQUENCE} of each sequence that runs, checkpoints included; more with a larger "
-            "kv_cache_memory, or a smaller num_kv_blocks",
+            f"states, {_STATES_PER_SEQUENCE} of each sequence that runs, checkpoints included; for more give "
+            f"{_more_room(config)}",
             EngineWarning,
             stacklevel=4,
         )
     return dataclasses.replace(config, max_num_seqs=most)
+
+
+def _more_room(config: EngineConfig) -> str:
+    """Say what leaves more room for states, of the two settings that size the cache."""
+    return "a larger kv_cache_memory" if config.num_kv_blocks is None else "a smaller num_kv_blocks"
 
 
 def blocks_for_requests(

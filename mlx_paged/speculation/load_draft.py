@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_paged.attention.chunks import check_chunks
 from mlx_paged.config import EngineConfig, SpeculativeConfig, excerpt
-from mlx_paged.errors import EngineWarning, ModelError
+from mlx_paged.errors import EngineWarning, ModelError, model_errors_of
 from mlx_paged.models import loading
 from mlx_paged.models.patch import PatchedModel, patch_model
 
@@ -31,24 +31,23 @@ def load_draft(
     if not (is_name or loading.is_model(asked.model)):
         wanted = "model must be a name, a folder, or an mlx-lm model that is already loaded"
         raise ModelError(f"speculative_config: {wanted}, got {excerpt(asked.model)}")
-    if not is_name:
-        name, draft_model = "the draft model", asked.model
-    else:
+    name, draft_model = "the draft model", asked.model
+    if is_name:
         name = f"draft model {asked.model}"
-        try:
+        with model_errors_of(name):
             draft_model, its_tokenizer, *_ = loading.load(asked.model, config.dtype)
-        except ModelError as error:
-            raise ModelError(f"{name}: {error}") from error
         difference = None if tokenizer is None else first_difference(tokenizer.get_vocab(), its_tokenizer.get_vocab())
         if difference is not None:
             raise ModelError(f"{name} can't guess this model's tokens: {difference}; give one of the same vocabulary")
-    try:
+    context = loading.context_of_model(draft_model)
+    if context is not None and asked.num_speculative_tokens >= context:
+        wanted = f"num_speculative_tokens must be less than that, not {asked.num_speculative_tokens}"
+        raise ModelError(f"{name} was made for {context} tokens of context: {wanted}")
+    with model_errors_of(name):
         draft = patch_model(draft_model, max_model_len)
         if draft.chunked:
             check_chunks(draft.groups, config.block_size)
         draft = draft if config.kv_cache_dtype is None else draft.quantised(config.kv_cache_dtype)
-    except ValueError as error:
-        raise ModelError(f"{name}: {error}") from error
     if draft.num_entries:
         raise ModelError(f"{name} has recurrent layers, which can't go back after a wrong guess: give another one")
     return draft

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,17 @@ def test_what_does_not_fit_the_model_is_told_in_one_line(args: list[str], words:
     assert result.exit_code == 1
     assert words in result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("mlx-paged: ")
+
+
+@pytest.mark.parametrize("command", ["bench -p 8 -g 8", "generate Hi"])
+def test_a_draft_model_of_another_vocabulary_is_refused(command: str, demo_folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(demo_folder, tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["re"], words["il"] = words["il"], words["re"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = click.testing.CliRunner().invoke(cli, [*command.split(), "--draft-model", str(other)])
+    assert result.exit_code == 1 and "can't guess this model's tokens: token 301 is 're' here and" in result.stderr
 
 
 def test_a_table_that_is_wider_than_the_terminal_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

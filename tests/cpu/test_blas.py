@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import mlx_paged
 from mlx_paged import LLM
 from mlx_paged.cpu import blas
 
@@ -72,6 +73,17 @@ def test_mlx_that_is_imported_first_is_a_warning_that_says_what_to_do() -> None:
     assert "LD_PRELOAD" in result.stderr and "MLX_PAGED_BLAS=0" in result.stderr
     assert result.stdout.startswith("MLX's own BLAS")
     assert run("import mlx.core", MLX_PAGED_BLAS="0").stderr == ""
+
+
+@needs_openblas
+@pytest.mark.parametrize("name", mlx_paged.__all__)
+def test_each_public_name_has_it_loaded_before_mlx_may_be(name: str) -> None:
+    assert run(f"from mlx_paged import {name}\nimport mlx.core").stdout.startswith("OpenBLAS ")
+
+
+@needs_openblas
+def test_the_warning_points_at_who_imported_too_late() -> None:
+    assert re.search(r"<string>:\d+: EngineWarning", run("import mlx.core\nfrom mlx_paged import ModelError").stderr)
 
 
 @needs_openblas

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -76,6 +77,15 @@ def test_one_shot_commands_take_the_memory_that_their_prompts_need() -> None:
     many = invoke("generate", "-v", "-m", "9", "-n", "64", "--temp", "1", "Once").stderr
     (num_blocks,) = re.findall(r"KV cache: (\d+) blocks", many)
     assert 64 < int(num_blocks) < 64 * 4
+
+
+@pytest.mark.parametrize("size", [{"num_kv_blocks": 1 << 20}, {"kv_cache_memory": "50MB"}])
+def test_the_setting_that_is_to_be_lowered_is_the_one_that_was_given(
+    size: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_plan, "device_limit", lambda: (60_000_000, "RAM"))
+    with pytest.raises(ValueError, match=f"; lower {next(iter(size))}, or max_num_batched_tokens, which sets"):
+        LLM(**size)
 
 
 def test_starting_takes_no_more_memory_than_the_pool_and_the_weights() -> None:

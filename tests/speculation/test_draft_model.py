@@ -182,6 +182,11 @@ def test_tokens_that_only_the_model_knows_are_never_guessed_and_harm_nothing() -
         (lambda: 5, {}, "speculative_config: model must be a name, a folder, or an mlx-lm model that is already"),
         (lambda: nn.Linear(3, 3), {}, "mlx-lm model that is already loaded, got Linear(input_dims=3, output_dims=3"),
         (lambda: make_model("llama", head_dim=24), {"kv_cache_dtype": "int8"}, "draft model: "),
+        (
+            lambda: make_model("llama", max_position_embeddings=3),
+            {},
+            "draft model was made for 3 tokens of context: num_speculative_tokens must be less than that, not 3",
+        ),
         (lambda: family_model("llama4"), {"block_size": 16}, "draft model: this model attends in chunks of 24 tokens"),
     ],
 )

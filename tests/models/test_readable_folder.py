@@ -1,4 +1,4 @@
-"""A model whose text files begin with a byte order mark is read as if they did not."""
+"""A model whose text files begin with a byte order mark, or whose folder has brackets in its name, is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mlx_paged import LLM, SamplingParams
 from mlx_paged.models import hub
-from mlx_paged.models.byte_order_marks import without_marks
+from mlx_paged.models.readable_folder import as_readable
 
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 
@@ -43,7 +43,7 @@ def test_a_configuration_with_a_mark_is_read(marked: Path) -> None:
 
 def test_a_template_with_a_mark_is_copied_without_it_and_what_is_large_is_linked(marked: Path) -> None:
     (marked / "chat_template.jinja").write_bytes(codecs.BOM_UTF8 + b"{{ messages }}")
-    with without_marks(marked) as folder:
+    with as_readable(marked) as folder:
         assert {path.name for path in folder.iterdir()} == {path.name for path in marked.iterdir()}
         assert (folder / "chat_template.jinja").read_bytes() == b"{{ messages }}"
         assert (folder / "model.safetensors").is_symlink()
@@ -53,5 +53,12 @@ def test_a_template_with_a_mark_is_copied_without_it_and_what_is_large_is_linked
 
 
 def test_a_folder_without_marks_is_taken_as_it_is(demo_folder: Path) -> None:
-    with without_marks(demo_folder) as folder:
+    with as_readable(demo_folder) as folder:
         assert folder == demo_folder
+
+
+def test_a_folder_with_brackets_in_its_name_is_found_by_mlx_lms_patterns(demo_folder: Path, tmp_path: Path) -> None:
+    bracketed = Path(shutil.copytree(demo_folder, tmp_path / "a model [4-bit]"))
+    params = SamplingParams(temperature=0, max_tokens=5)
+    answers = [LLM(folder, num_kv_blocks=8).generate("Once", params)[0] for folder in (demo_folder, bracketed)]
+    assert answers[0].outputs[0].token_ids == answers[1].outputs[0].token_ids

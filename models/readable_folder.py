@@ -1,6 +1,10 @@
-"""Make folders readable whose text files begin with a byte order mark, as some editors write it."""
+"""Make folders readable for mlx-lm whose text files begin with a byte order mark, as some editors write it.
+
+And folders with brackets in their names, in which it would look for weights by a pattern.
+"""
 
 import codecs
+import glob
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +14,10 @@ _TEXT = {".json", ".jinja", ".txt"}
 
 
 @contextmanager
-def without_marks(folder: Path) -> Iterator[Path]:
+def as_readable(folder: Path) -> Iterator[Path]:
     """Yield `folder`, or while it is needed a folder of links in which the files with a mark are copies without it."""
     marked = {path.name for path in folder.iterdir() if path.suffix in _TEXT and path.is_file() and _has_mark(path)}
-    if not marked:
+    if not marked and glob.escape(str(folder)) == str(folder):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="mlx-paged-") as name:
