@@ -15,8 +15,8 @@ from mlx_paged.config import excerpt
 from mlx_paged.errors import EngineWarning, ModelError, one_line
 from mlx_paged.models import hub, registry
 from mlx_paged.models.adapters import add_adapter, check_adapter
-from mlx_paged.models.readable_folder import as_readable
 from mlx_paged.models.generation_config import sampling_defaults
+from mlx_paged.models.readable_folder import as_readable
 from mlx_paged.models.refusals import cannot_load
 from mlx_paged.sampling_params import as_int
 
