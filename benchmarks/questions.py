@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_paged.models.demo.stories import KINDS, held_out_story
+from mlx_paged.models.demo.sentences import KINDS
+from mlx_paged.models.demo.stories import held_out_story
 
 Question = dict[str, Any]
 
