@@ -13,12 +13,16 @@ from comparison.workloads import WORKLOADS
 from mlx_paged.tools.report import Row
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speculation.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speculation.md", ROOT / "docs" / "quantised_cache.md")
 # Results that the README's table is of -> the model's name. Of the workloads: which cases it shows.
 COMPARED = {
     "workloads-smollm2-linux-cpu.json": "SmolLM2",
     "workloads-smollm2-sharing-linux-cpu.json": "SmolLM2",
     "workloads-smollm2-long-linux-cpu.json": "SmolLM2",
+}
+QUANTISED = {
+    "smollm2": "SmolLM2-135M-Instruct, heads of 64",
+    "gemma3": "Gemma 3 270M, heads of 256, windows of 512",
 }
 SHOWN = {"W1": "", "W2": "", "W4": r"^\d\d |^\d\d\d", "W5": "4 samples", "W6": ""}
 
@@ -81,6 +85,21 @@ def second_model() -> str:
     return "\n".join(lines)
 
 
+def quantised() -> str:
+    """Return what quantised K and V do to predictions of two models."""
+    lines = [_table_head("", ["K and V", "perplexity, ratio", "KL divergence, nats", "equal greedy tokens"])]
+    for name, about in QUANTISED.items():
+        for row in _results(f"quantised-cache-{name}-linux-cpu.json")["quality"][1:]:  # the first is plain
+            cells = [
+                f"`{row['kv_cache_dtype']}`",
+                f"{row['ratio']:.4f}",
+                f"{row['kl']:.4f}",
+                f"{row['equal_greedy']:.1%}",
+            ]
+            lines.append(f"| {' | '.join([about, *cells])} |")
+    return "\n".join(lines)
+
+
 def by_task(rows: Iterable[Row]) -> dict[tuple[str, int], dict[str, Row]]:
     """Return the rows of each task and number of requests at once, by how they were run."""
     tasks: dict[tuple[str, int], dict[str, Row]] = {}
@@ -103,4 +122,4 @@ def _results(file: str) -> dict[str, Any]:
     return results
 
 
-TABLES = {"peers": peers, "lookup": lookup, "second_model": second_model}
+TABLES = {"peers": peers, "lookup": lookup, "second_model": second_model, "quantised": quantised}

@@ -18,6 +18,17 @@ struct Code {
     const uint halves = NUM_PARAMS == 2 ? pair | 0x64006400u : (pair & 0x007f007fu) << 7 | (pair & 0x00800080u) << 8;
     return as_type<half2>(halves)[i / APART];
   }
+
+  // The sum of products of WIDTH elements of type T, in words, with what `of` makes of as many codes.
+  template <typename T, int WIDTH>
+  static METAL_FUNC float product(const thread uint* elements, const thread uint* codes) {
+    float sum = 0.0f;
+    UNROLL for (int i = 0; i < WIDTH; i++) {
+      const float element = Word<T>::element(elements[i / Word<T>::COUNT], i % Word<T>::COUNT);
+      sum = metal::fma(element, float(of(codes[i / COUNT], i % COUNT)), sum);
+    }
+    return sum;
+  }
 };
 
 // The parameters of a group, as the words that they are loaded in.

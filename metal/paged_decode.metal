@@ -76,35 +76,24 @@ constexpr int VALUE_WORDS = WORDS;
 #endif
 static_assert(SIMDGROUPS == TEAMS * GROUPS && H <= LANES && LANES % BATCH == 0, "lanes own rows and keys");
 
-const int lane = thread_index_in_simdgroup;
-const int simd_index = simdgroup_index_in_threadgroup;
-const int team = simd_index / GROUPS;
-const int group = simd_index % GROUPS;
+const int lane = thread_index_in_simdgroup, simd_index = simdgroup_index_in_threadgroup;
+const int team = simd_index / GROUPS, group = simd_index % GROUPS;
 const int column = lane % LANES;                      // this lane's place in a row
 const int row_lanes = lane / LANES * LANES;           // the first lane of those it shares rows with
 
-const int kv_head = threadgroup_position_in_grid.y;
-const int item = threadgroup_position_in_grid.z;
-const int sequence = work[9 * item];
-const int first_token = work[9 * item + 1];
-const int num_queries = work[9 * item + 2];
-const int first_position = work[9 * item + 3];
-const int begin = work[9 * item + 4];
-const int end = work[9 * item + 5];
-const int part = work[9 * item + 6];
-const int num_parts = work[9 * item + 7];
-const int first_part = work[9 * item + 8];
+const int kv_head = threadgroup_position_in_grid.y, item = threadgroup_position_in_grid.z;
+auto of_item = work + 9 * item;
+const int sequence = of_item[0], first_token = of_item[1], num_queries = of_item[2], first_position = of_item[3];
+const int begin = of_item[4], end = of_item[5];
+const int part = of_item[6], num_parts = of_item[7], first_part = of_item[8];
 #if QUANTISED
-const int num_kv_heads = k_codes_shape[1];
-const int block_size = k_codes_shape[2];
+const int num_kv_heads = k_codes_shape[1], block_size = k_codes_shape[2];
 const int place = column * (32 / LANES) + lane / LANES;  // of this lane's key in a tile
 #else
-const int num_kv_heads = k_cache_shape[2];
-const int block_size = k_cache_shape[1];
+const int num_kv_heads = k_cache_shape[2], block_size = k_cache_shape[1];
 const int place = lane;                               // of this lane's key in a tile
 #endif
-const int num_heads = num_kv_heads * HEADS;
-const int num_tiles = (end - begin + 31) / 32;
+const int num_heads = num_kv_heads * HEADS, num_tiles = (end - begin + 31) / 32;
 const int block_shift = metal::ctz(block_size);       // a key's block is key >> block_shift
 auto table = block_tables + sequence * block_tables_strides[0];
 
@@ -203,12 +192,8 @@ for (int tile = team; tile < num_tiles; tile += TEAMS) {
       UNROLL for (int i = 0; i < KEY_LOADS; i++) {
         UNROLL for (int t = 0; t < BATCH; t++) {
           const int load = t * KEY_LOADS + i;
-          float product = 0.0f;  // with what `Code` makes of codes
-          UNROLL for (int e = 0; e < WIDTH; e++) {
-            const uint word = query[(g * KEY_LOADS + i) * WORDS + e / Word<T>::COUNT];
-            const half code = KeyCode::of(words[load * KEY_WORDS + e / KeyCode::COUNT], e % KeyCode::COUNT);
-            product = metal::fma(Word<T>::element(word, e % Word<T>::COUNT), float(code), product);
-          }
+          const thread uint* of_query = query + (g * KEY_LOADS + i) * WORDS;
+          const float product = KeyCode::template product<T, WIDTH>(of_query, words + load * KEY_WORDS);
           const float2 factors = Factors::factors(row_params + load * Factors::WORDS);
           const float rest = factors.y * query_sums[g * KEY_LOADS + i];
           sums[t] += metal::fma(factors.x, product, rest);
@@ -300,8 +285,7 @@ for (int tile = team; tile < num_tiles; tile += TEAMS) {
 }
 
 // ---- the merge of the teams, as a transpose through threadgroup memory ----
-threadgroup float peaks[SIMDGROUPS * H];
-threadgroup float totals[SIMDGROUPS * H];
+threadgroup float peaks[SIMDGROUPS * H], totals[SIMDGROUPS * H];
 threadgroup float scratch[TEAMS == 1 ? 1 : MERGED * SIMDGROUPS * VALUE_DIM];
 if (lane < H) {
   peaks[simd_index * H + lane] = peak;
