@@ -1,8 +1,20 @@
-"""`python -m mlx_paged` is the command line, and what the ranks of a command are started by."""
+"""The command line as a program: the console script, `python -m mlx_paged`, and what ranks of a command are started by."""
 
-from mlx_paged.cli.main import main
-from mlx_paged.cli.ranks import take_rank
+import os
+import sys
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Run the command line. Ctrl-C while it is being imported ends it as it does later, without a traceback."""
+    try:
+        from mlx_paged.cli.main import main
+        from mlx_paged.cli.ranks import take_rank
+    except KeyboardInterrupt:
+        os.write(2, b"\n")
+        sys.exit(130)  # cli.terminal's INTERRUPTED
     take_rank()
     main()
+
+
+if __name__ == "__main__":
+    run()

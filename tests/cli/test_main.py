@@ -60,6 +60,21 @@ def test_ctrl_c_while_the_model_loads_exits_130(run: Run) -> None:
     assert result.exit_code == 130 and result.stderr.strip() == ""
 
 
+def test_ctrl_c_while_the_command_line_itself_is_imported_exits_130() -> None:
+    code = """
+import sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "mlx_paged.cli.options":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from mlx_paged.__main__ import run
+run()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "\n")
+
+
 def test_a_mistyped_model_is_one_line() -> None:
     assert_one_line(invoke("generate", "--model", "qwen22", "Hi"), 1, "did you mean")
 
