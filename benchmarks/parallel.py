@@ -12,6 +12,7 @@ bound of what they take of a step. No number of a machine with a network or seve
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -36,6 +37,10 @@ CASES: list[dict[str, int]] = [{}, {"tensor_parallel_size": 2}, {"pipeline_paral
 SHAPE, QUICK_SHAPE = "qwen2-20m", "qwen2-tiny"
 NAMES = ["all_sum", "all_gather", "send", "recv_like"]
 BATCHES, HEAD = (1, 16), 512
+PARSER = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+PARSER.add_argument("--model", help="of which is told what a rank holds; the bundled one, if not given")
+PARSER.add_argument("--ranks", type=int, default=2, metavar="N", help="that share it, one of its numbers of heads: 2")
+OPTIONS = PARSER.parse_known_args()[0]
 LAUNCH = "from mlx._distributed_utils.launch import main; main()"
 
 
@@ -55,22 +60,49 @@ class Counter:
 def steps(quick: bool) -> Iterator[Row]:
     """Decoding with so many sequences."""
     for case in CASES:
-        size = max(case.values(), default=1)
-        with tempfile.TemporaryDirectory() as folder:
-            program = [sys.executable, __file__, "--rank", json.dumps([case, quick, f"{folder}/rows"])]
-            if size > 1:
-                start = ["-n", str(size), "--backend", "ring", "--starting-port", str(free_ports(size)), "--"]
-                program = [sys.executable, "-c", LAUNCH, *start, *program]
-            env = os.environ | {"OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size))}
-            env |= {"MLX_RANK": "0"} if size == 1 else {}
-            stdin, writer = os.pipe()  # that stays open: mlx.launch would look at one that has ended all the time
-            subprocess.run(program, check=True, stdin=stdin, env=env)
-            os.close(stdin)
-            os.close(writer)
-            yield from json.loads(Path(f"{folder}/rows").read_text())
+        yield from in_ranks("measure", case, quick)
 
 
-def measure(case: dict[str, int], quick: bool, file: str) -> None:
+def held(quick: bool) -> Iterator[Row]:
+    """What rank 0 holds of a model that is read from its files: the bundled one, or what --model says."""
+    for size in (1, OPTIONS.ranks):
+        yield from in_ranks("load", {"tensor_parallel_size": size} if size > 1 else {}, quick)
+
+
+def in_ranks(task: str, case: dict[str, int], quick: bool) -> list[Row]:
+    """Run a task in each rank of a case, each a process. Returns the rows that rank 0 writes."""
+    size = max(case.values(), default=1)
+    with tempfile.TemporaryDirectory() as folder:
+        program = [
+            sys.executable,
+            __file__,
+            "--as-rank",
+            json.dumps([task, OPTIONS.model, case, quick, f"{folder}/rows"]),
+        ]
+        if size > 1:
+            start = ["-n", str(size), "--backend", "ring", "--starting-port", str(free_ports(size)), "--"]
+            program = [sys.executable, "-c", LAUNCH, *start, *program]
+        env = os.environ | {"OPENBLAS_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // size))}
+        env |= {"MLX_RANK": "0"} if size == 1 else {}
+        stdin, writer = os.pipe()  # that stays open: mlx.launch would look at one that has ended all the time
+        subprocess.run(program, check=True, stdin=stdin, env=env)
+        os.close(stdin)
+        os.close(writer)
+        rows: list[Row] = json.loads(Path(f"{folder}/rows").read_text())
+        return rows
+
+
+def load(model: str | None, case: dict[str, int], _: bool, file: str) -> None:
+    """Load a model as a rank, and write down what rank 0 holds."""
+    mx.reset_peak_memory()
+    llm = LLM(model, num_kv_blocks=16, **case)  # in rank 0; the others follow it to its end
+    plan = llm._runner.plan
+    row = {"ranks": max(case.values(), default=1), "weights_mb": plan.weight_bytes / 1e6}
+    row |= {"peak_mb": mx.get_peak_memory() / 1e6, "kv_bytes": sum(plan.block_bytes) // plan.block_size}
+    Path(file).write_text(json.dumps([row]))
+
+
+def measure(_: str | None, case: dict[str, int], quick: bool, file: str) -> None:
     """Measure as a rank, and write down rank 0's rows."""
     if case and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(os.environ["MLX_RANK"]) % (os.cpu_count() or 1)})
@@ -146,10 +178,21 @@ PARTS = [
             "share": ("share of the step", ".0%"),
         },
     ),
+    Part(
+        held,
+        "What rank 0 holds of a model, and the most while it loads",
+        {
+            "ranks": ("ranks, by heads", "d"),
+            "weights_mb": ("weights, MB", ",.1f"),
+            "peak_mb": ("at most, MB", ",.1f"),
+            "kv_bytes": ("bytes of K and V a token", ",d"),
+        },
+    ),
 ]
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--rank"]:
-        measure(*json.loads(sys.argv[2]))
+    if sys.argv[1:2] == ["--as-rank"]:
+        task, *arguments = json.loads(sys.argv[2])
+        {"measure": measure, "load": load}[task](*arguments)
     else:
-        report.main("parallel.py", __doc__ or "", PARTS)
+        report.main("parallel.py", __doc__ or "", PARTS, own_options=[PARSER], model=OPTIONS.model or "demo")

@@ -1,4 +1,4 @@
-"""The command line as a program: the console script, `python -m mlx_paged`, and what ranks of a command are started by."""
+"""The command line as a program: the console script, `python -m mlx_paged`, and what starts the ranks of a command."""
 
 import os
 import sys

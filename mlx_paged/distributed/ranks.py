@@ -46,7 +46,7 @@ class Ranks:
         self.size: int = group.size()
         self.num_messages = self.num_bytes = 0
         """That were told: bytes as they are summed up."""
-        self.last_told = mx.zeros(0)
+        self.last_told = mx.array([])
         """What is there once all have heard the last message."""
         self._connections = _connections()
         self._hosts = [socket.gethostname()] * self.size
@@ -134,9 +134,10 @@ class Ranks:
             length = 3 + num_arrays + int(numbers[1])
             if length > _HEAD:
                 numbers = np.concatenate([numbers, np.array(self.share(mx.zeros(length - _HEAD, mx.int32)))])
-        except RuntimeError as error:
+            kind = Message(int(numbers[0]))
+        except (RuntimeError, ValueError) as error:  # of a connection that is gone MLX's ring may give zeros
             raise LostRanks(f"another rank has gone: {error}") from None
-        return Message(int(numbers[0])), _cut(numbers, num_arrays)
+        return kind, _cut(numbers, num_arrays)
 
 
 def _cut(numbers: np.ndarray, num_arrays: int) -> list[np.ndarray]:

@@ -23,6 +23,8 @@ from mlx_paged import LLM, EngineConfig, ModelError
 from mlx_paged.distributed.launch import free_ports
 from mlx_paged.distributed.ranks import Message, Ranks
 from mlx_paged.distributed.shard import shard_layers, shard_tensors
+from mlx_paged.errors import LostRanks
+from mlx_paged.runner.rank_runner import _end
 
 QUICK = ["llama", "qwen2 by layers"]
 
@@ -170,3 +172,17 @@ def test_what_rank_0_tells_arrives_however_long_it_is(length: int) -> None:
     assert kind is Message.STEP
     assert [each.tolist() for each in arrays] == [each.reshape(-1).tolist() for each in told]
     assert not follower.sums
+
+
+def test_ranks_that_were_told_nothing_yet_are_told_of_the_end() -> None:
+    leader, follower = OneOf(0), OneOf(1)
+    _end(leader)
+    follower.sums = leader.sums
+    assert follower.listen(is_resting=False) == (Message.END, [])
+
+
+def test_zeros_are_what_mlx_s_ring_gives_of_a_rank_that_has_gone() -> None:
+    follower = OneOf(1)
+    follower.sums = [mx.zeros(512, mx.int32)]
+    with pytest.raises(LostRanks, match="another rank has gone"):
+        follower.listen(is_resting=False)
