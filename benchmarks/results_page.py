@@ -28,6 +28,7 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "quantised-cache-gemma3-linux-cpu.json": ("quantised_cache", "A quantised cache of Gemma 3 270M", ()),
     "quantised-cache-speed-linux-cpu.json": ("quantised_cache", "What a quantised cache takes", ()),
     "parallel-linux-cpu.json": ("parallel", "What ranks tell each other", ()),
+    "parallel-smollm2-linux-cpu.json": ("parallel", "What ranks hold of SmolLM2-135M-Instruct", ()),
     "speculation-smollm2-linux-cpu.json": ("speculation", "Drafts of SmolLM2-135M-Instruct", ()),
     "speculation-deeper-linux-cpu.json": ("speculation", "Drafts by a model a quarter as deep", ()),
     "memory-linux-cpu.json": ("memory", "Blocks", ()),

@@ -1,4 +1,4 @@
-"""What the page on benchmarks claims in words are numbers of the committed results."""
+"""What pages claim in words are numbers of the committed results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from helpers.run_benchmark import RESULTS, ROOT
 
+PAGES = ("benchmarks.md", "quantised_cache.md", "scaling.md")
 Results = dict[str, list[dict[str, Any]]]
 
 
@@ -163,6 +164,14 @@ def accuracy(results: Results) -> Iterator[str]:
     yield f"No log-likelihood of {asked} differs by more than 0.0003 nats"
 
 
+def ranks(results: Results) -> Iterator[str]:
+    alone, shared = results["held"]
+    assert shared["ranks"] == 3
+    yield f"a rank has {shared['weights_mb']:.1f} MB of its {alone['weights_mb']:.1f} MB of weights"
+    yield f"{shared['peak_mb']:.1f} MB were the most that rank 0 held while it loaded"
+    yield f"a token takes {shared['kv_bytes']:,} bytes of its pool, where one process has {alone['kv_bytes']:,}"
+
+
 CLAIMS: list[tuple[str, Callable[[Results], Iterator[str]]]] = [
     ("workloads-smollm2-linux-cpu.json", even),
     ("workloads-smollm2-sharing-linux-cpu.json", sharing),
@@ -175,12 +184,13 @@ CLAIMS: list[tuple[str, Callable[[Results], Iterator[str]]]] = [
     ("hybrids-linux-cpu.json", hybrids),
     ("host-overhead-linux-cpu.json", host),
     ("growth-linux-cpu.json", growth),
+    ("parallel-smollm2-linux-cpu.json", ranks),
     ("accuracy-smollm2-linux-cpu.json", accuracy),
 ]
 
 
 @pytest.mark.parametrize("file, claims", CLAIMS, ids=lambda each: each if isinstance(each, str) else "")
 def test_the_numbers_in_words_are_those_of_the_results(file: str, claims: Callable[[Results], Iterator[str]]) -> None:
-    page = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+    page = " ".join(" ".join((ROOT / "docs" / name).read_text() for name in PAGES).split())
     for claim in claims(json.loads((RESULTS / file).read_text())["results"]):
         assert claim in page
