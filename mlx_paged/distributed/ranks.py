@@ -82,7 +82,12 @@ class Ranks:
     def compare(self, facts: Mapping[str, Any]) -> None:
         """Raise ValueError, with the first difference, if the ranks are not all told the same."""
         own = {name: str(value)[:200] for name, value in facts.items()}
-        told = [json.loads(each) for each in self.gather(json.dumps({"host": socket.gethostname(), **own}))]
+        try:
+            told = [json.loads(each) for each in self.gather(json.dumps({"host": socket.gethostname(), **own}))]
+        except (RuntimeError, json.JSONDecodeError):
+            raise ValueError(
+                "the other ranks do not answer: a program's ranks end with the first LLM that has them"
+            ) from None
         self._hosts = [each.pop("host") for each in told]
         for rank, theirs in enumerate(told):
             for name, value in told[0].items():

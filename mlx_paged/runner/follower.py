@@ -17,7 +17,7 @@ from mlx_paged.distributed.ranks import Message, Ranks
 from mlx_paged.distributed.shard import shard_layers, shard_tensors
 from mlx_paged.models.patch import PatchedModel, patch_model
 from mlx_paged.runner.input_builder import InputBuilder
-from mlx_paged.runner.rank_runner import LeadingRunner, RankRunner
+from mlx_paged.runner.rank_runner import LEADERS, LeadingRunner, RankRunner
 from mlx_paged.scheduler.running_batch import RunningBatch
 
 
@@ -35,6 +35,8 @@ def make_runner(
     """
     by_heads = config.tensor_parallel_size > 1
     name = "tensor_parallel_size" if by_heads else "pipeline_parallel_size"
+    if any(leader.is_heard for leader in LEADERS):
+        raise ValueError(f"{name}={getattr(config, name)}: the ranks of this program follow another LLM, which lives")
     ranks = Ranks.join(getattr(config, name), name)
     ranks.compare(
         {

@@ -48,6 +48,12 @@ class LeadingRunner(RankRunner):
         self._cache_type = functools.partial(_ToldKVCache, ranks)
         super().__init__(ranks, *of_runner)
         self._end = weakref.finalize(self, _end, ranks)
+        LEADERS.add(self)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether other ranks follow this one: they have not been told of the end."""
+        return self._end.alive
 
     def run(self, inputs: ModelInputs) -> mx.array:
         """Build the graph of a step, and tell of it once that has worked: from here on it has to be computed."""
@@ -78,6 +84,10 @@ class LeadingRunner(RankRunner):
             raise LostRanks(f"the ranks can't go on together: {error}") from None
         self.ranks.tell(Message.RESET)
         super().reset()
+
+
+LEADERS: weakref.WeakSet[LeadingRunner] = weakref.WeakSet()
+"""Those of this process, of which the other ranks can follow one."""
 
 
 class _ToldKVCache(PagedKVCache):

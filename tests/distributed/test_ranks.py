@@ -24,6 +24,7 @@ from mlx_paged.distributed.launch import free_ports
 from mlx_paged.distributed.ranks import Message, Ranks
 from mlx_paged.distributed.shard import shard_layers, shard_tensors
 from mlx_paged.errors import LostRanks
+from mlx_paged.runner import follower
 from mlx_paged.runner.rank_runner import _end
 
 QUICK = ["llama", "qwen2 by layers"]
@@ -163,26 +164,38 @@ def test_ranks_that_are_not_alike_are_told_what_differs_and_where() -> None:
 @pytest.mark.parametrize("length", [0, 1, 505, 506, 507, 508, 600, 5000])
 def test_what_rank_0_tells_arrives_however_long_it_is(length: int) -> None:
     told = [np.arange(length, dtype=np.int32), np.array([[-7, 1 << 30]], np.int32), np.zeros(0, np.int32)]
-    leader, follower = OneOf(0), OneOf(1)
+    leader, other = OneOf(0), OneOf(1)
     leader.tell(Message.STEP, *told)
     assert leader.num_messages == len(leader.sums) <= 2
     assert leader.num_bytes == sum(each.nbytes for each in leader.sums)
-    follower.sums = leader.sums
-    kind, arrays = follower.listen(is_resting=False)
+    other.sums = leader.sums
+    kind, arrays = other.listen(is_resting=False)
     assert kind is Message.STEP
     assert [each.tolist() for each in arrays] == [each.reshape(-1).tolist() for each in told]
-    assert not follower.sums
+    assert not other.sums
 
 
 def test_ranks_that_were_told_nothing_yet_are_told_of_the_end() -> None:
-    leader, follower = OneOf(0), OneOf(1)
+    leader, other = OneOf(0), OneOf(1)
     _end(leader)
-    follower.sums = leader.sums
-    assert follower.listen(is_resting=False) == (Message.END, [])
+    other.sums = leader.sums
+    assert other.listen(is_resting=False) == (Message.END, [])
 
 
 def test_zeros_are_what_mlx_s_ring_gives_of_a_rank_that_has_gone() -> None:
-    follower = OneOf(1)
-    follower.sums = [mx.zeros(512, mx.int32)]
+    other = OneOf(1)
+    other.sums = [mx.zeros(512, mx.int32)]
     with pytest.raises(LostRanks, match="another rank has gone"):
-        follower.listen(is_resting=False)
+        other.listen(is_resting=False)
+
+
+def test_a_second_llm_of_a_program_s_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader = SimpleNamespace(is_heard=True)
+    monkeypatch.setattr(follower, "LEADERS", [leader])
+    with pytest.raises(ValueError, match="tensor_parallel_size=2: the ranks of this program follow another LLM, which"):
+        LLM.from_model(make_model("llama"), tensor_parallel_size=2)
+    leader.is_heard = False
+    with pytest.raises(ValueError, match="takes 2 processes"):
+        LLM.from_model(make_model("llama"), tensor_parallel_size=2)
+    with pytest.raises(ValueError, match="the other ranks do not answer: a program's ranks end with the first LLM"):
+        OneOf(0, said=[""]).compare({"mlx": "0.2"})
