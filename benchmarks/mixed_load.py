@@ -101,6 +101,7 @@ class MlxLm:
     name = "mlx-lm"
 
     def __init__(self, model: Any) -> None:
+        self._computed = options().computed
         self._batch = BatchGenerator(model, completion_batch_size=AT_ONCE, prefill_batch_size=8, prefill_step_size=2048)
         self._prompts = LRUPromptCache(10)  # as many as by default
 
@@ -113,6 +114,8 @@ class MlxLm:
         _, responses = self._batch.next()
         for each in responses:
             if each.finish_reason is not None:
+                if self._computed:
+                    mx.eval([layer.state for layer in each.prompt_cache])
                 self._prompts.insert_cache("model", each.all_tokens[:], each.prompt_cache, cache_type="assistant")
                 yield each.uid, list(each.all_tokens)
 
@@ -156,17 +159,18 @@ def serve(name: str, seconds: float, look_s: float, mean_gap_s: float) -> list[R
 
 
 OPTIONS = argparse.ArgumentParser(add_help=False)
+OPTIONS.add_argument("--computed", action="store_true", help="have the prompts that mlx-lm keeps computed at once")
 OPTIONS.add_argument("--minutes", type=float, default=MINUTES, help=f"of the load; default: {MINUTES:g}")
 
 
-def minutes() -> float:
-    """Return what the command line asks for."""
-    return float(OPTIONS.parse_known_args()[0].minutes)
+def options() -> argparse.Namespace:
+    """Return what the command line asks for, which other processes have, too."""
+    return OPTIONS.parse_known_args()[0]
 
 
 def mixed_load(quick: bool) -> list[Row]:
     """Serve by both at once."""
-    sizes = (10.0, 1.0, 1.0) if quick else (60 * minutes(), LOOK_S, _MEAN_GAP_S)
+    sizes = (10.0, 1.0, 1.0) if quick else (60 * options().minutes, LOOK_S, _MEAN_GAP_S)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as processes:
         runs = [processes.submit(serve, kind.name, *sizes) for kind in (Paged, MlxLm)]
         return [row for run in runs for row in run.result()]
