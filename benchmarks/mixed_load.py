@@ -1,7 +1,7 @@
 """What K and V take over a long mixed load: conversations, questions, long documents, as they come.
 
-    python benchmarks/mixed_load.py [--minutes N] [--quick] [--json FILE]   serve, print, write the raw numbers
-    python benchmarks/mixed_load.py --markdown FILE                         the table of such a file
+    python benchmarks/mixed_load.py [--minutes N] [--computed] [--quick] [--json FILE]   serve, print, write raw numbers
+    python benchmarks/mixed_load.py --markdown FILE                                      the table of such a file
 
 The same requests come to this engine and to mlx-lm's BatchGenerator with the prompt cache of its server, each in a
 process of its own. The clock is that of steps, twenty to a second: what a machine does beside it changes nothing but

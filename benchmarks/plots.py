@@ -128,7 +128,7 @@ def mixed_load(axes: Axes, rows: list[Row]) -> str:
         axes.plot(minutes, [row["held_mb"] for row in own], color=color, label=label, gid=f"line-{system}")
         axes.fill_between(minutes, running, color=color, alpha=0.35, linewidth=0)
     axes.set_xlim(0, max(row["minute"] for row in rows))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.25 * max(row["held_mb"] for row in rows))  # the legend's room
     axes.set_xlabel("minutes; filled: the part of requests that run")
     axes.set_ylabel("held beside the weights, MB")
     axes.legend()
