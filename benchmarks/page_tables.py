@@ -19,6 +19,7 @@ COMPARED = {
     "workloads-smollm2-linux-cpu.json": "SmolLM2",
     "workloads-smollm2-sharing-linux-cpu.json": "SmolLM2",
     "workloads-smollm2-long-linux-cpu.json": "SmolLM2",
+    "workloads-gemma3-long-linux-cpu.json": "Gemma 3",
 }
 QUANTISED = {
     "smollm2": "SmolLM2-135M-Instruct, heads of 64",
@@ -57,7 +58,8 @@ def _rows_of_case(label: str, by_system: dict[str, Row]) -> Iterator[str]:
     for system, theirs in by_system.items():
         if system.startswith("mlx-lm"):
             cells = [label + (", and its prompt cache" if "prompt cache" in system else "")]
-            cells += [f"{row['output_tokens'] / row['cpu_seconds']:,.1f}" for row in (theirs, llama_cpp, ours)]
+            speeds = [row["output_tokens"] / row["cpu_seconds"] for row in (theirs, llama_cpp, ours)]
+            cells += [f"{speed:,.{1 if speed >= 10 else 2}f}" for speed in speeds]
             cells += [f"{ours['cpu_speedup'] / theirs['cpu_speedup']:.2f}x"]
             cells += [f"{row['kv_peak_mb']:,.0f}" for row in (theirs, llama_cpp, ours)]
             yield f"| {' | '.join(cells)} |"

@@ -19,6 +19,7 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "workloads-smollm2-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct against peers", ()),
     "workloads-smollm2-sharing-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct, shared prompts", ()),
     "workloads-smollm2-long-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct, long contexts", ()),
+    "workloads-gemma3-long-linux-cpu.json": ("workloads", "Gemma 3 270M, long contexts", ()),
     "workloads-smollm2-room-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct, pools and blocks", ()),
     "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
     "mixed-load-linux-cpu.json": ("mixed_load", "A long mixed load", ("mixed_load",)),  # is drawn

@@ -56,6 +56,19 @@ def long_contexts(results: Results) -> Iterator[str]:
     yield f"where float32 takes {ours['kv_peak_mb']:.0f}"
 
 
+def windows(results: Results) -> Iterator[str]:
+    theirs, ours, scattered, codes, llama_cpp = results["W6"]
+    assert ours["case"] == "1 x 16,384 in"
+    yield (
+        f"one prompt of 16,384 tokens: {ours['cpu_speedup']:.2f} times mlx-lm's tokens per second, llama.cpp's "
+        f"{llama_cpp['cpu_speedup']:.2f}."
+    )
+    yield f"K and V take {ours['kv_peak_mb']:.0f} MB, in mlx-lm {theirs['kv_peak_mb']:.0f}, in llama.cpp"
+    yield f"whose chunks have 512, {llama_cpp['kv_peak_mb']:.0f}."
+    yield f"**In int8 blocks {codes['cpu_speedup']:.2f}, with {codes['kv_peak_mb']:.0f} MB.**"
+    assert scattered["cpu_speedup"] > 0.98 * ours["cpu_speedup"]
+
+
 def room(results: Results) -> Iterator[str]:
     reserved, *_, ours, llama_cpp = results["W3"]
     yield f"all {ours['peak_concurrency']} requests run at once where reserved rows take four**"
@@ -172,10 +185,54 @@ def ranks(results: Results) -> Iterator[str]:
     yield f"a token takes {shared['kv_bytes']:,} bytes of its pool, where one process has {alone['kv_bytes']:,}"
 
 
+def mixed(results: Results) -> Iterator[str]:
+    rows = {name: [row for row in results["mixed_load"] if row["system"] == name] for name in ("mlx-paged", "mlx-lm")}
+    (answered,) = {each[-1]["answered"] for each in rows.values()}
+    yield f"{rows['mlx-lm'][-1]['minute']:.0f} minutes, {answered:,} requests that both answered"
+    held, running = (max(row[name] for row in rows["mlx-lm"]) for name in ("held_mb", "running_mb"))
+    yield f"mlx-lm held {held:.0f} MB at the most, of which up to {running:.0f} were of the batch that runs"
+    assert all(abs(row["held_mb"] / 16 - 1) < 0.01 for row in rows["mlx-paged"])
+
+
+def kept_prompts(results: Results) -> Iterator[str]:
+    held = max(row["held_mb"] for row in results["mixed_load"] if row["system"] == "mlx-lm")
+    yield f"computed when they are kept (`--computed`), they and the batch take {held:.0f} MB at the most (ten minutes"
+
+
+def quantised_time(results: Results) -> Iterator[str]:
+    rows = {tuple(row["system"].split(", ")): row for row in results["speed"]}
+    kinds = ("plain", "int8", "k8v4", "fp8")
+    prompts, decoding = (
+        [rows["mlx-paged", "4 at once", kind][part] for kind in kinds] for part in ("prompt_s", "decode_s")
+    )
+    yield f"{min(prompts[1:]):.1f} to {max(prompts[1:]):.1f} s for four at once, plain ones {prompts[0]:.1f} s"
+    yield "{:.1f}, {:.1f} and {:.1f} s for four at once, plain {:.1f} s".format(*decoding[1:], decoding[0])
+    ratios = [[row[kind] / row["plain"] for row in results["attention"] if row["queries"] == 1] for kind in kinds[1:]]
+    ranges = [f"{min(each):.1f} to {max(each):.1f}" for each in ratios]
+    yield f"take {ranges[0]} times as long with `int8`, {ranges[1]} with `k8v4`, {ranges[2]} with `fp8`"
+    ours, plain = (rows["mlx-paged", "1 at once", kind] for kind in ("int8", "plain"))
+    yield f"{ours['kv_bytes'] / 1e6:.1f} MB where plain float32 takes {plain['kv_bytes'] / 1e6:.1f}"
+    theirs = rows["mlx_lm", "1 at once", "--kv-bits 8 --quantized-kv-start 0"]
+    yield f"it takes {theirs['kv_bytes'] / 1e6:.1f} MB"
+    yield f"where this engine's `int8` takes {ours['kv_bytes'] / 1e6:.1f}"
+    yield f"{theirs['decode_s']:.1f} s for decoding where this takes {ours['decode_s']:.1f}"
+    yield f"its greedy tokens are those of its plain cache for {theirs['equal'].replace(' of ', ' of the ')}"
+    assert ours["equal"] == "32 of 32"
+
+
+def with_spaces(name: str) -> Callable[[Results], Iterator[str]]:
+    def claims(results: Results) -> Iterator[str]:
+        costs = [row["ratio"] - 1 for row in results["quality"][1:]]
+        yield "{} {:.1%}, {:.1%} and {:.1%}".format(name, *costs)
+
+    return claims
+
+
 CLAIMS: list[tuple[str, Callable[[Results], Iterator[str]]]] = [
     ("workloads-smollm2-linux-cpu.json", even),
     ("workloads-smollm2-sharing-linux-cpu.json", sharing),
     ("workloads-smollm2-long-linux-cpu.json", long_contexts),
+    ("workloads-gemma3-long-linux-cpu.json", windows),
     ("workloads-smollm2-room-linux-cpu.json", room),
     ("server-smollm2-linux-cpu.json", server),
     ("server-scripted-linux-cpu.json", scripted),
@@ -185,6 +242,11 @@ CLAIMS: list[tuple[str, Callable[[Results], Iterator[str]]]] = [
     ("host-overhead-linux-cpu.json", host),
     ("growth-linux-cpu.json", growth),
     ("parallel-smollm2-linux-cpu.json", ranks),
+    ("mixed-load-linux-cpu.json", mixed),
+    ("kept-prompts-linux-cpu.json", kept_prompts),
+    ("quantised-cache-speed-linux-cpu.json", quantised_time),
+    ("quantised-cache-smollm2-spaces-linux-cpu.json", with_spaces("SmolLM2")),
+    ("quantised-cache-gemma3-spaces-linux-cpu.json", with_spaces("Gemma 3 270M")),
     ("accuracy-smollm2-linux-cpu.json", accuracy),
 ]
 
