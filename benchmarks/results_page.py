@@ -23,6 +23,7 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "workloads-smollm2-room-linux-cpu.json": ("workloads", "SmolLM2-135M-Instruct, pools and blocks", ()),
     "concurrency-linux-cpu.json": ("concurrency", "Throughput by concurrency", ("memory_over_time",)),  # is drawn
     "mixed-load-linux-cpu.json": ("mixed_load", "A long mixed load", ("mixed_load",)),  # is drawn
+    "kept-prompts-linux-cpu.json": ("mixed_load", "A mixed load, mlx-lm's kept prompts computed", ("mixed_load",)),
     "fair-steps-linux-cpu.json": ("fair_steps", "A stream beside a long prompt", ()),
     "hybrids-linux-cpu.json": ("hybrids", "Models whose layers keep states", ()),
     "quantised-cache-smollm2-linux-cpu.json": ("quantised_cache", "A quantised cache of SmolLM2-135M-Instruct", ()),
