@@ -17,8 +17,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_paged.models.demo.sentences import KINDS
-from mlx_paged.models.demo.stories import held_out_story
+import mlx_paged.models
+
+mlx_paged.models.__path__.append(str(Path(__file__).parents[1] / "models"))  # no wheel has what the demo's text is of
+from mlx_paged.models.demo.sentences import KINDS  # noqa: E402
+from mlx_paged.models.demo.stories import held_out_story  # noqa: E402
 
 Question = dict[str, Any]
 

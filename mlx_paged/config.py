@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -95,10 +95,14 @@ class Settings:
     def __new__(cls, *_: Any, **given: Any) -> Self:
         known: dict[str, Any] = vars(cls).get("__dataclass_fields__", {})
         for name in given.keys() - known:
-            close = difflib.get_close_matches(name, known, n=1)
-            meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-            raise TypeError(f"there is no argument {name!r}: {meant}")
+            raise TypeError(f"there is no argument {name!r}: {meant_of(name, known)}")
         return super().__new__(cls)
+
+
+def meant_of(name: str, known: Collection[str]) -> str:
+    """Say what a mistyped name may mean, or what there is."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class ProgressBar:
 
     def show(self) -> None:
         """Draw the bar, or bring it up to date if it is not a moment old."""
-        if not self._shown or (self._progress is None and self._num_done == len(self._requests)):
+        if not self._shown or (self._progress is None and self._num_done >= len(self._requests)):
             return
         now = time.monotonic()
         if self._progress is None:

@@ -49,6 +49,15 @@ def requests(num_requests: int) -> list[Any]:
     return [SimpleNamespace(max_tokens=10, params=SamplingParams(), **each) for each in made]
 
 
+def test_without_requests_there_is_no_bar_beside_a_text_that_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = open_screen(monkeypatch)
+    with ProgressBar([]) as bar:
+        bar.show()
+        bar.count(output(5))
+        bar.show()
+    assert screen.getvalue() == ""
+
+
 def test_it_counts_prompts_and_tokens_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = open_screen(monkeypatch)
     with ProgressBar(requests(3)) as bar:

@@ -17,13 +17,14 @@ from mlx_paged.cli.generate import answer
 from mlx_paged.cli.loading import Requests, check_form
 from mlx_paged.cli.options import PromptArguments, read_stdin, read_text
 from mlx_paged.cli.terminal import Terminal
+from mlx_paged.config import meant_of
 from mlx_paged.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from mlx_paged.llm import LLM
 
 _START = b'{"id": '  # of each answer
-_SETTINGS = {field.name for field in dataclasses.fields(SamplingParams)}
+_SETTINGS = {field.name for field in dataclasses.fields(SamplingParams)} - {"logits_processors"}  # no JSON has these
 
 
 def answer_batch(
@@ -81,7 +82,7 @@ def _question(name: int | str, record: Mapping[str, Any], defaults: SamplingPara
     settings = {key: value for key, value in record.items() if key not in ("prompt", "messages")}
     error = None
     if unknown := sorted(settings.keys() - _SETTINGS):
-        error = f"there is no parameter {unknown[0]!r}; there are {', '.join(sorted(_SETTINGS))}"
+        error = f"there is no parameter {unknown[0]!r}: {meant_of(unknown[0], sorted(_SETTINGS))}"
     elif len(asked) != 1:
         error = "give one of prompt and messages"
     elif asked == ["prompt"] and not (isinstance(prompt, str) and prompt.strip()):
@@ -100,26 +101,34 @@ def _question(name: int | str, record: Mapping[str, Any], defaults: SamplingPara
 
 
 def _ids_of(output: Path) -> set[int | str]:
-    """Read which ids a file of answers has. A last line that was cut is taken off.
+    """Read which ids a file has answers of. What it says of errors is taken out: those are asked again.
 
-    Raises click.UsageError for a file of something else.
+    So is a last line that was cut. Raises click.UsageError for a file of something else.
     """
     if not output.exists():
         return set()
     content = output.read_bytes()
-    whole, end, cut = content.rpartition(b"\n")
-    ids = set()
-    for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
+    whole, _, cut = content.rpartition(b"\n")
+    lines = whole.split(b"\n") if whole else []
+    ids, kept = set(), []
+    for number, line in enumerate(lines, start=1):
         try:
-            ids.add(json.loads(line)["id"])
+            record = json.loads(line)
+            name = record["id"]
+            if "error" not in record:
+                ids.add(name)
+                kept.append(line)
         except (ValueError, TypeError, KeyError, RecursionError):
             raise click.UsageError(
                 f"--output: line {number} of {output} is no answer with an id: give a new file, or one that this wrote"
             ) from None
-    if cut:
-        if not cut.startswith(_START[: len(cut)]):
-            raise click.UsageError(f"--output: the last line of {output} is no answer with an id: give a new file")
-        os.truncate(output, len(whole + end))
+    if cut and not cut.startswith(_START[: len(cut)]):
+        raise click.UsageError(f"--output: the last line of {output} is no answer with an id: give a new file")
+    if cut or len(kept) < len(lines):
+        whole_file = output.resolve()
+        partial = whole_file.with_name(f"{whole_file.name}.partial")
+        partial.write_bytes(b"".join(line + b"\n" for line in kept))
+        os.replace(partial, whole_file)
     return ids
 
 

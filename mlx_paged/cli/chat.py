@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from mlx_paged.cli.generate import make_request
 from mlx_paged.cli.options import DEFAULT_MAX_TOKENS, read_text
 from mlx_paged.cli.terminal import INTERRUPTED, RunSummary, Terminal
 from mlx_paged.cli.turns import read_turn
+from mlx_paged.config import meant_of
 from mlx_paged.errors import PromptTooLong
 from mlx_paged.outputs import RequestOutput
 from mlx_paged.sampling_params import SamplingParams, is_text
@@ -145,9 +145,7 @@ class _Conversation:
             self._say(", ".join(f"{each} {getattr(self._params, each)}" for each in SETTABLE))
             return
         if name not in SETTABLE:
-            close = difflib.get_close_matches(name, SETTABLE, n=1)
-            meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(SETTABLE)}"
-            raise ValueError(f"/set knows no {name!r}: {meant}")
+            raise ValueError(f"/set knows no {name!r}: {meant_of(name, SETTABLE)}")
         try:
             value = json.loads(text)
         except ValueError:

@@ -119,7 +119,7 @@ def _extras() -> str | Finding:
 
 
 def folders(prefix_cache_dir: str | None) -> str:
-    """Look whether swap and saved prompts have a folder that can be written to; the latter's is made, if need be."""
+    """Look whether swap and saved prompts have a folder that can be written to; the latter's is not made."""
     from mlx_paged.cache.block_files import BlockFiles, OwnFolder
 
     def describe(folder: Path, what: str, error: OSError | None) -> str:
@@ -144,6 +144,11 @@ def folders(prefix_cache_dir: str | None) -> str:
     if not prefix_cache_dir:
         raise ValueError("--prefix-cache-dir is empty: give the name of a folder")
     root = expand_user(prefix_cache_dir, "--prefix-cache-dir")
+    parent = next(each for each in (root.absolute(), *root.absolute().parents) if each.exists())
+    if not root.exists() and parent.is_dir():
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OSError(f"{root}, for prompts, can't be made: {parent} can't be written to")
+        return f"{line}; {root}, for prompts, is not there yet, and can be made"
     return f"{line}; {describe(root, 'prompts', use(lambda: BlockFiles(root)))}"
 
 
@@ -211,9 +216,11 @@ def _backend() -> str:
 
 def _matrices() -> str | Finding:
     mlx_paged._require_mlx()
-    from mlx_paged.cpu.blas import advice, blas_name
+    from mlx_paged.cpu.blas import SLOW_BLAS, advice, blas_name
 
     name = blas_name() or "the GPU"
+    if name == SLOW_BLAS and os.environ.get("MLX_PAGED_BLAS") == "0":
+        return Finding("note", f"by {name}, as MLX_PAGED_BLAS=0 has it")
     return f"by {name}" if (help := advice()) is None else Finding("note", f"by {name}: {help}")
 
 

@@ -18,7 +18,7 @@ import click
 
 from mlx_paged.cli import options
 from mlx_paged.cli.loading import find_models, loading
-from mlx_paged.cli.terminal import INTERRUPTED, Terminal, one_line
+from mlx_paged.cli.terminal import INTERRUPTED, Terminal
 from mlx_paged.config import EngineConfig, parse_memory
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ def serve_model(
 
         def say_ready() -> None:
             if not terminal.quiet:
-                key = "the key" if keys else "any"
-                terminal.answer(f"{called[0]} is served at {url}/v1; {one_line(llm.memory)}\n")
+                key, memory = "the key" if keys else "any", "; ".join(llm.memory.splitlines())  # a line of each rank
+                terminal.answer(f"{called[0]} is served at {url}/v1; {memory}\n")
                 terminal.answer(f"OPENAI_BASE_URL={url}/v1 ANTHROPIC_BASE_URL={url} model={called[0]} key={key}\n")
 
         ending = serve(llm, load, served, access, listener, say_ready)

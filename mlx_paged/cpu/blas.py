@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mlx_paged.errors import EngineWarning
 
-_OWN = "MLX's own BLAS, a slow one"
+SLOW_BLAS = "MLX's own BLAS, a slow one"
 _LIBRARIES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so")  # Debian's, Fedora's, others' names
 
 
@@ -54,12 +54,12 @@ def blas_name() -> str | None:
         return "Accelerate"
     if _has_blas(ctypes.CDLL(None)):
         return _version(ctypes.CDLL(None)) or "a preloaded BLAS"
-    return _version(_libmlx()) or _OWN
+    return _version(_libmlx()) or SLOW_BLAS
 
 
 def advice() -> str | None:
     """Say what to install for MLX to be faster. Returns None where nothing would help, or it is not wanted."""
-    if os.environ.get("MLX_PAGED_BLAS") == "0" or blas_name() != _OWN:
+    if os.environ.get("MLX_PAGED_BLAS") == "0" or blas_name() != SLOW_BLAS:
         return None
     return (
         "prompts are many times faster with OpenBLAS: apt install libopenblas0, or dnf install openblas-threads "

@@ -61,7 +61,7 @@ class Ranks:
         if group.size() != size:
             raise ValueError(
                 f"{setting}={size} takes {size} processes, and here {_count(group.size())}: "
-                f"start the program with mlx.launch -n {size}, or use mlx-paged's own commands, which do"
+                f"start the program with mlx.launch -n {size} python PROGRAM, or use mlx-paged's own commands, which do"
             )
         return cls(group)
 

@@ -28,7 +28,7 @@ def shard_tensors(model: nn.Module, ranks: Ranks) -> None:
         heads, kv_heads = (getattr(attention, _name_of(attention, names)) for names in (_HEADS, _KV_HEADS))
         if not _divides(size, heads, kv_heads):
             sizes = [n for n in range(2, heads + 1) if _divides(n, heads, kv_heads)]
-            possible = f"{', '.join(map(str, sizes))} would do" if sizes else "it has to run on one"
+            possible = f"{' or '.join(map(str, sizes))} would do" if sizes else "it has to run on one"
             raise ModelError(
                 f"{name} has {heads} query heads and {kv_heads} KV heads, which {size} ranks can't share evenly: for "
                 f"tensor_parallel_size {possible}"

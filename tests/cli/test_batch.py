@@ -75,7 +75,7 @@ def test_what_is_wrong_with_a_line_is_its_answer_and_in_the_words_of_the_file(ru
     assert result.exit_code == 1
     found = answers(tmp_path / "out")
     assert found["hot"]["error"] == "temperature must be a finite number, 0 or more, got -1"
-    assert found["odd"]["error"].startswith("there is no parameter 'max_token'; there are ")
+    assert found["odd"]["error"].startswith("there is no parameter 'max_token': did you mean max_tokens?")
     assert found["none"]["error"] == found["both"]["error"] == "give one of prompt and messages"
     assert "[1, 2]" in found["ids"]["error"] and "list of objects" in found["text"]["error"]
     assert "surrogate" in found["half"]["error"]
@@ -126,6 +126,17 @@ def test_a_batch_that_was_interrupted_is_taken_up_where_it_ended(run: Run, tmp_p
     assert list(answers(tmp_path / "out")) == ["b", "c", "a"]
     assert "3 of 3 requests are answered" in run(*options, "-v").stderr
     assert len(run.made) == 2
+
+
+def test_what_was_an_error_is_asked_again_and_its_line_goes(run: Run, tmp_path: Path) -> None:
+    out, wrong = tmp_path / "out", {"id": "odd", "prompt": "Hi", "max_token": 3}
+    for line in (wrong, {"id": "odd", "prompt": "Hi", "max_tokens": 3}):
+        requests = write(tmp_path / "requests.jsonl", {"id": "good", "prompt": "Ho"}, line)
+        result = run("generate", "--raw", "--batch", str(requests), "--output", str(out))
+        assert result.exit_code == ("max_token" in line)
+        assert list(answers(out)) == ["odd", "good"] if "max_token" in line else ["good", "odd"]
+    assert run.prompts == ["Hi"] and "error" not in answers(out)["odd"]
+    assert not out.with_name("out.partial").exists()
 
 
 @pytest.mark.parametrize("content", ["notes\n", "notes", '{"id": "a"}\n{"text": 1}\n', '{"ix'])

@@ -170,6 +170,23 @@ def test_without_openblas_a_note_says_what_to_install(monkeypatch: pytest.Monkey
     assert state == "note" and "apt install libopenblas0" in line
 
 
+def test_without_openblas_by_the_environment_s_word_a_note_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_paged.cpu.blas.blas_name", lambda: "MLX's own BLAS, a slow one")
+    monkeypatch.setenv("MLX_PAGED_BLAS", "0")
+    assert doctor._guarded(APART["matrices"]) == ("note", "by MLX's own BLAS, a slow one, as MLX_PAGED_BLAS=0 has it")
+
+
+def test_a_folder_for_prompts_that_is_not_there_is_looked_at_and_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "not" / "there"
+    assert f"{folder}, for prompts, is not there yet, and can be made" in doctor_parts.folders(str(folder))
+    assert not folder.parent.exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OSError, match=f"{folder}, for prompts, can't be made: {tmp_path} can't be written to"):
+        doctor_parts.folders(str(folder))
+
+
 def cut(weights: bytes) -> bytes:
     return weights[:-1]
 

@@ -113,7 +113,7 @@ def test_where_none_is_installed_mlx_s_own_multiplies_and_a_line_says_what_to_in
 
 def test_the_line_names_packages_and_is_not_for_those_who_turned_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLX_PAGED_BLAS", raising=False)
-    monkeypatch.setattr(blas, "blas_name", lambda: blas._OWN)
+    monkeypatch.setattr(blas, "blas_name", lambda: blas.SLOW_BLAS)
     assert "apt install libopenblas0" in str(blas.advice())
     monkeypatch.setenv("MLX_PAGED_BLAS", "0")
     assert blas.advice() is None

@@ -119,6 +119,22 @@ def memory(results: Results) -> Iterator[str]:
     prefill, decode = (row["share"] for row in results["prefix_cost"])
     yield f"adds {prefill:.2%} to a prefill step of the demo model, and {decode:.2%} to a decode step"
 
+    plain = [row for row in results["operations"] if row["allocator"] != "buddy"]
+    ranges = [
+        "{:.1f} to {:.1f}".format(*(most(row[name] for row in rows) / 1000 for most in (min, max)))
+        for name, rows in (("allocate", plain), ("append", results["operations"]))
+    ]
+    yield f"{ranges[0]} microseconds to allocate a block"
+    yield f"{ranges[1]} to append a token by the public methods"
+    pairs = zip(results["operations"][::3], results["operations"][2::3], strict=True)
+    ratios = [buddy[name] / lru[name] for lru, buddy in pairs for name in ("append_block", "free")]
+    yield f"{min(ratios):.1f} to {max(ratios):.1f} times as much as `lru` per block"
+    saved = [row[f"of_{n}"] for row in results["savings"] for n in (2, 4, 6) if row["sharing"] == "parallel sampling"]
+    yield f"saves {100 * min(saved):.1f} to {max(saved):.1%} of the blocks with 2 to 6 samples"
+    works = ("attention", "move_blocks", "gather")
+    costs = [max(row["ratio"] - 1 for row in results["fragmentation"] if row["work"] == work) for work in works]
+    yield "cost up to {:.0%} in attention and {:.0%} in copies, and up to {:.0%} in a plain gather".format(*costs)
+
 
 def fair_steps(results: Results) -> Iterator[str]:
     (rows,) = results.values()
