@@ -109,6 +109,10 @@ class DraftModel:
         """Return what so many drafts of so many sequences take."""
         return num_drafts * self._costs.of(num_sequences)
 
+    def skip(self) -> None:
+        """Let what its steps are taken to cost fade, so that one bad measurement does not silence it for ever."""
+        self._costs.fade()
+
     def seconds_to_catch_up(self, sequence: Sequence) -> float:
         """Return what has to be computed before the first draft of a sequence takes; infinity without blocks for it."""
         known = self._known[sequence.seq_id]

@@ -48,6 +48,9 @@ class Proposer(Protocol):
     def seconds(self, num_sequences: int, num_drafts: int) -> float:
         """Return what it takes to propose so many tokens for each of some sequences."""
 
+    def skip(self) -> None:
+        """Know that a step has no drafts, since they are taken to cost more than they save."""
+
     def seconds_to_catch_up(self, sequence: Sequence) -> float:
         """Return what it takes before the first tokens can be proposed for a sequence; infinity: it can have none."""
 
@@ -111,6 +114,8 @@ class Speculator:
         shares = {sequence: self._follow(sequence, proposer) for sequence in rows}
         most, saved_s = self._most_drafts(list(shares.values()), len(running) - len(rows), proposer)
         if not most:
+            if any(share > _LEAST_SHARE for share in shares.values()):
+                proposer.skip()
             return None
         drafts = Drafts({}, np.zeros(len(self.batch.sequences), bool), np.ones(len(self.batch.sequences), np.int32))
         left, rooms = self.max_num_batched_tokens - len(running), dict[Sequence, int]()

@@ -14,6 +14,8 @@ _MOST = 3.0  # times what was expected: more is somebody else's load
 _LEAST_SLOPE = 0.25  # of what as many steps of one token would take
 _FADE = 1 / 200  # of what larger steps are dearer than cheap ones, with each smaller step: what was dear is tried again
 
+_SLOW_FADE = 1 / 800  # of steps that are not made at all, with each that others make
+
 
 class StepCosts:
     """Seconds of decoding steps: measured at load, and kept up to date by those that run."""
@@ -41,6 +43,10 @@ class StepCosts:
         low, high = self._sizes[place - 1 : place + 1]
         share = (num_tokens - low) / (high - low)
         return self._seconds[place - 1] * (1 - share) + self._seconds[place] * share
+
+    def fade(self) -> None:
+        """Know that another step was made in place of these: what was dear when it was last measured is tried again."""
+        self._seconds = [(1 - _SLOW_FADE) * seconds for seconds in self._seconds]
 
     def add(self, num_tokens: int, seconds: float) -> None:
         """Learn from a step. Longer contexts make all steps dearer: those of other sizes follow, a quarter as fast.

@@ -90,6 +90,32 @@ def test_among_many_sequences_one_that_is_foretold_has_none_where_others_would_b
     assert num_drafts(proposer) == []
 
 
+class Dear(NgramProposer):
+    """Proposes what costs something: as a draft model whose steps were measured while the machine had much to do."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 2)
+        self.costs = StepCosts({1: 3.0})
+
+    def seconds(self, num_sequences: int, num_drafts: int) -> float:
+        return num_drafts * self.costs.of(num_sequences)
+
+    def skip(self) -> None:
+        self.costs.fade()
+
+
+def test_drafts_that_were_once_too_dear_are_tried_again_where_they_would_be_right() -> None:
+    for tokens, expected in (([1, 2, 3], [1]), ([5], [])):
+        batch = make_batch([1, 2, 3], max_tokens=4000)
+        proposer = speculator(batch)
+        proposer.proposer = dear = Dear()
+        learn(proposer, batch, tokens * (30 // len(tokens)) if expected else list(range(30, 60)))
+        assert num_drafts(proposer) == []
+        learn(proposer, batch, tokens * (1500 // len(tokens)) if expected else list(range(100, 1600)))
+        assert bool(num_drafts(proposer)) == bool(expected)
+        assert (dear.costs.of(1) < 1.5) == bool(expected)
+
+
 def test_always_means_always() -> None:
     assert num_drafts(speculator(make_batch([1, 2, 3, 1, 2]), STEEP, adaptive=False)) == [4]
 
