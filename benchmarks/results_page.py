@@ -28,6 +28,8 @@ FILES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "hybrids-linux-cpu.json": ("hybrids", "Models whose layers keep states", ()),
     "quantised-cache-smollm2-linux-cpu.json": ("quantised_cache", "A quantised cache of SmolLM2-135M-Instruct", ()),
     "quantised-cache-gemma3-linux-cpu.json": ("quantised_cache", "A quantised cache of Gemma 3 270M", ()),
+    "quantised-cache-smollm2-spaces-linux-cpu.json": ("quantised_cache", "The same of SmolLM2, with spaces", ()),
+    "quantised-cache-gemma3-spaces-linux-cpu.json": ("quantised_cache", "The same of Gemma 3, with spaces", ()),
     "quantised-cache-speed-linux-cpu.json": ("quantised_cache", "What a quantised cache takes", ()),
     "parallel-linux-cpu.json": ("parallel", "What ranks tell each other", ()),
     "parallel-smollm2-linux-cpu.json": ("parallel", "What ranks hold of SmolLM2-135M-Instruct", ()),
@@ -48,8 +50,8 @@ HEAD = """# Results
 
 The tables of the files in this folder, written by `python benchmarks/results_page.py`.
 [docs/benchmarks.md](../../docs/benchmarks.md) says what is claimed of them. Nothing was measured on a Mac or on an
-NVIDIA card. Throughput by concurrency, fair steps, layers that keep states, blocks, the host's work and attention were
-timed with the engine of commit 3b85ee2 or an earlier one, which had more tricks for MLX's CPU build than today's.
+NVIDIA card. Throughput by concurrency was timed with the engine of commit 3b85ee2, which had more tricks for MLX's CPU
+build than today's.
 """
 
 
