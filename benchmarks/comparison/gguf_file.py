@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,12 +17,14 @@ _WINDOW_EVERY = 6  # of Gemma 3's layers the sixth has no window
 
 
 @cache
-def gguf_in(folder: str, model: Path, script: str) -> Path:
-    """Write a model's file into a folder, once, for a script that ends with a line where that can't be."""
+def gguf_in(folder: str, model: Path, script: str, server: str) -> Path:
+    """Write a model's file into a folder, once, for a script that ends with a line where that, or a server, can't be."""
     try:
         write_gguf(model, file := Path(folder) / "model.gguf")
     except (ImportError, ValueError) as error:
         sys.exit(f"{script}: --llama-server: {error}")
+    if shutil.which(server) is None:
+        sys.exit(f"{script}: --llama-server {server} is no program: docs/benchmarks.md has how to build it")
     return file
 
 

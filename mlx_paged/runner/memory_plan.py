@@ -145,9 +145,10 @@ def plan_memory(
         if not model.state_bytes:
             return 0
         if room < (_STATES_PER_SEQUENCE + 1) * model.state_bytes:
+            advice = "kv_cache_memory more" if config.num_kv_blocks is None else "num_kv_blocks less"
             raise ValueError(
                 f"states of one sequence take {format_memory(model.state_bytes)}, and {format_memory(max(room, 0))} "
-                f"are left for them, where three are needed: give {_more_room(config)}"
+                f"are left for them, where three are needed: give {advice}"
             )
         num_checkpoints = max(config.max_num_seqs, _MIN_CHECKPOINTS) if config.prefix_caching else 1
         return int(min(_STATES_PER_SEQUENCE * config.max_num_seqs + num_checkpoints, room // model.state_bytes))
@@ -198,19 +199,15 @@ def fit_to_states(config: EngineConfig, plan: MemoryPlan) -> EngineConfig:
         raise ValueError(f"swap_space={config.swap_space!r} holds no state of this model: one takes {one}")
     most = min(config.max_num_seqs, (plan.num_state_slots - 1) // _STATES_PER_SEQUENCE)
     if most < config.max_num_seqs:
+        advice = "larger kv_cache_memory" if config.num_kv_blocks is None else "smaller num_kv_blocks"
         warnings.warn(
             f"max_num_seqs is {most} instead of {config.max_num_seqs}: there is room for {plan.num_state_slots} "
-            f"states, {_STATES_PER_SEQUENCE} of each sequence that runs, checkpoints included; for more give "
-            f"{_more_room(config)}",
+            f"states, {_STATES_PER_SEQUENCE} of each sequence that runs, checkpoints included; more with a "
+            f"{advice}",
             EngineWarning,
             stacklevel=4,
         )
     return dataclasses.replace(config, max_num_seqs=most)
-
-
-def _more_room(config: EngineConfig) -> str:
-    """Say what leaves more room for states, of the two settings that size the cache."""
-    return "a larger kv_cache_memory" if config.num_kv_blocks is None else "a smaller num_kv_blocks"
 
 
 def blocks_for_requests(

@@ -239,8 +239,8 @@ def test_fewer_sequences_run_at_once_where_their_states_have_no_room() -> None:
 
 
 def test_too_little_memory_for_one_state_is_said_in_one_line() -> None:
-    message = r"^states of one sequence take .* are left for them, where three are needed: give a"
-    with pytest.raises(ValueError, match=f"{message} larger kv_cache_memory$"):
+    message = r"^states of one sequence take .* are left for them, where three are needed: give"
+    with pytest.raises(ValueError, match=f"{message} kv_cache_memory more$"):
         LLM.from_model(family_model("mamba2"), kv_cache_memory=20_000, max_model_len=100)
 
 
