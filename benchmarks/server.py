@@ -46,9 +46,8 @@ def throughput(quick: bool) -> list[Row]:
     rows = []
     with TemporaryDirectory() as folder, closing_all([InProcess(model), Ours(model), MlxLm(model)]) as systems:
         if options.llama_server:
-            systems.append(
-                LlamaCppServer(options.llama_server, gguf_in(folder, Path(model), "server.py", options.llama_server))
-            )
+            weights = gguf_in(folder, Path(model), "server.py", options.llama_server)
+            systems.append(LlamaCppServer(options.llama_server, weights))
         for system in systems:
             system.ask(conversations(-1, 2), 4)
         for at_once in AT_ONCE[::2] if quick else AT_ONCE:

@@ -18,7 +18,7 @@ _WINDOW_EVERY = 6  # of Gemma 3's layers the sixth has no window
 
 @cache
 def gguf_in(folder: str, model: Path, script: str, server: str) -> Path:
-    """Write a model's file into a folder, once, for a script that ends with a line where that, or a server, can't be."""
+    """Write a model's file into a folder, once, for a script. Ends it with a line where that, or a server, can't be."""
     try:
         write_gguf(model, file := Path(folder) / "model.gguf")
     except (ImportError, ValueError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from comparison import gguf_file
 from comparison.gguf_file import write_gguf
 from comparison.llama_cpp import LlamaCppSystem
 from comparison.workloads import LlamaCpp, MlxLm, Task, paged, uniform
@@ -117,3 +118,11 @@ def test_it_stands_beside_mlx_lm_with_as_many_at_once() -> None:
     (case,) = uniform(1)
     assert case.beside_llama_cpp().systems == [MlxLm(), paged(), LlamaCpp()]
     assert case._replace(systems=[paged()]).beside_llama_cpp().systems == [paged()]
+
+
+def test_a_server_that_is_no_program_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "write_gguf", lambda *_: None)
+    with pytest.raises(SystemExit, match=r"server\.py: --llama-server \./nope is no program: docs/benchmarks\.md has"):
+        gguf_file.gguf_in(str(tmp_path), tmp_path, "server.py", "./nope")
