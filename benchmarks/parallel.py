@@ -1,7 +1,7 @@
 """What several ranks tell each other in a step, and how long that takes.
 
-    python benchmarks/parallel.py [--quick] [--json FILE]   measure on this machine, print, write raw numbers
-    python benchmarks/parallel.py --markdown FILE           the table of such a file
+    python benchmarks/parallel.py [--model FOLDER --ranks N] [--quick] [--json FILE]   measure, print, write numbers
+    python benchmarks/parallel.py --markdown FILE                                      the tables of such a file
 
 The ranks are processes of this machine, on MLX's ring over the loopback; each is kept on a core of its own, since the
 ring's wait takes one. Messages and bytes are those of one rank and a step that decodes, as arrays go into MLX: what

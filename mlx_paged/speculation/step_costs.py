@@ -13,7 +13,6 @@ _WEIGHT = 0.2  # of a new measurement
 _MOST = 3.0  # times what was expected: more is somebody else's load
 _LEAST_SLOPE = 0.25  # of what as many steps of one token would take
 _FADE = 1 / 200  # of what larger steps are dearer than cheap ones, with each smaller step: what was dear is tried again
-
 _SLOW_FADE = 1 / 800  # of steps that are not made at all, with each that others make
 
 

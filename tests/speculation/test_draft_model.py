@@ -15,6 +15,7 @@ from mlx_paged.attention.metadata import ModelInputs
 from mlx_paged.errors import EngineWarning, ModelError
 from mlx_paged.request import Sequence
 from mlx_paged.runner.model_runner import ModelRunner
+from mlx_paged.speculation.draft_model import DraftModel
 from mlx_paged.speculation.load_draft import first_difference
 
 PROMPT = [5, 9, 2, 7, 11, 3]
@@ -151,6 +152,14 @@ def test_both_models_share_the_memory_that_was_asked_for() -> None:
     pools: list[Any] = [llm._runner.kv_cache, llm._runner.draft.kv_cache]  # type: ignore[union-attr]
     assert 380_000 < sum(pool.nbytes for pool in pools) <= 400_000
     assert "draft model" in llm.describe_memory() and "draft model" not in alone.describe_memory()
+
+
+def test_its_steps_are_taken_for_cheaper_while_it_is_skipped() -> None:
+    proposer = drafting(make_model("llama"), make_model("llama")).engine._speculator.proposer
+    assert isinstance(proposer, DraftModel)
+    before = proposer.seconds(1, 3)
+    proposer.skip()
+    assert 0.99 * before < proposer.seconds(1, 3) < before
 
 
 def test_a_draft_model_that_fails_ends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,3 +52,10 @@ def test_large_steps_that_were_dear_in_long_contexts_are_taken_for_cheaper_while
     for _ in range(2000):
         costs.add(16, 2.0)
     assert costs.of(64) == pytest.approx(2.5, rel=0.01), "what is known to be cheap does not change"
+
+
+def test_what_others_step_in_place_of_is_taken_for_cheaper_with_each_and_in_proportion() -> None:
+    costs = StepCosts({1: 1.0, 16: 2.0})
+    for _ in range(800):
+        costs.fade()
+    assert costs.of(1) == pytest.approx(0.37, abs=0.01) and costs.of(16) == pytest.approx(2 * costs.of(1))
